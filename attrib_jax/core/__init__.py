@@ -1,0 +1,1 @@
+"""Types, random keys, weight selection and checks that everything else builds on."""

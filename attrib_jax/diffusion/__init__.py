@@ -1,0 +1,1 @@
+"""Noise schedule, losses, samplers and the training step: pure functions."""

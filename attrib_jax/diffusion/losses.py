@@ -1,0 +1,95 @@
+"""The denoising loss of one example at given timesteps and noise: the quantity that attribution differences."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from attrib_jax.diffusion.schedule import NoiseSchedule
+
+# predict(params, noisy_latents (h, w, c), timestep (), text (L, d)) -> model output (h, w, c)
+Predict = Callable[[Any, jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+def denoising_losses(
+    predict: Predict,
+    params: Any,
+    schedule: NoiseSchedule,
+    latents: jax.Array,
+    text: jax.Array,
+    noise: jax.Array,
+    timesteps: jax.Array,
+    *,
+    mask: jax.Array | None = None,
+) -> jax.Array:
+    """Mean squared error of the model's prediction at each timestep, for one example (METHOD.md sections 2 and 5).
+
+    The model runs under `vmap` over the timesteps with the text unbatched, so that what depends only on the text (the
+    cross-attention keys and values) is computed once.
+
+    Args:
+        predict: the model, see `Predict`; unbatched.
+        params: its parameters, the argument to differentiate by.
+        schedule: noise levels and prediction type.
+        latents: (h, w, c), clean, multiplied by the autoencoder's scaling factor.
+        text: (L, d) text states.
+        noise: (S, h, w, c) standard normal, see `example_noise`.
+        timesteps: (S,) integers below `schedule.num_train_timesteps`; one beyond gives NaN.
+        mask: (h, w) or (h, w, 1) weights in [0, 1]. The loss is then the sum of weighted squared errors divided by
+            (sum of the weights x c); a mask of zeros gives 0, so refuse one before calling.
+
+    Returns:
+        (S,), float32, or float64 if the model computes in float64.
+
+    Raises:
+        ValueError: shapes that do not fit each other.
+    """
+    timesteps = jnp.asarray(timesteps)
+    if timesteps.ndim != 1:
+        raise ValueError(f"timesteps has shape {timesteps.shape}; expected (S,)")
+    if noise.shape != (*timesteps.shape, *latents.shape):
+        raise ValueError(
+            f"noise has shape {noise.shape}; expected (S, *latents.shape) = {(*timesteps.shape, *latents.shape)}"
+        )
+    noisy = schedule.add_noise(latents, noise, timesteps)
+    target = schedule.target(latents, noise, timesteps)
+    prediction = jax.vmap(predict, in_axes=(None, 0, 0, None))(params, noisy, timesteps, text)
+    if prediction.shape != target.shape:
+        raise ValueError(f"predict returned shape {prediction.shape[1:]}; expected that of latents, {latents.shape}")
+
+    dtype = jnp.promote_types(jnp.result_type(prediction, target), jnp.float32)
+    errors = jnp.square(prediction.astype(dtype) - target.astype(dtype))
+    latent_axes = tuple(range(1, errors.ndim))
+    if mask is None:
+        return jnp.mean(errors, axis=latent_axes)
+    weights = _mask_weights(mask, latents.shape).astype(dtype)
+    size = jnp.sum(weights) * latents.shape[-1]
+    return jnp.sum(weights * errors, axis=latent_axes) / jnp.where(size > 0, size, 1)
+
+
+def denoising_loss(
+    predict: Predict,
+    params: Any,
+    schedule: NoiseSchedule,
+    latents: jax.Array,
+    text: jax.Array,
+    noise: jax.Array,
+    timesteps: jax.Array,
+    *,
+    mask: jax.Array | None = None,
+) -> jax.Array:
+    """The mean of `denoising_losses` over the timesteps -> (); arguments and errors as there."""
+    return jnp.mean(denoising_losses(predict, params, schedule, latents, text, noise, timesteps, mask=mask))
+
+
+def _mask_weights(mask, latents_shape):
+    mask = jnp.asarray(mask)
+    if mask.shape == latents_shape[:-1]:
+        mask = mask[..., None]
+    if mask.shape != (*latents_shape[:-1], 1):
+        raise ValueError(
+            f"mask has shape {mask.shape}; expected {latents_shape[:-1]} or {(*latents_shape[:-1], 1)}, one weight for "
+            "each latent pixel"
+        )
+    return mask
