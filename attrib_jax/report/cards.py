@@ -1,0 +1,138 @@
+"""From scores to what is drawn: the ranking, its cards, and one number format for the whole report."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from attrib_jax.report.data import ReportData, check_picture
+
+_SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+class ScoreScale(NamedTuple):
+    """Prints scores as multiples of 10**exponent with a fixed number of `decimals`."""
+
+    exponent: int
+    decimals: int
+
+    def number(self, score: float) -> str:
+        """The multiple alone, with a typographic minus: 8.42, −0.30."""
+        text = f"{score / 10.0**self.exponent:.{self.decimals}f}"
+        if float(text) == 0:
+            text = text.removeprefix("-")
+        return text.replace("-", "−")
+
+    @property
+    def unit(self) -> str:
+        """The factor that belongs after every number: '×10⁻⁴', or nothing where the exponent is 0."""
+        return f"×10{str(self.exponent).translate(_SUPERSCRIPTS)}" if self.exponent else ""
+
+    def with_unit(self, score: float) -> str:
+        """Number and factor, for text where the unit is not already stated."""
+        return f"{self.number(score)} {self.unit}".rstrip()
+
+
+class Card(NamedTuple):
+    """One training picture of the report.
+
+    `picture` is (H, W, 3) uint8, already mirrored where `mirrored`, or None without pictures. `relative` is the score
+    as a share of rank 1's, in [0, 1], or None where rank 1 is not positive. `duplicate_of` is the rank of the first
+    card of the same group above this one. `losses` is (before, after) of the winning flip, or of the mean over flips.
+    """
+
+    rank: int
+    row_id: int
+    score: float
+    relative: float | None
+    captions: tuple[str, ...]
+    mirrored: bool
+    picture: np.ndarray | None
+    duplicate_of: int | None
+    losses: tuple[float, float] | None
+
+
+def score_scale(scores: np.ndarray) -> ScoreScale:
+    """One scale for (N,) scores: set by the largest magnitude, and without a factor where plain decimals read well."""
+    largest = float(np.max(np.abs(scores)))
+    if largest == 0:
+        return ScoreScale(0, 2)
+    exponent = int(np.floor(np.log10(largest)))
+    if -1 <= exponent <= 2:
+        return ScoreScale(0, 3 if exponent < 1 else 3 - exponent)
+    return ScoreScale(exponent, 2)
+
+
+def ranking(report: ReportData) -> np.ndarray:
+    """(N,) positions, most influential first; equal scores in row-id order, so that the order of the data is no matter."""
+    return np.lexsort((np.asarray(report.row_id), -np.asarray(report.score, np.float64)))
+
+
+def top_cards(report: ReportData) -> list[Card]:
+    """The min(top_k, N) most influential pictures, rank 1 first."""
+    order = ranking(report)[: report.top_k]
+    first_of_group: dict[Any, int] = {}
+    cards = []
+    for rank, position in enumerate(order, start=1):
+        group = None if report.group is None else _look_up(report.group, int(report.row_id[position]))
+        seen = None if group is None else first_of_group.setdefault(group, rank)
+        cards.append(_card(report, rank, position, order[0], None if seen == rank else seen))
+    return cards
+
+
+def distinct_cards(report: ReportData, count: int) -> list[Card]:
+    """The first picture of each group, best first, up to `count` groups; a picture without a group is one of its own.
+
+    Empty where the data set has no groups.
+    """
+    if report.group is None:
+        return []
+    order, seen, cards = ranking(report), set(), []
+    for rank, position in enumerate(order, start=1):
+        group = _look_up(report.group, int(report.row_id[position]))
+        if group is None or group not in seen:
+            seen.add(group)
+            cards.append(_card(report, rank, position, order[0], None))
+            if len(cards) == count:
+                break
+    return cards
+
+
+def least_cards(report: ReportData) -> list[Card]:
+    """The up to least_k lowest scores, lowest last, without the pictures of the top."""
+    order = ranking(report)
+    start = max(len(order) - report.least_k, report.top_k)
+    return [_card(report, rank, order[rank - 1], order[0], None) for rank in range(start + 1, len(order) + 1)]
+
+
+def _card(report: ReportData, rank: int, position: int, first: int, duplicate_of: int | None) -> Card:
+    row_id, score, best = int(report.row_id[position]), float(report.score[position]), float(report.score[first])
+    mirrored = report.flip is not None and bool(report.flip[position])
+    picture = None if report.image is None else _look_up(report.image, row_id)
+    if picture is not None:
+        check_picture(picture, f"image({row_id})")
+        picture = picture[:, ::-1] if mirrored else picture
+    captions = tuple(text for text in map(str, _look_up(report.captions, row_id)) if text.strip())
+    return Card(
+        rank=rank,
+        row_id=row_id,
+        score=score,
+        relative=float(np.clip(score / best, 0.0, 1.0)) if best > 0 else None,
+        captions=captions or ("(no caption)",),
+        mirrored=mirrored,
+        picture=picture,
+        duplicate_of=duplicate_of,
+        losses=_losses(report, position),
+    )
+
+
+def _losses(report: ReportData, position: int) -> tuple[float, float] | None:
+    if report.loss_before is None:
+        return None
+    flips = slice(None) if report.flip is None else int(report.flip[position])
+    before, after = (np.mean(losses[position][flips]) for losses in (report.loss_before, report.loss_after))
+    return float(before), float(after)
+
+
+def _look_up(source: Callable[[int], Any] | Mapping[int, Any], row_id: int) -> Any:
+    return source(row_id) if callable(source) else source[row_id]

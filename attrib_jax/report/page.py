@@ -1,0 +1,100 @@
+"""The report as one HTML file that needs nothing else: style, pictures and histogram are inside."""
+
+import functools
+import os
+
+import jinja2
+import numpy as np
+
+from attrib_jax.report.cards import ScoreScale, distinct_cards, least_cards, score_scale, top_cards
+from attrib_jax.report.data import ReportData
+from attrib_jax.report.histogram import lay_out
+from attrib_jax.report.pictures import card_uri, query_uri, write_whole
+
+# Text in an SVG shrinks with it, so narrow screens get a drawing of their own.
+_HISTOGRAM_SIZES = {"wide": (1040, 330), "narrow": (400, 300)}
+
+# Two rows on a wide screen.
+_NUM_DISTINCT = 12
+
+_EXPLANATIONS = {
+    "unlearn": (
+        "The model was nudged to unlearn this picture, and a training picture's score is how much its own loss "
+        "rose because of that. Pictures that the model needed for this query come first; unrelated ones stay near zero."
+    ),
+    "random": "These scores are drawn at random. They are what a method that knows nothing would answer.",
+}
+_OTHER_EXPLANATION = (
+    "The method gives every training picture a score for its part in this picture, and larger means more "
+    "influential. The scores of one method compare with each other, not with those of another method."
+)
+
+
+def write_report(path_html: str | os.PathLike, report: ReportData) -> None:
+    """Writes `report` to `path_html`, one UTF-8 HTML file without scripts that loads nothing from elsewhere.
+
+    Raises:
+      ValueError: if a picture that `report.image` returns is not (H, W, 3) uint8.
+      OSError: if the file cannot be written; an earlier file of that name is then left as it was.
+    """
+    write_whole(path_html, render_report(report).encode("utf-8"))
+
+
+def render_report(report: ReportData) -> str:
+    """The text of the page that `write_report` writes."""
+    scores = np.asarray(report.score, np.float64)
+    scale = score_scale(scores)
+    top = top_cards(report)
+    num_duplicates = sum(card.duplicate_of is not None for card in top)
+    template = _environment().get_template("report.html.j2")
+    return template.render(
+        report=report,
+        scale=scale,
+        top=top,
+        least=least_cards(report),
+        num_rows=len(scores),
+        num_duplicates=num_duplicates,
+        distinct=distinct_cards(report, _NUM_DISTINCT) if num_duplicates else [],
+        num_mirrored=sum(card.mirrored for card in top),
+        explanation=report.explanation or _EXPLANATIONS.get(report.method, _OTHER_EXPLANATION),
+        quantiles=_quantiles(scores, scale),
+        region_percent=_region_percent(report),
+        histograms={name: lay_out(scores, top, scale, *size) for name, size in _HISTOGRAM_SIZES.items()},
+    )
+
+
+@functools.cache
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("attrib_jax.report"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(card_uri=card_uri, query_uri=query_uri, duration=_duration)
+    return environment
+
+
+def _quantiles(scores: np.ndarray, scale: ScoreScale) -> dict[str, str]:
+    shares = {"lowest": 0.0, "median": 0.5, "99th percentile": 0.99, "highest": 1.0}
+    return {name: scale.with_unit(float(np.quantile(scores, share))) for name, share in shares.items()}
+
+
+def _region_percent(report: ReportData) -> dict[str, float] | None:
+    if report.region is None:
+        return None
+    height, width = report.query_image.shape[:2]
+    x0, y0, x1, y1 = report.region
+    sides = {"left": x0 / width, "top": y0 / height, "width": (x1 - x0) / width, "height": (y1 - y0) / height}
+    return {side: round(100.0 * share, 4) for side, share in sides.items()}
+
+
+def _duration(seconds: float) -> str:
+    """12.3 s, 4 min 05 s or 2 h 07 min."""
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
