@@ -11,7 +11,7 @@ from attrib_jax.core.keys import example_noise, loss_key, purpose_key
 
 SHAPE = (3, 5, 3)
 TIMESTEPS = np.arange(0, 1000, 100)
-# The first four bytes of sha256("fisher"), 0x827961b4, with the top bit set: fixed, so that stored draws stay reproducible.
+# The first four bytes of sha256("fisher"), 0x827961b4, with the top bit set: fixed, for reproducible draws.
 FISHER_FOLD = 0x827961B4
 
 

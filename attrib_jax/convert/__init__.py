@@ -1,0 +1,1 @@
+"""Torch checkpoint folders and files <-> Flax modules, parameters, tokenizer and noise schedule."""

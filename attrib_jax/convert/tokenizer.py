@@ -1,0 +1,151 @@
+"""CLIP tokenizers: training a small one on captions, reading and writing its folder, and saying what a prompt loses.
+
+`transformers` and `tokenizers` are imported inside the functions: importing the library stays light.
+"""
+
+import itertools
+import json
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+START, END, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
+
+
+class PromptReport(NamedTuple):
+    """What a tokenizer makes of one prompt.
+
+    Attributes:
+      kept: the part of the prompt that the text encoder sees.
+      truncated: the rest, cut off because it lies beyond `model_max_length` tokens; empty when all of it fits.
+      unknown: the words that hold a character missing from the vocabulary, in their order.
+      split: the words that are spelled from two or more vocabulary pieces, so rare or absent in the training captions.
+    """
+
+    kept: str
+    truncated: str
+    unknown: tuple[str, ...]
+    split: tuple[str, ...]
+
+
+def train_tokenizer(captions: Iterable[str], vocab_size: int, model_max_length: int) -> Any:
+    """Trains a lower-case byte-level BPE `transformers.CLIPTokenizer` on captions.
+
+    The vocabulary is laid out as CLIP's: 256 bytes, the same with the word-end suffix, the learnt merges, then
+    `<|startoftext|>` and `<|endoftext|>` (which also pads). Every byte is in it, so any prompt can be written.
+
+    Args:
+      captions: the training texts.
+      vocab_size: the largest vocabulary, at least 514; smaller when the captions hold fewer merges.
+      model_max_length: tokens in an encoded prompt, both special tokens counted.
+
+    Raises:
+      ValueError: `vocab_size` is under 514, `model_max_length` under 3, or there are no captions.
+    """
+    from tokenizers import pre_tokenizers, trainers
+    from transformers import CLIPTokenizer
+
+    captions = list(captions)
+    if not any(caption.strip() for caption in captions):
+        raise ValueError("captions holds no text; give at least one caption to train the tokenizer on")
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    base = letters + [letter + WORD_END for letter in letters]
+    if vocab_size < len(base) + 2:
+        raise ValueError(f"vocab_size={vocab_size} leaves no room for the bytes; give at least {len(base) + 2}")
+    if model_max_length < 3:
+        raise ValueError(
+            f"model_max_length={model_max_length} holds no word between the special tokens; give 3 or more"
+        )
+
+    blank = CLIPTokenizer(vocab={token: i for i, token in enumerate([*base, START, END])}, merges=[])
+    # The word-end forms go in as special tokens because the trainer otherwise numbers them in a hash table's order, and
+    # that number breaks ties between merges.
+    trainer = trainers.BpeTrainer(
+        vocab_size=len(base) + vocab_size,
+        min_frequency=1,
+        show_progress=False,
+        special_tokens=base[len(letters) :],
+        initial_alphabet=letters,
+        end_of_word_suffix=WORD_END,
+    )
+    blank.backend_tokenizer.train_from_iterator(captions, trainer)
+    learnt = json.loads(blank.backend_tokenizer.to_str())["model"]["merges"]
+
+    tokens, merges = dict.fromkeys(base), []
+    for left, right in learnt:
+        if left + right not in tokens and len(tokens) + 2 >= vocab_size:
+            break
+        tokens[left + right] = None
+        merges.append((left, right))
+    vocab = {token: i for i, token in enumerate([*tokens, START, END])}
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=model_max_length)
+
+
+def save_tokenizer(tokenizer: Any, path: str) -> None:
+    """Writes `tokenizer` to a folder, with the vocab.json and merges.txt that transformers before 5 reads."""
+    tokenizer.save_pretrained(path)
+    # transformers also saves how the tokenizer was loaded, and the padding and truncation of its last call.
+    _rewrite_json(os.path.join(path, "tokenizer_config.json"), drop=("is_local", "local_files_only"))
+    _rewrite_json(os.path.join(path, "tokenizer.json"), drop=("padding", "truncation"))
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    with open(os.path.join(path, "vocab.json"), "w", encoding="utf-8") as file:
+        json.dump(model["vocab"], file, ensure_ascii=False)
+    merges = (pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"])
+    with open(os.path.join(path, "merges.txt"), "w", encoding="utf-8") as file:
+        file.write("#version: 0.2\n" + "".join(f"{pair}\n" for pair in merges))
+
+
+def _rewrite_json(path: str, drop: tuple[str, ...]) -> None:
+    with open(path, encoding="utf-8") as file:
+        content = json.load(file)
+    with open(path, "w", encoding="utf-8") as file:
+        kept = {key: value for key, value in content.items() if key not in drop}
+        json.dump(kept, file, ensure_ascii=False, indent=2)
+
+
+def load_tokenizer(path: str) -> Any:
+    """Reads a `transformers.CLIPTokenizer` from a folder; touches no network.
+
+    Raises:
+      FileNotFoundError: the folder holds neither tokenizer.json nor vocab.json with merges.txt.
+    """
+    from transformers import CLIPTokenizer
+
+    present = set(os.listdir(path)) if os.path.isdir(path) else set()
+    if "tokenizer.json" not in present and not {"vocab.json", "merges.txt"} <= present:
+        raise FileNotFoundError(f"{path} holds no tokenizer: expected tokenizer.json, or vocab.json and merges.txt")
+    return CLIPTokenizer.from_pretrained(path, local_files_only=True)
+
+
+def tokenize_prompts(tokenizer: Any, prompts: Sequence[str]) -> np.ndarray:
+    """Prompts -> input_ids (B, model_max_length) int32, cut and padded as Stable Diffusion does."""
+    if isinstance(prompts, str):
+        raise TypeError(f"prompts={prompts!r} is one string; give a list of prompts")
+    encoded = tokenizer(
+        list(prompts), padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="np"
+    )
+    return np.asarray(encoded["input_ids"], np.int32)
+
+
+def inspect_prompt(tokenizer: Any, prompt: str) -> PromptReport:
+    """Says what `tokenizer` keeps of `prompt`, what it cuts, and which words it does not know whole."""
+    # The length is set only because transformers warns about a long prompt where there is none.
+    encoded = tokenizer(
+        prompt, add_special_tokens=False, truncation=False, max_length=2**30, return_offsets_mapping=True
+    )
+    ids, spans = encoded["input_ids"], encoded["offset_mapping"]
+    starts = [start for start, _ in spans[tokenizer.model_max_length - 2 :]]
+    cut = starts[0] if starts else len(prompt)
+    unknown, split = [], []
+    for _, group in itertools.groupby(zip(encoded.word_ids(0), ids, spans, strict=True), key=lambda item: item[0]):
+        _, word_ids, word_spans = zip(*group, strict=True)
+        word = prompt[word_spans[0][0] : word_spans[-1][1]]
+        if word in (START, END):
+            continue
+        if tokenizer.unk_token_id in word_ids:
+            unknown.append(word)
+        elif len(word_ids) > 1:
+            split.append(word)
+    return PromptReport(prompt[:cut].rstrip(), prompt[cut:], tuple(dict.fromkeys(unknown)), tuple(dict.fromkeys(split)))

@@ -1,0 +1,1 @@
+"""Flax modules of the UNet, the autoencoder and the CLIP text encoder, with their configs."""

@@ -1,0 +1,162 @@
+"""Layers that the UNet and the autoencoder share, named as their diffusers counterparts.
+
+Arrays are channels last. Every layer computes in the promoted dtype of its input and its parameters, so float64
+parameters (with `jax_enable_x64`) give a float64 forward. Parameter names follow diffusers' module names, so that the
+converter is a renaming and a transposition.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.linen.dtypes import promote_dtype
+
+# At or below this many output pixels, XLA's CPU convolution runs at a few GFLOP/s; as patches times a matrix the same
+# product runs at over a hundred (see "Speed" in BUILD_NOTES.md).
+_MATMUL_CONV_PIXELS = 4
+
+
+class Conv(nn.Module):
+    """2-D convolution of (B, H, W, C) with an HWIO kernel, `padding` zeros as ((top, bottom), (left, right))."""
+
+    features: int
+    kernel_size: int = 3
+    stride: int = 1
+    padding: tuple[tuple[int, int], tuple[int, int]] = ((1, 1), (1, 1))
+
+    @nn.compact
+    def __call__(self, x):
+        size = self.kernel_size
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (size, size, x.shape[-1], self.features))
+        bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
+        x, kernel, bias = promote_dtype(x, kernel, bias)
+        height, width = (
+            (extent + sum(pads) - size) // self.stride + 1 for extent, pads in zip(x.shape[1:3], self.padding)
+        )
+        if size > 1 and height * width <= _MATMUL_CONV_PIXELS:
+            x = jnp.pad(x, ((0, 0), *self.padding, (0, 0)))
+            rows = self.stride * (height - 1) + 1
+            cols = self.stride * (width - 1) + 1
+            patches = [
+                x[:, i : i + rows : self.stride, j : j + cols : self.stride] for i in range(size) for j in range(size)
+            ]
+            return jnp.concatenate(patches, axis=-1) @ kernel.reshape(-1, self.features) + bias
+        strides = (self.stride, self.stride)
+        layout = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(x, kernel, strides, self.padding, dimension_numbers=layout) + bias
+
+
+def pointwise_conv(features: int, name: str | None) -> Conv:
+    """A 1x1 convolution: a linear map of each pixel's channels, stored as diffusers stores it."""
+    return Conv(features, kernel_size=1, padding=((0, 0), (0, 0)), name=name)
+
+
+class GroupNorm(nn.Module):
+    """Group normalisation over (..., C) with a two-pass variance, which keeps its digits when the mean is large."""
+
+    num_groups: int
+    epsilon: float
+
+    @nn.compact
+    def __call__(self, x):
+        channels = x.shape[-1]
+        scale = self.param("scale", nn.initializers.ones_init(), (channels,))
+        bias = self.param("bias", nn.initializers.zeros_init(), (channels,))
+        x, scale, bias = promote_dtype(x, scale, bias)
+        # Over the pixels first, then over the channels of each group: contiguous reductions, several times faster on a
+        # CPU than one reduction over both.
+        pixels = x.reshape(x.shape[0], -1, channels)
+        centred = pixels - self._group_mean(jnp.mean(pixels, axis=1))[:, None]
+        variance = self._group_mean(jnp.mean(jnp.square(centred), axis=1))
+        factor = jax.lax.rsqrt(variance + self.epsilon) * scale
+        return (centred * factor[:, None] + bias).reshape(x.shape)
+
+    def _group_mean(self, channel_means):
+        """(B, C) means of the channels -> (B, C), each channel holding the mean of its group."""
+        grouped = channel_means.reshape(channel_means.shape[0], self.num_groups, -1)
+        means = jnp.mean(grouped, axis=-1, keepdims=True)
+        return jnp.broadcast_to(means, grouped.shape).reshape(channel_means.shape)
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation over the last axis, two-pass variance, as torch.nn.LayerNorm."""
+
+    epsilon: float = 1e-5
+
+    @nn.compact
+    def __call__(self, x):
+        scale = self.param("scale", nn.initializers.ones_init(), (x.shape[-1],))
+        bias = self.param("bias", nn.initializers.zeros_init(), (x.shape[-1],))
+        x, scale, bias = promote_dtype(x, scale, bias)
+        centred = x - jnp.mean(x, axis=-1, keepdims=True)
+        variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
+        return centred * jax.lax.rsqrt(variance + self.epsilon) * scale + bias
+
+
+def attention(query, key, value, num_heads: int, mask=None):
+    """Plain softmax attention: query (B, Q, D), key and value (B, L, D) -> (B, Q, D), D split over `num_heads`.
+
+    `mask` is added to the logits, broadcast to (B, heads, Q, L). Written as two contractions so that `vmap` over an
+    axis that only the query has (the timesteps) folds it into the query axis, with keys and values held once.
+    """
+    *batch, length, width = query.shape
+    head_dim = width // num_heads
+    query, key, value = (x.reshape(*x.shape[:-1], num_heads, head_dim) for x in (query, key, value))
+    logits = jnp.einsum("bqhd,blhd->bhql", query * head_dim**-0.5, key)
+    if mask is not None:
+        logits = logits + mask
+    weights = jax.nn.softmax(logits, axis=-1)
+    return jnp.einsum("bhql,blhd->bqhd", weights, value).reshape(*batch, length, width)
+
+
+class ResnetBlock(nn.Module):
+    """diffusers' ResnetBlock2D with the default time-embedding addition.
+
+    (B, H, W, C) and the embedding (B, T) or None -> (B, H, W, features).
+    """
+
+    features: int
+    num_groups: int
+    epsilon: float
+
+    @nn.compact
+    def __call__(self, x, time_embedding=None):
+        hidden = nn.silu(GroupNorm(self.num_groups, self.epsilon, name="norm1")(x))
+        hidden = Conv(self.features, name="conv1")(hidden)
+        if time_embedding is not None:
+            shift = nn.Dense(self.features, name="time_emb_proj")(nn.silu(time_embedding))
+            hidden = hidden + shift[:, None, None, :]
+        hidden = nn.silu(GroupNorm(self.num_groups, self.epsilon, name="norm2")(hidden))
+        hidden = Conv(self.features, name="conv2")(hidden)
+        if x.shape[-1] != self.features:
+            x = pointwise_conv(self.features, "conv_shortcut")(x)
+        return x + hidden
+
+
+class Downsample(nn.Module):
+    """Halves height and width by a strided convolution; the UNet pads 1 on each side, the VAE only below and right."""
+
+    features: int
+    padding: tuple[tuple[int, int], tuple[int, int]]
+
+    @nn.compact
+    def __call__(self, x):
+        return Conv(self.features, stride=2, padding=self.padding, name="conv")(x)
+
+
+class Upsample(nn.Module):
+    """Doubles height and width by nearest neighbour, cut to `size` (H, W) if given, then convolves.
+
+    `size` is what a strided down-sampling came from: twice the input's size, or 1 less. For these the cut is what
+    torch's nearest interpolation gives (`jax.image.resize` samples at pixel centres and differs).
+    """
+
+    features: int
+
+    @nn.compact
+    def __call__(self, x, size: tuple[int, int] | None = None):
+        batch, height, width, channels = x.shape
+        x = jnp.broadcast_to(x[:, :, None, :, None], (batch, height, 2, width, 2, channels))
+        x = x.reshape(batch, 2 * height, 2 * width, channels)
+        if size is not None:
+            x = x[:, : size[0], : size[1]]
+        return Conv(self.features, name="conv")(x)

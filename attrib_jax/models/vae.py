@@ -1,0 +1,193 @@
+"""The Stable Diffusion autoencoder: diffusers' AutoencoderKL as a Flax module."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from attrib_jax.models.layers import Conv, Downsample, GroupNorm, ResnetBlock, Upsample, attention, pointwise_conv
+
+_EPSILON = 1e-6  # of every normalisation in the autoencoder
+_DOWNSAMPLE_PADDING = ((0, 1), (0, 1))
+
+
+@dataclasses.dataclass(frozen=True)
+class AutoencoderKLConfig:
+    """The options of a diffusers AutoencoderKL config.json that change the mathematics, with diffusers' defaults."""
+
+    in_channels: int = 3
+    out_channels: int = 3
+    block_out_channels: tuple[int, ...] = (64,)
+    layers_per_block: int = 1
+    latent_channels: int = 4
+    norm_num_groups: int = 32
+    sample_size: int = 32
+    scaling_factor: float = 0.18215
+    shift_factor: float | None = None
+    use_quant_conv: bool = True
+    use_post_quant_conv: bool = True
+    mid_block_add_attention: bool = True
+
+    @classmethod
+    def from_dict(cls, config: dict[str, Any]) -> "AutoencoderKLConfig":
+        """Reads a config.json; raises ValueError for an option that this port does not have."""
+        class_name = config.get("_class_name", "AutoencoderKL")
+        if class_name != "AutoencoderKL":
+            raise ValueError(f"autoencoder class {class_name!r} is not supported, expected 'AutoencoderKL'")
+        for key, supported in {"act_fn": "silu", "latents_mean": None, "latents_std": None}.items():
+            if config.get(key, supported) != supported:
+                raise ValueError(f"autoencoder config has {key}={config[key]!r}; supported: {supported!r}")
+        for key, block in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
+            unknown = sorted(set(config.get(key) or ()) - {block})
+            if unknown:
+                raise ValueError(f"autoencoder config has {key} with {unknown}; supported: {block!r}")
+        known = {field.name for field in dataclasses.fields(cls)}
+        values = {key: value for key, value in config.items() if key in known}
+        if "block_out_channels" in values:
+            values["block_out_channels"] = tuple(values["block_out_channels"])
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config.json that diffusers' AutoencoderKL reads."""
+        levels = len(self.block_out_channels)
+        return {
+            "_class_name": "AutoencoderKL",
+            **{key: list(value) if isinstance(value, tuple) else value for key, value in vars(self).items()},
+            "act_fn": "silu",
+            "down_block_types": ["DownEncoderBlock2D"] * levels,
+            "up_block_types": ["UpDecoderBlock2D"] * levels,
+        }
+
+    @property
+    def downscale(self) -> int:
+        """Pixels per latent pixel along one side."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+
+class LatentDistribution(NamedTuple):
+    """Mean and log-variance (clipped to [-30, 20] as in diffusers) of the latents, each (B, h, w, latent_channels)."""
+
+    mean: jnp.ndarray
+    logvar: jnp.ndarray
+
+
+class VaeAttention(nn.Module):
+    """Single-head self-attention over the pixels of (B, H, W, C), with a residual connection."""
+
+    num_groups: int
+
+    @nn.compact
+    def __call__(self, x):
+        batch, height, width, channels = x.shape
+        hidden = GroupNorm(self.num_groups, _EPSILON, name="group_norm")(x).reshape(batch, height * width, channels)
+        query, key, value = (nn.Dense(channels, name=name)(hidden) for name in ("to_q", "to_k", "to_v"))
+        hidden = nn.Dense(channels, name="to_out_0")(attention(query, key, value, num_heads=1))
+        return x + hidden.reshape(x.shape)
+
+
+class VaeMidBlock(nn.Module):
+    config: AutoencoderKLConfig
+
+    @nn.compact
+    def __call__(self, x):
+        groups = self.config.norm_num_groups
+        x = ResnetBlock(x.shape[-1], groups, _EPSILON, name="resnets_0")(x)
+        if self.config.mid_block_add_attention:
+            x = VaeAttention(groups, name="attentions_0")(x)
+        return ResnetBlock(x.shape[-1], groups, _EPSILON, name="resnets_1")(x)
+
+
+class EncoderBlock(nn.Module):
+    config: AutoencoderKLConfig
+    features: int
+    downsample: bool
+
+    @nn.compact
+    def __call__(self, x):
+        for i in range(self.config.layers_per_block):
+            x = ResnetBlock(self.features, self.config.norm_num_groups, _EPSILON, name=f"resnets_{i}")(x)
+        if self.downsample:
+            x = Downsample(self.features, _DOWNSAMPLE_PADDING, name="downsamplers_0")(x)
+        return x
+
+
+class DecoderBlock(nn.Module):
+    config: AutoencoderKLConfig
+    features: int
+    upsample: bool
+
+    @nn.compact
+    def __call__(self, x):
+        for i in range(self.config.layers_per_block + 1):
+            x = ResnetBlock(self.features, self.config.norm_num_groups, _EPSILON, name=f"resnets_{i}")(x)
+        if self.upsample:
+            x = Upsample(self.features, name="upsamplers_0")(x)
+        return x
+
+
+class Encoder(nn.Module):
+    config: AutoencoderKLConfig
+
+    @nn.compact
+    def __call__(self, x):
+        config = self.config
+        channels = config.block_out_channels
+        x = Conv(channels[0], name="conv_in")(x)
+        for i, features in enumerate(channels):
+            x = EncoderBlock(config, features, downsample=i < len(channels) - 1, name=f"down_blocks_{i}")(x)
+        x = VaeMidBlock(config, name="mid_block")(x)
+        x = nn.silu(GroupNorm(config.norm_num_groups, _EPSILON, name="conv_norm_out")(x))
+        return Conv(2 * config.latent_channels, name="conv_out")(x)
+
+
+class Decoder(nn.Module):
+    config: AutoencoderKLConfig
+
+    @nn.compact
+    def __call__(self, x):
+        config = self.config
+        channels = config.block_out_channels[::-1]
+        x = Conv(channels[0], name="conv_in")(x)
+        x = VaeMidBlock(config, name="mid_block")(x)
+        for i, features in enumerate(channels):
+            x = DecoderBlock(config, features, upsample=i < len(channels) - 1, name=f"up_blocks_{i}")(x)
+        x = nn.silu(GroupNorm(config.norm_num_groups, _EPSILON, name="conv_norm_out")(x))
+        return Conv(config.out_channels, name="conv_out")(x)
+
+
+class AutoencoderKL(nn.Module):
+    """Images (B, H, W, 3) in [-1, 1] <-> latents (B, H/f, W/f, c), f = `config.downscale`.
+
+    Latents here are the autoencoder's own: multiply by `config.scaling_factor` before they meet the UNet, and divide
+    before `decode`.
+    """
+
+    config: AutoencoderKLConfig
+
+    def setup(self):
+        config = self.config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        if config.use_quant_conv:
+            self.quant_conv = pointwise_conv(2 * config.latent_channels, None)
+        if config.use_post_quant_conv:
+            self.post_quant_conv = pointwise_conv(config.latent_channels, None)
+
+    def encode(self, images) -> LatentDistribution:
+        """Images (B, H, W, 3) in [-1, 1] -> the distribution of their unscaled latents."""
+        moments = self.encoder(images)
+        if self.config.use_quant_conv:
+            moments = self.quant_conv(moments)
+        mean, logvar = jnp.split(moments, 2, axis=-1)
+        return LatentDistribution(mean, jnp.clip(logvar, -30.0, 20.0))
+
+    def decode(self, latents):
+        """Unscaled latents (B, h, w, c) -> images (B, H, W, 3), nominally in [-1, 1], not clipped."""
+        if self.config.use_post_quant_conv:
+            latents = self.post_quant_conv(latents)
+        return self.decoder(latents)
+
+    def __call__(self, images):
+        """Images -> their reconstruction from the mean latents; touches every parameter, so `init` makes all."""
+        return self.decode(self.encode(images).mean)

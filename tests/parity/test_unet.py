@@ -1,0 +1,287 @@
+"""The Flax UNet against diffusers: forward, K/V gradients, configs, and the K/V projections under vmap."""
+
+import functools
+import math
+
+import diffusers
+import jax
+import jax.extend.core
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from diffusers.models.attention_processor import AttnProcessor
+
+from attrib_jax.models.unet import UNet2DConditionModel, UNetConfig, predictor
+from tests.parity.torch_weights import flax_tree, randomise
+
+TEXT_LENGTH = 5
+
+# Small stand-ins with the options of real checkpoints' config.json. The channels are few, the structure is theirs.
+SD1 = {
+    "_class_name": "UNet2DConditionModel",
+    "act_fn": "silu",
+    "attention_head_dim": 8,
+    "block_out_channels": [16, 32],
+    "center_input_sample": False,
+    "cross_attention_dim": 24,
+    "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+    "downsample_padding": 1,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "layers_per_block": 1,
+    "mid_block_scale_factor": 1,
+    "norm_eps": 1e-5,
+    "norm_num_groups": 8,
+    "sample_size": 8,
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+}
+SD2 = SD1 | {
+    "attention_head_dim": [2, 4],
+    "dual_cross_attention": False,
+    "num_class_embeds": None,
+    "only_cross_attention": False,
+    "upcast_attention": True,
+    "use_linear_projection": True,
+}
+MSCOCO = SD1 | {
+    "block_out_channels": [8, 16, 16, 16],
+    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+    "layers_per_block": 2,
+    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+    "norm_num_groups": 4,
+}
+# The remaining options, one number a level where that is possible, and an epsilon that cannot be overlooked. Of its two
+# up-samplings of 7x10 latents, each doubles one side and rounds the other down.
+OTHER = SD1 | {
+    "block_out_channels": [16, 16, 16],
+    "center_input_sample": True,
+    "cross_attention_dim": 20,
+    "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D", "DownBlock2D"],
+    "flip_sin_to_cos": False,
+    "freq_shift": 1,
+    "in_channels": 5,
+    "layers_per_block": [1, 2, 1],
+    "norm_eps": 0.1,
+    "out_channels": 3,
+    "time_embedding_dim": 40,
+    "transformer_layers_per_block": [2, 1, 1],
+    "up_block_types": ["UpBlock2D", "UpBlock2D", "CrossAttnUpBlock2D"],
+}
+CASES = {
+    "sd1": (SD1, (8, 8)),
+    "sd2": (SD2, (8, 8)),
+    "mscoco": (MSCOCO, (16, 16)),
+    "odd_size_and_other_options": (OTHER, (7, 10)),
+}
+# Compilation is most of the time of these tests, and the code that it makes runs once.
+UNOPTIMISED = {"xla_backend_optimization_level": 0}
+
+
+def sinusoids_float64(config: dict, timesteps: torch.Tensor) -> torch.Tensor:
+    """The timestep features in float64, one element at a time; diffusers itself has them in float32 only."""
+    width = config["block_out_channels"][0]
+    half = width // 2
+    rows = []
+    for timestep in timesteps.tolist():
+        angles = [timestep * 10000.0 ** (-i / (half - config["freq_shift"])) for i in range(half)]
+        sines, cosines = [math.sin(a) for a in angles], [math.cos(a) for a in angles]
+        rows.append(cosines + sines if config["flip_sin_to_cos"] else sines + cosines)
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def torch_model(config: dict, dtype: torch.dtype) -> torch.nn.Module:
+    model = diffusers.UNet2DConditionModel.from_config(config).eval().to(dtype)
+    randomise(model, seed=1)
+    if dtype == torch.float64:
+        model.set_attn_processor(AttnProcessor())
+        model.time_proj.forward = functools.partial(sinusoids_float64, config)
+    return model
+
+
+def is_kv(name: str) -> bool:
+    return "attn2.to_k" in name or "attn2.to_v" in name
+
+
+def compare(case: str, dtype: np.dtype) -> tuple[float, dict[str, float]]:
+    """Relative error of the forward, and of the gradient of a squared loss with respect to every K/V matrix."""
+    config, (height, width) = CASES[case]
+    if dtype == np.float64:
+        config = config | {"upcast_attention": False}  # Upcasting is to float32: it would take digits from float64.
+    model = torch_model(config, torch.float64 if dtype == np.float64 else torch.float32)
+    rng = np.random.default_rng(2)
+    module = UNet2DConditionModel(UNetConfig.from_dict(config))
+    latents = rng.normal(size=(2, height, width, module.config.in_channels)).astype(dtype)
+    target = rng.normal(size=(2, height, width, module.config.out_channels)).astype(dtype)
+    text = rng.normal(size=(2, TEXT_LENGTH, module.config.cross_attention_dim)).astype(dtype)
+    timesteps = np.array([981, 3], np.int32)
+
+    expected = model(
+        torch.from_numpy(latents.transpose(0, 3, 1, 2)), torch.from_numpy(timesteps), torch.from_numpy(text)
+    ).sample.permute(0, 2, 3, 1)
+    ((expected - torch.from_numpy(target)) ** 2).mean().backward()
+    reference_gradients = named_leaves(flax_tree({n: p.grad for n, p in model.named_parameters() if is_kv(n)}))
+
+    params = flax_tree(model.state_dict())
+
+    def loss(params):
+        prediction = module.apply({"params": params}, latents, timesteps, text)
+        return jnp.mean((prediction - target) ** 2), prediction
+
+    def kv_gradients_and_prediction(params):
+        gradients, prediction = jax.grad(loss, has_aux=True)(params)
+        return {name: gradient for name, gradient in named_leaves(gradients).items() if is_kv(name)}, prediction
+
+    with jax.enable_x64(dtype == np.float64):
+        shapes = jax.eval_shape(module.init, jax.random.key(0), latents, timesteps, text)["params"]
+        assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(np.shape, params)
+        gradients, prediction = jax.jit(kv_gradients_and_prediction, compiler_options=UNOPTIMISED)(params)
+    assert prediction.dtype == dtype
+    assert gradients.keys() == reference_gradients.keys()
+    errors = {name: relative_error(gradients[name], reference) for name, reference in reference_gradients.items()}
+    return relative_error(prediction, expected.detach().numpy()), errors
+
+
+def named_leaves(tree) -> dict:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+def relative_error(value, reference: np.ndarray) -> float:
+    assert value.shape == reference.shape
+    return np.abs(np.asarray(value) - reference).max() / np.abs(reference).max()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_float32_forward_and_kv_gradients(case):
+    forward, gradients = compare(case, np.float32)
+    assert forward < 1e-4
+    assert gradients and max(gradients.values()) < 1e-4, gradients
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_float64_forward_and_kv_gradients(case):
+    forward, gradients = compare(case, np.float64)
+    assert forward < 1e-9
+    assert gradients and max(gradients.values()) < 1e-8, gradients
+
+
+# UNet parameters: METHOD.md section 6 for the MSCOCO model; the published SD 1.4 UNet has 859,520,964.
+@pytest.mark.parametrize(
+    "overrides, total, kv_total",
+    [
+        ({"cross_attention_dim": 768}, 859_520_964, None),
+        ({"cross_attention_dim": 1024, "block_out_channels": [128, 256, 256, 256]}, 57.4e6, 7.08e6),
+    ],
+)
+def test_full_size_parameter_counts(overrides, total, kv_total):
+    module = UNet2DConditionModel(UNetConfig.from_dict(overrides))
+    latents, text = jnp.zeros((1, 16, 16, 4)), jnp.zeros((1, 77, overrides["cross_attention_dim"]))
+    params = jax.eval_shape(module.init, jax.random.key(0), latents, 0, text)["params"]
+    sizes = {name: leaf.size for name, leaf in named_leaves(params).items()}
+    kv_sizes = [size for name, size in sizes.items() if is_kv(name)]
+    assert sum(sizes.values()) == pytest.approx(total, rel=1e-3 if kv_total else 0)
+    assert len(kv_sizes) == 32
+    assert kv_total is None or sum(kv_sizes) == pytest.approx(kv_total, rel=1e-3)
+
+
+@pytest.mark.parametrize("config", [SD1, SD2, MSCOCO, OTHER, {}], ids=["sd1", "sd2", "mscoco", "other", "defaults"])
+def test_exported_config_is_read_back_by_both(config):
+    exported = UNetConfig.from_dict(config).to_dict()
+    assert UNetConfig.from_dict(exported) == UNetConfig.from_dict(config)
+    with torch.device("meta"):
+        theirs = diffusers.UNet2DConditionModel.from_config(exported)
+        original = diffusers.UNet2DConditionModel.from_config(config)
+    for key, value in exported.items():
+        if key != "_class_name":
+            assert theirs.config[key] == value
+    assert {k: v.shape for k, v in theirs.state_dict().items()} == {
+        k: v.shape for k, v in original.state_dict().items()
+    }
+
+
+def test_num_attention_heads_takes_precedence():
+    assert UNetConfig.from_dict(SD1 | {"num_attention_heads": [2, 4]}).attention_head_dim == (2, 4)
+    assert UNetConfig.from_dict(SD1 | {"num_attention_heads": None}).attention_head_dim == 8
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        ({"_class_name": "UNet2DModel"}, "_class_name='UNet2DModel' is not supported"),
+        ({"class_embed_type": "timestep"}, "class_embed_type='timestep'"),
+        ({"addition_embed_type": "text_time"}, "addition_embed_type='text_time'"),
+        ({"mid_block_type": "UNetMidBlock2DSimpleCrossAttn"}, "mid_block_type="),
+        ({"only_cross_attention": True}, "only_cross_attention=True"),
+        ({"time_embedding_type": "fourier"}, "time_embedding_type='fourier'"),
+        ({"act_fn": "gelu"}, "act_fn='gelu'"),
+        ({"encoder_hid_dim": 12}, "encoder_hid_dim=12"),
+        ({"dual_cross_attention": True}, "dual_cross_attention=True"),
+        ({"attention_type": "gated"}, "attention_type='gated'"),
+        (
+            {"down_block_types": ["AttnDownBlock2D", "DownBlock2D"]},
+            "down_block_types has the unsupported 'AttnDownBlock2D'",
+        ),
+        ({"up_block_types": ["UpBlock2D"]}, "up_block_types has 1 entries"),
+        ({"attention_head_dim": [2, 4, 8]}, "attention_head_dim has 3 entries"),
+        ({"attention_head_dim": 5}, "number of heads attention_head_dim=5"),
+        ({"norm_num_groups": None}, "norm_num_groups must hold positive whole numbers, got None"),
+        ({"cross_attention_dim": [24, 24]}, "cross_attention_dim must hold positive whole numbers"),
+    ],
+)
+def test_unsupported_config_is_named(overrides, message):
+    with pytest.raises(ValueError, match=message.replace("[", r"\[")):
+        UNetConfig.from_dict(SD1 | overrides)
+
+
+def test_misshaped_input_is_named():
+    module = UNet2DConditionModel(UNetConfig.from_dict(SD1))
+    with pytest.raises(ValueError, match=r"text must be \(B, L, 24\), got shape \(1, 5, 23\)"):
+        jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 8, 8, 4)), 0, jnp.zeros((1, 5, 23)))
+    with pytest.raises(ValueError, match=r"latents must be \(B, h, w, 4\), got shape \(1, 4, 8, 8\)"):
+        jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 4, 8, 8)), 0, jnp.zeros((1, 5, 24)))
+
+
+def matmuls(jaxpr):
+    """Operand sizes of every dot_general, those of nested jaxprs included."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            yield tuple(operand.aval.shape for operand in equation.invars)
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
+            yield from matmuls(inner)
+
+
+@pytest.mark.parametrize("text_mapped", [False, True])
+def test_keys_and_values_are_computed_once_for_all_timesteps(text_mapped):
+    config = UNetConfig.from_dict(SD1 | {"cross_attention_dim": 23})  # A width that no other matrix has.
+    module = UNet2DConditionModel(config)
+    steps = 3
+    latents, timesteps = jnp.zeros((steps, 8, 8, 4)), jnp.arange(steps)
+    text = jnp.zeros((steps, TEXT_LENGTH, 23) if text_mapped else (TEXT_LENGTH, 23))
+    params = jax.eval_shape(module.init, jax.random.key(0), latents, timesteps, jnp.zeros((steps, TEXT_LENGTH, 23)))[
+        "params"
+    ]
+    predict = jax.vmap(predictor(module), in_axes=(None, 0, 0, 0 if text_mapped else None))
+    traced = jax.make_jaxpr(predict)(params, latents, timesteps, text)
+    assert traced.out_avals[0].shape == (steps, 8, 8, 4)
+    projected = [shapes for shapes in matmuls(traced.jaxpr) if any(23 in shape for shape in shapes)]
+    layers = 1 + 1 + 2  # Of the down, mid and up block: a key and a value projection each.
+    assert len(projected) == 2 * layers
+    expected_tokens = TEXT_LENGTH * (steps if text_mapped else 1)
+    assert all(math.prod(text_shape) == expected_tokens * 23 for text_shape, _ in projected)
+
+
+def test_predictor_is_the_batched_forward_of_one_example():
+    module = UNet2DConditionModel(UNetConfig.from_dict(SD1))
+    rng = np.random.default_rng(3)
+    latents = rng.normal(size=(2, 8, 8, 4)).astype(np.float32)
+    text = rng.normal(size=(TEXT_LENGTH, 24)).astype(np.float32)
+    timesteps = np.array([7, 500])
+    params = flax_tree(torch_model(SD1, torch.float32).state_dict())
+    batched = jax.jit(module.apply, compiler_options=UNOPTIMISED)(
+        {"params": params}, latents, timesteps, np.stack([text, text])
+    )
+    predict = jax.vmap(predictor(module), in_axes=(None, 0, 0, None))
+    mapped = jax.jit(predict, compiler_options=UNOPTIMISED)(params, latents, timesteps, text)
+    np.testing.assert_allclose(mapped, batched, atol=1e-5)
+    assert np.abs(mapped[0] - mapped[1]).max() > 0.1

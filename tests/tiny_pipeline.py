@@ -1,0 +1,79 @@
+"""A tiny random Stable Diffusion pipeline, made and saved by PyTorch diffusers: the tests' model folder."""
+
+import diffusers
+import torch
+import transformers
+
+from attrib_jax.convert.tokenizer import save_tokenizer, train_tokenizer
+
+CAPTIONS = ("a red heart", "grinning face", "a polar bear: white", "woman’s hat", "flag: Côte d'Ivoire", "keycap 10")
+TEXT_WIDTH = 32
+MAX_LENGTH = 8
+
+
+def make_torch_pipeline(path, seed: int = 0, prediction_type: str = "epsilon") -> diffusers.StableDiffusionPipeline:
+    """Saves a pipeline for 16-pixel images (8x8x4 latents) as a diffusers folder at `path`, and returns it.
+
+    Every weight is random, those included that PyTorch starts at 0 or 1, so that a swapped or forgotten one shows.
+    """
+    torch.manual_seed(seed)
+    tokenizer = train_tokenizer(CAPTIONS, vocab_size=600, model_max_length=MAX_LENGTH)
+    pipeline = diffusers.StableDiffusionPipeline(
+        vae=diffusers.AutoencoderKL(
+            block_out_channels=(32, 64),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            layers_per_block=1,
+            norm_num_groups=8,
+            sample_size=16,
+        ),
+        text_encoder=transformers.CLIPTextModel(
+            transformers.CLIPTextConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=TEXT_WIDTH,
+                intermediate_size=48,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                max_position_embeddings=MAX_LENGTH,
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        ),
+        tokenizer=tokenizer,
+        unet=diffusers.UNet2DConditionModel(
+            sample_size=8,
+            block_out_channels=(32, 64),
+            layers_per_block=1,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            cross_attention_dim=TEXT_WIDTH,
+            attention_head_dim=4,
+            norm_num_groups=8,
+        ),
+        scheduler=diffusers.DDIMScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            prediction_type=prediction_type,
+            clip_sample=False,
+            set_alpha_to_one=False,
+            steps_offset=1,
+        ),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    for module in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+        randomise(module)
+    pipeline.save_pretrained(path)
+    save_tokenizer(tokenizer, f"{path}/tokenizer")
+    return pipeline
+
+
+def randomise(module: torch.nn.Module) -> None:
+    """Adds noise to every parameter in place, and puts the module in evaluation mode."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    module.eval()
