@@ -64,7 +64,7 @@ def score_scale(scores: np.ndarray) -> ScoreScale:
 
 
 def ranking(report: ReportData) -> np.ndarray:
-    """(N,) positions, most influential first; equal scores in row-id order, so that the order of the data is no matter."""
+    """(N,) positions, most influential first; equal scores in row-id order, whatever the order of the data."""
     return np.lexsort((np.asarray(report.row_id), -np.asarray(report.score, np.float64)))
 
 
