@@ -1,0 +1,64 @@
+"""Argument checks before tracing: each error names the argument, its value, what was expected and what to do."""
+
+import difflib
+import math
+import numbers
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import numpy as np
+
+
+def check_range(name: str, value: float, low: float = -math.inf, high: float = math.inf, integer: bool = False) -> None:
+    """Raises ValueError unless `low <= value <= high`, and `value` is a whole number where `integer` is set."""
+    kind = numbers.Integral if integer else numbers.Real
+    # bool is an int to Python, but True as a step size is a slip. NaN fails both comparisons.
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, kind) or not low <= value <= high:
+        noun = "a whole number" if integer else "a number"
+        if low > -math.inf and high < math.inf:
+            noun += f" from {low} to {high}"
+        elif low > -math.inf:
+            noun += f" of at least {low}"
+        elif high < math.inf:
+            noun += f" of at most {high}"
+        raise ValueError(f"{name} is {value!r}: expected {noun}. Change {name}.")
+
+
+def check_positive(name: str, value: float, integer: bool = False) -> None:
+    """Raises ValueError unless `value` is finite and greater than 0, and a whole number where `integer` is set."""
+    kind = numbers.Integral if integer else numbers.Real
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, kind) or not 0 < value < math.inf:
+        noun = "whole number" if integer else "finite number"
+        raise ValueError(f"{name} is {value!r}: expected a {noun} greater than 0. Change {name}.")
+
+
+def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
+    """Raises ValueError unless `value` is one of `choices`, suggesting the nearest one and listing all."""
+    choices = list(choices)
+    if value in choices:
+        return
+    near = difflib.get_close_matches(str(value).lower(), choices, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise ValueError(f"unknown {name} {value!r}: {hint}Known: {', '.join(choices)}.")
+
+
+def check_finite(name: str, tree: Any) -> None:
+    """Raises ValueError naming the leaves of `tree` that hold NaN or infinity, and how many such values each has.
+
+    Runs on concrete arrays, on the host: not inside `jit`.
+    """
+    wrong = []
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        values = np.asarray(leaf)
+        if values.dtype.kind in "biuSU":
+            continue
+        count = int(values.size - np.count_nonzero(np.isfinite(values)))
+        if count:
+            leaf_name = jax.tree_util.keystr(path, simple=True, separator="/") or "the array"
+            wrong.append(f"{leaf_name} ({count} of {values.size})")
+    if wrong:
+        raise ValueError(
+            f"{name} has values that are NaN or infinite: {', '.join(wrong)}. The file is damaged or the computation "
+            "diverged: load another copy, or repeat it with a smaller step."
+        )

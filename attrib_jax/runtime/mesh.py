@@ -1,0 +1,70 @@
+"""The one device axis, `data`: batches are split along it, parameters are on every device."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+
+def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A 1-D mesh with the axis `data` over `devices`, by default all devices of all hosts."""
+    return Mesh(np.asarray(jax.devices() if devices is None else devices), ("data",))
+
+
+def shard_batch(mesh: Mesh, tree: Any) -> Any:
+    """Splits the first axis of every leaf over the devices of `mesh`.
+
+    Leaves are this host's share, (B, ...) with B a multiple of the host's devices in the mesh; the global arrays hold
+    the shares of all hosts one after the other. Raises ValueError naming a leaf whose B is no such multiple.
+    """
+    local = len(mesh.local_devices)
+    sharding = NamedSharding(mesh, PartitionSpec("data"))
+
+    def put(path, leaf):
+        if leaf.ndim == 0 or leaf.shape[0] % local:
+            name = jax.tree_util.keystr(path, simple=True, separator="/") or "the batch"
+            raise ValueError(
+                f"{name} has shape {leaf.shape}: expected a first axis that is a multiple of this host's {local} "
+                "devices. Pad the batch with masked rows."
+            )
+        return jax.make_array_from_process_local_data(sharding, leaf)
+
+    return jax.tree_util.tree_map_with_path(put, tree)
+
+
+def replicate(mesh: Mesh, tree: Any) -> Any:
+    """Puts every leaf whole on every device of `mesh`; all hosts must give the same values."""
+    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+
+
+def tile_map(mesh: Mesh, fn: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """Compiles `fn(shared, batch) -> results` so that every device runs it on one tile.
+
+    Returns a function of the same arguments whose batch holds one tile for each device of `mesh`, one after the other
+    along the first axis of every leaf, as do the results. `shared` is whole on every device. Each device runs the
+    program that one device alone would run on its tile, so a row's result does not depend on the number of devices.
+    """
+    sharded = jax.shard_map(
+        fn, mesh=mesh, in_specs=(PartitionSpec(), PartitionSpec("data")), out_specs=PartitionSpec("data")
+    )
+    return jax.jit(sharded)
+
+
+def padded_tiles(num_rows: int, tile: int) -> tuple[np.ndarray, np.ndarray]:
+    """Cuts `num_rows` rows into tiles of one fixed shape, so that a row's result does not depend on the batch size.
+
+    Returns:
+      indices: (T, tile) int32, T = ceil(num_rows / tile); the last tile is padded with the last row, a valid one.
+      mask: (T, tile) bool, False for padding.
+
+    Raises:
+      ValueError: `num_rows` is negative or `tile` below 1.
+    """
+    if num_rows < 0:
+        raise ValueError(f"num_rows is {num_rows}: expected at least 0")
+    if tile < 1:
+        raise ValueError(f"tile is {tile}: expected at least 1")
+    positions = np.arange(-(-num_rows // tile) * tile, dtype=np.int32).reshape(-1, tile)
+    return np.minimum(positions, max(num_rows - 1, 0)), positions < num_rows

@@ -1,0 +1,129 @@
+"""Atomic writes: what a reader sees after each way that a write can fail."""
+
+import errno
+import os
+import subprocess
+import sys
+import textwrap
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from attrib_jax.runtime import files
+from attrib_jax.runtime.files import DamagedFileError, StorageError
+
+
+def test_round_trips(tmp_path):
+    files.write_json(tmp_path / "a.json", {"name": "Käse", "sizes": [1, 2]})
+    assert (tmp_path / "a.json").read_text() == '{\n  "name": "Käse",\n  "sizes": [\n    1,\n    2\n  ]\n}\n'
+    files.write_npz(tmp_path / "a.npz", {"score": np.arange(3.0), "row_id": np.arange(3)})
+    with np.load(tmp_path / "a.npz") as stored:
+        np.testing.assert_array_equal(stored["score"], [0.0, 1.0, 2.0])
+        assert stored["row_id"].dtype == np.int64
+    mask = os.umask(0)
+    os.umask(mask)
+    assert (tmp_path / "a.npz").stat().st_mode & 0o777 == 0o666 & ~mask
+
+
+def test_arrays_round_trip_with_dtype_shape_and_header(tmp_path):
+    arrays = {
+        "loss": np.random.default_rng(0).normal(size=(3, 2, 4)),
+        "half": np.ones((2, 3), np.float16).T,
+        "scalar": np.float32(np.nan),
+        "empty": np.zeros((0, 5), np.int32),
+    }
+    files.write_arrays(tmp_path / "a", arrays, {"rows": [0, 3]})
+    stored, header = files.read_arrays(tmp_path / "a")
+    assert header == {"rows": [0, 3]}
+    assert stored.keys() == arrays.keys()
+    for name, array in arrays.items():
+        assert stored[name].dtype == array.dtype
+        np.testing.assert_array_equal(stored[name], array)
+
+
+def test_a_flip_in_any_byte_and_any_truncation_are_detected(tmp_path):
+    path = tmp_path / "a"
+    arrays = {"x": np.arange(3, dtype=np.float32), "y": np.arange(1, dtype=np.int16)}
+    files.write_arrays(path, arrays, {"rows": [0, 4]})
+    content = path.read_bytes()
+    unnoticed = []
+    for position in range(len(content)):
+        flipped = bytearray(content)
+        flipped[position] ^= 1 << position % 8
+        path.write_bytes(flipped)
+        try:
+            stored, header = files.read_arrays(path)
+        except DamagedFileError:
+            continue
+        # A flip in the header's blank padding changes nothing; anything else that passes must read the same.
+        same = header == {"rows": [0, 4]} and stored.keys() == arrays.keys()
+        same = same and all(stored[k].dtype == arrays[k].dtype for k in arrays)
+        if not (same and all(np.array_equal(stored[k], arrays[k]) for k in arrays)):
+            unnoticed.append(position)
+    assert not unnoticed
+    for length in range(len(content)):
+        path.write_bytes(content[:length])
+        with pytest.raises(DamagedFileError):
+            files.read_arrays(path)
+
+
+def test_dtype_that_cannot_be_stored_is_named(tmp_path):
+    for dtype in (jnp.bfloat16, object):
+        with pytest.raises(ValueError, match=rf"cannot be stored: {{'x': '{np.dtype(dtype)}'}}. Cast"):
+            files.write_arrays(tmp_path / "a", {"x": np.ones(2, dtype), "y": np.ones(2)}, {})
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("call", ["mkstemp", "fsync", "replace"])
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EACCES])
+def test_a_failing_call_keeps_the_old_content_and_leaves_no_temporary(tmp_path, monkeypatch, call, code):
+    path = tmp_path / "stage.json"
+    files.write_bytes(path, b"old")
+
+    def fail(*args, **kwargs):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(files.tempfile if call == "mkstemp" else files.os, call, fail)
+    with pytest.raises(StorageError, match=rf"cannot write .*stage\.json: {os.strerror(code)}"):
+        files.write_bytes(path, b"new")
+    monkeypatch.undo()
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["stage.json"]
+
+
+def test_an_exception_in_the_block_keeps_the_old_content(tmp_path):
+    path = tmp_path / "a"
+    files.write_bytes(path, b"old")
+    with pytest.raises(KeyError), files.atomic_write(path) as file:
+        file.write(b"half")
+        raise KeyError("stop")
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_a_value_that_is_no_json_writes_nothing(tmp_path):
+    with pytest.raises(TypeError):
+        files.write_json(tmp_path / "a.json", {"x": object()})
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_system_refusing_a_write_half_way_keeps_the_old_content(tmp_path, quick_import):
+    """A file size limit makes the kernel accept part of the bytes and refuse the rest, as a full disk does."""
+    path = tmp_path / "a"
+    files.write_bytes(path, b"old")
+    script = quick_import + textwrap.dedent(
+        f"""
+        import resource
+        from attrib_jax.runtime.files import StorageError, write_bytes
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+        try:
+            write_bytes({str(path)!r}, bytes(1_000_000))
+        except StorageError as error:
+            print(error)
+        """
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert f"cannot write {path}: File too large" in done.stdout
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["a"]
