@@ -217,6 +217,17 @@ def prompt_report(pipeline: Pipeline, prompt: str) -> PromptReport:
     return inspect_prompt(pipeline.tokenizer, prompt)
 
 
+def latent_size(pipeline: Pipeline) -> tuple[int, int]:
+    """Height and width of the latents that a pipeline was trained on.
+
+    Raises ValueError where the UNet's config does not give a `sample_size`.
+    """
+    size = pipeline.unet.config.sample_size
+    if size is None:
+        raise ValueError("unet/config.json has no sample_size; add the height and width of the model's latents")
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
 def encode_text(text_encoder: CLIPTextModel, params: Any, input_ids: jax.Array) -> jax.Array:
     """input_ids (B, L) int32 -> text states (B, L, d), as the UNet's cross-attention takes them."""
     return text_encoder.apply({"params": params}, jnp.asarray(input_ids, jnp.int32))

@@ -6,6 +6,7 @@ The forward pass follows `diffusers.UNet2DConditionModel`, and so do the paramet
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -380,11 +381,13 @@ class UNet2DConditionModel(nn.Module):
         return Conv(config.out_channels, name="conv_out")(x)
 
 
+@functools.cache
 def predictor(unet: UNet2DConditionModel) -> Callable[..., Any]:
     """Returns `predict(params, noisy_latents, timestep, text)` for one example without a batch axis.
 
     noisy_latents (h, w, c), timestep () and text (L, d) -> (h, w, out_channels). Map it with `jax.vmap`; over several
-    timesteps of one caption leave `text` unmapped, and its key and value projections are computed once.
+    timesteps of one caption leave `text` unmapped, and its key and value projections are computed once. The same
+    function comes back for equal modules, so what was compiled for it is found again.
     """
 
     def predict(params, noisy_latents, timestep, text):

@@ -1,0 +1,40 @@
+"""Data attribution for text-to-image models by unlearning, in JAX (Wang et al., NeurIPS 2024).
+
+The names in `__all__` are the library; each is documented where it is defined and loaded when first used, so that
+importing this package is fast and starts no device.
+"""
+
+import importlib
+
+_MODULES = {
+    "attribution.scores": ("combine_scores", "score_dataset", "strided_losses"),
+    "attribution.unlearn": ("newton_step", "query_gradient", "scale_by_newton", "sgd_step", "unlearn"),
+    "convert.pipeline": ("Pipeline", "load_pipeline", "load_unet", "save_pipeline"),
+    "core.keys": ("example_noise", "loss_key", "purpose_key"),
+    "core.types": ("Batch", "Scores"),
+    "core.weights": ("merge_weights", "select_weights"),
+    "curvature.diagonal": ("Diagonal",),
+    "curvature.fisher": ("FisherSum", "fisher_diagonal"),
+    "data.sources": ("ArrayDataset", "open_dataset"),
+    "diffusion.losses": ("denoising_loss", "denoising_losses"),
+    "diffusion.samplers": ("sample",),
+    "diffusion.schedule": ("NoiseSchedule", "strided_timesteps"),
+    "models.unet": ("predictor",),
+    "stages.attribute": ("AttributeConfig", "Attributor", "attribute"),
+    "stages.query": ("Query",),
+}
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module 'attrib_jax' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"attrib_jax.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,39 @@
+"""Region attribution (METHOD.md section 5): a box in the query's picture as a mask over its latents."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def region_mask(region: Sequence[float], image_size: tuple[int, int], latent_size: tuple[int, int]) -> np.ndarray:
+    """The share of each latent pixel that a box of the picture covers -> (h, w) float32 in [0, 1].
+
+    A latent pixel that the box cuts counts by its covered share, so the query's loss follows the box smoothly, a box of
+    a few picture pixels still selects something, and the mask's sum is the box's area in latent pixels.
+
+    Args:
+        region: (x0, y0, x1, y1) in picture pixels from the top left, x to the right; x1 and y1 are exclusive.
+        image_size: (H, W) of the picture.
+        latent_size: (h, w) of its latents.
+
+    Raises:
+        ValueError: not four finite numbers, an empty box, or one that reaches outside the picture.
+    """
+    height, width = image_size
+    box = [float(edge) for edge in region]
+    if len(box) != 4 or not np.isfinite(box).all():
+        raise ValueError(f"region={tuple(region)} must be four numbers x0,y0,x1,y1 in picture pixels.")
+    x0, y0, x1, y1 = box
+    if x0 >= x1 or y0 >= y1:
+        raise ValueError(f"region={tuple(region)} is empty: expected x0 < x1 and y0 < y1 (x0,y0 is the top left).")
+    if x0 < 0 or y0 < 0 or x1 > width or y1 > height:
+        raise ValueError(f"region={tuple(region)} reaches outside the picture of {width} x {height} pixels.")
+    rows = _coverage(y0 * latent_size[0] / height, y1 * latent_size[0] / height, latent_size[0])
+    columns = _coverage(x0 * latent_size[1] / width, x1 * latent_size[1] / width, latent_size[1])
+    return np.outer(rows, columns).astype(np.float32)
+
+
+def _coverage(start: float, stop: float, size: int) -> np.ndarray:
+    """Length of [start, stop] within each of the unit cells [i, i + 1], i < size."""
+    cells = np.arange(size)
+    return np.clip(np.minimum(stop, cells + 1) - np.maximum(start, cells), 0, 1)

@@ -1,0 +1,187 @@
+"""Scores (METHOD.md section 4): strided losses before and after unlearning, and their difference for each image."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from attrib_jax.core.checks import check_choice, check_positive
+from attrib_jax.core.keys import example_noise
+from attrib_jax.core.types import Batch, Scores
+from attrib_jax.core.weights import Params
+from attrib_jax.diffusion.losses import Predict, denoising_losses
+from attrib_jax.diffusion.schedule import NoiseSchedule
+
+FLIP_RULES = ("max", "mean", "none")
+
+# Examples a compiled call holds. Fixed, because XLA's sums may differ in their last bits between batch shapes.
+EXAMPLES_PER_TILE = 8
+
+
+def example_loss(
+    predict: Predict, schedule: NoiseSchedule, params: Params, key: jax.Array, example: Batch, timesteps: jax.Array
+) -> jax.Array:
+    """The strided loss of one example, the mean over `timesteps` -> (); its mask is ignored.
+
+    Args:
+        predict: the model.
+        schedule: noise levels and prediction type.
+        params: the model's parameters.
+        key: `loss_key(seed)`: the noise depends on it and on the example's row id, flip, caption and timestep alone.
+        example: a `Batch` without its leading axis.
+        timesteps: (S,) int32, see `strided_timesteps`.
+    """
+    noise = example_noise(key, example.row_id, example.flip, example.caption, timesteps, example.latents.shape)
+    noise = noise.astype(example.latents.dtype)
+    return jnp.mean(denoising_losses(predict, params, schedule, example.latents, example.text, noise, timesteps))
+
+
+def strided_losses(
+    predict: Predict, schedule: NoiseSchedule, params: Params, key: jax.Array, batch: Batch, timesteps: jax.Array
+) -> jax.Array:
+    """The strided loss of each of B examples -> (B,); padding (mask 0) gives exactly 0.
+
+    Compile it once for one B, the tile (`jax.jit(strided_losses, static_argnums=0)`), and fill the last tile with
+    padding: then an example's loss is the same to the bit in whatever order, subset or batch the data set is run.
+    Arguments as in `example_loss`.
+    """
+    losses = jax.vmap(lambda example: example_loss(predict, schedule, params, key, example, timesteps))(batch)
+    return jnp.where(jnp.asarray(batch.mask).astype(bool), losses, 0)
+
+
+tile_losses = jax.jit(strided_losses, static_argnames="predict")
+
+
+def combine_scores(loss_before: np.ndarray, loss_after: np.ndarray, how: str = "max") -> tuple[np.ndarray, np.ndarray]:
+    """Scores from losses under both weights: tau = L(z, theta_unlearned) - L(z, theta0), over the image's flips.
+
+    Args:
+        loss_before: (N, flips), captions already averaged; column 0 is the image as is, column 1 mirrored.
+        loss_after: (N, flips).
+        how: `max` over the flips, `mean`, or `none` (the image as is only).
+
+    Returns:
+        `(score, flip)`: (N,) float64, and (N,) int32 the flip with the largest difference (0 for `none`).
+
+    Raises:
+        ValueError: shapes differ or are not (N, flips), or `how` is unknown.
+    """
+    check_choice("flips", how, FLIP_RULES)
+    if np.ndim(loss_before) != 2 or np.shape(loss_before) != np.shape(loss_after):
+        raise ValueError(
+            f"loss_before and loss_after have shapes {np.shape(loss_before)} and {np.shape(loss_after)}; "
+            "expected the same (N, flips)."
+        )
+    difference = np.asarray(loss_after, np.float64) - np.asarray(loss_before, np.float64)
+    if how == "none":
+        difference = difference[:, :1]
+    flip = difference.argmax(axis=1).astype(np.int32)
+    return difference.mean(axis=1) if how == "mean" else difference.max(axis=1), flip
+
+
+def dataset_losses(
+    predict: Predict,
+    schedule: NoiseSchedule,
+    params: Params,
+    key: jax.Array,
+    row_id: np.ndarray,
+    latents: np.ndarray,
+    text: np.ndarray,
+    timesteps: np.ndarray,
+    *,
+    caption_mask: np.ndarray | None = None,
+    batch_size: int = EXAMPLES_PER_TILE,
+    progress: Callable[[int], None] | None = None,
+) -> np.ndarray:
+    """Strided losses of a data set held in memory, the mean over captions -> (N, flips) float64.
+
+    The N x flips x captions examples run in tiles of `EXAMPLES_PER_TILE`, the last one padded.
+
+    Args:
+        predict, schedule, params, key, timesteps: as in `example_loss`.
+        row_id: (N,) the images' rows in the full data set.
+        latents: (N, flips, h, w, c); flip 1 is the mirrored picture's.
+        text: (N, captions, L, d).
+        caption_mask: (N, captions) 1 for a caption, 0 for padding of images with fewer; all count if None.
+        batch_size: examples handed to the device before their losses are fetched, rounded up to whole tiles: it bounds
+            the host's lead, and changes no digit.
+        progress: called on the host with the number of images x flips x captions done.
+
+    Raises:
+        ValueError: leading axes differ, or an image has no caption.
+    """
+    count, flips = latents.shape[:2]
+    captions = text.shape[1]
+    if len(row_id) != count or len(text) != count:
+        raise ValueError(
+            f"row_id, latents and text have {len(row_id)}, {count} and {len(text)} rows; expected as many."
+        )
+    check_positive("batch_size", batch_size, integer=True)
+    present = np.ones((count, captions), bool) if caption_mask is None else np.asarray(caption_mask).astype(bool)
+    if present.shape != (count, captions) or not present.any(axis=1).all():
+        raise ValueError(
+            f"caption_mask has shape {present.shape}; expected {(count, captions)}, with a caption for every image."
+        )
+    image, flip, caption = np.nonzero(np.broadcast_to(present[:, None, :], (count, flips, captions)))
+    tile = EXAMPLES_PER_TILE
+    losses = np.zeros((count, flips, captions), np.float64)
+    tiles_per_fetch = -(-batch_size // tile)
+    for first in range(0, len(image), tile * tiles_per_fetch):
+        pending = []
+        for start in range(first, min(first + tile * tiles_per_fetch, len(image)), tile):
+            members = np.arange(start, min(start + tile, len(image)))
+            # Padding repeats the tile's first example: finite numbers, and no further shape to compile.
+            rows = np.pad(members, (0, tile - len(members)), constant_values=start)
+            batch = Batch(
+                latents=latents[image[rows], flip[rows]],
+                text=text[image[rows], caption[rows]],
+                row_id=np.asarray(row_id)[image[rows]].astype(np.int32),
+                flip=flip[rows].astype(np.int32),
+                caption=caption[rows].astype(np.int32),
+                mask=(np.arange(tile) < len(members)).astype(np.float32),
+            )
+            pending.append((members, tile_losses(predict, schedule, params, key, batch, timesteps)))
+        for members, values in pending:
+            losses[image[members], flip[members], caption[members]] = np.asarray(values)[: len(members)]
+        if progress is not None:
+            progress(int(pending[-1][0][-1]) + 1)
+    return (losses * present[:, None, :]).sum(axis=2) / present.sum(axis=1)[:, None]
+
+
+def score_dataset(
+    predict: Predict,
+    schedule: NoiseSchedule,
+    params_before: Params,
+    params_after: Params,
+    key: jax.Array,
+    row_id: np.ndarray,
+    latents: np.ndarray,
+    text: np.ndarray,
+    timesteps: np.ndarray,
+    *,
+    how: str = "max",
+    loss_before: np.ndarray | None = None,
+    **options: Any,
+) -> Scores:
+    """Scores every image of a data set held in memory: its loss under the unlearned weights less that before.
+
+    Args:
+        params_before, params_after: the model's parameters before and after unlearning.
+        how: what to make of an image's flips, see `combine_scores`.
+        loss_before: (N, flips) from `dataset_losses` with the same key and timesteps, if known; computed if None.
+        options: `caption_mask`, `batch_size` and `progress` of `dataset_losses`; other arguments as there.
+    """
+    if how == "none":
+        latents = latents[:, :1]
+        loss_before = None if loss_before is None else loss_before[:, :1]
+    run = functools.partial(
+        dataset_losses, predict, schedule, key=key, row_id=row_id, latents=latents, text=text, timesteps=timesteps
+    )
+    if loss_before is None:
+        loss_before = run(params=params_before, **options)
+    loss_after = run(params=params_after, **options)
+    score, flip = combine_scores(loss_before, loss_after, how)
+    return Scores(row_id, score, loss_before, loss_after, flip)

@@ -1,0 +1,96 @@
+"""The two records that travel through the library: a batch of training examples, and the scores of a data set."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from attrib_jax.core.checks import check_positive
+
+
+class Batch(NamedTuple):
+    """B training examples, each one (picture, flip, caption); a pytree, so it passes through `jit`, `vmap` and `scan`.
+
+    Attributes:
+      latents: (B, h, w, c) float32, multiplied by the autoencoder's scaling factor; of the mirrored picture if flipped.
+      text: (B, L, d) float32 text states of the example's caption.
+      row_id: (B,) int32, the picture's row in the data set, whatever the order of the batch.
+      flip: (B,) int32, 1 for the mirrored picture.
+      caption: (B,) int32, index of the caption among the picture's captions.
+      mask: (B,) 1 for an example, 0 for padding.
+    """
+
+    latents: Any
+    text: Any
+    row_id: Any
+    flip: Any
+    caption: Any
+    mask: Any
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Scores:
+    """Influence of N training images on one query; numpy arrays, one row an image, in any order of images.
+
+    Attributes:
+      row_id: (N,) integers, unique: which training image.
+      score: (N,) floats, larger is more influential; for unlearning a loss difference, about 0 for unrelated images.
+      loss_before: (N, flips) losses under the original weights, or None for methods without them.
+      loss_after: (N, flips) losses under the unlearned weights, or None.
+      flip: (N,) integers, the flip that gave the score (0 as is, 1 mirrored), or None.
+
+    Raises:
+      ValueError: lengths differ, a row id occurs twice, or a score is NaN or infinite.
+    """
+
+    row_id: np.ndarray
+    score: np.ndarray
+    loss_before: np.ndarray | None = None
+    loss_after: np.ndarray | None = None
+    flip: np.ndarray | None = None
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value is None and field.name not in ("row_id", "score"):
+                continue
+            object.__setattr__(self, field.name, np.asarray(value))
+            if getattr(self, field.name).shape[:1] != self.row_id.shape:
+                raise ValueError(
+                    f"{field.name} has shape {np.shape(value)}, but row_id has shape {self.row_id.shape}: "
+                    "expected one row for each image."
+                )
+        ids, counts = np.unique(self.row_id, return_counts=True)
+        if len(ids) < len(self.row_id):
+            raise ValueError(
+                f"row_id holds {ids[counts > 1][:5].tolist()} more than once; give every image one row, "
+                "its flips and captions already combined."
+            )
+        bad = ~np.isfinite(self.score)
+        if bad.any():
+            raise ValueError(
+                f"score is NaN or infinite for {bad.sum()} of {len(bad)} images (row ids "
+                f"{self.row_id[bad][:5].tolist()}, ...). Check the weights for NaN, or take a smaller step_size."
+            )
+
+    def __len__(self) -> int:
+        return len(self.row_id)
+
+    def _order(self) -> np.ndarray:
+        # Equal scores go by row id, so that the ranking does not depend on the order of the rows.
+        return np.lexsort((self.row_id, -self.score))
+
+    def top(self, k: int | None = None) -> "Scores":
+        """The `k` most influential images (all of them by default), best first; equal scores by rising row id."""
+        if k is not None:
+            check_positive("k", k, integer=True)
+        rows = self._order()[:k]
+        arrays = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return Scores(**{name: None if array is None else array[rows] for name, array in arrays.items()})
+
+    def rank_of(self, row_id: int) -> int:
+        """Rank of one image, 1 for the most influential; ties as in `top`. KeyError if it was not scored."""
+        found = np.flatnonzero(self.row_id[self._order()] == row_id)
+        if not found.size:
+            raise KeyError(f"row_id={row_id} is not among the {len(self)} scored images.")
+        return int(found[0]) + 1

@@ -1,0 +1,118 @@
+"""Diagonal Fisher information from per-example gradients (METHOD.md section 3)."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from attrib_jax.curvature.diagonal import GRADIENT_SCALE, Diagonal
+
+
+class FisherSum(NamedTuple):
+    """Sum over examples of squared gradients; `+` adds the sums of two batches or devices.
+
+    The sum is kept as an unevaluated pair `sum + compensation` (Knuth's two-sum), which doubles its precision: the
+    float32 total of a million samples, added one batch at a time, is right to the last bit instead of drifting.
+
+    Attributes:
+      sum: nested dict in the layout of the selected weights, leaves sum of (GRADIENT_SCALE * gradient)**2.
+      count: () int32, examples that were not padding.
+      compensation: what rounding took from `sum`, in the same layout.
+    """
+
+    sum: Any
+    count: Any
+    compensation: Any
+
+    def __add__(self, other: "FisherSum") -> "FisherSum":
+        if not isinstance(other, FisherSum):
+            return NotImplemented
+        # (total, low-order part) of each leaf, with the two parts taken out of the leaves again.
+        pairs = jax.tree.map(_add_pairs, self.sum, self.compensation, other.sum, other.compensation)
+        total, compensation = jax.tree.transpose(jax.tree.structure(self.sum), jax.tree.structure((0, 0)), pairs)
+        return FisherSum(total, self.count + other.count, compensation)
+
+    def __radd__(self, other) -> "FisherSum":
+        # `sum(parts)` starts from 0.
+        return self if isinstance(other, int) and other == 0 else NotImplemented
+
+    def mean(self) -> Diagonal:
+        """The Fisher information, sum / count, as curvature; NaN where no example was counted."""
+        total = jax.tree.map(jnp.add, self.sum, self.compensation)
+        return Diagonal(jax.tree.map(lambda leaf: leaf / self.count, total), GRADIENT_SCALE)
+
+
+def fisher_diagonal(
+    loss_fn: Callable[[Any, Any, Any], jax.Array],
+    selected: Any,
+    rest: Any,
+    batch: Any,
+    mask: jax.Array | None = None,
+    microbatch: int | None = None,
+) -> FisherSum:
+    """Sums the squared per-example gradients of a batch: F_j = E_z[(dL(z) / dtheta_j)^2], before the division.
+
+    Each example's gradient is complete (for a key or value projection, summed over its text tokens) before it is
+    squared. An example should be one (picture, caption, noise, timestep) draw: squaring a gradient that was averaged
+    over several draws gives another quantity.
+
+    Args:
+      loss_fn: `loss_fn(selected, rest, example) -> ()`, the loss of one example.
+      selected: nested dict of the weights to differentiate.
+      rest: the other weights.
+      batch: pytree of arrays with a leading axis B; an example is one slice of it.
+      mask: (B,) 1 for an example, 0 for padding; all are examples if None. Padding adds exactly zero, whatever its
+        gradient, NaN included.
+      microbatch: number of per-example gradients held at once; None holds all B. It must divide B. It changes memory
+        and speed, and the result only by rounding.
+
+    Returns:
+      The batch's `FisherSum`; add them over batches and call `.mean()`.
+
+    Raises:
+      ValueError: leading axes differ, or `microbatch` does not divide B.
+    """
+    sizes = {leaf.shape[:1] for leaf in jax.tree.leaves((batch, mask))}
+    if len(sizes) != 1 or sizes == {()}:
+        raise ValueError(f"batch and mask must share one leading axis, but theirs are {sorted(sizes)}.")
+    ((size,),) = sizes
+    if microbatch is None:
+        microbatch = size
+    if microbatch < 1 or size % microbatch:
+        raise ValueError(
+            f"microbatch={microbatch} must divide the batch of {size} examples; pad the batch with mask 0, or choose "
+            "a divisor."
+        )
+    if mask is None:
+        mask = jnp.ones((size,), bool)
+    mask = mask.astype(bool)
+    gradients = jax.vmap(jax.grad(loss_fn), in_axes=(None, None, 0))
+
+    def add_microbatch(total, inputs):
+        examples, keep = inputs
+
+        def sum_of_squares(gradient):
+            kept = keep.reshape(-1, *(1,) * (gradient.ndim - 1))
+            gradient = gradient.astype(jnp.promote_types(gradient.dtype, jnp.float32))
+            return jnp.sum(jnp.square(jnp.where(kept, gradient * GRADIENT_SCALE, 0)), axis=0)
+
+        squares = jax.tree.map(sum_of_squares, gradients(selected, rest, examples))
+        part = FisherSum(squares, jnp.sum(keep, dtype=jnp.int32), jax.tree.map(jnp.zeros_like, squares))
+        return total + part, None
+
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), selected)
+    empty = FisherSum(zeros, jnp.zeros((), jnp.int32), zeros)
+    if microbatch == size:
+        return add_microbatch(empty, (batch, mask))[0]
+    # A microbatch takes every (size / microbatch)-th example, so that a batch sharded over devices stays sharded.
+    split = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(microbatch, -1, *x.shape[1:]), 0, 1), (batch, mask))
+    return jax.lax.scan(add_microbatch, empty, split)[0]
+
+
+def _add_pairs(high, low, other_high, other_low):
+    """Adds two unevaluated sums high + low; the rounding error of the high parts' sum is recovered exactly."""
+    total = high + other_high
+    share = total - high
+    error = (high - (total - share)) + (other_high - share)
+    return total, error + (low + other_low)

@@ -1,0 +1,137 @@
+"""The files of a finished attribution: top.csv, query.png, report.html, sheet.png and manifest.json."""
+
+import csv
+import io
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from attrib_jax.core.types import Scores
+from attrib_jax.data.sources import Dataset
+from attrib_jax.report import Credit, ReportData, Timing, write_contact_sheet, write_report
+from attrib_jax.runtime.files import write_bytes, write_json
+from attrib_jax.runtime.stages import load_stage
+from attrib_jax.stages.attribute import AttributeConfig, Attributed
+from attrib_jax.stages.query import Query
+
+
+def write_outputs(
+    result: Attributed,
+    dataset: Dataset,
+    query: Query,
+    config: AttributeConfig,
+    *,
+    model_name: str,
+    model_credit: str | None = None,
+    top_k: int = 24,
+    record: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes everything but scores.npz into the query's folder, replacing what an earlier run wrote there.
+
+    Args:
+      result: see `Attributor.attribute`.
+      dataset, query, config: what it was made from.
+      model_name: as it should read in the report.
+      model_credit: licence line of the model, if it needs one.
+      top_k: pictures shown, and rows of top.csv.
+      record: further JSON values for manifest.json, such as the flags of the run.
+    """
+    folder = result.folder
+    position = {int(row): index for index, row in enumerate(dataset.row_ids)}
+    png = io.BytesIO()
+    Image.fromarray(result.query.image).save(png, format="png")
+    write_bytes(folder / "query.png", png.getvalue())
+    write_bytes(folder / "top.csv", _top_csv(result.scores.top(top_k), dataset, position))
+
+    groups = dataset.groups
+    report = ReportData(
+        query_image=result.query.image,
+        query_name=result.name,
+        prompt=query.prompt,
+        query_settings=_query_settings(query),
+        method=config.method,
+        method_settings=_method_settings(config, len(dataset)),
+        model_name=model_name,
+        dataset_name=dataset.name,
+        row_id=result.scores.row_id,
+        score=result.scores.score,
+        captions=lambda row: dataset.captions(position[row]),
+        image=lambda row: dataset[position[row]].image,
+        group=None if groups is None else lambda row: int(groups[position[row]]),
+        flip=result.scores.flip,
+        loss_before=result.scores.loss_before,
+        loss_after=result.scores.loss_after,
+        top_k=top_k,
+        timings={stage: Timing(seconds, reused) for stage, (seconds, reused) in result.timings.items()},
+        region=config.region,
+        warnings=result.query.notes,
+        model_credit=None if model_credit is None else Credit(model_credit),
+        dataset_credit=None if dataset.credit is None else Credit(dataset.credit, dataset.credit_url),
+    )
+    write_report(folder / "report.html", report)
+    write_contact_sheet(folder / "sheet.png", report)
+
+    stage = load_stage(folder.parent.parent, f"attribution/{result.name}")
+    write_json(
+        folder / "manifest.json",
+        {
+            "query": result.name,
+            "settings": stage.settings,
+            "fingerprints": stage.inputs,
+            "versions": stage.versions,
+            "created": stage.created,
+            "timings_seconds": {name: seconds for name, (seconds, _) in result.timings.items()},
+            "reused": [name for name, (_, reused) in result.timings.items() if reused],
+            "query_loss": list(result.query_loss),
+            "notes": list(result.query.notes),
+            **(record or {}),
+        },
+    )
+
+
+def _top_csv(top: Scores, dataset: Dataset, position: Mapping[int, int]) -> bytes:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["rank", "row_id", "score", "caption"])
+    for rank, (row, score) in enumerate(zip(top.row_id.tolist(), top.score.tolist()), start=1):
+        writer.writerow([rank, row, repr(score), dataset.captions(position[row])[0]])
+    return text.getvalue().encode()
+
+
+def _query_settings(query: Query) -> dict[str, str]:
+    if query.image is not None:
+        name = "an array" if not isinstance(query.image, str | os.PathLike) else Path(query.image).name
+        return {"picture": f"given: {name}"}
+    return {
+        "seed": str(query.seed),
+        "sampler": f"{query.sampler.upper()}, {query.sampler_steps} steps",
+        "guidance": f"{query.guidance_scale:g}",
+    }
+
+
+def _method_settings(config: AttributeConfig, size: int) -> dict[str, str]:
+    if config.method != "unlearn":
+        return {}
+    settings = {
+        "weights": config.weights,
+        "update": "Newton, diagonal Fisher" if config.update == "newton" else "gradient ascent",
+        "step size": f"{config.step_size:g}",
+        "steps": str(config.steps),
+        "query draws": str(config.query_draws),
+        "timesteps": f"every {config.stride}",
+        "captions": config.captions,
+        "flips": config.flips,
+        "loss seed": str(config.loss_seed),
+    }
+    if config.update == "newton":
+        settings |= {
+            "Fisher samples": str(config.fisher_samples),
+            "damping": f"{config.damping:g}",
+            "N": str(config.num_examples or size),
+        }
+    if config.region is not None:
+        settings["region"] = ", ".join(map(str, config.region))
+    return settings

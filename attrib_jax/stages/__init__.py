@@ -1,0 +1,1 @@
+"""The resumable loops that join pure functions, data and files."""

@@ -1,0 +1,94 @@
+"""The resumable training loop: batches in, orbax checkpoints, a metrics log and averaged weights out."""
+
+import dataclasses
+import functools
+import json
+import os
+import time
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+
+from attrib_jax.core.checks import check_positive, check_range
+from attrib_jax.core.keys import purpose_key
+from attrib_jax.diffusion.training import LossFn, init_state, make_optimizer, train_step
+from attrib_jax.runtime.checkpoints import TrainingCheckpoints
+from attrib_jax.runtime.mesh import data_mesh, replicate, shard_batch
+from attrib_jax.runtime.progress import progress
+
+
+@dataclasses.dataclass(frozen=True)
+class FitConfig:
+    """How long and how fast to train.
+
+    Attributes:
+      steps: optimiser steps in all.
+      batch_size: examples a step, over all devices.
+      learning_rate: peak, reached after `warmup_steps`, then a cosine down to zero at `steps`.
+      warmup_steps: of the linear rise.
+      ema_decay: of the averaged weights that are kept.
+      weight_decay: decoupled, AdamW's.
+      seed: of the initial weights, the batch order and every draw of the loss.
+      checkpoint_every: steps between two checkpoints.
+      log_every: steps between two lines of metrics.jsonl.
+    """
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    warmup_steps: int = 200
+    ema_decay: float = 0.999
+    weight_decay: float = 0.0
+    seed: int = 0
+    checkpoint_every: int = 500
+    log_every: int = 50
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "checkpoint_every", "log_every"):
+            check_positive(name, getattr(self, name), integer=True)
+        check_positive("learning_rate", self.learning_rate)
+        check_range("warmup_steps", self.warmup_steps, 0, self.steps - 1, integer=True)
+        check_range("ema_decay", self.ema_decay, 0.0, 1.0)
+
+
+def fit(path: str | os.PathLike, loss_fn: LossFn, params: Any, source: Any, config: FitConfig, description: str) -> Any:
+    """Trains `params`, resuming from the newest checkpoint in `path` -> the averaged parameters.
+
+    Args:
+      path: folder of checkpoints and `metrics.jsonl`.
+      loss_fn: `loss(params, batch, key) -> (loss, metrics)`.
+      params: initial values; a run that resumes takes only their shapes.
+      source: random access to examples, `source[i]` -> a pytree of numpy arrays.
+      config: see `FitConfig`.
+      description: names the random stream ("train autoencoder") and the progress bar.
+    """
+    mesh = data_mesh()
+    optimizer = make_optimizer(config.learning_rate, config.warmup_steps, config.steps, config.weight_decay)
+    state = replicate(mesh, init_state(params, optimizer))
+    key = purpose_key(config.seed, description)
+    step_fn = jax.jit(functools.partial(train_step, loss_fn, optimizer, config.ema_decay), donate_argnums=0)
+    # Batch s is a function of s alone: a resumed run continues with the batches that it would have seen.
+    batches = grain.MapDataset.source(source).seed(config.seed).shuffle().repeat().batch(config.batch_size)
+    with TrainingCheckpoints(path) as checkpoints, open(os.path.join(path, "metrics.jsonl"), "a") as log:
+        stored = checkpoints.restore_latest(state)
+        start = 0
+        if stored is not None:
+            start, state, _ = stored
+        began, logged = time.monotonic(), start
+        reader = iter(batches[start : config.steps].to_iter_dataset(grain.ReadOptions(num_threads=2)))
+        with progress(config.steps, description, "step", initial=start) as bar:
+            for step in range(start + 1, config.steps + 1):
+                state, metrics = step_fn(state, shard_batch(mesh, next(reader)), key)
+                if step % config.log_every == 0 or step == config.steps:
+                    values = {name: float(value) for name, value in metrics.items()}
+                    rate = (step - logged) * config.batch_size / (time.monotonic() - began)
+                    began, logged = time.monotonic(), step
+                    log.write(json.dumps({"step": step, "examples_per_second": round(rate, 1), **values}) + "\n")
+                    log.flush()
+                    bar.set_postfix_str(f"loss {values['loss']:.4f}", refresh=False)
+                if step % config.checkpoint_every == 0 or step == config.steps:
+                    checkpoints.save(step, state)
+                bar.update()
+        return jax.tree.map(np.asarray, state.ema)

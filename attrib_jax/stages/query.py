@@ -1,0 +1,181 @@
+"""The query: a picture that the model generates from a prompt, or one that is given, as latents and text states."""
+
+import dataclasses
+import functools
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from attrib_jax.convert.pipeline import Pipeline, encode_text, latent_size, prompt_report, tokenize
+from attrib_jax.core.checks import check_choice, check_positive, check_range
+from attrib_jax.core.keys import purpose_key
+from attrib_jax.diffusion.losses import Predict
+from attrib_jax.diffusion.samplers import SAMPLERS, sample
+
+
+@dataclasses.dataclass(frozen=True)
+class Query:
+    """What to attribute.
+
+    Attributes:
+      prompt: its caption.
+      image: path of a picture, or (H, W, 3) uint8; None generates one from the prompt.
+      seed: of the initial noise of a generated picture.
+      guidance_scale: weight of classifier-free guidance.
+      sampler: `ddim` or `ddpm`.
+      sampler_steps: steps of the sampler.
+    """
+
+    prompt: str
+    image: str | os.PathLike | np.ndarray | None = None
+    seed: int = 0
+    guidance_scale: float = 5.0
+    sampler: str = "ddim"
+    sampler_steps: int = 50
+
+    def __post_init__(self):
+        check_range("seed", self.seed, 0, 2**32 - 1, integer=True)
+        check_range("guidance_scale", self.guidance_scale, 0)
+        check_choice("sampler", self.sampler, SAMPLERS)
+        check_positive("sampler_steps", self.sampler_steps, integer=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class PreparedQuery:
+    """A query as picture and as the UNet's input.
+
+    Attributes:
+      image: (H, W, 3) uint8.
+      latents: (h, w, c) float32, multiplied by the scaling factor.
+      text: (L, d) float32.
+      notes: what a user should know of how the prompt or picture was read.
+    """
+
+    image: np.ndarray
+    latents: np.ndarray
+    text: np.ndarray
+    notes: tuple[str, ...]
+
+
+def prepare_query(pipeline: Pipeline, predict: Predict, query: Query) -> PreparedQuery:
+    """Generates or reads the query's picture and encodes it.
+
+    A generated query keeps the latents that the sampler ended with: they are what the model made; encoding its decoded
+    picture again would add the autoencoder's error.
+
+    Raises:
+      ValueError: the picture is no image, or the sampler cannot run with these steps.
+      FileNotFoundError: the picture does not exist.
+    """
+    report = prompt_report(pipeline, query.prompt)
+    notes = []
+    if report.truncated:
+        notes.append(f"The prompt is longer than the model reads; cut off: {report.truncated!r}.")
+    if report.unknown:
+        notes.append(f"Words with characters that the tokenizer does not know: {', '.join(report.unknown)}.")
+    if report.split:
+        notes.append(
+            f"Words that the tokenizer knows only in pieces, rare or absent in its training captions: "
+            f"{', '.join(report.split)}."
+        )
+    if query.image is None:
+        latents = generate(pipeline, predict, [query.prompt], [query.seed], query)
+        image = decode(pipeline, latents)[0]
+    else:
+        image, latents = _encode_picture(pipeline, query.image)
+    text = _text_states(pipeline, [query.prompt])[0]
+    return PreparedQuery(image, np.asarray(latents[0]), np.asarray(text), tuple(notes))
+
+
+def generate(pipeline: Pipeline, predict: Predict, prompts: list[str], seeds: list[int], query: Query) -> np.ndarray:
+    """Draws one latent for each prompt with the sampler settings of `query` -> (B, h, w, c), scaled.
+
+    The initial noise of a picture depends on its seed alone.
+    """
+    initial = jnp.stack([initial_noise(pipeline, seed) for seed in seeds])
+    text = _text_states(pipeline, list(prompts) + [""])
+    return np.asarray(
+        sample(
+            predict,
+            pipeline.params["unet"],
+            pipeline.schedule,
+            text[:-1],
+            text[-1],
+            initial,
+            query.sampler_steps,
+            query.guidance_scale,
+            sampler=query.sampler,
+            key=purpose_key(seeds[0], "sampler noise") if query.sampler == "ddpm" else None,
+        )
+    )
+
+
+def initial_noise(pipeline: Pipeline, seed: int) -> np.ndarray:
+    """The noise (h, w, c) that a picture with this seed starts from."""
+    config = pipeline.unet.config
+    shape = (*latent_size(pipeline), config.in_channels)
+    return np.asarray(jax.random.normal(purpose_key(seed, "sample"), shape))
+
+
+def decode(pipeline: Pipeline, latents: np.ndarray) -> np.ndarray:
+    """Scaled latents (B, h, w, c) -> pictures (B, H, W, 3) uint8."""
+    images = _decode(pipeline.vae, pipeline.params["vae"], latents)
+    return np.asarray(jnp.round(jnp.clip(images * 0.5 + 0.5, 0, 1) * 255)).astype(np.uint8)
+
+
+def read_picture(path: str | os.PathLike, height: int, width: int) -> np.ndarray:
+    """Reads any picture that Pillow reads -> (height, width, 3) uint8, transparency on white.
+
+    Resized with the bilinear filter so that the shorter side fits, then cropped in the centre.
+    """
+    try:
+        with Image.open(path) as opened:
+            opened.load()
+            picture = opened.convert("RGBA")
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"query picture {os.fspath(path)!r} does not exist") from error
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(
+            f"query picture {os.fspath(path)!r} cannot be read as an image ({error}); give a PNG, JPEG or another "
+            "format that Pillow reads"
+        ) from error
+    white = Image.new("RGBA", picture.size, "white")
+    picture = Image.alpha_composite(white, picture).convert("RGB")
+    scale = max(height / picture.height, width / picture.width)
+    size = (max(width, round(picture.width * scale)), max(height, round(picture.height * scale)))
+    picture = picture.resize(size, Image.Resampling.BILINEAR)
+    left, top = (size[0] - width) // 2, (size[1] - height) // 2
+    return np.asarray(picture.crop((left, top, left + width, top + height)))
+
+
+def _encode_picture(pipeline: Pipeline, image: Any) -> tuple[np.ndarray, np.ndarray]:
+    height, width = (size * pipeline.vae.config.downscale for size in latent_size(pipeline))
+    if not isinstance(image, np.ndarray):
+        image = read_picture(image, height, width)
+    if image.shape != (height, width, 3) or image.dtype != np.uint8:
+        raise ValueError(f"query image has shape {image.shape} {image.dtype}; expected {(height, width, 3)} uint8")
+    mean = _encode(pipeline.vae, pipeline.params["vae"], image[None].astype(np.float32) / 127.5 - 1.0)
+    return image, np.asarray(mean) * pipeline.vae.config.scaling_factor
+
+
+def _text_states(pipeline: Pipeline, prompts: list[str]) -> jax.Array:
+    return _encode_prompts(pipeline.text_encoder, pipeline.params["text_encoder"], tokenize(pipeline, prompts))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _encode_prompts(text_encoder, params, input_ids):
+    return encode_text(text_encoder, params, input_ids)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _decode(vae, params, latents):
+    return vae.apply({"params": params}, latents / vae.config.scaling_factor, method=vae.decode)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _encode(vae, params, images):
+    return vae.apply({"params": params}, images, method=vae.encode).mean

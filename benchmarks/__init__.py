@@ -1,0 +1,1 @@
+"""Benchmarks and studies whose numbers the docs quote."""

@@ -1,0 +1,118 @@
+"""Finds the training pictures that made one generated picture possible.
+
+python -m launch.attribute --flagfile=configs/quickstart.cfg
+python -m launch.attribute --flagfile=configs/quickstart.cfg --prompt="red apple" --seed=3
+"""
+
+import sys
+import time
+
+from absl import flags
+
+from attrib_jax.attribution.scores import FLIP_RULES
+from attrib_jax.attribution.unlearn import METHODS as UPDATES
+from attrib_jax.convert.pipeline import load_pipeline
+from attrib_jax.core.weights import WEIGHT_SUBSETS
+from attrib_jax.data.sources import open_dataset
+from attrib_jax.diffusion.samplers import SAMPLERS
+from attrib_jax.report.outputs import write_outputs
+from attrib_jax.runtime.stages import lock
+from attrib_jax.stages.attribute import CAPTIONS, METHODS, AttributeConfig, Attributor
+from attrib_jax.stages.query import Query
+from attrib_jax.stages.root import StageRoot
+from launch import common
+
+_PROMPT = flags.DEFINE_string("prompt", None, "The query's caption.")
+_QUERY = flags.DEFINE_string("query", None, "A picture to attribute, with --prompt; generated if not given.")
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of the generated query.")
+_GUIDANCE = flags.DEFINE_float("guidance_scale", 5.0, "Classifier-free guidance of the generated query.")
+_SAMPLER = flags.DEFINE_string("sampler", "ddim", f"One of {', '.join(SAMPLERS)}.")
+_SAMPLER_STEPS = flags.DEFINE_integer("sampler_steps", 50, "Sampling steps of the generated query.")
+
+_METHOD = flags.DEFINE_string("method", "unlearn", f"One of {', '.join(METHODS)}.")
+_WEIGHTS = flags.DEFINE_string("weights", "cross-attn-kv", f"Weights that move: {', '.join(WEIGHT_SUBSETS)}.")
+_UPDATE = flags.DEFINE_string("update", "newton", f"Unlearning rule: {', '.join(UPDATES)}.")
+_STEP_SIZE = flags.DEFINE_float("step_size", 0.01, "alpha of an unlearning step.")
+_STEPS = flags.DEFINE_integer("steps", 1, "Unlearning steps.")
+_DRAWS = flags.DEFINE_integer("query_draws", 2048, "(t, noise) draws averaged into the gradient of each step.")
+_DAMPING = flags.DEFINE_float("damping", 0.0, "Added to the Fisher information.")
+_KEEP_EWC = flags.DEFINE_boolean("keep_ewc_gradient", False, "Keep the pull towards the first weights.")
+_NUM_EXAMPLES = flags.DEFINE_integer("num_examples", None, "N of the Newton step; the data set's size if not given.")
+_FISHER_SAMPLES = flags.DEFINE_integer("fisher_samples", 16384, "Samples that the Fisher information is fitted on.")
+
+_STRIDE = flags.DEFINE_integer("stride", 100, "Timesteps of the score: 0, stride, 2 stride, ...")
+_CAPTIONS = flags.DEFINE_string("captions", "first", f"Captions of a training picture: {', '.join(CAPTIONS)}.")
+_FLIPS = flags.DEFINE_string("flips", "max", f"Over a picture and its mirror image: {', '.join(FLIP_RULES)}.")
+_LOSS_SEED = flags.DEFINE_integer("loss_seed", 0, "Seeds the noise of losses, Fisher information and unlearning.")
+_REGION = flags.DEFINE_list("region", None, "x0,y0,x1,y1 in query pixels: attribute this box only.")
+_TOP_K = flags.DEFINE_integer("top_k", 24, "Pictures shown in the report and rows of top.csv.", lower_bound=1)
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 0, "Examples in flight; changes speed and memory only.")
+_NAME = flags.DEFINE_string("query_name", None, "Folder name of the result; made from the prompt if not given.")
+_SHIPPED = flags.DEFINE_boolean("use_shipped_stages", True, "Reuse the finished stages that came with the model.")
+
+
+def main():
+    began = time.monotonic()
+    common.require(model=common.MODEL.value, workdir=common.WORKDIR.value, prompt=_PROMPT.value)
+    query = Query(
+        prompt=_PROMPT.value,
+        image=_QUERY.value,
+        seed=_SEED.value,
+        guidance_scale=_GUIDANCE.value,
+        sampler=_SAMPLER.value,
+        sampler_steps=_SAMPLER_STEPS.value,
+    )
+    config = AttributeConfig(
+        method=_METHOD.value,
+        weights=_WEIGHTS.value,
+        update=_UPDATE.value,
+        step_size=_STEP_SIZE.value,
+        steps=_STEPS.value,
+        query_draws=_DRAWS.value,
+        damping=_DAMPING.value,
+        keep_ewc_gradient=_KEEP_EWC.value,
+        num_examples=_NUM_EXAMPLES.value,
+        fisher_samples=_FISHER_SAMPLES.value,
+        stride=_STRIDE.value,
+        captions=_CAPTIONS.value,
+        flips=_FLIPS.value,
+        loss_seed=_LOSS_SEED.value,
+        region=_region(),
+        batch_size=_BATCH_SIZE.value,
+    )
+    pipeline = load_pipeline(common.MODEL.value)
+    dataset = open_dataset(common.DATASET.value, common.DATA_DIR.value)
+    root = StageRoot(common.WORKDIR.value, common.shipped_stages() if _SHIPPED.value else None)
+    with lock(common.WORKDIR.value):
+        result = Attributor(pipeline, dataset, root).attribute(query, config, _NAME.value)
+        for note in result.query.notes:
+            print(f"note: {note}", file=sys.stderr)
+        write_outputs(
+            result,
+            dataset,
+            query,
+            config,
+            model_name=common.MODEL.value,
+            model_credit=common.model_credit(),
+            top_k=_TOP_K.value,
+            record={"flags": common.own_flags("launch.attribute", "__main__"), "seconds": time.monotonic() - began},
+        )
+    top = result.scores.top(min(5, _TOP_K.value))
+    for rank, (row, score) in enumerate(zip(top.row_id, top.score), start=1):
+        position = int((dataset.row_ids == row).argmax())
+        print(f"{rank:3d}  row {row:5d}  {score: .3e}  {dataset.captions(position)[0]}")
+    print(f"report: {result.folder / 'report.html'}")
+
+
+def _region() -> tuple[int, int, int, int] | None:
+    if not _REGION.value:
+        return None
+    try:
+        x0, y0, x1, y1 = map(int, _REGION.value)
+    except ValueError as error:
+        raise ValueError(f"region is {','.join(_REGION.value)!r}; expected four whole numbers x0,y0,x1,y1") from error
+    return x0, y0, x1, y1
+
+
+if __name__ == "__main__":
+    common.run(main)

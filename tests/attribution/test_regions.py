@@ -1,0 +1,42 @@
+"""A box in picture pixels as weights over latent pixels."""
+
+import numpy as np
+import pytest
+
+from attrib_jax.attribution import region_mask
+
+
+def test_box_on_the_grid_selects_whole_latent_pixels():
+    mask = region_mask((16, 8, 32, 40), image_size=(64, 48), latent_size=(8, 6))
+    expected = np.zeros((8, 6), np.float32)
+    expected[1:5, 2:4] = 1
+    assert mask.dtype == np.float32
+    np.testing.assert_array_equal(mask, expected)
+    np.testing.assert_array_equal(region_mask((0, 0, 48, 64), (64, 48), (8, 6)), np.ones((8, 6)))
+
+
+@pytest.mark.parametrize("box", [(3, 5, 21, 50), (1, 2, 4, 7), (9, 9, 10, 10), (40, 60, 48, 64)])
+def test_cut_pixels_count_by_their_share(box):
+    """The box drawn at full resolution, averaged over each latent pixel's 8x8 block."""
+    x0, y0, x1, y1 = box
+    picture = np.zeros((64, 48))
+    picture[y0:y1, x0:x1] = 1
+    blocks = picture.reshape(8, 8, 6, 8).mean(axis=(1, 3))
+    np.testing.assert_allclose(region_mask(box, (64, 48), (8, 6)), blocks, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("box", "problem"),
+    [
+        ((5, 5, 5, 9), "is empty"),
+        ((9, 5, 5, 9), "is empty"),
+        ((-1, 0, 5, 5), "reaches outside the picture of 48 x 64"),
+        ((0, 0, 49, 5), "reaches outside"),
+        ((0, 0, 5, 65), "reaches outside"),
+        ((0, 0, 5), "must be four numbers"),
+        ((0, 0, 5, float("nan")), "must be four numbers"),
+    ],
+)
+def test_bad_boxes_are_refused(box, problem):
+    with pytest.raises(ValueError, match=problem):
+        region_mask(box, (64, 48), (8, 6))

@@ -1,0 +1,36 @@
+"""Scores: ranking, ties and checks."""
+
+import numpy as np
+import pytest
+
+from attrib_jax.core.types import Scores
+
+
+def test_top_and_rank_do_not_depend_on_the_order_of_rows():
+    row_id = np.array([40, 7, 3, 12, 5])
+    score = np.array([0.5, 2.0, 0.5, -1.0, 0.5])
+    flip = np.array([0, 1, 1, 0, 0])
+    before = np.arange(10.0).reshape(5, 2)
+    rng = np.random.default_rng(0)
+    for _ in range(5):
+        order = rng.permutation(5)
+        scores = Scores(row_id[order], score[order], before[order], before[order] + 1, flip[order])
+        best = scores.top(4)
+        assert best.row_id.tolist() == [7, 3, 5, 40]
+        assert best.flip.tolist() == [1, 1, 0, 0]
+        assert best.loss_before[:, 0].tolist() == [2, 4, 8, 0]
+        assert [scores.rank_of(row) for row in (7, 3, 5, 40, 12)] == [1, 2, 3, 4, 5]
+    assert len(Scores(row_id, score).top()) == 5 and Scores(row_id, score).top(2).flip is None
+
+
+def test_bad_scores_are_refused():
+    with pytest.raises(ValueError, match="NaN or infinite for 1 of 2 .*9"):
+        Scores([8, 9], [0.0, np.nan])
+    with pytest.raises(ValueError, match="holds \\[8\\] more than once"):
+        Scores([8, 8], [0.0, 1.0])
+    with pytest.raises(ValueError, match="loss_after has shape"):
+        Scores([8, 9], [0.0, 1.0], loss_after=np.zeros((3, 2)))
+    with pytest.raises(KeyError, match="row_id=4"):
+        Scores([8, 9], [0.0, 1.0]).rank_of(4)
+    with pytest.raises(ValueError, match="k is 0"):
+        Scores([8, 9], [0.0, 1.0]).top(0)

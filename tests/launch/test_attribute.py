@@ -1,0 +1,123 @@
+"""The attribute command on a tiny model: its files, and what it says to wrong input."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from absl import flags
+from absl.testing import flagsaver
+from PIL import Image
+
+from launch import attribute, common
+from tests.stages.conftest import make_dataset
+from tests.tiny_pipeline import make_torch_pipeline
+
+SETTINGS = ("--prompt=red heart", "--sampler_steps=2", "--query_draws=32", "--fisher_samples=32", "--stride=500")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("cli") / "model"
+    make_torch_pipeline(str(path))
+    return path
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    return tmp_path_factory.mktemp("cli-workdir")
+
+
+@pytest.fixture
+def command(model, workdir, monkeypatch, capsys):
+    real = attribute.open_dataset
+    monkeypatch.setattr(
+        attribute, "open_dataset", lambda name, folder: make_dataset() if name == "openmoji" else real(name, folder)
+    )
+
+    def run(*arguments, settings=SETTINGS):
+        with flagsaver.flagsaver():
+            flags.FLAGS(["attribute", f"--model={model}", f"--workdir={workdir}", *settings, *arguments])
+            code = common.execute(attribute.main)
+        return code, capsys.readouterr()
+
+    return run
+
+
+def test_writes_every_file_and_saves_its_flags(command, workdir):
+    code, output = command("--query_name=heart", "--top_k=3")
+    assert code == 0, output.err
+    folder = workdir / "attribution" / "heart"
+    names = {"scores.npz", "top.csv", "query.png", "report.html", "sheet.png", "manifest.json"}
+    assert names <= {path.name for path in folder.iterdir()}
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["flags"]["stride"] == 500 and manifest["flags"]["prompt"] == "red heart"
+    assert str(folder / "report.html") in output.out
+    assert len((folder / "top.csv").read_text().splitlines()) == 4
+
+
+def test_own_picture(command, workdir, tmp_path):
+    picture = tmp_path / "picture.png"
+    Image.fromarray(np.full((40, 30, 4), 90, np.uint8)).save(picture)
+    code, output = command(f"--query={picture}", "--query_name=own")
+    assert code == 0, output.err
+    assert Image.open(workdir / "attribution" / "own" / "query.png").size == (16, 16)
+
+
+def test_prompt_too_long_and_of_unknown_words_says_so(command):
+    code, output = command("--prompt=zebra quagga okapi gnu eland kudu nyala")
+    assert code == 0 and "cut off" in output.err and "zebra" in output.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--method=unlern"], "did you mean 'unlearn'"),
+        (["--weights=cross-atn"], "did you mean 'cross-attn'"),
+        (["--dataset=openmojo"], "did you mean 'openmoji'"),
+        (["--stride=-1"], "stride is -1"),
+        (["--stride=5000"], "stride is 5000"),
+        (["--sampler_steps=5000"], "5000"),
+        (["--region=0,0,99,99"], "outside"),
+        (["--region=1,2,x"], "four whole numbers"),
+        (["--model=nowhere"], "nowhere"),
+        (["--query=nowhere.png"], "nowhere.png"),
+        (["--flips=both"], "flips"),
+        (["--query_draws=0"], "query_draws"),
+    ],
+)
+def test_wrong_input_is_one_clear_line_and_costs_nothing(command, workdir, arguments, message):
+    before = sorted(path for path in workdir.rglob("*") if path.is_file() and path.name != ".lock")
+    code, output = command(*arguments)
+    assert code == 1 and message in output.err and output.err.startswith("error:")
+    assert sorted(path for path in workdir.rglob("*") if path.is_file() and path.name != ".lock") == before
+
+
+def test_missing_flags_are_named(command):
+    code, output = command(settings=())
+    assert code == 1 and "--prompt" in output.err
+
+
+def test_picture_that_is_no_image(command, tmp_path):
+    (tmp_path / "text.png").write_text("no image")
+    code, output = command(f"--query={tmp_path / 'text.png'}")
+    assert code == 1 and "text.png" in output.err
+
+
+def test_half_written_and_foreign_models(command, model, tmp_path):
+    half = tmp_path / "half"
+    shutil.copytree(model, half)
+    (half / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    code, output = command(f"--model={half}")
+    assert code == 1 and "unet/diffusion_pytorch_model.safetensors" in output.err
+    config = half / "vae" / "config.json"
+    shutil.copytree(model / "unet", half / "unet", dirs_exist_ok=True)
+    config.write_text(config.read_text().replace('"AutoencoderKL"', '"VQModel"'))
+    code, output = command(f"--model={half}")
+    assert code == 1 and "VQModel" in output.err
+
+
+def test_workdir_of_another_model_is_refused(command, tmp_path):
+    make_torch_pipeline(str(tmp_path / "other"), seed=1)
+    code, output = command(f"--model={tmp_path / 'other'}")
+    assert code == 1 and "model: stored" in output.err and "--workdir" in output.err

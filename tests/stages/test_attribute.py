@@ -1,0 +1,264 @@
+"""The main job on a tiny pipeline: files, reuse, invariance to the bit, and refusals."""
+
+import csv
+import json
+
+import jax
+import numpy as np
+import pytest
+
+import attrib_jax.stages.losses as losses_stage
+from attrib_jax.data.sources import ArrayDataset
+from attrib_jax.models.unet import predictor
+from attrib_jax.report.outputs import write_outputs
+from attrib_jax.runtime.chunks import ChunkStore
+from attrib_jax.runtime.mesh import data_mesh
+from attrib_jax.runtime.stages import StageMismatchError
+from attrib_jax.stages.attribute import AttributeConfig, Attributor, attribute, query_name
+from attrib_jax.stages.losses import LossProgram
+from attrib_jax.stages.query import Query
+from attrib_jax.stages.root import StageRoot
+from tests.stages.conftest import make_dataset
+
+QUERY = Query(prompt="red heart", seed=3, sampler_steps=3)
+CONFIG = AttributeConfig(query_draws=32, fisher_samples=96, stride=300)
+
+
+@pytest.fixture(scope="module")
+def finished(pipeline, dataset, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("workdir")
+    attributor = Attributor(pipeline, dataset, StageRoot(workdir))
+    return workdir, attributor, attributor.attribute(QUERY, CONFIG)
+
+
+def test_scores_are_the_largest_loss_change_of_the_two_flips(finished, dataset):
+    _, _, result = finished
+    scores = result.scores
+    assert scores.loss_before.shape == scores.loss_after.shape == (len(dataset), 2)
+    difference = scores.loss_after - scores.loss_before
+    np.testing.assert_array_equal(scores.score, difference.max(axis=1))
+    np.testing.assert_array_equal(scores.flip, difference.argmax(axis=1))
+    np.testing.assert_array_equal(scores.row_id, dataset.row_ids)
+    assert np.abs(scores.score).min() > 0
+
+
+def test_outputs(finished, dataset):
+    _, _, result = finished
+    write_outputs(result, dataset, QUERY, CONFIG, model_name="tiny", top_k=5, record={"flags": {"top_k": 5}})
+    stored = np.load(result.folder / "scores.npz")
+    np.testing.assert_array_equal(stored["score"], result.scores.score)
+    assert {"row_id", "score", "loss_before", "loss_after"} <= set(stored.files)
+    rows = list(csv.DictReader((result.folder / "top.csv").open()))
+    top = result.scores.top(5)
+    assert [int(row["row_id"]) for row in rows] == top.row_id.tolist()
+    assert [float(row["score"]) for row in rows] == top.score.tolist()
+    assert rows[0]["caption"] == dataset.captions(int(np.searchsorted(dataset.row_ids, top.row_id[0])))[0]
+    manifest = json.loads((result.folder / "manifest.json").read_text())
+    assert manifest["settings"]["stride"] == 300 and manifest["flags"] == {"top_k": 5}
+    assert set(manifest["fingerprints"]) == {"model", "dataset"}
+    for name in ("report.html", "sheet.png", "query.png"):
+        assert (result.folder / name).stat().st_size > 500
+
+
+def test_second_query_reuses_what_does_not_depend_on_it(finished, pipeline, dataset, monkeypatch):
+    workdir, _, first = finished
+    again = Attributor(pipeline, dataset, StageRoot(workdir)).attribute(QUERY, CONFIG)
+    np.testing.assert_array_equal(again.scores.score, first.scores.score)
+    written = []
+    write = ChunkStore.write
+    monkeypatch.setattr(ChunkStore, "write", lambda self, *args: (written.append(self.path), write(self, *args)))
+    other = Attributor(pipeline, dataset, StageRoot(workdir)).attribute(Query(prompt="hat", sampler_steps=3), CONFIG)
+    assert {path.parent.parent.name for path in written} == {"attribution"}
+    assert all(other.timings[stage][1] for stage in ("encode", "fisher", "base losses"))
+    np.testing.assert_array_equal(other.scores.loss_before, first.scores.loss_before)
+    assert not np.array_equal(other.scores.loss_after, first.scores.loss_after)
+
+
+@pytest.mark.parametrize("devices", [1, 3, 4])
+@pytest.mark.parametrize("batch_size", [1, 1000])
+def test_losses_depend_on_neither_batch_order_subset_nor_devices(finished, pipeline, devices, batch_size):
+    _, attributor, result = finished
+    mesh = data_mesh(jax.devices()[:devices])
+    program = LossProgram(predictor(pipeline.unet), pipeline.schedule, 0, 300, batch_size, mesh)
+    params = program.place(pipeline.params["unet"])
+    rows = np.random.default_rng(devices).permutation(len(attributor.data))[:23]
+    losses = program(params, attributor.data, rows, 2, "first", lambda count: None)
+    np.testing.assert_array_equal(losses, result.scores.loss_before[rows])
+
+
+def test_a_subset_of_the_data_set_has_the_scores_of_the_whole(finished, pipeline, dataset, tmp_path):
+    _, attributor, result = finished
+    rows = [1, 2, 5, 8, 13, 21, 34]
+    subset = ArrayDataset(
+        np.stack([dataset[row].image for row in rows]),
+        [dataset.captions(row) for row in rows],
+        row_ids=dataset.row_ids[rows],
+    )
+    part = Attributor(pipeline, subset, StageRoot(tmp_path))
+    # The Fisher information is the whole set's in both, and N the whole set's size.
+    part.fisher = lambda *args: attributor.fisher(*args)
+    config = AttributeConfig(query_draws=32, fisher_samples=96, stride=300, num_examples=len(dataset))
+    scores = part.attribute(QUERY, config).scores
+    np.testing.assert_array_equal(scores.score, result.scores.score[rows])
+
+
+def test_interrupted_run_resumes_to_the_same_bits(finished, pipeline, dataset, tmp_path, monkeypatch):
+    _, _, result = finished
+    monkeypatch.setattr(losses_stage, "_ROWS_PER_CHUNK", 8)
+    write, count = ChunkStore.write, 0
+
+    def failing(self, index, arrays):
+        nonlocal count
+        count += 1
+        if count % 4 == 0:
+            raise KeyboardInterrupt
+        write(self, index, arrays)
+
+    monkeypatch.setattr(ChunkStore, "write", failing)
+    interruptions = 0
+    while True:
+        try:
+            scores = attribute(pipeline, dataset, QUERY, CONFIG, workdir=tmp_path)
+            break
+        except KeyboardInterrupt:
+            interruptions += 1
+    assert interruptions >= 2
+    np.testing.assert_array_equal(scores.score, result.scores.score)
+
+
+def test_fisher_resumes_to_the_same_bits_on_other_devices(finished, pipeline, tmp_path, monkeypatch):
+    import attrib_jax.stages.fisher as fisher_stage
+    from attrib_jax.core.weights import select_weights
+    from attrib_jax.runtime.state import StateStore
+
+    _, attributor, _ = finished
+    selected, rest = select_weights(pipeline.params["unet"], "cross-attn-kv")
+    monkeypatch.setattr(fisher_stage, "_TILES_PER_CHECKPOINT", 1)
+    write, count = StateStore.write, 0
+
+    def failing(self, tree, progress):
+        nonlocal count
+        count += 1
+        write(self, tree, progress)
+        if count == 2:
+            raise KeyboardInterrupt
+
+    def fit(path, devices):
+        mesh = data_mesh(jax.devices()[:devices])
+        predict = predictor(pipeline.unet)
+        data = attributor.data
+        return fisher_stage.fit_fisher(path, predict, pipeline.schedule, selected, rest, data, 90, 0, mesh)
+
+    whole = fit(tmp_path / "whole", 4)
+    monkeypatch.setattr(StateStore, "write", failing)
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path / "resumed", 1)
+    resumed = fit(tmp_path / "resumed", 2)
+    jax.tree.map(np.testing.assert_array_equal, whole.tree, resumed.tree)
+
+
+def test_unlearning_moves_the_selected_weights_and_raises_the_query_loss_most(finished, pipeline, dataset):
+    from attrib_jax.attribution.scores import dataset_losses as losses_in_memory
+    from attrib_jax.core.keys import loss_key
+    from attrib_jax.core.weights import flatten_names, merge_weights, select_weights
+
+    _, attributor, result = finished
+    config = AttributeConfig(query_draws=256, fisher_samples=96, stride=300, step_size=0.05)
+    selected, rest = select_weights(pipeline.params["unet"], config.weights)
+    moved, _ = attributor.unlearned(result.query, config)
+    assert all(np.any(leaf != flatten_names(selected)[name]) for name, leaf in flatten_names(moved).items())
+
+    def query_loss(params):
+        latents, text = result.query.latents[None, None], result.query.text[None, None]
+        timesteps = np.arange(0, 1000, 5, dtype=np.int32)
+        arguments = (loss_key(9), np.array([0]), latents, text, timesteps)
+        return losses_in_memory(predictor(pipeline.unet), pipeline.schedule, params, *arguments)[0, 0]
+
+    program = attributor.loss_program(config)
+    rows, before = np.arange(len(dataset)), attributor.base_losses(config)
+    params = merge_weights(moved, rest)
+    after = program(program.place(params), attributor.data, rows, 2, "first", lambda count: None)
+    rise = query_loss(params) - query_loss(pipeline.params["unet"])
+    assert rise > 0 and rise > (after - before).mean()
+
+
+def test_another_data_set_in_the_same_workdir_is_refused(finished, pipeline):
+    workdir, _, _ = finished
+    with pytest.raises(StageMismatchError, match="dataset"):
+        Attributor(pipeline, make_dataset(seed=1), StageRoot(workdir)).attribute(QUERY, CONFIG)
+
+
+def test_shipped_stages_are_used_when_they_match_and_computed_anew_when_not(finished, pipeline, dataset, tmp_path):
+    workdir, _, first = finished
+    result = Attributor(pipeline, dataset, StageRoot(tmp_path / "a", shipped=workdir)).attribute(
+        Query(prompt="hat", sampler_steps=3), CONFIG
+    )
+    assert all(result.timings[stage][1] for stage in ("encode", "fisher", "base losses"))
+    assert not (tmp_path / "a" / "losses").exists()
+    np.testing.assert_array_equal(result.scores.loss_before, first.scores.loss_before)
+    other = Attributor(pipeline, make_dataset(seed=1), StageRoot(tmp_path / "b", shipped=workdir))
+    assert not np.array_equal(other.base_losses(CONFIG), first.scores.loss_before)
+
+
+@pytest.mark.parametrize(
+    "change", [{"flips": "none"}, {"flips": "mean"}, {"captions": "all"}, {"update": "sgd"}, {"steps": 2}]
+)
+def test_variants_run_beside_each_other_in_one_workdir(finished, change):
+    _, attributor, first = finished
+    config = AttributeConfig(**{"query_draws": 32, "fisher_samples": 96, "stride": 300, **change})
+    scores = attributor.attribute(QUERY, config).scores
+    assert scores.loss_before.shape[1] == (1 if change.get("flips") == "none" else 2)
+    assert not np.array_equal(scores.score, first.scores.score)
+    if change.get("flips") == "none":
+        np.testing.assert_array_equal(scores.loss_after[:, 0], first.scores.loss_after[:, 0])
+
+
+def test_random_method_needs_no_model_run(finished):
+    _, attributor, _ = finished
+    result = attributor.attribute(QUERY, AttributeConfig(method="random"))
+    assert "losses after" not in result.timings and len(np.unique(result.scores.score)) == len(result.scores)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"method": "unlern"}, "did you mean 'unlearn'"),
+        ({"weights": "cross-attn-kw"}, "did you mean 'cross-attn-kv'"),
+        ({"stride": -5}, "stride"),
+        ({"step_size": float("nan")}, "step_size"),
+        ({"update": "sgd", "damping": 1.0}, "sgd"),
+        ({"flips": "both"}, "flips"),
+    ],
+)
+def test_bad_settings_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        AttributeConfig(**arguments)
+
+
+def test_bad_values_cost_no_stored_result(finished):
+    workdir, attributor, _ = finished
+    before = sorted(path for path in workdir.rglob("*") if path.is_file())
+    with pytest.raises(ValueError, match="stride is 2000"):
+        attributor.attribute(QUERY, AttributeConfig(stride=2000))
+    with pytest.raises(FileNotFoundError, match="nothing.png"):
+        attributor.attribute(Query(prompt="hat", image="nothing.png"), CONFIG)
+    assert sorted(path for path in workdir.rglob("*") if path.is_file()) == before
+
+
+def test_nan_in_the_weights_is_named(pipeline, dataset, tmp_path):
+    import dataclasses
+
+    params = jax.tree.map(np.array, pipeline.params)
+    params["unet"]["conv_in"]["kernel"][0, 0, 0, 0] = np.nan
+    broken = dataclasses.replace(pipeline, params=params)
+    with pytest.raises(ValueError, match="unet/conv_in/kernel"):
+        Attributor(broken, dataset, StageRoot(tmp_path))
+
+
+def test_query_names_tell_settings_apart():
+    names = {
+        query_name(QUERY, CONFIG.settings()),
+        query_name(QUERY, AttributeConfig(step_size=0.02).settings()),
+        query_name(Query(prompt="Red  heart!", seed=4), CONFIG.settings()),
+    }
+    assert len(names) == 3 and all(name.startswith("red-heart-seed") for name in names)
