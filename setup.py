@@ -37,6 +37,6 @@ setup(
     extras_require={
         "cuda12": ["jax[cuda12]>=0.10"],
         "tpu": ["jax[tpu]>=0.10"],
-        "dev": ["diffusers", "hypothesis", "pytest", "pytest-xdist", "ruff", "scipy", "torch==2.13.0"],
+        "dev": ["diffusers", "pytest", "pytest-xdist", "ruff", "torch==2.13.0"],
     },
 )

@@ -22,6 +22,7 @@ _MODULES = {
     "models.unet": ("predictor",),
     "stages.attribute": ("AttributeConfig", "Attributor", "attribute"),
     "stages.query": ("Query",),
+    "stages.root": ("StageRoot",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

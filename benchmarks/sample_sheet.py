@@ -17,7 +17,7 @@ _OUTPUT = flags.DEFINE_string("output", "docs/samples.png", "PNG to write.")
 _COUNT = flags.DEFINE_integer("count", 60, "Random captions to draw.", lower_bound=1)
 _COLUMNS = flags.DEFINE_integer("columns", 10, "Pairs in a row.", lower_bound=1)
 _SEED = flags.DEFINE_integer("seed", 0, "Chooses the captions, and seeds the pictures.", lower_bound=0)
-_GUIDANCE = flags.DEFINE_float("guidance_scale", 5.0, "Classifier-free guidance.")
+_GUIDANCE = flags.DEFINE_float("guidance_scale", 2.0, "Classifier-free guidance.")
 _CAPTION_HEIGHT = 26
 
 

@@ -3,9 +3,9 @@
     python -m benchmarks.self_attribution --model=models/openmoji --workdir=runs/self_attribution
 
 Queries are training pictures with their first caption. For each, one Newton step (and one SGD step) moves the weights.
-The linearised score of every training picture and its mirror image, the derivative of the strided loss along the weight
-change, is computed for all queries in one pass; for the first `--exact` queries the exact score, the difference of two
-losses, is computed too and compared. Prints a markdown table and writes it with the ranks to the workdir; resumable.
+The score, the difference of two strided losses, is computed for the first `--exact` and `--exact_sgd` queries: half a
+minute a query on two cores. The linearised score, the derivative of the loss along the weight change, is computed for
+all queries in one pass. Prints a markdown table and writes the ranks to the workdir; resumable query by query.
 """
 
 import json
@@ -17,8 +17,9 @@ from absl import flags
 
 from attrib_jax.attribution.influence import influence_matrix
 from attrib_jax.attribution.scores import example_loss
+from attrib_jax.attribution.unlearn import newton_step, sgd_step
 from attrib_jax.convert.pipeline import load_pipeline
-from attrib_jax.core.keys import loss_key
+from attrib_jax.core.keys import loss_key, purpose_key
 from attrib_jax.core.types import Batch
 from attrib_jax.core.weights import flatten_names, merge_weights, select_weights, unflatten_names
 from attrib_jax.data.sources import open_dataset
@@ -29,12 +30,16 @@ from attrib_jax.runtime.mesh import padded_tiles, replicate, shard_batch, tile_m
 from attrib_jax.runtime.progress import progress
 from attrib_jax.runtime.stages import lock
 from attrib_jax.stages.attribute import AttributeConfig, Attributor
-from attrib_jax.stages.query import PreparedQuery
 from attrib_jax.stages.root import StageRoot
 from launch import common
 
 _QUERIES = flags.DEFINE_integer("queries", 50, "Training pictures to query with.", lower_bound=1)
-_EXACT = flags.DEFINE_integer("exact", 4, "Queries whose exact scores are computed too.", lower_bound=0)
+_EXACT = flags.DEFINE_integer("exact", 50, "Queries whose scores after the Newton step are computed.", lower_bound=0)
+_EXACT_SGD = flags.DEFINE_integer(
+    "exact_sgd", 10, "Queries whose scores after the SGD step are computed.", lower_bound=0
+)
+_STRIDE = flags.DEFINE_integer("stride", 200, "Timesteps of the scores.")
+_FLIPS = flags.DEFINE_enum("flips", "none", ["none", "max"], "Mirror images in the scores.")
 _SPLIT = flags.DEFINE_enum("split", "reported", ["reported", "tuning"], "Two disjoint sets of queries.")
 _STEP_SIZE = flags.DEFINE_float("step_size", 0.01, "alpha of the Newton step.")
 _SGD_STEP_SIZE = flags.DEFINE_float("sgd_step_size", 0.001, "alpha of the SGD step.")
@@ -50,7 +55,13 @@ def main():
     common.require(model=common.MODEL.value, workdir=common.WORKDIR.value)
     pipeline = load_pipeline(common.MODEL.value)
     dataset = open_dataset(common.DATASET.value, common.DATA_DIR.value)
-    shared = {"query_draws": _DRAWS.value, "fisher_samples": _FISHER_SAMPLES.value, "weights": _WEIGHTS.value}
+    shared = {
+        "query_draws": _DRAWS.value,
+        "fisher_samples": _FISHER_SAMPLES.value,
+        "weights": _WEIGHTS.value,
+        "stride": _STRIDE.value,
+        "flips": _FLIPS.value,
+    }
     configs = {
         "newton": AttributeConfig(step_size=_STEP_SIZE.value, damping=_DAMPING.value, **shared),
         "sgd": AttributeConfig(update="sgd", step_size=_SGD_STEP_SIZE.value, **shared),
@@ -64,40 +75,62 @@ def main():
         settings |= {"queries": len(rows), "split": _SPLIT.value}
         folder = f"self-attribution-{_SPLIT.value}"
         with root.stage(folder, settings, attributor.inputs) as stage:
-            moved = {
-                name: _unlearn_all(attributor, stage.path / name, rows, config) for name, config in configs.items()
-            }
+            moved = _unlearn_all(attributor, stage.path / "moved", rows, configs)
             linear = _linear_scores(attributor, stage.path, moved, configs["newton"])
-        results = {name: _summary(dataset, rows, scores) for name, scores in linear.items()}
+        results = {f"{name}, linearised": _summary(dataset, rows, scores) for name, scores in linear.items()}
         random = np.random.default_rng(0).random((len(rows), len(dataset)))
         results["random"] = _summary(dataset, rows, random)
-        for name, config in configs.items():
-            results |= _exact(attributor, stage.path / f"{name}-exact", rows, name, config, moved[name], linear[name])
         write_json(stage.path / "results.json", results)
+        for name, count in (("newton", _EXACT.value), ("sgd", _EXACT_SGD.value)):
+            scores = []
+            for index, (row, selected) in enumerate(zip(rows[:count], moved[name])):
+                path = stage.path / f"{name}-exact" / str(row)
+                scores.append(_exact_scores(attributor, path, configs[name], selected))
+                exact, done = np.stack(scores), index + 1
+                results[f"{name}, {done} queries" if done < len(rows) else name] = _summary(dataset, rows[:done], exact)
+                results.pop(f"{name}, {index} queries", None)
+                write_json(stage.path / "results.json", results)
+            if scores:
+                overlap = [
+                    len(set(np.argsort(-a)[:100]) & set(np.argsort(-b)[:100])) for a, b in zip(exact, linear[name])
+                ]
+                print(f"{name}: of the top 100, {np.mean(overlap):.1f} are in the linearised top 100 too")
     print(_table(results))
 
 
-def _unlearn_all(attributor, folder: Path, rows, config) -> list:
-    """The selected weights after unlearning each of the pictures `rows`, kept in `folder`."""
+def _unlearn_all(attributor, folder: Path, rows, configs) -> dict[str, list]:
+    """The selected weights after one step of each method for each of the pictures `rows`, kept in `folder`.
+
+    The methods differ in what they make of the query's gradient, so it is taken once for all.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    moved = []
-    for row in rows:
+    data, newton = attributor.data, configs["newton"]
+    selected, rest = select_weights(attributor.pipeline.params["unet"], newton.weights)
+    fisher = attributor.fisher(newton.weights, newton.fisher_samples, newton.loss_seed)
+    key = jax.random.fold_in(purpose_key(newton.loss_seed, "query"), 0)
+    moved = {name: [] for name in configs}
+    for row in progress([int(row) for row in rows], "unlearn queries", "query"):
         file = folder / f"{row}.safetensors"
         if not file.exists():
-            data = attributor.data
-            query = PreparedQuery(
-                attributor.dataset[row].image, data.latents[row, 0], data.text[data.first_caption[row]], ()
-            )
-            selected, losses = attributor.unlearned(query, config)
-            arrays = {name: np.asarray(leaf) for name, leaf in flatten_names(selected).items()}
-            write_arrays(file, arrays, list(losses))
-        moved.append(unflatten_names(read_arrays(file)[0]))
+            latents, text = data.latents[row, 0], data.text[data.first_caption[row]]
+            sum_draws = attributor.gradient_program.bind(rest, latents, text, newton.query_draws)
+            total = sum_draws(selected, key, lambda count: None)
+            gradient = jax.tree.map(lambda leaf: leaf / newton.query_draws, total.gradient)
+            fisher.check_solvable(gradient, newton.damping)
+            steps = {
+                "newton": newton_step(selected, gradient, fisher, newton.step_size, len(data), newton.damping),
+                "sgd": sgd_step(selected, gradient, configs["sgd"].step_size),
+            }
+            arrays = {name: np.asarray(leaf) for name, leaf in flatten_names(steps).items()}
+            write_arrays(file, arrays, {"query_loss": float(total.loss) / newton.query_draws})
+        for name, tree in unflatten_names(read_arrays(file)[0]).items():
+            moved[name].append(tree)
     return moved
 
 
 def _linear_scores(attributor, path: Path, moved, config) -> dict[str, np.ndarray]:
     """The linearised scores (queries, N) of every method's weight changes, in one pass over the data set."""
-    data, program = attributor.data, attributor.loss_program(config)
+    data, program, flips = attributor.data, attributor.loss_program(config), config.num_flips
     schedule = attributor.pipeline.schedule
     selected, rest = select_weights(attributor.pipeline.params["unet"], config.weights)
     changes = [jax.tree.map(np.subtract, tree, selected) for trees in moved.values() for tree in trees]
@@ -115,13 +148,13 @@ def _linear_scores(attributor, path: Path, moved, config) -> dict[str, np.ndarra
     mesh = program.mesh
     run = tile_map(mesh, tile)
     shared = replicate(mesh, (selected, rest, schedule, loss_key(config.loss_seed), timesteps, directions))
-    store = ChunkStore(path, {"score": ((2, len(changes)), np.float32)}, len(data), _ROWS_PER_CHUNK, "linear")
+    store = ChunkStore(path, {"score": ((flips, len(changes)), np.float32)}, len(data), _ROWS_PER_CHUNK, "linear")
     missing = list(store.missing())
-    with progress(2 * len(data), "linearised scores", "example") as bar:
+    with progress(flips * len(data), "linearised scores", "example") as bar:
         for chunk in range(store.num_chunks):
             rows = np.arange(len(data))[store.rows(chunk)]
             if chunk in missing:
-                row, flip = np.repeat(rows, 2), np.tile([0, 1], len(rows)).astype(np.int32)
+                row, flip = np.repeat(rows, flips), np.tile(np.arange(flips), len(rows)).astype(np.int32)
                 values = []
                 for members, mask in zip(*padded_tiles(len(row), _TILE * mesh.size)):
                     batch = Batch(
@@ -133,32 +166,17 @@ def _linear_scores(attributor, path: Path, moved, config) -> dict[str, np.ndarra
                         mask=mask.astype(np.float32),
                     )
                     values.append(np.asarray(run(shared, shard_batch(mesh, batch)))[mask])
-                store.write(chunk, {"score": np.concatenate(values).reshape(len(rows), 2, -1)})
-            bar.update(2 * len(rows))
+                store.write(chunk, {"score": np.concatenate(values).reshape(len(rows), flips, -1)})
+            bar.update(flips * len(rows))
     scores = store.read_all()["score"].max(axis=1).T
     return dict(zip(moved, np.split(scores, len(moved))))
 
 
-def _exact(attributor, folder: Path, rows, name, config, moved, linear) -> dict[str, dict]:
-    """Exact scores of the first queries, and how far the linearised ones agree with them."""
-    count = min(_EXACT.value, len(rows))
-    if not count:
-        return {}
-    before = attributor.base_losses(config)
+def _exact_scores(attributor, path: Path, config, selected) -> np.ndarray:
+    """The scores (N,) of all training pictures under unlearned weights, their losses kept in `path`."""
     _, rest = select_weights(attributor.pipeline.params["unet"], config.weights)
-    scores = []
-    for row, selected in zip(rows[:count], moved):
-        params = merge_weights(selected, rest)
-        path = folder / str(row)
-        after = attributor._losses(path, params, config, attributor.data, f"exact scores of row {row}")
-        scores.append((after - before).max(axis=1))
-    scores = np.stack(scores)
-    overlap = [len(set(np.argsort(-a)[:100]) & set(np.argsort(-b)[:100])) for a, b in zip(scores, linear)]
-    exact = {**_summary(attributor.dataset, rows[:count], scores), "top100_shared_with_linearised": overlap}
-    return {
-        f"{name}, exact, first {count}": exact,
-        f"{name}, linearised, first {count}": _summary(attributor.dataset, rows[:count], linear[:count]),
-    }
+    after = attributor.losses(path, merge_weights(selected, rest), config, f"scores of row {path.name}")
+    return (after - attributor.base_losses(config)).max(axis=1)
 
 
 def _summary(dataset, rows, scores) -> dict:

@@ -4,7 +4,6 @@ python -m launch.attribute --flagfile=configs/quickstart.cfg
 python -m launch.attribute --flagfile=configs/quickstart.cfg --prompt="red apple" --seed=3
 """
 
-import sys
 import time
 
 from absl import flags
@@ -25,7 +24,7 @@ from launch import common
 _PROMPT = flags.DEFINE_string("prompt", None, "The query's caption.")
 _QUERY = flags.DEFINE_string("query", None, "A picture to attribute, with --prompt; generated if not given.")
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the generated query.")
-_GUIDANCE = flags.DEFINE_float("guidance_scale", 5.0, "Classifier-free guidance of the generated query.")
+_GUIDANCE = flags.DEFINE_float("guidance_scale", 7.5, "Classifier-free guidance of the generated query.")
 _SAMPLER = flags.DEFINE_string("sampler", "ddim", f"One of {', '.join(SAMPLERS)}.")
 _SAMPLER_STEPS = flags.DEFINE_integer("sampler_steps", 50, "Sampling steps of the generated query.")
 
@@ -39,6 +38,7 @@ _DAMPING = flags.DEFINE_float("damping", 0.0, "Added to the Fisher information."
 _KEEP_EWC = flags.DEFINE_boolean("keep_ewc_gradient", False, "Keep the pull towards the first weights.")
 _NUM_EXAMPLES = flags.DEFINE_integer("num_examples", None, "N of the Newton step; the data set's size if not given.")
 _FISHER_SAMPLES = flags.DEFINE_integer("fisher_samples", 16384, "Samples that the Fisher information is fitted on.")
+_FISHER = flags.DEFINE_string("fisher", None, "File or stage folder of a Fisher information fitted elsewhere.")
 
 _STRIDE = flags.DEFINE_integer("stride", 100, "Timesteps of the score: 0, stride, 2 stride, ...")
 _CAPTIONS = flags.DEFINE_string("captions", "first", f"Captions of a training picture: {', '.join(CAPTIONS)}.")
@@ -73,6 +73,7 @@ def main():
         keep_ewc_gradient=_KEEP_EWC.value,
         num_examples=_NUM_EXAMPLES.value,
         fisher_samples=_FISHER_SAMPLES.value,
+        fisher=_FISHER.value,
         stride=_STRIDE.value,
         captions=_CAPTIONS.value,
         flips=_FLIPS.value,
@@ -85,8 +86,6 @@ def main():
     root = StageRoot(common.WORKDIR.value, common.shipped_stages() if _SHIPPED.value else None)
     with lock(common.WORKDIR.value):
         result = Attributor(pipeline, dataset, root).attribute(query, config, _NAME.value)
-        for note in result.query.notes:
-            print(f"note: {note}", file=sys.stderr)
         write_outputs(
             result,
             dataset,
@@ -95,7 +94,7 @@ def main():
             model_name=common.MODEL.value,
             model_credit=common.model_credit(),
             top_k=_TOP_K.value,
-            record={"flags": common.own_flags("launch.attribute", "__main__"), "seconds": time.monotonic() - began},
+            record={"flags": common.own_flags("launch.attribute"), "seconds": time.monotonic() - began},
         )
     top = result.scores.top(min(5, _TOP_K.value))
     for rank, (row, score) in enumerate(zip(top.row_id, top.score), start=1):

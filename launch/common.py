@@ -44,6 +44,11 @@ def execute(main: Callable[[], None]) -> int:
             raise
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except (jax.errors.JaxRuntimeError, MemoryError) as error:
+        if os.environ.get("ATTRIB_JAX_TRACEBACK"):
+            raise
+        print(f"error: the device gave up ({error}); if it ran out of memory, select fewer weights", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted: finished chunks are kept, the same command goes on from them", file=sys.stderr)
         return 130
@@ -68,11 +73,17 @@ def model_credit() -> str | None:
     return file.read_text(encoding="utf-8").strip() if file.is_file() else None
 
 
-def own_flags(*modules: str) -> dict:
-    """The values of the flags that `modules` and this one define, by name; not those of absl and other libraries."""
+def own_flags(module: str) -> dict:
+    """The values of the flags that command `module` and this one define; not those of absl and other libraries."""
     by_module = flags.FLAGS.flags_by_module_dict()
-    names = [flag.name for module in (__name__, *modules) for flag in by_module.get(module, ())]
+    # absl files the flags of the program that runs under its path.
+    names = [flag.name for key in (__name__, module, sys.argv[0]) for flag in by_module.get(key, ())]
     return {name: json.loads(json.dumps(flags.FLAGS[name].value, default=str)) for name in sorted(names)}
+
+
+def _cpu_count() -> int:
+    """Cores that this process may use; not every system can say, and then all of them."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _prepare_jax() -> None:
@@ -80,6 +91,5 @@ def _prepare_jax() -> None:
     absl_logging.get_absl_handler().setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
     # A CPU split into one device a core runs each core's tiles as a program of its own: measured 1.6 times faster than
     # one device whose threads share every operation ("Speed" in BUILD_NOTES.md).
-    jax.config.update("jax_num_cpu_devices", DEVICES.value or len(os.sched_getaffinity(0)))
-    jax.config.update("jax_default_matmul_precision", "highest")
+    jax.config.update("jax_num_cpu_devices", DEVICES.value or _cpu_count())
     enable_compilation_cache()

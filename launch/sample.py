@@ -9,14 +9,14 @@ from PIL import Image
 from attrib_jax.convert.pipeline import load_pipeline
 from attrib_jax.core.checks import check_positive
 from attrib_jax.models.unet import predictor
-from attrib_jax.stages.query import Query, decode, generate
+from attrib_jax.stages.query import Query, decode, generate, prompt_notes
 from launch import common
 
 _PROMPTS = flags.DEFINE_list("prompts", None, "Prompts, separated by commas.")
 _OUTPUT = flags.DEFINE_string("output", "samples.png", "PNG to write: one row a seed, one column a prompt.")
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the first row.")
 _ROWS = flags.DEFINE_integer("rows", 1, "Seeds to draw each prompt with.")
-_GUIDANCE = flags.DEFINE_float("guidance_scale", 5.0, "Classifier-free guidance.")
+_GUIDANCE = flags.DEFINE_float("guidance_scale", 7.5, "Classifier-free guidance.")
 _SAMPLER = flags.DEFINE_string("sampler", "ddim", "ddim or ddpm.")
 _STEPS = flags.DEFINE_integer("sampler_steps", 50, "Sampling steps.")
 
@@ -28,6 +28,8 @@ def main():
         prompt="", guidance_scale=_GUIDANCE.value, sampler=_SAMPLER.value, sampler_steps=_STEPS.value, seed=_SEED.value
     )
     pipeline = load_pipeline(common.MODEL.value)
+    for prompt in _PROMPTS.value:
+        prompt_notes(pipeline, prompt)
     prompts = _PROMPTS.value * _ROWS.value
     seeds = [_SEED.value + row for row in range(_ROWS.value) for _ in _PROMPTS.value]
     images = decode(pipeline, generate(pipeline, predictor(pipeline.unet), prompts, seeds, settings))

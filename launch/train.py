@@ -19,6 +19,7 @@ _BATCH = flags.DEFINE_integer("train_batch_size", 128, "Pictures a step of UNet 
 _RATE = flags.DEFINE_float("learning_rate", 1e-3, "Peak learning rate of UNet and text encoder.", lower_bound=0)
 _DROPOUT = flags.DEFINE_float("caption_dropout", 0.1, "Share of empty captions.", lower_bound=0, upper_bound=1)
 _SEED = flags.DEFINE_integer("train_seed", 0, "Seed of weights, batches and noise.", lower_bound=0)
+_DTYPE = flags.DEFINE_enum("weights_dtype", "float32", ["float32", "float16"], "Of the written weights.")
 _EVERY = flags.DEFINE_integer("checkpoint_every", 250, "Steps between checkpoints.", lower_bound=1)
 
 
@@ -46,7 +47,7 @@ def main():
     )
     dataset = open_dataset(common.DATASET.value, common.DATA_DIR.value)
     with lock(common.WORKDIR.value):
-        model = train(common.WORKDIR.value, dataset, config)
+        model = train(common.WORKDIR.value, dataset, config, _DTYPE.value)
     print(f"model: {model}")
 
 

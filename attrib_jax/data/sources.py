@@ -27,7 +27,7 @@ class Dataset(Protocol):
 
     Attributes:
       name: as given to `--dataset`.
-      row_ids: (N,) int32, the same on every machine, ascending.
+      row_ids: (N,) int32, distinct, the same on every machine.
       groups: (N,) int32 near-duplicate group of each row, or None.
       credit: the licence line that has to stand beside the pictures, or None.
       credit_url: of the licence, or None.
@@ -67,7 +67,7 @@ class OpenmojiDataset:
     """The OpenMoji TFDS data set, prepared into `data_dir` on first use."""
 
     name = "openmoji"
-    credit = "Pictures: OpenMoji, the open-source emoji and icon project. Licence: CC BY-SA 4.0"
+    credit = "OpenMoji, the open-source emoji and icon project. Licence: CC BY-SA 4.0"
     credit_url = "https://creativecommons.org/licenses/by-sa/4.0/"
 
     def __init__(self, data_dir: str | os.PathLike | None = None):
@@ -82,6 +82,7 @@ class OpenmojiDataset:
         self.row_ids = np.arange(len(rows), dtype=np.int32)
         self.groups = np.array([row.group for row in rows], np.int32)
         self._captions = [row.captions for row in rows]
+        self._codes = [row.code for row in rows]
         if len(self._source) != len(rows):
             raise ValueError(
                 f"the prepared data set in {builder.data_dir} has {len(self._source)} rows, expected {len(rows)}; "
@@ -92,7 +93,13 @@ class OpenmojiDataset:
         return len(self.row_ids)
 
     def __getitem__(self, index: int) -> Row:
-        return Row(self._source[int(index)]["image"], self._captions[index], int(self.row_ids[index]))
+        stored = self._source[int(index)]
+        if stored["code"].decode() != self._codes[index]:
+            raise ValueError(
+                f"row {index} of the prepared OpenMoji is {stored['code'].decode()}, expected {self._codes[index]}: it "
+                "was prepared from other packages. Delete its folder, or give another --data_dir."
+            )
+        return Row(stored["image"], self._captions[index], int(self.row_ids[index]))
 
     def captions(self, index: int) -> tuple[str, ...]:
         return self._captions[index]
@@ -115,21 +122,26 @@ class ArrayDataset:
         groups: np.ndarray | None = None,
         name: str = "arrays",
     ):
-        """Takes images (N, H, W, 3) uint8, one or more captions for each, ascending row ids (0 to N - 1 if None).
+        """Takes images (N, H, W, 3) uint8, one or more captions for each, row ids (0 to N - 1 if None).
 
         Raises:
-          ValueError: shapes, dtypes or lengths do not fit, a row has no caption, or row ids are not ascending.
+          ValueError: shapes, dtypes or lengths do not fit, a row has no caption, or a row id comes twice.
         """
         images = np.asarray(images)
         if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8 or not len(images):
             raise ValueError(f"images has shape {images.shape} {images.dtype}; expected (N, H, W, 3) uint8")
         self.row_ids = np.arange(len(images), dtype=np.int32) if row_ids is None else np.asarray(row_ids, np.int32)
-        if len(captions) != len(images) or not all(captions):
+        if len(captions) != len(images) or not all(captions) or any(isinstance(row, str) for row in captions):
             raise ValueError(
-                f"captions has {len(captions)} rows; expected {len(images)}, each with one or more captions"
+                f"captions has {len(captions)} rows; expected {len(images)}, each a list of one or more captions"
             )
-        if self.row_ids.shape != (len(images),) or not (np.diff(self.row_ids) > 0).all():
-            raise ValueError(f"row_ids has shape {self.row_ids.shape}; expected ({len(images)},) ascending integers")
+        distinct = len(np.unique(self.row_ids)) == len(images) and (self.row_ids >= 0).all()
+        if self.row_ids.shape != (len(images),) or not distinct:
+            raise ValueError(
+                f"row_ids has shape {self.row_ids.shape}; expected ({len(images)},) distinct integers of at least 0"
+            )
+        if groups is not None and np.shape(groups) != self.row_ids.shape:
+            raise ValueError(f"groups has shape {np.shape(groups)}; expected {self.row_ids.shape}, one for each row")
         self.name, self.groups = name, groups
         self._images, self._captions = images, [tuple(row) for row in captions]
 

@@ -119,7 +119,7 @@ def diffusion_loss(
         classifier-free guidance.
       caption_dropout: that probability.
     """
-    flip_key, caption_key, drop_key, time_key, noise_key = jax.random.split(key, 5)
+    flip_key, caption_key, drop_key, order_key, time_key, noise_key = jax.random.split(key, 6)
     size = batch.latents.shape[0]
     rows = jnp.arange(size)
     latents = batch.latents[rows, jax.random.bernoulli(flip_key, 0.5, (size,)).astype(jnp.int32)]
@@ -127,7 +127,7 @@ def diffusion_loss(
     dropped = jax.random.bernoulli(drop_key, caption_dropout, (size,))
     input_ids = jnp.where(dropped[:, None], empty_ids, batch.input_ids[rows, caption])
     # Stratified over the batch: the same marginal distribution of t with less variance of the mean loss.
-    strata = (jax.random.permutation(time_key, size) + jax.random.uniform(time_key, (size,))) / size
+    strata = (jax.random.permutation(order_key, size) + jax.random.uniform(time_key, (size,))) / size
     timesteps = jnp.minimum((strata * schedule.num_train_timesteps).astype(jnp.int32), schedule.num_train_timesteps - 1)
     noise = jax.random.normal(noise_key, latents.shape)
     noisy = schedule.add_noise(latents, noise, timesteps)

@@ -46,10 +46,16 @@ def tile_map(mesh: Mesh, fn: Callable[[Any, Any], Any]) -> Callable[[Any, Any], 
     along the first axis of every leaf, as do the results. `shared` is whole on every device. Each device runs the
     program that one device alone would run on its tile, so a row's result does not depend on the number of devices.
     """
-    sharded = jax.shard_map(
-        fn, mesh=mesh, in_specs=(PartitionSpec(), PartitionSpec("data")), out_specs=PartitionSpec("data")
-    )
-    return jax.jit(sharded)
+
+    def traced(shared, batch):
+        # Here and not only in the commands: a loss must not depend on who calls. A GPU's or TPU's default would round
+        # the factors of every product.
+        with jax.default_matmul_precision("highest"):
+            return fn(shared, batch)
+
+    # Without check_vma=False the gradient by `shared`, which all devices hold, would be summed over the devices.
+    data, whole = PartitionSpec("data"), PartitionSpec()
+    return jax.jit(jax.shard_map(traced, mesh=mesh, in_specs=(whole, data), out_specs=data, check_vma=False))
 
 
 def padded_tiles(num_rows: int, tile: int) -> tuple[np.ndarray, np.ndarray]:

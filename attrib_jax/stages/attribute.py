@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 import re
 import tempfile
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from attrib_jax.attribution.regions import region_mask
-from attrib_jax.attribution.scores import FLIP_RULES, combine_scores
+from attrib_jax.attribution.scores import EXAMPLES_PER_TILE, FLIP_RULES, combine_scores
 from attrib_jax.attribution.unlearn import METHODS as UPDATES
 from attrib_jax.attribution.unlearn import unlearn
 from attrib_jax.convert.pipeline import Pipeline
@@ -27,15 +28,20 @@ from attrib_jax.curvature.diagonal import Diagonal
 from attrib_jax.data.sources import Dataset
 from attrib_jax.diffusion.schedule import strided_timesteps
 from attrib_jax.models.unet import predictor
-from attrib_jax.runtime.files import read_arrays, write_arrays, write_npz
+from attrib_jax.runtime.files import DamagedFileError, read_arrays, write_arrays, write_npz
 from attrib_jax.runtime.progress import progress
 from attrib_jax.runtime.stages import lock
 from attrib_jax.stages.encode import EncodedDataset, encode
-from attrib_jax.stages.fisher import fit_fisher
+from attrib_jax.stages.fisher import fisher_file, fit_fisher, load_fisher
 from attrib_jax.stages.gradient import GradientProgram
 from attrib_jax.stages.losses import LossProgram, dataset_losses
 from attrib_jax.stages.query import PreparedQuery, Query, prepare_query
 from attrib_jax.stages.root import StageRoot
+
+_log = logging.getLogger(__name__)
+
+# Relative difference of base losses between devices that are taken to be of one kind.
+_LOSS_TOLERANCE = 1e-6
 
 METHODS = ("unlearn", "random")
 CAPTIONS = ("first", "all")
@@ -56,6 +62,7 @@ class AttributeConfig:
       keep_ewc_gradient: keep the pull towards the first weights (appendix A.2).
       num_examples: N of the Newton step; None for the size of the data set.
       fisher_samples: (picture, flip, caption, t, noise) samples that F is fitted on.
+      fisher: file or stage folder of an F fitted elsewhere, as on the base of a customised model; None fits it here.
       stride: of the strided loss sum over timesteps.
       captions: `first` or `all` captions of a picture, their losses averaged.
       flips: `max` or `mean` of the two mirror images' scores, or `none` for the picture as is.
@@ -74,6 +81,7 @@ class AttributeConfig:
     keep_ewc_gradient: bool = False
     num_examples: int | None = None
     fisher_samples: int = 16384
+    fisher: str | None = None
     stride: int = 100
     captions: str = "first"
     flips: str = "max"
@@ -103,13 +111,15 @@ class AttributeConfig:
         return 1 if self.flips == "none" else 2
 
     def settings(self) -> dict[str, Any]:
-        """What decides the scores: everything but the batch size."""
+        """What decides the scores: everything but the batch size, and of an F from elsewhere its content."""
         settings = dataclasses.asdict(self)
         del settings["batch_size"]
+        if self.fisher is not None:
+            settings["fisher"] = hashlib.sha256(fisher_file(self.fisher).read_bytes()).hexdigest()
         return settings
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Attributed:
     """One finished attribution.
 
@@ -136,6 +146,7 @@ def attribute(
     query: Query,
     config: AttributeConfig = AttributeConfig(),
     workdir: str | os.PathLike | None = None,
+    shipped: str | os.PathLike | None = None,
 ) -> Scores:
     """Scores every picture of `dataset` by its influence on `query`.
 
@@ -145,6 +156,7 @@ def attribute(
       query: a prompt to generate from, or a picture with its prompt.
       config: see `AttributeConfig`.
       workdir: keeps the stages for further queries; a temporary folder if None.
+      shipped: folder of finished stages that came with the model, such as `models/openmoji/stages`.
 
     Raises:
       ValueError: an argument is out of range.
@@ -154,7 +166,7 @@ def attribute(
         if workdir is None:
             workdir = stack.enter_context(tempfile.TemporaryDirectory())
         stack.enter_context(lock(workdir))
-        return Attributor(pipeline, dataset, StageRoot(workdir)).attribute(query, config).scores
+        return Attributor(pipeline, dataset, StageRoot(workdir, shipped)).attribute(query, config).scores
 
 
 class Attributor:
@@ -169,20 +181,24 @@ class Attributor:
         self.predict = predictor(pipeline.unet)
         self.timings: dict[str, tuple[float, bool]] = {}
         self.inputs = {"model": model_fingerprint(pipeline), "dataset": dataset.fingerprint()}
+        root.claim(self.inputs)
         self._data: EncodedDataset | None = None
         self._programs: dict[tuple, LossProgram] = {}
-        self._gradient_program = GradientProgram(self.predict, pipeline.schedule)
+        self.gradient_program = GradientProgram(self.predict, pipeline.schedule)
 
     @property
     def data(self) -> EncodedDataset:
-        """The encoded data set."""
+        """The encoded data set, encoded or read when it is first needed."""
         if self._data is None:
-            reused = self.root.is_finished("latents", {"dataset": self.dataset.name}, self.inputs)
-            with self._timed("encode", reused):
-                self._data = encode(
-                    self.root, self.pipeline, self.inputs["model"], self.dataset, self.inputs["dataset"]
-                )
+            self.prepare()
         return self._data
+
+    def prepare(self) -> None:
+        """Encodes the data set, or reads it; ahead of other work it is timed by itself."""
+        settings = {"dataset": self.dataset.name}
+        reused = all(self.root.is_finished(name, settings, self.inputs) for name in ("latents", "text"))
+        with self._timed("encode", reused):
+            self._data = encode(self.root, self.pipeline, self.inputs["model"], self.dataset, self.inputs["dataset"])
 
     def fisher(self, weights: str, samples: int, seed: int) -> Diagonal:
         """The diagonal Fisher information of a weight subset, fitted or reused."""
@@ -195,18 +211,49 @@ class Attributor:
 
     def base_losses(self, config: AttributeConfig) -> np.ndarray:
         """Losses of all pictures under the model's own weights (N, flips), computed or reused."""
+        stage = self._loss_stage(config)
+        if config.flips == "none":
+            both = self._loss_stage(dataclasses.replace(config, flips="max"))
+            if self.root.is_finished(*both):
+                # The losses of the pictures as they are, to the bit.
+                return self.base_losses(dataclasses.replace(config, flips="max"))[:, :1]
+        params = self.pipeline.params["unet"]
+        reused = self.root.is_finished(*stage)
+        with self._timed("base losses", reused):
+            with self.root.stage(*stage) as opened:
+                losses = self.losses(opened.path, params, config, "losses before")
+            if reused and not self._reproduces(losses, params, config):
+                _log.warning("the stored base losses are of another kind of device: computing them anew")
+                self.root.discard(stage[0])
+                with self.root.stage(*stage) as opened:
+                    losses = self.losses(opened.path, params, config, "losses before")
+        return losses
+
+    def _loss_stage(self, config: AttributeConfig) -> tuple[str, dict[str, Any], dict[str, str]]:
         settings = {name: getattr(config, name) for name in ("loss_seed", "stride", "captions", "num_flips")}
         name = f"losses/stride{config.stride}-{config.captions}-flips{config.num_flips}-seed{config.loss_seed}"
-        stage = (name, settings, self.inputs)
-        data = self.data
-        with self._timed("base losses", self.root.is_finished(*stage)), self.root.stage(*stage) as opened:
-            return self._losses(opened.path, self.pipeline.params["unet"], config, data, "losses before")
+        return name, settings, self.inputs
+
+    def _reproduces(self, losses: np.ndarray, params: Any, config: AttributeConfig) -> bool:
+        """Whether this machine gives the stored losses of the first rows.
+
+        Kinds of devices differ in rounding. A score is the difference of two losses, so losses before and after have
+        to come from devices that agree far better than the scores are small.
+        """
+        program = self.loss_program(config)
+        rows = np.arange(min(EXAMPLES_PER_TILE, len(losses)))
+        again = program(program.place(params), self.data, rows, config.num_flips, config.captions, lambda count: None)
+        return bool(np.allclose(again, losses[rows], rtol=_LOSS_TOLERANCE, atol=0))
 
     def unlearned(self, query: PreparedQuery, config: AttributeConfig) -> tuple[Any, tuple[float, ...]]:
         """The selected weights after unlearning the query, and the query's loss before each step."""
         selected, rest = select_weights(self.pipeline.params["unet"], config.weights)
         newton = config.update == "newton"
-        curvature = self.fisher(config.weights, config.fisher_samples, config.loss_seed) if newton else None
+        curvature = None
+        if newton and config.fisher is not None:
+            curvature = load_fisher(fisher_file(config.fisher), selected)
+        elif newton:
+            curvature = self.fisher(config.weights, config.fisher_samples, config.loss_seed)
         mask = _mask(query, config)
         with self._timed("unlearn"), progress(config.steps * config.query_draws, "unlearn the query", "draw") as bar:
             result = unlearn(
@@ -227,13 +274,15 @@ class Attributor:
                 keep_ewc_gradient=config.keep_ewc_gradient,
                 mask=mask,
                 progress=lambda done: bar.update(done - bar.n),
-                sum_draws=self._gradient_program.bind(rest, query.latents, query.text, config.query_draws, mask),
+                sum_draws=self.gradient_program.bind(rest, query.latents, query.text, config.query_draws, mask),
             )
         return result.selected, tuple(float(loss) for loss in result.query_loss)
 
     def attribute(self, query: Query, config: AttributeConfig, name: str | None = None) -> Attributed:
         """Attributes one query, resuming it or reusing its scores where its folder has them."""
         strided_timesteps(config.stride, self.pipeline.schedule.num_train_timesteps)
+        if name is not None and not re.fullmatch(r"[\w.-]*\w[\w.-]*", name):
+            raise ValueError(f"query_name is {name!r}; expected letters, digits, '.', '_' and '-', as in a file name")
         self.timings = {}
         with self._timed("query"):
             prepared = prepare_query(self.pipeline, self.predict, query)
@@ -243,8 +292,7 @@ class Attributor:
         name = name or query_name(query, settings)
         with self.root.stage(f"attribution/{name}", settings, self.inputs) as stage:
             if config.method == "random":
-                generator = np.random.default_rng([config.loss_seed, query.seed])
-                scores, losses = Scores(self.dataset.row_ids, generator.random(len(self.dataset))), ()
+                scores, losses = Scores(self.dataset.row_ids, _random_scores(self.dataset.row_ids, settings)), ()
             else:
                 scores, losses = self._score_by_unlearning(stage.path, prepared, config)
             arrays = {field.name: getattr(scores, field.name) for field in dataclasses.fields(scores)}
@@ -252,26 +300,28 @@ class Attributor:
         return Attributed(name, stage.path, scores, prepared, losses, dict(self.timings))
 
     def _score_by_unlearning(self, folder: Path, query: PreparedQuery, config: AttributeConfig):
-        before = self.base_losses(config)
+        if self._data is None:
+            self.prepare()
         file = folder / "unlearned.safetensors"
-        if file.exists():
+        try:
             arrays, losses = read_arrays(file)
             selected = unflatten_names(arrays)
-        else:
+        except (FileNotFoundError, DamagedFileError):
             selected, losses = self.unlearned(query, config)
             write_arrays(file, {key: np.asarray(value) for key, value in flatten_names(selected).items()}, list(losses))
+        before = self.base_losses(config)
         _, rest = select_weights(self.pipeline.params["unet"], config.weights)
-        data = self.data
         with self._timed("losses after"):
-            after = self._losses(folder, merge_weights(selected, rest), config, data, "losses after")
+            after = self.losses(folder, merge_weights(selected, rest), config, "losses after")
         score, flip = combine_scores(before, after, config.flips)
         return Scores(self.dataset.row_ids, score, before, after, None if config.flips == "mean" else flip), tuple(
             losses
         )
 
-    def _losses(self, path, params, config: AttributeConfig, data: EncodedDataset, description: str) -> np.ndarray:
+    def losses(self, path: Path, params: Any, config: AttributeConfig, description: str) -> np.ndarray:
+        """Losses of all pictures under any UNet parameters (N, flips), kept in chunks in `path` and resumed there."""
         program = self.loss_program(config)
-        return dataset_losses(path, program, params, data, config.num_flips, config.captions, description)
+        return dataset_losses(path, program, params, self.data, config.num_flips, config.captions, description)
 
     def loss_program(self, config: AttributeConfig) -> LossProgram:
         """The compiled losses for a seed and stride, made once."""
@@ -294,13 +344,14 @@ def _mask(query: PreparedQuery, config: AttributeConfig) -> np.ndarray | None:
 
 
 def model_fingerprint(pipeline: Pipeline) -> str:
-    """sha256 of all that decides what a model computes: weights, configs, schedule and vocabulary."""
+    """sha256 of all that decides what a model computes: weights, configs, schedule and tokenizer."""
+    backend = json.loads(pipeline.tokenizer.backend_tokenizer.to_str())
     configs = {
         "unet": pipeline.unet.config.to_dict(),
         "vae": pipeline.vae.config.to_dict(),
         "text_encoder": pipeline.text_encoder.config.to_dict(),
         "schedule": pipeline.schedule.to_config(),
-        "vocabulary": sorted(pipeline.tokenizer.get_vocab().items()),
+        "tokenizer": {part: backend[part] for part in ("model", "normalizer", "pre_tokenizer", "post_processor")},
         "max_tokens": pipeline.tokenizer.model_max_length,
     }
     text = params_fingerprint(pipeline.params) + json.dumps(configs, sort_keys=True)
@@ -313,6 +364,13 @@ def query_name(query: Query, settings: dict[str, Any]) -> str:
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     origin = f"seed{query.seed}" if query.image is None else "picture"
     return f"{slug}-{origin}-{digest}"
+
+
+def _random_scores(row_ids: np.ndarray, settings: dict[str, Any]) -> np.ndarray:
+    """Uniform scores, a function of the query's settings and the row id alone."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).digest()
+    generator = np.random.Generator(np.random.Philox(key=np.frombuffer(digest[:16], np.uint64)))
+    return generator.random(int(row_ids.max()) + 1)[row_ids]
 
 
 def _query_settings(query: Query) -> dict[str, Any]:

@@ -1,6 +1,9 @@
 """Stage 2: the diagonal Fisher information of the selected weights over the training set."""
 
+import logging
 import operator
+import os
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,19 +12,22 @@ import numpy as np
 from jax.sharding import Mesh
 
 from attrib_jax.core.keys import purpose_key
-from attrib_jax.core.weights import merge_weights
-from attrib_jax.curvature.diagonal import GRADIENT_SCALE, Diagonal
+from attrib_jax.core.weights import count_weights, merge_weights
+from attrib_jax.curvature.diagonal import Diagonal
 from attrib_jax.curvature.fisher import FisherSum, fisher_diagonal
 from attrib_jax.diffusion.losses import Predict, denoising_losses
 from attrib_jax.diffusion.schedule import NoiseSchedule
-from attrib_jax.runtime.files import read_arrays, write_arrays
+from attrib_jax.runtime.files import DamagedFileError, read_arrays, write_arrays
 from attrib_jax.runtime.mesh import data_mesh, replicate, shard_batch, tile_map
 from attrib_jax.runtime.progress import progress
 from attrib_jax.runtime.state import StateStore
 from attrib_jax.stages.encode import EncodedDataset
 
-# Samples whose gradients one device holds at once.
+_log = logging.getLogger(__name__)
+
+# Samples that one device takes at once, and the memory that their gradients may fill there.
 SAMPLES_PER_TILE = 16
+_GRADIENT_BYTES = 2**30
 _TILES_PER_CHECKPOINT = 64
 _FILE = "fisher.safetensors"
 
@@ -74,14 +80,22 @@ def fit_fisher(
 ) -> Diagonal:
     """Sums squared per-sample gradients (METHOD.md section 3), resuming from the state in `path`, and stores F there.
 
-    Tiles are added in the order of their draws, so the result depends neither on the number of devices nor on kills.
+    Tiles are added in the order of their draws: kills change nothing, and another number of devices only the rounding
+    within a tile.
     """
     file = path / _FILE
-    if file.exists():
+    try:
         return load_fisher(file, selected)
+    except FileNotFoundError:
+        pass
+    except DamagedFileError as error:
+        _log.warning("%s: it will be computed again", error)
     mesh = mesh or data_mesh()
     draws = fisher_draws(seed, samples, data.num_captions, schedule.num_train_timesteps)
     shared = replicate(mesh, (selected, rest, schedule, purpose_key(seed, "fisher")))
+    microbatch = SAMPLES_PER_TILE
+    while microbatch > 1 and microbatch * 4 * count_weights(selected).values > _GRADIENT_BYTES:
+        microbatch //= 2
 
     def tile_sum(shared, batch):
         selected, rest, schedule, key = shared
@@ -93,12 +107,12 @@ def fit_fisher(
                 predict, params, schedule, sample.latents, sample.text, noise, sample.timestep[None]
             )[0]
 
-        part = fisher_diagonal(loss_fn, selected, rest, batch, mask=batch.mask)
+        part = fisher_diagonal(loss_fn, selected, rest, batch, mask=batch.mask, microbatch=microbatch)
         # A leading axis of one, so that the devices' sums come back one after the other.
         return jax.tree.map(lambda leaf: leaf[None], part)
 
     run = tile_map(mesh, tile_sum)
-    add = jax.jit(lambda total, parts: _add_in_order(total, parts, mesh.size), donate_argnums=0)
+    add = jax.jit(lambda total, parts: _add_in_order(total, parts, mesh.size))
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), selected)
     total = FisherSum(zeros, np.zeros((), np.int32), zeros)
     state = StateStore(path, "partial")
@@ -131,8 +145,18 @@ def fit_fisher(
                 since = 0
             bar.update(done)
     fisher = total.mean()
-    write_arrays(file, fisher.to_flat(), {"samples": samples, "gradient_scale": GRADIENT_SCALE})
+    write_arrays(file, fisher.to_flat(), {"samples": samples})
+    shutil.rmtree(state.path)
     return load_fisher(file, selected)
+
+
+def fisher_file(path: str | os.PathLike) -> Path:
+    """The file of an F given as a file or as the folder of its stage; FileNotFoundError if there is none."""
+    path = Path(path)
+    file = path / _FILE if path.is_dir() else path
+    if not file.is_file():
+        raise FileNotFoundError(f"fisher {os.fspath(path)!r} is neither a Fisher file nor a folder with {_FILE}")
+    return file
 
 
 def load_fisher(file: Path, selected: Any) -> Diagonal:

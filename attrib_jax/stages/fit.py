@@ -1,5 +1,6 @@
 """The resumable training loop: batches in, orbax checkpoints, a metrics log and averaged weights out."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -15,6 +16,7 @@ from attrib_jax.core.checks import check_positive, check_range
 from attrib_jax.core.keys import purpose_key
 from attrib_jax.diffusion.training import LossFn, init_state, make_optimizer, train_step
 from attrib_jax.runtime.checkpoints import TrainingCheckpoints
+from attrib_jax.runtime.files import write_bytes
 from attrib_jax.runtime.mesh import data_mesh, replicate, shard_batch
 from attrib_jax.runtime.progress import progress
 
@@ -64,18 +66,21 @@ def fit(path: str | os.PathLike, loss_fn: LossFn, params: Any, source: Any, conf
       config: see `FitConfig`.
       description: names the random stream ("train autoencoder") and the progress bar.
     """
-    mesh = data_mesh()
+    mesh = data_mesh(jax.local_devices()[: _usable_devices(config.batch_size, jax.local_device_count())])
     optimizer = make_optimizer(config.learning_rate, config.warmup_steps, config.steps, config.weight_decay)
     state = replicate(mesh, init_state(params, optimizer))
     key = purpose_key(config.seed, description)
     step_fn = jax.jit(functools.partial(train_step, loss_fn, optimizer, config.ema_decay), donate_argnums=0)
     # Batch s is a function of s alone: a resumed run continues with the batches that it would have seen.
     batches = grain.MapDataset.source(source).seed(config.seed).shuffle().repeat().batch(config.batch_size)
-    with TrainingCheckpoints(path) as checkpoints, open(os.path.join(path, "metrics.jsonl"), "a") as log:
+    metrics_file = os.path.join(path, "metrics.jsonl")
+    with TrainingCheckpoints(path) as checkpoints, contextlib.ExitStack() as stack:
         stored = checkpoints.restore_latest(state)
         start = 0
         if stored is not None:
             start, state, _ = stored
+        _drop_lines_after(metrics_file, start)
+        log = stack.enter_context(open(metrics_file, "a", encoding="utf-8"))
         began, logged = time.monotonic(), start
         reader = iter(batches[start : config.steps].to_iter_dataset(grain.ReadOptions(num_threads=2)))
         with progress(config.steps, description, "step", initial=start) as bar:
@@ -89,6 +94,26 @@ def fit(path: str | os.PathLike, loss_fn: LossFn, params: Any, source: Any, conf
                     log.flush()
                     bar.set_postfix_str(f"loss {values['loss']:.4f}", refresh=False)
                 if step % config.checkpoint_every == 0 or step == config.steps:
+                    # Before the last good checkpoint makes room for a spoilt one.
+                    if not np.isfinite(loss := float(metrics["loss"])):
+                        raise ValueError(
+                            f"the loss is {loss} at step {step} of {description!r} with learning_rate="
+                            f"{config.learning_rate}; lower it, and start again from the stored checkpoint"
+                        )
                     checkpoints.save(step, state)
                 bar.update()
         return jax.tree.map(np.asarray, state.ema)
+
+
+def _usable_devices(batch_size: int, available: int) -> int:
+    """The most devices that share a batch evenly."""
+    return max(count for count in range(1, available + 1) if batch_size % count == 0)
+
+
+def _drop_lines_after(path: str, step: int) -> None:
+    """Removes what a run that is resumed from `step` had logged beyond it."""
+    if not os.path.exists(path):
+        return
+    with open(path, encoding="utf-8") as file:
+        lines = [line for line in file if line.endswith("\n") and json.loads(line)["step"] <= step]
+    write_bytes(path, "".join(lines).encode())

@@ -19,14 +19,14 @@ from attrib_jax.runtime.mesh import data_mesh, replicate, shard_batch, tile_map
 class GradientProgram:
     """The compiled gradient of any query's loss, made once for a model; `bind` makes the `sum_draws` of `unlearn`.
 
-    Tiles are added in the order of their draws, so the sums do not depend on the number of devices.
+    Tiles are added in the order of their draws: another number of devices changes only the rounding within a tile.
     """
 
     def __init__(self, predict: Predict, schedule: NoiseSchedule, mesh: Mesh | None = None):
         self.mesh = mesh or data_mesh()
         self._schedule = replicate(self.mesh, schedule)
         self._run = tile_map(self.mesh, functools.partial(_tile_gradient, predict))
-        self._add = jax.jit(functools.partial(_add_in_order, count=self.mesh.size), donate_argnums=0)
+        self._add = jax.jit(functools.partial(_add_in_order, count=self.mesh.size))
 
     def bind(
         self, rest: Any, latents: np.ndarray, text: np.ndarray, draws: int, mask: np.ndarray | None = None

@@ -2,13 +2,14 @@
 
 import dataclasses
 import functools
+import logging
 import os
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from attrib_jax.convert.pipeline import Pipeline, encode_text, latent_size, prompt_report, tokenize
 from attrib_jax.core.checks import check_choice, check_positive, check_range
@@ -16,8 +17,10 @@ from attrib_jax.core.keys import purpose_key
 from attrib_jax.diffusion.losses import Predict
 from attrib_jax.diffusion.samplers import SAMPLERS, sample
 
+_log = logging.getLogger(__name__)
 
-@dataclasses.dataclass(frozen=True)
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Query:
     """What to attribute.
 
@@ -33,7 +36,7 @@ class Query:
     prompt: str
     image: str | os.PathLike | np.ndarray | None = None
     seed: int = 0
-    guidance_scale: float = 5.0
+    guidance_scale: float = 7.5
     sampler: str = "ddim"
     sampler_steps: int = 50
 
@@ -44,7 +47,7 @@ class Query:
         check_positive("sampler_steps", self.sampler_steps, integer=True)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class PreparedQuery:
     """A query as picture and as the UNet's input.
 
@@ -71,7 +74,19 @@ def prepare_query(pipeline: Pipeline, predict: Predict, query: Query) -> Prepare
       ValueError: the picture is no image, or the sampler cannot run with these steps.
       FileNotFoundError: the picture does not exist.
     """
-    report = prompt_report(pipeline, query.prompt)
+    notes = prompt_notes(pipeline, query.prompt)
+    if query.image is None:
+        latents = generate(pipeline, predict, [query.prompt], [query.seed], query)
+        image = decode(pipeline, latents)[0]
+    else:
+        image, latents = _encode_picture(pipeline, query.image)
+    text = _text_states(pipeline, [query.prompt])[0]
+    return PreparedQuery(image, np.asarray(latents[0]), np.asarray(text), notes)
+
+
+def prompt_notes(pipeline: Pipeline, prompt: str) -> tuple[str, ...]:
+    """Sentences on what a tokenizer cuts off or does not know of a prompt; logged as warnings too."""
+    report = prompt_report(pipeline, prompt)
     notes = []
     if report.truncated:
         notes.append(f"The prompt is longer than the model reads; cut off: {report.truncated!r}.")
@@ -79,16 +94,12 @@ def prepare_query(pipeline: Pipeline, predict: Predict, query: Query) -> Prepare
         notes.append(f"Words with characters that the tokenizer does not know: {', '.join(report.unknown)}.")
     if report.split:
         notes.append(
-            f"Words that the tokenizer knows only in pieces, rare or absent in its training captions: "
+            "Words that the tokenizer knows only in pieces, rare or absent in its training captions: "
             f"{', '.join(report.split)}."
         )
-    if query.image is None:
-        latents = generate(pipeline, predict, [query.prompt], [query.seed], query)
-        image = decode(pipeline, latents)[0]
-    else:
-        image, latents = _encode_picture(pipeline, query.image)
-    text = _text_states(pipeline, [query.prompt])[0]
-    return PreparedQuery(image, np.asarray(latents[0]), np.asarray(text), tuple(notes))
+    for note in notes:
+        _log.warning(note)
+    return tuple(notes)
 
 
 def generate(pipeline: Pipeline, predict: Predict, prompts: list[str], seeds: list[int], query: Query) -> np.ndarray:
@@ -96,22 +107,33 @@ def generate(pipeline: Pipeline, predict: Predict, prompts: list[str], seeds: li
 
     The initial noise of a picture depends on its seed alone.
     """
-    initial = jnp.stack([initial_noise(pipeline, seed) for seed in seeds])
     text = _text_states(pipeline, list(prompts) + [""])
-    return np.asarray(
-        sample(
+    initial = [initial_noise(pipeline, seed) for seed in seeds]
+    if query.sampler == "ddim":
+        return _sample(pipeline, predict, text[:-1], text[-1], jnp.stack(initial), None, query)
+    # Fresh noise at every step, so one by one: a picture's noise must not depend on its place in a batch.
+    pictures = [
+        _sample(pipeline, predict, row[None], text[-1], noise[None], purpose_key(seed, "sampler noise"), query)
+        for row, noise, seed in zip(text, initial, seeds)
+    ]
+    return np.concatenate(pictures)
+
+
+def _sample(pipeline, predict, text, empty_text, initial, key, query: Query) -> np.ndarray:
+    with jax.default_matmul_precision("highest"):
+        latents = sample(
             predict,
             pipeline.params["unet"],
             pipeline.schedule,
-            text[:-1],
-            text[-1],
+            text,
+            empty_text,
             initial,
             query.sampler_steps,
             query.guidance_scale,
             sampler=query.sampler,
-            key=purpose_key(seeds[0], "sampler noise") if query.sampler == "ddpm" else None,
+            key=key,
         )
-    )
+    return np.asarray(latents)
 
 
 def initial_noise(pipeline: Pipeline, seed: int) -> np.ndarray:
@@ -123,7 +145,8 @@ def initial_noise(pipeline: Pipeline, seed: int) -> np.ndarray:
 
 def decode(pipeline: Pipeline, latents: np.ndarray) -> np.ndarray:
     """Scaled latents (B, h, w, c) -> pictures (B, H, W, 3) uint8."""
-    images = _decode(pipeline.vae, pipeline.params["vae"], latents)
+    with jax.default_matmul_precision("highest"):
+        images = _decode(pipeline.vae, pipeline.params["vae"], latents)
     return np.asarray(jnp.round(jnp.clip(images * 0.5 + 0.5, 0, 1) * 255)).astype(np.uint8)
 
 
@@ -135,7 +158,7 @@ def read_picture(path: str | os.PathLike, height: int, width: int) -> np.ndarray
     try:
         with Image.open(path) as opened:
             opened.load()
-            picture = opened.convert("RGBA")
+            picture = ImageOps.exif_transpose(opened).convert("RGBA")
     except FileNotFoundError as error:
         raise FileNotFoundError(f"query picture {os.fspath(path)!r} does not exist") from error
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
@@ -158,12 +181,14 @@ def _encode_picture(pipeline: Pipeline, image: Any) -> tuple[np.ndarray, np.ndar
         image = read_picture(image, height, width)
     if image.shape != (height, width, 3) or image.dtype != np.uint8:
         raise ValueError(f"query image has shape {image.shape} {image.dtype}; expected {(height, width, 3)} uint8")
-    mean = _encode(pipeline.vae, pipeline.params["vae"], image[None].astype(np.float32) / 127.5 - 1.0)
+    with jax.default_matmul_precision("highest"):
+        mean = _encode(pipeline.vae, pipeline.params["vae"], image[None].astype(np.float32) / 127.5 - 1.0)
     return image, np.asarray(mean) * pipeline.vae.config.scaling_factor
 
 
 def _text_states(pipeline: Pipeline, prompts: list[str]) -> jax.Array:
-    return _encode_prompts(pipeline.text_encoder, pipeline.params["text_encoder"], tokenize(pipeline, prompts))
+    with jax.default_matmul_precision("highest"):
+        return _encode_prompts(pipeline.text_encoder, pipeline.params["text_encoder"], tokenize(pipeline, prompts))
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -3,56 +3,80 @@
 import contextlib
 import logging
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from attrib_jax.runtime.files import StorageError
+from attrib_jax.runtime.files import StorageError, make_folder
 from attrib_jax.runtime.stages import Stage, load_stage, open_stage
 
 _log = logging.getLogger(__name__)
 
 
 class StageRoot:
-    """Opens stages by name in a workdir, or reuses those of `shipped`, which is only read.
+    """Opens stages by name in a workdir; finished ones in `shipped` are copied there when they fit what is asked for.
 
-    A shipped stage is used if it is finished and was made with the settings and inputs that are asked for, and the
-    workdir has none of that name. Otherwise the stage is computed in the workdir.
+    A shipped stage fits if it is finished and was made with the same settings and inputs. `shipped` is only read.
     """
 
     def __init__(self, workdir: str | os.PathLike, shipped: str | os.PathLike | None = None):
         self.workdir = Path(workdir)
-        self.shipped = Path(shipped) if shipped is not None and Path(shipped).is_dir() else None
+        self._shipped = Path(shipped) if shipped is not None and Path(shipped).is_dir() else None
+
+    def claim(self, inputs: Mapping[str, str]) -> None:
+        """Makes the workdir one of these inputs; raises StageMismatchError if it is one of others."""
+        stage = open_stage(self.workdir, "inputs", {}, inputs)
+        if not stage.finished:
+            stage.finish()
 
     @contextlib.contextmanager
     def stage(self, name: str, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> Iterator[Stage]:
         """Opens a stage to be filled or read, and marks it finished when the block ends without an error.
 
-        Raises StageMismatchError where the workdir's stage of that name has other settings or inputs.
+        A stage in which an error left nothing stored is removed, so that other settings can take its name. Raises
+        StageMismatchError where the workdir's stage of that name has other settings or inputs.
         """
-        stage = self._shipped(name, settings, inputs)
-        if stage is not None:
-            yield stage
-            return
+        if self._fits(name, settings, inputs):
+            self._copy(name)
         stage = open_stage(self.workdir, name, settings, inputs)
-        yield stage
+        try:
+            yield stage
+        except Exception:
+            if [path.name for path in stage.path.iterdir()] == ["stage.json"]:
+                shutil.rmtree(stage.path)
+            raise
         if not stage.finished:
             stage.finish()
 
     def is_finished(self, name: str, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> bool:
         """Whether `stage` with the same arguments would find everything done."""
-        if self._shipped(name, settings, inputs) is not None:
-            return True
-        return (self.workdir / name / "stage.json").exists() and load_stage(self.workdir, name).finished
+        if (self.workdir / name / "stage.json").exists():
+            return load_stage(self.workdir, name).finished
+        return self._fits(name, settings, inputs)
 
-    def _shipped(self, name: str, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> Stage | None:
-        if self.shipped is None or (self.workdir / name).exists():
-            return None
+    def discard(self, name: str) -> None:
+        """Removes a stage from the workdir, to be computed anew and not copied again."""
+        shutil.rmtree(self.workdir / name)
+        self._shipped = None
+
+    def _fits(self, name: str, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> bool:
+        if self._shipped is None or (self.workdir / name).exists() or not (self._shipped / name).exists():
+            return False
         try:
-            stage = load_stage(self.shipped, name)
-        except StorageError:
-            return None
-        if stage.finished and stage.settings == dict(settings) and stage.inputs == dict(inputs):
-            return stage
-        _log.warning("the %s that came with the model was made from another model or data set: computing it anew", name)
-        return None
+            stage = load_stage(self._shipped, name)
+        except StorageError as error:
+            _log.info("not using the %s that came with the model: %s", name, error)
+            return False
+        fits = stage.finished and stage.settings == dict(settings) and stage.inputs == dict(inputs)
+        if not fits:
+            _log.info("the %s that came with the model is of another model or data set", name)
+        return fits
+
+    def _copy(self, name: str) -> None:
+        target = self.workdir / name
+        make_folder(target.parent)
+        partial = target.with_name(f".{target.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(self._shipped / name, partial)
+        partial.rename(target)

@@ -14,6 +14,7 @@ import numpy as np
 
 from attrib_jax.convert.pipeline import Pipeline, encode_text, save_pipeline
 from attrib_jax.convert.tokenizer import load_tokenizer, save_tokenizer, tokenize_prompts, train_tokenizer
+from attrib_jax.core.fingerprint import params_fingerprint
 from attrib_jax.core.keys import purpose_key
 from attrib_jax.data.sources import Dataset
 from attrib_jax.diffusion.schedule import NoiseSchedule
@@ -98,8 +99,10 @@ class _Latents:
         return DiffusionBatch(*(array[index] for array in self._arrays))
 
 
-def train(workdir: str | os.PathLike, dataset: Dataset, config: TrainConfig) -> Path:
+def train(workdir: str | os.PathLike, dataset: Dataset, config: TrainConfig, dtype: Any = None) -> Path:
     """Trains what is missing and writes `<workdir>/model`, a pipeline folder in the diffusers layout -> its path.
+
+    `dtype` is of the written weights, float32 if None.
 
     Both runs resume from their newest checkpoint. Hold the lock of `workdir`. Raises StageMismatchError where the
     folder holds a run with other settings or another data set.
@@ -108,21 +111,21 @@ def train(workdir: str | os.PathLike, dataset: Dataset, config: TrainConfig) -> 
     fingerprint = dataset.fingerprint()
     split = {"autoencoder": ("autoencoder", "vae_channels", "vae_groups", "mse_weight", "kl_weight")}
     split["diffusion"] = tuple(name for name in settings if name not in split["autoencoder"])
-    stages = {
-        name: open_stage(workdir, name, _stage_settings(settings, keys), {"dataset": fingerprint})
-        for name, keys in split.items()
-    }
-    vae, vae_params = _train_autoencoder(stages["autoencoder"].path, dataset, config)
-    stages["autoencoder"].finish()
+    autoencoder, diffusion = (_stage_settings(settings, keys) for keys in split.values())
+    stage = open_stage(workdir, "autoencoder", autoencoder, {"dataset": fingerprint})
+    vae, vae_params = _train_autoencoder(stage.path, dataset, config)
+    stage.finish()
 
-    folder = stages["diffusion"].path
+    inputs = {"dataset": fingerprint, "autoencoder": params_fingerprint(vae_params)}
+    stage = open_stage(workdir, "diffusion", diffusion, inputs)
+    folder = stage.path
     latents = encode_images(folder, dataset, vae, vae_params)
     # One scale for all latents, so that they have the unit variance that the noise schedule expects.
     vae = AutoencoderKL(dataclasses.replace(vae.config, scaling_factor=float(1.0 / latents.std())))
     pipeline = _train_diffusion(folder, dataset, config, vae, vae_params, latents * vae.config.scaling_factor)
     model = Path(workdir) / "model"
-    save_pipeline(pipeline, model, overwrite=model.exists())
-    stages["diffusion"].finish()
+    save_pipeline(pipeline, model, dtype, overwrite=model.exists())
+    stage.finish()
     return model
 
 
@@ -136,7 +139,9 @@ def _stage_settings(settings: Mapping[str, Any], keys: tuple[str, ...]) -> dict[
 
 
 def _train_autoencoder(folder: Path, dataset: Dataset, config: TrainConfig) -> tuple[AutoencoderKL, Any]:
-    height = dataset[0].image.shape[0]
+    height, width = dataset[0].image.shape[:2]
+    if height != width:
+        raise ValueError(f"dataset {dataset.name!r} has pictures of {height} x {width} pixels; expected square ones")
     vae = AutoencoderKL(
         AutoencoderKLConfig(
             block_out_channels=config.vae_channels,

@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +13,7 @@ from absl.testing import flagsaver
 from PIL import Image
 
 from launch import attribute, common
-from tests.stages.conftest import make_dataset
+from tests.tiny_dataset import make_dataset
 from tests.tiny_pipeline import make_torch_pipeline
 
 SETTINGS = ("--prompt=red heart", "--sampler_steps=2", "--query_draws=32", "--fisher_samples=32", "--stride=500")
@@ -64,11 +67,6 @@ def test_own_picture(command, workdir, tmp_path):
     assert Image.open(workdir / "attribution" / "own" / "query.png").size == (16, 16)
 
 
-def test_prompt_too_long_and_of_unknown_words_says_so(command):
-    code, output = command("--prompt=zebra quagga okapi gnu eland kudu nyala")
-    assert code == 0 and "cut off" in output.err and "zebra" in output.err
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -119,5 +117,29 @@ def test_half_written_and_foreign_models(command, model, tmp_path):
 
 def test_workdir_of_another_model_is_refused(command, tmp_path):
     make_torch_pipeline(str(tmp_path / "other"), seed=1)
+    assert command()[0] == 0
     code, output = command(f"--model={tmp_path / 'other'}")
     assert code == 1 and "model: stored" in output.err and "--workdir" in output.err
+    assert command()[0] == 0
+
+
+def test_prompt_too_long_and_of_unknown_words_says_so(command, caplog):
+    code, _ = command("--prompt=zebra quagga okapi gnu eland kudu nyala")
+    assert code == 0 and "cut off" in caplog.text and "zebra" in caplog.text
+
+
+@pytest.mark.parametrize("file", sorted(Path("configs").glob("*.cfg")), ids=lambda file: file.stem)
+def test_flagfiles_parse(file):
+    command = "launch.train" if "train" in file.stem else "launch.attribute"
+    script = f"import sys; from absl import flags; import {command}; flags.FLAGS(sys.argv); print(flags.FLAGS.dataset)"
+    arguments = [sys.executable, "-c", script, f"--flagfile={file}"]
+    result = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    assert result.stdout.strip() == "openmoji", result.stderr
+
+
+def test_the_program_itself_ends_with_one_line_and_code_1(tmp_path):
+    arguments = [sys.executable, "-m", "launch.attribute", "--model=nowhere", f"--workdir={tmp_path}", "--prompt=hat"]
+    result = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert result.stderr.strip().splitlines()[-1].startswith("error: model folder 'nowhere' does not exist")
+    assert "Traceback" not in result.stderr

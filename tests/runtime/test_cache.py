@@ -9,8 +9,8 @@ import textwrap
 from attrib_jax.runtime.cache import enable_compilation_cache
 
 
-def test_a_second_process_finds_the_first_ones_programs(tmp_path, quick_import):
-    script = quick_import + textwrap.dedent(
+def test_a_second_process_finds_the_first_ones_programs(tmp_path):
+    script = textwrap.dedent(
         """
         import jax, jax.numpy as jnp
         from attrib_jax.runtime.cache import enable_compilation_cache

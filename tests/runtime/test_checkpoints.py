@@ -132,9 +132,9 @@ def test_all_damaged_is_an_error_not_a_fresh_start(tmp_path):
             checkpoints.restore_latest(make_state(0))
 
 
-def test_a_kill_during_save_leaves_whole_checkpoints(tmp_path, quick_import):
+def test_a_kill_during_save_leaves_whole_checkpoints(tmp_path):
     """The state is a function of the step, so a restored one can be told from a mixture."""
-    writer = quick_import + textwrap.dedent(
+    writer = textwrap.dedent(
         f"""
         import itertools, sys
         import jax.numpy as jnp

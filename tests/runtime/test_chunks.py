@@ -142,9 +142,9 @@ def test_a_full_disk_keeps_the_finished_chunks(tmp_path, monkeypatch):
     assert_complete(open_store(tmp_path))
 
 
-def test_kills_at_random_moments_lose_nothing_that_was_written(tmp_path, quick_import):
+def test_kills_at_random_moments_lose_nothing_that_was_written(tmp_path):
     """Killed until done, the run gives the bits of an uninterrupted one and computes no stored chunk again."""
-    script = quick_import + textwrap.dedent(
+    script = textwrap.dedent(
         f"""
         import time
         import numpy as np

@@ -108,11 +108,11 @@ def test_a_value_that_is_no_json_writes_nothing(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def test_the_system_refusing_a_write_half_way_keeps_the_old_content(tmp_path, quick_import):
+def test_the_system_refusing_a_write_half_way_keeps_the_old_content(tmp_path):
     """A file size limit makes the kernel accept part of the bytes and refuse the rest, as a full disk does."""
     path = tmp_path / "a"
     files.write_bytes(path, b"old")
-    script = quick_import + textwrap.dedent(
+    script = textwrap.dedent(
         f"""
         import resource
         from attrib_jax.runtime.files import StorageError, write_bytes

@@ -6,6 +6,7 @@ import sys
 import textwrap
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -33,8 +34,8 @@ def test_tiles_refuse_impossible_sizes():
         padded_tiles(4, 0)
 
 
-def test_eight_devices_share_a_batch_and_hold_all_parameters(quick_import):
-    script = quick_import + textwrap.dedent(
+def test_eight_devices_share_a_batch_and_hold_all_parameters():
+    script = textwrap.dedent(
         """
         import jax, numpy as np
         from attrib_jax.runtime.mesh import data_mesh, replicate, shard_batch
@@ -91,3 +92,15 @@ def test_a_row_has_the_same_bits_on_one_device_and_on_all():
     np.testing.assert_array_equal(np.asarray(together), np.concatenate(one_by_one))
     expected = np.mean(np.tanh(batch["x"].astype(np.float64) @ weights) ** 2, axis=-1)
     np.testing.assert_allclose(together, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_gradients_by_what_all_devices_share_are_each_rows_own(count):
+    mesh = data_mesh(jax.devices()[:count])
+    rows, weights = np.arange(24, dtype=np.float32).reshape(8, 3), np.ones(3, np.float32)
+
+    def gradients(weights, rows):
+        return jax.vmap(lambda row: jax.grad(lambda w: jnp.sum(w**2 * row))(weights))(rows)
+
+    result = tile_map(mesh, gradients)(replicate(mesh, weights), shard_batch(mesh, rows))
+    np.testing.assert_array_equal(np.asarray(result), 2 * rows)

@@ -126,8 +126,8 @@ def test_a_finished_stage_opens_in_a_read_only_folder(tmp_path, monkeypatch):
     assert not stage.finished
 
 
-def test_a_second_run_is_refused_until_the_first_is_gone(tmp_path, quick_import):
-    script = quick_import + textwrap.dedent(
+def test_a_second_run_is_refused_until_the_first_is_gone(tmp_path):
+    script = textwrap.dedent(
         f"""
         import time
         from attrib_jax.runtime.stages import lock

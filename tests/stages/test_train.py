@@ -1,0 +1,105 @@
+"""Training: resumed runs end with the same bits, and a whole tiny pipeline trains and is saved."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from attrib_jax.convert.pipeline import load_pipeline
+from attrib_jax.diffusion.training import autoencoder_loss, random_flips
+from attrib_jax.models.vae import AutoencoderKL, AutoencoderKLConfig
+from attrib_jax.runtime.checkpoints import TrainingCheckpoints
+from attrib_jax.stages.fit import FitConfig, fit
+from attrib_jax.stages.train import TrainConfig, train
+from tests.tiny_dataset import make_dataset
+
+SOURCE = np.random.default_rng(0).normal(size=(20, 3)).astype(np.float32)
+CONFIG = FitConfig(steps=12, batch_size=8, learning_rate=0.1, warmup_steps=2, checkpoint_every=4, log_every=4)
+
+
+def _loss(params, batch, key):
+    noisy = batch + 0.1 * jax.random.normal(key, batch.shape)
+    loss = jnp.mean(jnp.square(noisy - params["centre"]))
+    return loss, {"distance": jnp.sum(jnp.square(params["centre"]))}
+
+
+def _fit(path, config=CONFIG):
+    path.mkdir(exist_ok=True)
+    return fit(path, _loss, {"centre": jnp.full((3,), 5.0)}, SOURCE, config, "test")
+
+
+def test_fit_lowers_the_loss_and_logs_it(tmp_path):
+    result = _fit(tmp_path / "run", FitConfig(steps=200, batch_size=8, learning_rate=0.2, warmup_steps=5))
+    np.testing.assert_allclose(result["centre"], SOURCE.mean(axis=0), atol=0.1)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["step"] == 200 and lines[-1]["loss"] < lines[0]["loss"]
+
+
+def test_interrupted_fit_resumes_to_the_same_bits(tmp_path, monkeypatch):
+    whole = _fit(tmp_path / "whole")
+    save = TrainingCheckpoints.save
+
+    def failing(self, step, state, extra=None):
+        save(self, step, state, extra)
+        if step == 8:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(TrainingCheckpoints, "save", failing)
+    with pytest.raises(KeyboardInterrupt):
+        _fit(tmp_path / "resumed")
+    monkeypatch.setattr(TrainingCheckpoints, "save", save)
+    resumed = _fit(tmp_path / "resumed")
+    np.testing.assert_array_equal(resumed["centre"], whole["centre"])
+
+
+def test_flips_mirror_whole_pictures():
+    images = jnp.arange(64 * 2 * 3 * 1, dtype=jnp.float32).reshape(64, 2, 3, 1)
+    flipped = random_flips(jax.random.key(0), images)
+    mirrored = (flipped == images[:, :, ::-1]).all(axis=(1, 2, 3))
+    kept = (flipped == images).all(axis=(1, 2, 3))
+    assert (mirrored ^ kept).all() and 16 < mirrored.sum() < 48
+
+
+def test_autoencoder_loss_is_the_sum_of_its_terms():
+    vae = AutoencoderKL(AutoencoderKLConfig(block_out_channels=(8,), norm_num_groups=4))
+    images = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), dtype=np.uint8)
+    params = vae.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
+    loss, terms = autoencoder_loss(vae, params, images, jax.random.key(1), mse_weight=2.0, kl_weight=0.5)
+    np.testing.assert_allclose(loss, terms["l1"] + 2.0 * terms["mse"] + 0.5 * terms["kl"], rtol=1e-6)
+
+
+def test_a_pipeline_trains_is_saved_and_resumes_finished(tmp_path):
+    config = TrainConfig(
+        autoencoder=FitConfig(steps=2, batch_size=8, learning_rate=1e-3, warmup_steps=1),
+        diffusion=FitConfig(steps=2, batch_size=8, learning_rate=1e-3, warmup_steps=1),
+        vae_channels=(8, 8),
+        vae_groups=4,
+        unet_channels=(16, 16),
+        unet_heads=2,
+        unet_groups=4,
+        text_width=16,
+        text_layers=1,
+        text_heads=2,
+        vocab_size=560,
+        max_tokens=8,
+    )
+    path = train(tmp_path, make_dataset(), config)
+    pipeline = load_pipeline(str(path))
+    assert pipeline.tokenizer.model_max_length == 8
+    assert not pipeline.schedule.clip_sample
+    latents = np.concatenate(
+        [
+            np.asarray(pipeline.vae.apply({"params": pipeline.params["vae"]}, view, method="encode").mean)
+            for row in range(37)
+            for view in [make_dataset()[row].image[None] / 127.5 - 1.0]
+        ]
+    )
+    assert abs(latents.std() * pipeline.vae.config.scaling_factor - 1) < 0.05
+    again = load_pipeline(str(train(tmp_path, make_dataset(), config)))
+    jax.tree.map(np.testing.assert_array_equal, pipeline.params, again.params)
+    with pytest.raises(Exception, match="vae_channels"):
+        import dataclasses
+
+        train(tmp_path, make_dataset(), dataclasses.replace(config, vae_channels=(8, 16)))
