@@ -1,6 +1,7 @@
 """Stable Diffusion pipelines: the diffusers folder layout <-> Flax modules, parameters, tokenizer and schedule."""
 
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -129,6 +130,7 @@ def _load_text_encoder(path: str, dtype: Any) -> tuple[CLIPTextModel, Any]:
     return module, _load_weights(path, _TEXT_WEIGHTS, abstract_text_params(module), dtype, text_encoder_names)
 
 
+@functools.cache
 def abstract_unet_params(unet: UNet2DConditionModel) -> Any:
     """The shapes of a UNet's parameters; no array is made."""
     config = unet.config
@@ -138,12 +140,14 @@ def abstract_unet_params(unet: UNet2DConditionModel) -> Any:
     return abstract_params(unet, latents, jax.ShapeDtypeStruct((1,), jnp.int32), text)
 
 
+@functools.cache
 def abstract_vae_params(vae: AutoencoderKL) -> Any:
     """The shapes of an autoencoder's parameters; no array is made."""
     side = 2 * vae.config.downscale
     return abstract_params(vae, jax.ShapeDtypeStruct((1, side, side, vae.config.in_channels), jnp.float32))
 
 
+@functools.cache
 def abstract_text_params(text_encoder: CLIPTextModel) -> Any:
     """The shapes of a text encoder's parameters; no array is made."""
     return abstract_params(text_encoder, jax.ShapeDtypeStruct((1, 1), jnp.int32))

@@ -166,7 +166,7 @@ def test_unlearning_moves_the_selected_weights_and_raises_the_query_loss_most(fi
     from attrib_jax.core.weights import flatten_names, merge_weights, select_weights
 
     _, attributor, result = finished
-    config = AttributeConfig(query_draws=256, fisher_samples=96, stride=300, step_size=0.05)
+    config = AttributeConfig(query_draws=256, fisher_samples=96, stride=300, step_size=1e-4)
     selected, rest = select_weights(pipeline.params["unet"], config.weights)
     moved, _ = attributor.unlearned(result.query, config)
     assert all(np.any(leaf != flatten_names(selected)[name]) for name, leaf in flatten_names(moved).items())
