@@ -92,4 +92,6 @@ def _prepare_jax() -> None:
     # A CPU split into one device a core runs each core's tiles as a program of its own: measured 1.6 times faster than
     # one device whose threads share every operation ("Speed" in BUILD_NOTES.md).
     jax.config.update("jax_num_cpu_devices", DEVICES.value or _cpu_count())
+    # Only its tokenizers are used: that PyTorch is missing is no news.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     enable_compilation_cache()

@@ -24,9 +24,9 @@ def test_rows_are_the_same_everywhere(rows):
 
 def test_skin_tones_share_a_group(rows):
     by_code = {row.code: index for index, row in enumerate(rows)}
-    waving = by_code["1F44B"]
-    assert rows[waving].captions[0] == "waving hand"
-    assert {rows[by_code[f"1F44B-1F3F{tone}"]].group for tone in "BCDEF"} == {rows[waving].group} == {waving}
+    hands = [by_code["1F44B"], *(by_code[f"1F44B-1F3F{tone}"] for tone in "BCDEF")]
+    assert rows[hands[0]].captions[0] == "waving hand"
+    assert {rows[hand].group for hand in hands} == {min(hands)}
     assert sum(row.group != index for index, row in enumerate(rows)) == 2022
     assert all(rows[row.group].group == row.group for row in rows)
 

@@ -31,7 +31,7 @@ def _fit(path, config=CONFIG):
 
 
 def test_fit_lowers_the_loss_and_logs_it(tmp_path):
-    result = _fit(tmp_path / "run", FitConfig(steps=200, batch_size=8, learning_rate=0.2, warmup_steps=5))
+    result = _fit(tmp_path / "run", FitConfig(steps=200, batch_size=8, learning_rate=0.2, warmup_steps=5, log_every=1))
     np.testing.assert_allclose(result["centre"], SOURCE.mean(axis=0), atol=0.1)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["step"] == 200 and lines[-1]["loss"] < lines[0]["loss"]
