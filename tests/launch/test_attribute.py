@@ -123,6 +123,14 @@ def test_workdir_of_another_model_is_refused(command, tmp_path):
     assert command()[0] == 0
 
 
+def test_region_gives_other_scores_than_the_whole(command, workdir):
+    for name, arguments in (("whole", ()), ("left", ("--region=0,0,8,16",))):
+        code, output = command(f"--query_name={name}", *arguments)
+        assert code == 0, output.err
+    whole, left = (np.load(workdir / "attribution" / name / "scores.npz")["score"] for name in ("whole", "left"))
+    assert not np.array_equal(whole, left)
+
+
 def test_prompt_too_long_and_of_unknown_words_says_so(command, caplog):
     code, _ = command("--prompt=zebra quagga okapi gnu eland kudu nyala")
     assert code == 0 and "cut off" in caplog.text and "zebra" in caplog.text

@@ -220,7 +220,7 @@ def test_base_losses_of_another_kind_of_device_are_computed_anew(finished, pipel
 def test_shipped_stages_are_used_when_they_match_and_computed_anew_when_not(finished, pipeline, dataset, tmp_path):
     workdir, _, first = finished
     result = Attributor(pipeline, dataset, StageRoot(tmp_path / "a", shipped=workdir)).attribute(
-        Query(prompt="hat", sampler_steps=3), CONFIG
+        Query(prompt="flag", sampler_steps=3), CONFIG
     )
     assert all(result.timings[stage][1] for stage in ("encode", "fisher", "base losses"))
     np.testing.assert_array_equal(result.scores.loss_before, first.scores.loss_before)
