@@ -89,8 +89,8 @@ def _cpu_count() -> int:
 def _prepare_jax() -> None:
     absl_logging.set_verbosity(absl_logging.WARNING)
     absl_logging.get_absl_handler().setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
-    # A CPU split into one device a core runs each core's tiles as a program of its own: measured 1.6 times faster than
-    # one device whose threads share every operation ("Speed" in BUILD_NOTES.md).
+    # A CPU split into one device a core runs each core's tiles as a program of its own: measured 1.2 to 1.5 times as
+    # fast as one device whose threads share every operation ("Speed" in BUILD_NOTES.md).
     jax.config.update("jax_num_cpu_devices", DEVICES.value or _cpu_count())
     # Only its tokenizers are used: that PyTorch is missing is no news.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
