@@ -1,7 +1,7 @@
 """Finds the training pictures that made one generated picture possible.
 
 python -m launch.attribute --flagfile=configs/quickstart.cfg
-python -m launch.attribute --flagfile=configs/quickstart.cfg --prompt="red apple" --seed=3
+python -m launch.attribute --flagfile=configs/quickstart.cfg --prompt="handshake light skin tone" --seed=3
 """
 
 import time
