@@ -82,10 +82,10 @@ def main():
         results["random"] = _summary(dataset, rows, random)
         write_json(stage.path / "results.json", results)
         for name, count in (("newton", _EXACT.value), ("sgd", _EXACT_SGD.value)):
-            scores = []
+            scores, before = [], attributor.base_losses(configs[name])
             for index, (row, selected) in enumerate(zip(rows[:count], moved[name])):
                 path = stage.path / f"{name}-exact" / str(row)
-                scores.append(_exact_scores(attributor, path, configs[name], selected))
+                scores.append(_exact_scores(attributor, path, configs[name], selected, before))
                 exact, done = np.stack(scores), index + 1
                 results[f"{name}, {done} queries" if done < len(rows) else name] = _summary(dataset, rows[:done], exact)
                 results.pop(f"{name}, {index} queries", None)
@@ -172,11 +172,11 @@ def _linear_scores(attributor, path: Path, moved, config) -> dict[str, np.ndarra
     return dict(zip(moved, np.split(scores, len(moved))))
 
 
-def _exact_scores(attributor, path: Path, config, selected) -> np.ndarray:
+def _exact_scores(attributor, path: Path, config, selected, before: np.ndarray) -> np.ndarray:
     """The scores (N,) of all training pictures under unlearned weights, their losses kept in `path`."""
     _, rest = select_weights(attributor.pipeline.params["unet"], config.weights)
     after = attributor.losses(path, merge_weights(selected, rest), config, f"scores of row {path.name}")
-    return (after - attributor.base_losses(config)).max(axis=1)
+    return (after - before).max(axis=1)
 
 
 def _summary(dataset, rows, scores) -> dict:

@@ -342,6 +342,24 @@ def _check_draws(draws: int, tile: int) -> None:
     check_positive("tile", tile, integer=True)
 
 
+def tile_gradient(
+    predict, schedule, selected, rest, latents, text, key, mask, indices: jax.Array, draws
+) -> QueryGradient:
+    """Sums of the query's loss and gradient over the draws number `indices` (S,); numbers from `draws` on count zero.
+
+    Other arguments as in `query_gradient`.
+    """
+    timesteps, noise = query_draws(key, indices, schedule.num_train_timesteps, latents.shape)
+    noise = noise.astype(latents.dtype)
+
+    def loss_sum(weights):
+        params = merge_weights(weights, rest)
+        losses = denoising_losses(predict, params, schedule, latents, text, noise, timesteps, mask=mask)
+        return jnp.sum(losses * (indices < draws).astype(losses.dtype))
+
+    return QueryGradient(*jax.value_and_grad(loss_sum)(selected))
+
+
 def _add_query_tiles(
     predict, total, schedule, selected, rest, latents, text, key, mask, first, draws, tile, tiles
 ) -> QueryGradient:
@@ -350,16 +368,10 @@ def _add_query_tiles(
     The total is the scan's carry, so tiles are added in the same order however they are spread over calls.
     """
 
-    def weighted_loss(weights, timesteps, noise, counted):
-        params = merge_weights(weights, rest)
-        losses = denoising_losses(predict, params, schedule, latents, text, noise, timesteps, mask=mask)
-        return jnp.sum(losses * counted.astype(losses.dtype))
-
     def add_tile(total, start):
         indices = first + start + jnp.arange(tile, dtype=jnp.int32)
-        timesteps, noise = query_draws(key, indices, schedule.num_train_timesteps, latents.shape)
-        part = jax.value_and_grad(weighted_loss)(selected, timesteps, noise.astype(latents.dtype), indices < draws)
-        return jax.tree.map(lambda old, new: old + new.astype(old.dtype), total, QueryGradient(*part)), None
+        part = tile_gradient(predict, schedule, selected, rest, latents, text, key, mask, indices, draws)
+        return jax.tree.map(lambda old, new: old + new.astype(old.dtype), total, part), None
 
     return jax.lax.scan(add_tile, total, tile * jnp.arange(tiles, dtype=jnp.int32))[0]
 

@@ -9,6 +9,7 @@ import os
 import re
 import tempfile
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -127,16 +128,16 @@ class Attributed:
       name: of the query's folder.
       folder: where its files are.
       scores: of every training picture.
-      query: picture and UNet inputs.
       query_loss: the query's loss before each unlearning step; empty for methods without one.
+      query: picture and UNet inputs.
       timings: stage -> (seconds, whether it was reused).
     """
 
     name: str
     folder: Path
     scores: Scores
-    query: PreparedQuery
     query_loss: tuple[float, ...]
+    query: PreparedQuery
     timings: dict[str, tuple[float, bool]]
 
 
@@ -291,13 +292,17 @@ class Attributor:
         settings = {"query": _query_settings(query), **config.settings()}
         name = name or query_name(query, settings)
         with self.root.stage(f"attribution/{name}", settings, self.inputs) as stage:
+            stored = _stored_scores(stage.path) if stage.finished else None
+            if stored is not None:
+                return Attributed(name, stage.path, *stored, prepared, dict(self.timings))
             if config.method == "random":
                 scores, losses = Scores(self.dataset.row_ids, _random_scores(self.dataset.row_ids, settings)), ()
             else:
                 scores, losses = self._score_by_unlearning(stage.path, prepared, config)
             arrays = {field.name: getattr(scores, field.name) for field in dataclasses.fields(scores)}
+            arrays["query_loss"] = np.array(losses)
             write_npz(stage.path / "scores.npz", {key: value for key, value in arrays.items() if value is not None})
-        return Attributed(name, stage.path, scores, prepared, losses, dict(self.timings))
+        return Attributed(name, stage.path, scores, losses, prepared, dict(self.timings))
 
     def _score_by_unlearning(self, folder: Path, query: PreparedQuery, config: AttributeConfig):
         if self._data is None:
@@ -314,9 +319,8 @@ class Attributor:
         with self._timed("losses after"):
             after = self.losses(folder, merge_weights(selected, rest), config, "losses after")
         score, flip = combine_scores(before, after, config.flips)
-        return Scores(self.dataset.row_ids, score, before, after, None if config.flips == "mean" else flip), tuple(
-            losses
-        )
+        scores = Scores(self.dataset.row_ids, score, before, after, None if config.flips == "mean" else flip)
+        return scores, tuple(losses)
 
     def losses(self, path: Path, params: Any, config: AttributeConfig, description: str) -> np.ndarray:
         """Losses of all pictures under any UNet parameters (N, flips), kept in chunks in `path` and resumed there."""
@@ -335,6 +339,18 @@ class Attributor:
         began = time.monotonic()
         yield
         self.timings[stage] = (round(time.monotonic() - began, 2), reused)
+
+
+def _stored_scores(folder: Path) -> tuple[Scores, tuple[float, ...]] | None:
+    """Scores and query losses of a finished attribution; None where they are absent or damaged."""
+    try:
+        with np.load(folder / "scores.npz") as stored:
+            arrays = {name: stored[name] for name in stored.files}
+        query_loss = tuple(arrays.pop("query_loss").tolist())
+        return Scores(**arrays), query_loss
+    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+        _log.warning("%s cannot be read (%s): it will be computed again", folder / "scores.npz", error)
+        return None
 
 
 def _mask(query: PreparedQuery, config: AttributeConfig) -> np.ndarray | None:

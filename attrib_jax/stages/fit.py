@@ -98,7 +98,7 @@ def fit(path: str | os.PathLike, loss_fn: LossFn, params: Any, source: Any, conf
                     if not np.isfinite(loss := float(metrics["loss"])):
                         raise ValueError(
                             f"the loss is {loss} at step {step} of {description!r} with learning_rate="
-                            f"{config.learning_rate}; lower it, and start again from the stored checkpoint"
+                            f"{config.learning_rate}; train with a lower one in another workdir"
                         )
                     checkpoints.save(step, state)
                 bar.update()

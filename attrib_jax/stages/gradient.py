@@ -9,9 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from attrib_jax.attribution.unlearn import DRAWS_PER_TILE, QueryGradient, query_draws
-from attrib_jax.core.weights import merge_weights
-from attrib_jax.diffusion.losses import Predict, denoising_losses
+from attrib_jax.attribution.unlearn import DRAWS_PER_TILE, QueryGradient, tile_gradient
+from attrib_jax.diffusion.losses import Predict
 from attrib_jax.diffusion.schedule import NoiseSchedule
 from attrib_jax.runtime.mesh import data_mesh, replicate, shard_batch, tile_map
 
@@ -55,16 +54,8 @@ def _tile_gradient(predict: Predict, shared: Any, tile: jax.Array) -> QueryGradi
     """The sums of tile number `tile` (1,), each leaf with a leading axis of one; draws beyond the last count zero."""
     (rest, schedule, latents, text, mask), (selected, key, draws) = shared
     indices = tile[0] * DRAWS_PER_TILE + jnp.arange(DRAWS_PER_TILE, dtype=jnp.int32)
-    timesteps, noise = query_draws(key, indices, schedule.num_train_timesteps, latents.shape)
-
-    def loss_sum(selected):
-        params = merge_weights(selected, rest)
-        losses = denoising_losses(
-            predict, params, schedule, latents, text, noise.astype(latents.dtype), timesteps, mask=mask
-        )
-        return jnp.sum(losses * (indices < draws))
-
-    return jax.tree.map(lambda leaf: leaf[None], QueryGradient(*jax.value_and_grad(loss_sum)(selected)))
+    sums = tile_gradient(predict, schedule, selected, rest, latents, text, key, mask, indices, draws)
+    return jax.tree.map(lambda leaf: leaf[None], sums)
 
 
 def _add_in_order(total: QueryGradient, parts: QueryGradient, count: int) -> QueryGradient:

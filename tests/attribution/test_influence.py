@@ -4,6 +4,7 @@ import jax
 import numpy as np
 
 from attrib_jax.attribution import influence_scores, score_dataset, unlearn
+from attrib_jax.attribution.influence import influence_matrix
 from attrib_jax.attribution.unlearn import query_draws
 from attrib_jax.core.keys import example_noise, loss_key, purpose_key
 from attrib_jax.core.weights import flatten_names, merge_weights, select_weights
@@ -71,3 +72,20 @@ def test_tiny_newton_step_scores_by_the_influence_function():
         mask = np.arange(COUNT) != 3
         got = jax.jit(influence_scores, static_argnums=0)(strided_loss, selected, rest, examples, tree, mask)
         np.testing.assert_allclose(got, np.where(mask, expected, 0), rtol=1e-6, atol=1e-8 * abs(expected).max())
+
+
+def test_influence_of_many_queries_at_once_is_that_of_each():
+    with jax.enable_x64(True):
+        row_id, latents, text = tiny_denoiser.make_data(6, dtype=np.float64)
+        selected, rest = select_weights(tiny_denoiser.init_params(dtype=np.float64), "cross-attn-kv")
+        examples = {"latents": latents[:, 0], "text": text[:, 0], "row_id": row_id}
+        rng = np.random.default_rng(1)
+        directions = jax.tree.map(lambda leaf: rng.normal(size=(3, *leaf.shape)), selected)
+        together = jax.jit(influence_matrix, static_argnums=0)(strided_loss, selected, rest, examples, directions)
+        each = [
+            influence_scores(
+                strided_loss, selected, rest, examples, jax.tree.map(lambda leaf, q=q: leaf[q], directions)
+            )
+            for q in range(3)
+        ]
+    np.testing.assert_allclose(together, np.stack(each, axis=1), rtol=1e-10, atol=1e-14)

@@ -10,6 +10,9 @@ import numpy as np
 import pytest
 
 import attrib_jax.stages.losses as losses_stage
+from attrib_jax.attribution.unlearn import query_gradient
+from attrib_jax.core.keys import purpose_key
+from attrib_jax.core.weights import select_weights
 from attrib_jax.data.sources import ArrayDataset
 from attrib_jax.models.unet import predictor
 from attrib_jax.report.outputs import write_outputs
@@ -17,8 +20,9 @@ from attrib_jax.runtime.chunks import ChunkStore
 from attrib_jax.runtime.mesh import data_mesh
 from attrib_jax.runtime.stages import StageMismatchError
 from attrib_jax.stages.attribute import AttributeConfig, Attributor, attribute, query_name
+from attrib_jax.stages.gradient import GradientProgram
 from attrib_jax.stages.losses import LossProgram
-from attrib_jax.stages.query import Query
+from attrib_jax.stages.query import Query, generate
 from attrib_jax.stages.root import StageRoot
 from tests.tiny_dataset import make_dataset
 
@@ -130,7 +134,6 @@ def test_interrupted_run_resumes_to_the_same_bits(finished, pipeline, dataset, t
 
 def test_fisher_resumes_to_the_same_bits_and_is_close_on_other_devices(finished, pipeline, tmp_path, monkeypatch):
     import attrib_jax.stages.fisher as fisher_stage
-    from attrib_jax.core.weights import select_weights
     from attrib_jax.runtime.state import StateStore
 
     _, attributor, _ = finished
@@ -160,10 +163,52 @@ def test_fisher_resumes_to_the_same_bits_and_is_close_on_other_devices(finished,
     jax.tree.map(np.testing.assert_array_equal, whole.tree, resumed.tree)
 
 
+@pytest.mark.parametrize("devices", [1, 3, 4])
+def test_gradients_on_all_devices_are_the_gradient_of_one(finished, pipeline, devices):
+    _, _, result = finished
+    selected, rest = select_weights(pipeline.params["unet"], "cross-attn-kv")
+    predict, key = predictor(pipeline.unet), purpose_key(0, "query")
+    program = GradientProgram(predict, pipeline.schedule, data_mesh(jax.devices()[:devices]))
+    done = []
+    # 40 draws fill no whole number of tiles: the rest of the last one must count zero.
+    total = program.bind(rest, result.query.latents, result.query.text, 40)(selected, key, done.append)
+    run = jax.jit(query_gradient, static_argnames=("predict", "draws"))
+    query = result.query
+    expected = run(predict, pipeline.schedule, selected, rest, query.latents, query.text, key, draws=40)
+    assert done[-1] == 40
+    np.testing.assert_allclose(total.loss / 40, expected.loss, rtol=1e-5)
+    for ours, theirs in zip(jax.tree.leaves(total.gradient), jax.tree.leaves(expected.gradient)):
+        np.testing.assert_allclose(ours / 40, theirs, rtol=1e-4, atol=1e-5 * np.abs(theirs).max())
+
+
+def test_finished_scores_are_read_and_damaged_ones_computed_again(finished, pipeline, dataset, tmp_path, monkeypatch):
+    workdir, _, first = finished
+    shutil.copytree(workdir, tmp_path / "copy")
+    attributor = Attributor(pipeline, dataset, StageRoot(tmp_path / "copy"))
+    again = attributor.attribute(QUERY, CONFIG)
+    assert set(again.timings) == {"query"} and again.query_loss == first.query_loss
+    np.testing.assert_array_equal(again.scores.loss_after, first.scores.loss_after)
+    file = again.folder / "scores.npz"
+    file.write_bytes(file.read_bytes()[:-100])
+    repaired = attributor.attribute(QUERY, CONFIG)
+    assert "losses after" in repaired.timings
+    np.testing.assert_array_equal(repaired.scores.score, first.scores.score)
+    np.load(file)
+
+
+def test_a_ddpm_picture_depends_on_its_own_seed_alone(pipeline):
+    settings = Query(prompt="", sampler="ddpm", sampler_steps=3, guidance_scale=2.0)
+    predict = predictor(pipeline.unet)
+    together = generate(pipeline, predict, ["hat", "flag"], [3, 4], settings)
+    alone = generate(pipeline, predict, ["flag"], [4], settings)
+    np.testing.assert_allclose(together[1], alone[0], rtol=1e-5, atol=1e-6)
+    assert np.abs(together[0] - together[1]).max() > 0.1
+
+
 def test_unlearning_moves_the_selected_weights_and_raises_the_query_loss_most(finished, pipeline, dataset):
     from attrib_jax.attribution.scores import dataset_losses as losses_in_memory
     from attrib_jax.core.keys import loss_key
-    from attrib_jax.core.weights import flatten_names, merge_weights, select_weights
+    from attrib_jax.core.weights import flatten_names, merge_weights
 
     _, attributor, result = finished
     config = AttributeConfig(query_draws=256, fisher_samples=96, stride=300, step_size=1e-4)
