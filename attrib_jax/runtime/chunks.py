@@ -1,5 +1,6 @@
 """Per-row results in checksummed chunks: what is written stays written, and a resumed run computes only the rest."""
 
+import functools
 import json
 import logging
 import os
@@ -13,15 +14,19 @@ from attrib_jax.runtime.files import (
     DamagedFileError,
     StorageError,
     make_folder,
+    map_arrays,
     read_arrays,
     storage_errors,
     write_arrays,
     write_json,
 )
+from attrib_jax.runtime.joined import JoinedArray
 
 _log = logging.getLogger(__name__)
 
 _LAYOUT = "layout.json"
+# Each map holds an open file.
+_MAPPED_CHUNKS = 128
 
 
 class ChunkStore:
@@ -126,6 +131,34 @@ class ChunkStore:
             for field, array in chunk.items():
                 result[field][self.rows(index)] = array
         return result
+
+    def absent(self) -> list[int]:
+        """The chunks that have no file. Unlike `missing` it reads none, so that terabytes can be opened at once."""
+        return [index for index in range(self.num_chunks) if not self._file(index).exists()]
+
+    def array(self, field: str) -> "JoinedArray":
+        """One field of a complete store as an array on disk; chunks are mapped, and checked, when first used.
+
+        Raises StorageError, then, where a chunk is damaged: it is deleted, so that the next run computes it again.
+        """
+        shape, dtype = self.fields[field]
+        checked: set[int] = set()
+
+        @functools.lru_cache(_MAPPED_CHUNKS)
+        def part(index: int) -> np.ndarray:
+            file = self._file(index)
+            try:
+                mapped = map_arrays(file, check=index not in checked)
+            except DamagedFileError as error:
+                file.unlink()
+                raise StorageError(
+                    f"{error}. It was deleted: start the same command again to compute it anew."
+                ) from error
+            checked.add(index)
+            return mapped[field]
+
+        lengths = [self.rows(index).stop - self.rows(index).start for index in range(self.num_chunks)]
+        return JoinedArray(lengths, part, shape, dtype)
 
     def _file(self, index: int) -> Path:
         return self.path / f"chunk-{index:06d}.safetensors"

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import tempfile
 import zlib
@@ -14,6 +15,14 @@ import safetensors.numpy
 from safetensors import SafetensorError
 
 _TEMP_PREFIX = ".partial-"
+# The dtypes that `write_arrays` stores, as safetensors calls them.
+_DTYPES = {
+    "BOOL": np.dtype(np.bool_),
+    **{f"U{8 * size}": np.dtype(f"u{size}") for size in (1, 2, 4, 8)},
+    **{f"I{8 * size}": np.dtype(f"i{size}") for size in (1, 2, 4, 8)},
+    **{f"F{8 * size}": np.dtype(f"f{size}") for size in (2, 4, 8)},
+    "C64": np.dtype(np.complex64),
+}
 
 
 class StorageError(RuntimeError):
@@ -144,6 +153,44 @@ def read_arrays(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[st
     if _checksum(arrays, encoded) != checksum:
         raise DamagedFileError(f"{path} is damaged: its content does not match its checksum")
     return arrays, json.loads(encoded)
+
+
+def map_arrays(path: str | os.PathLike, check: bool = True) -> dict[str, np.ndarray]:
+    """The arrays that `write_arrays` stored as read-only memory maps: their pages are read when used, and can go again.
+
+    `check` compares the content with its checksum first, through the maps. Raises as `read_arrays`.
+    """
+    path = Path(path)
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > size - 8:
+                raise ValueError(f"its header would be {length} bytes of {size}")
+            header = json.loads(file.read(length))
+        metadata = header.pop("__metadata__")
+        encoded, checksum = metadata["header"], int(metadata["crc32"])
+        arrays = {}
+        for name, entry in header.items():
+            dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
+            begin, end = entry["data_offsets"]
+            if end - begin != math.prod(shape) * dtype.itemsize or 8 + length + end > size:
+                raise ValueError(f"array {name} does not fit the file")
+            if begin == end:
+                arrays[name] = np.empty(shape, dtype)
+            else:
+                arrays[name] = np.memmap(path, dtype, "r", offset=8 + length + begin, shape=shape)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise StorageError(
+            f"cannot read {path}: {error.strerror or error}. Check its permissions and the disk."
+        ) from error
+    except (KeyError, ValueError, TypeError) as error:
+        raise DamagedFileError(f"{path} is truncated or damaged ({error})") from error
+    if check and _checksum(arrays, encoded) != checksum:
+        raise DamagedFileError(f"{path} is damaged: its content does not match its checksum")
+    return arrays
 
 
 def _checksum(arrays: Mapping[str, np.ndarray], header: str) -> int:

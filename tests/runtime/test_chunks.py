@@ -13,7 +13,7 @@ import time
 import numpy as np
 import pytest
 
-from attrib_jax.runtime import files
+from attrib_jax.runtime import chunks, files
 from attrib_jax.runtime.chunks import ChunkStore
 from attrib_jax.runtime.files import DamagedFileError, StorageError
 
@@ -181,3 +181,41 @@ def test_kills_at_random_moments_lose_nothing_that_was_written(tmp_path):
     expected = np.cos(np.arange(60)[:, None] * 0.3 + np.arange(1000))
     assert store.read_all()["loss"].tobytes() == expected.tobytes(), f"seed {seed}"
     assert not list(tmp_path.rglob(".partial-*")), f"seed {seed}"
+
+
+def test_field_as_an_array_on_disk(tmp_path):
+    store = open_store(tmp_path)
+    fill(store)
+    expected = make(slice(0, NUM_ROWS))
+    for field in FIELDS:
+        array = open_store(tmp_path).array(field)
+        assert array.shape == expected[field].shape and array.dtype == expected[field].dtype
+        np.testing.assert_array_equal(np.asarray(array), expected[field])
+    rows = np.array([22, 0, 7])
+    np.testing.assert_array_equal(store.array("loss")[rows, 1], expected["loss"][rows, 1])
+
+
+def test_array_keeps_few_chunks_open(tmp_path, monkeypatch):
+    monkeypatch.setattr(chunks, "_MAPPED_CHUNKS", 2)
+    store = open_store(tmp_path)
+    fill(store)
+    array = store.array("loss")
+    for _ in range(2):
+        np.testing.assert_array_equal(array[:], make(slice(0, NUM_ROWS))["loss"])
+
+
+def test_damaged_chunk_of_an_array_is_deleted_when_it_is_first_used(tmp_path):
+    store = open_store(tmp_path)
+    fill(store)
+    file = tmp_path / "chunks" / "chunk-000002.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 1
+    file.write_bytes(content)
+    assert store.absent() == []
+    array = store.array("loss")
+    array[0]
+    with pytest.raises(StorageError, match="does not match its checksum. It was deleted: start the same command again"):
+        array[11]
+    assert store.absent() == [2]
+    assert fill(store) == [2]
+    np.testing.assert_array_equal(store.array("loss")[11], make(slice(11, 12))["loss"][0])

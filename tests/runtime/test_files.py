@@ -127,3 +127,41 @@ def test_the_system_refusing_a_write_half_way_keeps_the_old_content(tmp_path):
     assert f"cannot write {path}: File too large" in done.stdout
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["a"]
+
+
+def test_mapped_arrays_are_the_stored_ones(tmp_path):
+    path = tmp_path / "a.safetensors"
+    arrays = {
+        "x": np.arange(6, dtype=np.float32).reshape(2, 3),
+        "half": np.float16([1.5, -2]),
+        "none": np.empty((0, 4), np.int64),
+        "scalar": np.float64(3),
+        "flags": np.array([True, False]),
+    }
+    files.write_arrays(path, arrays, {"rows": 2})
+    mapped = files.map_arrays(path)
+    assert mapped.keys() == arrays.keys()
+    for name, array in arrays.items():
+        assert mapped[name].dtype == array.dtype and mapped[name].shape == array.shape
+        np.testing.assert_array_equal(mapped[name], array)
+    with pytest.raises(ValueError, match="read-only"):
+        mapped["x"][0, 0] = 1
+
+
+def test_mapping_a_damaged_file(tmp_path):
+    path = tmp_path / "a.safetensors"
+    files.write_arrays(path, {"x": np.arange(100, dtype=np.float32)}, {})
+    good = path.read_bytes()
+    for cut in (0, 4, 8, 50, len(good) - 1):
+        path.write_bytes(good[:cut])
+        with pytest.raises(files.DamagedFileError):
+            files.map_arrays(path)
+    path.write_bytes(b"\xff" * 8 + good[8:])
+    with pytest.raises(files.DamagedFileError, match="header would be"):
+        files.map_arrays(path)
+    path.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    with pytest.raises(files.DamagedFileError, match="checksum"):
+        files.map_arrays(path)
+    assert files.map_arrays(path, check=False)["x"].shape == (100,)
+    with pytest.raises(FileNotFoundError):
+        files.map_arrays(tmp_path / "absent")
