@@ -1,43 +1,37 @@
-"""Stable Diffusion pipelines: the diffusers folder layout <-> Flax modules, parameters, tokenizer and schedule."""
+"""Stable Diffusion pipelines: folders and files <-> Flax modules, parameters, tokenizer and schedule."""
 
 import dataclasses
 import functools
-import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attrib_jax.convert.names import text_encoder_names, vae_names
-from attrib_jax.convert.state_dicts import (
-    abstract_params,
-    load_params,
-    read_safetensors,
-    state_dict_of,
-    write_safetensors,
+from attrib_jax.convert.configs import named_config
+from attrib_jax.convert.folders import (
+    INDEX,
+    SCHEDULER_CONFIG,
+    STEMS,
+    check_folder,
+    find_weights,
+    read_config,
+    read_json,
+    write_json,
 )
+from attrib_jax.convert.hub import resolve_model
+from attrib_jax.convert.names import text_encoder_names, vae_names
+from attrib_jax.convert.state_dicts import abstract_params, load_params, state_dict_of
 from attrib_jax.convert.tokenizer import PromptReport, inspect_prompt, load_tokenizer, save_tokenizer, tokenize_prompts
+from attrib_jax.convert.weight_files import open_weights, write_weights
 from attrib_jax.diffusion.schedule import NoiseSchedule
 from attrib_jax.models.clip import CLIPTextConfig, CLIPTextModel
 from attrib_jax.models.unet import UNet2DConditionModel, UNetConfig
 from attrib_jax.models.vae import AutoencoderKL, AutoencoderKLConfig
-
-_INDEX = "model_index.json"
-_UNET_WEIGHTS = "diffusion_pytorch_model.safetensors"
-_TEXT_WEIGHTS = "model.safetensors"
-_SCHEDULER_CONFIG = "scheduler_config.json"
-# The class names of each part in model_index.json. A scheduler of any class is read for its noise schedule.
-_SUPPORTED = {
-    "unet": ("UNet2DConditionModel",),
-    "vae": ("AutoencoderKL",),
-    "text_encoder": ("CLIPTextModel",),
-    "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
-}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -78,56 +72,105 @@ class Pipeline:
             )
 
 
-def load_pipeline(path: str, dtype: Any = jnp.float32) -> Pipeline:
-    """Reads a diffusers StableDiffusionPipeline folder with safetensors weights.
+def load_pipeline(
+    path: str,
+    dtype: Any = jnp.float32,
+    *,
+    variant: str | None = None,
+    tokenizer: str | None = None,
+    prediction_type: str | None = None,
+) -> Pipeline:
+    """Reads a Stable Diffusion pipeline: a diffusers folder, a Hugging Face id, or a single-file checkpoint.
+
+    Folders of every age are read as they are: weights as safetensors or `.bin`, whole or in shards, under today's names
+    and those of the published files. Tensors are read one by one.
 
     Args:
-      path: the folder that holds model_index.json, unet/, vae/, text_encoder/, tokenizer/ and scheduler/.
+      path: the folder that holds model_index.json, unet/, vae/, text_encoder/, tokenizer/ and scheduler/; or
+        `owner/name[@revision]`, see `resolve_model`; or a file, see `load_single_file`.
       dtype: of the loaded parameters, whatever the files hold.
+      variant: of the weight files, such as "fp16". None takes full precision, or `fp16` where nothing else is there.
+      tokenizer: a tokenizer folder, or a pipeline folder with one, in place of the model's own.
+      prediction_type: "epsilon" or "v_prediction", in place of what the scheduler's config says.
 
     Raises:
-      FileNotFoundError: the folder, or files in it, are missing; all of them are listed.
+      FileNotFoundError: the model, or files in it, are missing; all of them are listed.
       ValueError: a class, option or tensor that this library does not support, or a damaged file; says which.
     """
-    path = os.fspath(path)
-    if not os.path.isdir(path):
-        raise FileNotFoundError(f"model folder {path!r} does not exist; give a folder in the diffusers layout")
-    if not os.path.isfile(os.path.join(path, _INDEX)):
-        raise FileNotFoundError(f"{path!r} has no {_INDEX}; give the top folder of a pipeline in the diffusers layout")
-    index = _read_json(os.path.join(path, _INDEX))
-    _check_classes(index, path)
-    _check_files(path)
-    scheduler = _read_json(os.path.join(path, "scheduler", _SCHEDULER_CONFIG))
-    unet, unet_params = load_unet(os.path.join(path, "unet"), dtype)
-    vae, vae_params = _load_vae(os.path.join(path, "vae"), dtype)
-    text_encoder, text_params = _load_text_encoder(os.path.join(path, "text_encoder"), dtype)
-    return Pipeline(
-        unet=unet,
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=load_tokenizer(os.path.join(path, "tokenizer")),
-        schedule=NoiseSchedule.from_config(scheduler),
-        params={"unet": unet_params, "vae": vae_params, "text_encoder": text_params},
-    )
+    path = resolve_model(path, variant)
+    if os.path.isfile(path):
+        if variant is not None:
+            raise ValueError(f"variant is {variant!r}, but {path} is one file; only a folder has variants")
+        from attrib_jax.convert.single_file import load_single_file  # which builds on this module
+
+        return load_single_file(path, tokenizer, prediction_type, dtype)
+    weights = check_folder(path, variant, needs_tokenizer=tokenizer is None)
+    scheduler = read_json(os.path.join(path, "scheduler", SCHEDULER_CONFIG))
+    if prediction_type is not None:
+        scheduler["prediction_type"] = prediction_type
+    schedule = NoiseSchedule.from_config(scheduler)
+    modules = {part: _MODULES[part](read_config(os.path.join(path, part))) for part in weights}
+    length = modules["text_encoder"].config.max_position_embeddings
+    loaded_tokenizer = load_tokenizer(os.path.join(path, "tokenizer") if tokenizer is None else tokenizer, length)
+    params = {part: _load_part(part, modules[part], weights[part], dtype) for part in weights}
+    return Pipeline(**modules, tokenizer=loaded_tokenizer, schedule=schedule, params=params)
 
 
-def load_unet(path: str, dtype: Any = jnp.float32) -> tuple[UNet2DConditionModel, Any]:
-    """Reads one diffusers UNet folder (config.json and safetensors weights) -> (module, params).
+def load_unet(
+    path: str, config: str | Mapping[str, Any] | None = None, dtype: Any = jnp.float32
+) -> tuple[UNet2DConditionModel, Any]:
+    """Reads one UNet -> (module, params).
+
+    Args:
+      path: a diffusers UNet folder (config.json and weights), or a file with a bare state dict.
+      config: of the UNet, see `named_config`: needed for a file, and replaces a folder's config.json.
+      dtype: of the loaded parameters, whatever the file holds.
 
     Raises FileNotFoundError and ValueError as `load_pipeline`.
     """
-    module = UNet2DConditionModel(UNetConfig.from_dict(_read_config(path)))
-    return module, _load_weights(path, _UNET_WEIGHTS, abstract_unet_params(module), dtype)
+    path = os.fspath(path)
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"UNet {path!r} does not exist; give a UNet folder or a weight file")
+    if os.path.isfile(path) and config is None:
+        raise ValueError(f"{path} is a bare weight file; give its config: a name such as 'mscoco', or a json file")
+    module = _MODULES["unet"](read_config(path) if config is None else named_config(config).unet)
+    file = find_weights(path, STEMS["unet"]) if os.path.isdir(path) else path
+    return module, _load_part("unet", module, file, dtype)
 
 
-def _load_vae(path: str, dtype: Any) -> tuple[AutoencoderKL, Any]:
-    module = AutoencoderKL(AutoencoderKLConfig.from_dict(_read_config(path)))
-    return module, _load_weights(path, _UNET_WEIGHTS, abstract_vae_params(module), dtype, vae_names)
+def replace_unet(
+    pipeline: Pipeline, path: str, config: str | Mapping[str, Any] | None = None, dtype: Any = jnp.float32
+) -> Pipeline:
+    """`pipeline` with another UNet, and with the noise schedule that its config brings.
+
+    A config without a scheduler, or a UNet folder's own config.json, leaves the schedule as it is.
+
+    Args:
+      pipeline: gives the autoencoder, text encoder and tokenizer.
+      path, config, dtype: of the UNet, as for `load_unet`.
+
+    Raises FileNotFoundError and ValueError as `load_unet`; ValueError if the UNet does not fit the other parts.
+    """
+    unet, params = load_unet(path, config, dtype)
+    scheduler = None if config is None else named_config(config).scheduler
+    schedule = pipeline.schedule if scheduler is None else NoiseSchedule.from_config(scheduler)
+    return dataclasses.replace(pipeline, unet=unet, schedule=schedule, params=pipeline.params | {"unet": params})
 
 
-def _load_text_encoder(path: str, dtype: Any) -> tuple[CLIPTextModel, Any]:
-    module = CLIPTextModel(CLIPTextConfig.from_dict(_read_config(path)))
-    return module, _load_weights(path, _TEXT_WEIGHTS, abstract_text_params(module), dtype, text_encoder_names)
+_MODULES = {
+    "unet": lambda config: UNet2DConditionModel(UNetConfig.from_dict(config)),
+    "vae": lambda config: AutoencoderKL(AutoencoderKLConfig.from_dict(config)),
+    "text_encoder": lambda config: CLIPTextModel(CLIPTextConfig.from_dict(config)),
+}
+
+
+def _load_part(part: str, module: Any, path: str, dtype: Any) -> Any:
+    state = open_weights(path)
+    if part == "unet":
+        return load_params(state, abstract_unet_params(module), dtype, source=path)
+    if part == "vae":
+        return load_params(vae_names(state), abstract_vae_params(module), dtype, source=path)
+    return load_params(text_encoder_names(state), abstract_text_params(module), dtype, source=path)
 
 
 @functools.cache
@@ -172,8 +215,8 @@ def save_pipeline(pipeline: Pipeline, path: str, dtype: Any = None, overwrite: b
     if os.path.lexists(path):
         if not overwrite:
             raise FileExistsError(f"{path} exists; pass overwrite=True to replace it, or name another folder")
-        if not os.path.isfile(os.path.join(path, _INDEX)):
-            raise FileExistsError(f"{path} exists and is no pipeline folder (no {_INDEX}); name another folder")
+        if not os.path.isfile(os.path.join(path, INDEX)):
+            raise FileExistsError(f"{path} exists and is no pipeline folder (no {INDEX}); name another folder")
     parent, name = os.path.split(path)
     os.makedirs(parent, exist_ok=True)
     workplace = tempfile.mkdtemp(prefix=f".{name}.", dir=parent)
@@ -188,14 +231,12 @@ def save_pipeline(pipeline: Pipeline, path: str, dtype: Any = None, overwrite: b
 
 
 def _write_parts(pipeline: Pipeline, folder: str, dtype: Any) -> None:
-    weights = {"unet": _UNET_WEIGHTS, "vae": _UNET_WEIGHTS, "text_encoder": _TEXT_WEIGHTS}
-    for part, filename in weights.items():
-        config = getattr(pipeline, part).config.to_dict()
-        _write_json(config, os.path.join(folder, part, "config.json"))
-        write_safetensors(state_dict_of(pipeline.params[part], dtype), os.path.join(folder, part, filename))
+    for part, stem in STEMS.items():
+        write_json(getattr(pipeline, part).config.to_dict(), os.path.join(folder, part, "config.json"))
+        write_weights(state_dict_of(pipeline.params[part], dtype), os.path.join(folder, part, f"{stem}.safetensors"))
     save_tokenizer(pipeline.tokenizer, os.path.join(folder, "tokenizer"))
     scheduler = {"_class_name": "DDIMScheduler", **pipeline.schedule.to_config()}
-    _write_json(scheduler, os.path.join(folder, "scheduler", _SCHEDULER_CONFIG))
+    write_json(scheduler, os.path.join(folder, "scheduler", SCHEDULER_CONFIG))
     index = {
         "_class_name": "StableDiffusionPipeline",
         "feature_extractor": [None, None],
@@ -208,7 +249,7 @@ def _write_parts(pipeline: Pipeline, folder: str, dtype: Any) -> None:
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
     }
-    _write_json(index, os.path.join(folder, _INDEX))
+    write_json(index, os.path.join(folder, INDEX))
 
 
 def tokenize(pipeline: Pipeline, prompts: Sequence[str]) -> np.ndarray:
@@ -235,65 +276,3 @@ def latent_size(pipeline: Pipeline) -> tuple[int, int]:
 def encode_text(text_encoder: CLIPTextModel, params: Any, input_ids: jax.Array) -> jax.Array:
     """input_ids (B, L) int32 -> text states (B, L, d), as the UNet's cross-attention takes them."""
     return text_encoder.apply({"params": params}, jnp.asarray(input_ids, jnp.int32))
-
-
-def _check_classes(index: dict[str, Any], path: str) -> None:
-    class_name = index.get("_class_name")
-    if class_name != "StableDiffusionPipeline":
-        raise ValueError(
-            f"{path!r} is a {class_name!r}; supported: 'StableDiffusionPipeline' (the Stable Diffusion 1 and 2 family)"
-        )
-    for part, supported in _SUPPORTED.items():
-        found = (index.get(part) or [None, None])[1]
-        if found not in supported:
-            raise ValueError(f"{path!r} has {part} of class {found!r}; supported: {', '.join(supported)}")
-
-
-def _check_files(path: str) -> None:
-    wanted = (
-        ("unet", "config.json"),
-        ("unet", _UNET_WEIGHTS),
-        ("vae", "config.json"),
-        ("vae", _UNET_WEIGHTS),
-        ("text_encoder", "config.json"),
-        ("text_encoder", _TEXT_WEIGHTS),
-        ("scheduler", _SCHEDULER_CONFIG),
-    )
-    missing = ["/".join(parts) for parts in wanted if not os.path.isfile(os.path.join(path, *parts))]
-    if not os.path.isdir(os.path.join(path, "tokenizer")):
-        missing.append("tokenizer/")
-    if missing:
-        raise FileNotFoundError(f"model folder {path!r} is incomplete, it lacks: {', '.join(missing)}")
-
-
-def _load_weights(
-    folder: str, filename: str, abstract: Any, dtype: Any, rename: Callable[[dict], dict] = lambda names: names
-) -> Any:
-    path = os.path.join(folder, filename)
-    return load_params(rename(read_safetensors(path)), abstract, dtype, source=path)
-
-
-def _read_config(folder: str) -> dict[str, Any]:
-    path = os.path.join(folder, "config.json")
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"{folder!r} has no config.json; give a model folder in the diffusers layout")
-    return _read_json(path)
-
-
-def _read_json(path: str) -> dict[str, Any]:
-    try:
-        with open(path, encoding="utf-8") as file:
-            content = json.load(file)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is damaged, it is not JSON ({error}); copy or download it again") from error
-    kind = type(content)
-    if kind is not dict:
-        raise ValueError(f"{path} holds a {kind.__name__}, expected a JSON object")
-    return content
-
-
-def _write_json(content: dict[str, Any], path: str) -> None:
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2, sort_keys=True)
-        file.write("\n")

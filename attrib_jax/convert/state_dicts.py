@@ -1,6 +1,5 @@
-"""Safetensors files <-> parameter trees, checked leaf by leaf; needs no PyTorch."""
+"""State dicts <-> parameter trees, checked name by name and converted leaf by leaf; needs no PyTorch."""
 
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,29 +7,18 @@ import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
 import safetensors.numpy
 
 from attrib_jax.convert.names import from_torch, name_table, to_torch, torch_name, torch_shape
+from attrib_jax.convert.tensors import LazyTensor, Tensor
+from attrib_jax.convert.weight_files import open_weights, write_weights
 
 _LISTED = 20  # names shown of each kind of mismatch
 
 
 def read_safetensors(path: str) -> dict[str, np.ndarray]:
-    """Name -> array in the file's own dtype (bfloat16 included).
-
-    Raises:
-      FileNotFoundError: there is no such file.
-      ValueError: the file is truncated or no safetensors file.
-    """
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"weight file {path} does not exist")
-    try:
-        with safetensors.safe_open(path, framework="numpy") as file:
-            names = file.keys()
-            return {name: file.get_tensor(name) for name in names}
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is truncated or no safetensors file ({error}); copy or download it again") from error
+    """Name -> array in the file's own dtype: `open_weights` with every tensor read."""
+    return {name: tensor.read() for name, tensor in open_weights(path).items()}
 
 
 def abstract_params(module: Any, *inputs: Any) -> Any:
@@ -39,36 +27,41 @@ def abstract_params(module: Any, *inputs: Any) -> Any:
 
 
 def load_params(
-    state_dict: Mapping[str, np.ndarray], abstract: Any, dtype: Any = jnp.float32, source: str = "state dict"
+    state_dict: Mapping[str, Tensor], abstract: Any, dtype: Any = jnp.float32, source: str = "state dict"
 ) -> Any:
     """A PyTorch state dict as the nested dict of arrays that a Flax module takes.
 
+    Names, shapes and types are checked before anything is read; then the tensors are read and converted one by one,
+    so that a model takes the memory of its parameters and of one tensor more.
+
     Args:
-      state_dict: PyTorch names and arrays.
+      state_dict: PyTorch names and tensors, from `open_weights` or in memory.
       abstract: the wanted tree, from `abstract_params`.
       dtype: of the returned arrays, whatever the file holds.
       source: what the error messages call the state dict, usually its file.
 
     Raises:
-      ValueError: tensors are missing, unexpected or misshaped (all are listed), one holds a NaN or an infinity after
-        the cast to `dtype`, or `dtype` is float64 while JAX has 64-bit types switched off.
+      ValueError: tensors are missing, unexpected, misshaped or no floating-point numbers (all are listed), one holds
+        a NaN or an infinity after the cast to `dtype`, or `dtype` is float64 while JAX has 64-bit types switched off.
     """
     if jnp.dtype(dtype) != jax.dtypes.canonicalize_dtype(dtype):
         raise ValueError(f"dtype={jnp.dtype(dtype).name} needs 64-bit types: set jax_enable_x64, or load as float32")
     shapes = {path: leaf.shape for path, leaf in flax.traverse_util.flatten_dict(abstract, sep="/").items()}
     table = name_table(abstract)
     _check_names(state_dict, {name: torch_shape(path, shapes[path]) for name, path in table.items()}, source)
-    flat = {}
-    for name, path in table.items():
-        with np.errstate(over="ignore"):
-            array = jnp.asarray(from_torch(path, np.asarray(state_dict[name])).astype(dtype))
-        if not bool(jnp.all(jnp.isfinite(array))):
-            raise ValueError(f"{source}: tensor {name} holds a NaN or an infinity (as {jnp.dtype(dtype).name})")
-        flat[path] = array
+    flat = {path: _load_leaf(name, state_dict[name], path, dtype, source) for name, path in table.items()}
     return flax.traverse_util.unflatten_dict(flat, sep="/")
 
 
-def _check_names(state_dict: Mapping[str, np.ndarray], expected: dict[str, tuple[int, ...]], source: str) -> None:
+def _load_leaf(name: str, tensor: Tensor, path: str, dtype: Any, source: str) -> jax.Array:
+    with np.errstate(over="ignore"):
+        array = from_torch(path, np.asarray(tensor)).astype(dtype)
+    if not np.all(np.isfinite(array)):
+        raise ValueError(f"{source}: tensor {name} holds a NaN or an infinity (as {jnp.dtype(dtype).name})")
+    return jnp.asarray(array)
+
+
+def _check_names(state_dict: Mapping[str, Tensor], expected: dict[str, tuple[int, ...]], source: str) -> None:
     missing = [f"{name} {shape}" for name, shape in expected.items() if name not in state_dict]
     unexpected = [f"{name} {tuple(array.shape)}" for name, array in state_dict.items() if name not in expected]
     misshaped = [
@@ -76,8 +69,14 @@ def _check_names(state_dict: Mapping[str, np.ndarray], expected: dict[str, tuple
         for name, shape in expected.items()
         if name in state_dict and tuple(state_dict[name].shape) != shape
     ]
+    mistyped = [
+        f"{name}: {state_dict[name].dtype}"
+        for name in expected
+        if name in state_dict and not jnp.issubdtype(state_dict[name].dtype, jnp.floating)
+    ]
     problems = []
-    for kind, names in (("missing", missing), ("unexpected", unexpected), ("misshaped", misshaped)):
+    kinds = ("missing", missing), ("unexpected", unexpected), ("misshaped", misshaped), ("not floating-point", mistyped)
+    for kind, names in kinds:
         if names:
             more = [f"and {len(names) - _LISTED} more"] if len(names) > _LISTED else []
             problems.append("\n  ".join([f"{len(names)} {kind}:", *sorted(names)[:_LISTED], *more]))
@@ -85,26 +84,27 @@ def _check_names(state_dict: Mapping[str, np.ndarray], expected: dict[str, tuple
         raise ValueError("\n".join([f"{source} does not fit the model that its config describes:", *problems]))
 
 
-def state_dict_of(params: Any, dtype: Any = None) -> dict[str, np.ndarray]:
-    """Parameters -> PyTorch names and arrays, cast to `dtype` if given.
-
-    Raises:
-      ValueError: a tensor holds a NaN or an infinity, or overflows `dtype`.
-    """
-    state_dict = {}
-    for path, leaf in flax.traverse_util.flatten_dict(params, sep="/").items():
-        array = np.asarray(leaf)
-        with np.errstate(over="ignore"):
-            array = to_torch(path, array if dtype is None else array.astype(dtype))
-        if not np.all(np.isfinite(array)):
-            raise ValueError(f"parameter {path} holds a NaN or an infinity as {array.dtype.name}; it cannot be saved")
-        state_dict[torch_name(path)] = array
-    return state_dict
+def state_dict_of(params: Any, dtype: Any = None) -> dict[str, LazyTensor]:
+    """Parameters -> PyTorch names and tensors, each laid out for PyTorch, and cast to `dtype` if given, when read."""
+    return {
+        torch_name(path): _torch_leaf(path, leaf, dtype)
+        for path, leaf in flax.traverse_util.flatten_dict(params, sep="/").items()
+    }
 
 
-def write_safetensors(state_dict: dict[str, np.ndarray], path: str) -> None:
-    """Writes a safetensors file that PyTorch's loaders accept, with a new file's usual permissions."""
-    with open(path, "wb") as file:
-        mode = os.fstat(file.fileno()).st_mode
-    safetensors.numpy.save_file(state_dict, path, metadata={"format": "pt"})
-    os.chmod(path, mode)  # some versions write a file that only its owner can read
+def _torch_leaf(path: str, leaf: Any, dtype: Any) -> LazyTensor:
+    dtype = leaf.dtype if dtype is None else dtype
+
+    def load() -> np.ndarray:
+        with np.errstate(over="ignore"):  # an overflow becomes an infinity, which `write_weights` refuses
+            return to_torch(path, np.asarray(leaf).astype(dtype, copy=False))
+
+    return LazyTensor(torch_shape(path, leaf.shape), dtype, load)
+
+
+def write_safetensors(state_dict: Mapping[str, Tensor], path: str) -> None:
+    """`write_weights`, or for arrays in memory safetensors' own writer, which takes NaNs too."""
+    if all(isinstance(tensor, np.ndarray) for tensor in state_dict.values()):
+        safetensors.numpy.save_file(dict(state_dict), path, metadata={"format": "pt"})
+    else:
+        write_weights(state_dict, path)

@@ -11,7 +11,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from attrib_jax.convert.folders import read_json, write_json
+
 START, END, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
+_CONFIG, _SPECIAL, _ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
+_LONGEST = 10**6  # a `model_max_length` beyond this is transformers' way to say that none was given
 
 
 class PromptReport(NamedTuple):
@@ -84,10 +88,10 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int, model_max_length: 
 
 
 def save_tokenizer(tokenizer: Any, path: str) -> None:
-    """Writes `tokenizer` to a folder, with the vocab.json and merges.txt that transformers before 5 reads."""
+    """Writes `tokenizer` to a folder, the files of older transformers included (vocab.json and others)."""
     tokenizer.save_pretrained(path)
     # transformers also saves how the tokenizer was loaded, and the padding and truncation of its last call.
-    _rewrite_json(os.path.join(path, "tokenizer_config.json"), drop=("is_local", "local_files_only"))
+    _rewrite_json(os.path.join(path, _CONFIG), drop=("is_local", "local_files_only"))
     _rewrite_json(os.path.join(path, "tokenizer.json"), drop=("padding", "truncation"))
     model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     with open(os.path.join(path, "vocab.json"), "w", encoding="utf-8") as file:
@@ -95,6 +99,9 @@ def save_tokenizer(tokenizer: Any, path: str) -> None:
     merges = (pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"])
     with open(os.path.join(path, "merges.txt"), "w", encoding="utf-8") as file:
         file.write("#version: 0.2\n" + "".join(f"{pair}\n" for pair in merges))
+    added = {token: index for token, index in tokenizer.get_added_vocab().items() if token not in model["vocab"]}
+    if added:
+        write_json(added, os.path.join(path, _ADDED))
 
 
 def _rewrite_json(path: str, drop: tuple[str, ...]) -> None:
@@ -105,18 +112,56 @@ def _rewrite_json(path: str, drop: tuple[str, ...]) -> None:
         json.dump(kept, file, ensure_ascii=False, indent=2)
 
 
-def load_tokenizer(path: str) -> Any:
+def load_tokenizer(path: str, max_length: int | None = None) -> Any:
     """Reads a `transformers.CLIPTokenizer` from a folder; touches no network.
 
+    Args:
+      path: a folder with tokenizer.json, or with vocab.json and merges.txt; or a pipeline folder, with such a
+        tokenizer/ in it. tokenizer_config.json, special_tokens_map.json (whose padding token has the last word, as
+        Stable Diffusion 2 needs it) and added_tokens.json are read where they are there.
+      max_length: the text encoder's number of positions, taken where the folder does not tell `model_max_length`.
+
     Raises:
-      FileNotFoundError: the folder holds neither tokenizer.json nor vocab.json with merges.txt.
+      FileNotFoundError: the folder holds no tokenizer.
+      ValueError: a file of it is damaged, it has no start, end or padding token, or an added token would not get the id
+        that the files give it.
     """
     from transformers import CLIPTokenizer
 
+    inner = os.path.join(path, "tokenizer")
+    path = inner if os.path.isdir(inner) else path
     present = set(os.listdir(path)) if os.path.isdir(path) else set()
     if "tokenizer.json" not in present and not {"vocab.json", "merges.txt"} <= present:
         raise FileNotFoundError(f"{path} holds no tokenizer: expected tokenizer.json, or vocab.json and merges.txt")
-    return CLIPTokenizer.from_pretrained(path, local_files_only=True)
+    files = {name: read_json(os.path.join(path, name)) for name in (_CONFIG, _SPECIAL, _ADDED) if name in present}
+    # transformers would take any argument of the tokenizer from here, the paths of files included.
+    foreign = sorted(key for key in files.get(_SPECIAL, ()) if not key.endswith(("_token", "_tokens")))
+    if foreign:
+        raise ValueError(f"{path}/{_SPECIAL} has the entries {foreign}; expected special tokens only")
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(path, local_files_only=True)
+    except Exception as error:  # among other kinds, the tokenizers library raises Exception itself
+        raise ValueError(
+            f"tokenizer {path} cannot be read ({type(error).__name__}: {error}); copy or download it again"
+        ) from error
+    for name in ("bos_token", "eos_token", "pad_token"):
+        if getattr(tokenizer, name) is None:
+            raise ValueError(f"tokenizer {path} has no {name}; set it in {_CONFIG}")
+    # transformers numbers added tokens without a gap, whatever the files say: another number is another embedding.
+    decoder = files.get(_CONFIG, {}).get("added_tokens_decoder") or {}
+    stated = {entry["content"]: int(index) for index, entry in decoder.items()} or files.get(_ADDED, {})
+    for token, index in stated.items():
+        actual = tokenizer.convert_tokens_to_ids(token)
+        if actual != index:
+            raise ValueError(
+                f"tokenizer {path}: its files give {token!r} the id {index!r}, but it comes out as {actual}"
+            )
+    length = tokenizer.model_max_length
+    if not isinstance(length, (int, float)) or length < 3:
+        raise ValueError(f"tokenizer {path} has model_max_length={length!r}; expected 3 or more tokens")
+    if max_length is not None and length > _LONGEST:
+        tokenizer.model_max_length = max_length
+    return tokenizer
 
 
 def tokenize_prompts(tokenizer: Any, prompts: Sequence[str]) -> np.ndarray:

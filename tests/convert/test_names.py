@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from attrib_jax.convert.names import from_torch, name_table, text_encoder_names, to_torch, torch_name, vae_names
+from attrib_jax.convert.tensors import LazyTensor
 
 
 @pytest.mark.parametrize(
@@ -75,3 +76,13 @@ def test_vae_names_accept_the_old_attention():
         "encoder.mid_block.attentions.0.to_v.weight": "value",
         "encoder.mid_block.attentions.0.to_out.0.weight": "proj_attn",
     }
+
+
+def test_renaming_reads_no_tensor():
+    def read():
+        raise AssertionError("read")
+
+    tensor = LazyTensor((2, 2), np.float32, read)
+    assert text_encoder_names({"final_layer_norm.weight": tensor}) == {"text_model.final_layer_norm.weight": tensor}
+    renamed = vae_names({"decoder.mid_block.attentions.0.query.bias": tensor, "quant_conv.bias": tensor})
+    assert renamed == {"decoder.mid_block.attentions.0.to_q.bias": tensor, "quant_conv.bias": tensor}

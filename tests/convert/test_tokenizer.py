@@ -4,9 +4,11 @@ import json
 import os
 import pathlib
 
+import hypothesis
 import numpy as np
 import pytest
 import transformers
+from hypothesis import strategies as st
 
 from attrib_jax.convert.tokenizer import (
     inspect_prompt,
@@ -15,6 +17,8 @@ from attrib_jax.convert.tokenizer import (
     tokenize_prompts,
     train_tokenizer,
 )
+from tests.convert import old_layout
+from tests.convert.published_configs import later_tokenizer_config, special_tokens_map
 
 CAPTIONS = ["Red heart", "grinning face", "a polar bear: white", "woman’s hat", "flag: Côte d'Ivoire", "keycap 10"]
 PROMPTS = [*CAPTIONS, "", "A RED   bear, 3 жук 😀", "grinning bear " * 9]
@@ -123,3 +127,141 @@ def test_one_string_is_no_list_of_prompts(tokenizer):
 def test_empty_folder(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"holds no tokenizer: expected tokenizer\.json"):
         load_tokenizer(str(tmp_path))
+
+
+@pytest.fixture(scope="module")
+def long_folder(tmp_path_factory):
+    """A tokenizer with the 77 tokens of CLIP."""
+    path = tmp_path_factory.mktemp("long") / "tokenizer"
+    save_tokenizer(train_tokenizer(CAPTIONS, vocab_size=700, model_max_length=77), str(path))
+    return path
+
+
+def in_form(form, generation, source, target):
+    """A copy of a tokenizer folder with the files of one age."""
+    folder = old_layout.copy_folder(source, target)
+    if form == "published":
+        old_layout.age_tokenizer(folder, generation)
+        return folder
+    size = len(old_layout.read(folder / "vocab.json"))
+    if form == "published, no config":
+        old_layout.age_tokenizer(folder, generation)
+        (folder / "tokenizer_config.json").unlink()
+    elif form == "published beside tokenizer.json":
+        content = (folder / "tokenizer.json").read_bytes()
+        old_layout.age_tokenizer(folder, generation)
+        (folder / "tokenizer.json").write_bytes(content)
+    elif form == "transformers 4.34":
+        old_layout.age_tokenizer(folder, generation)
+        old_layout.write(folder / "tokenizer_config.json", later_tokenizer_config(generation, size - 2, size - 1))
+    else:
+        for name in ("vocab.json", "merges.txt"):
+            (folder / name).unlink()
+        old_layout.write(folder / "special_tokens_map.json", special_tokens_map(generation))
+    return folder
+
+
+FORMS = (
+    "published",
+    "published, no config",
+    "published beside tokenizer.json",
+    "transformers 4.34",
+    "tokenizer.json alone",
+)
+
+
+@pytest.mark.parametrize("generation", [1, 2])
+@pytest.mark.parametrize("form", FORMS)
+def test_ids_of_both_generations_from_files_of_every_age(long_folder, tmp_path, form, generation):
+    """Stable Diffusion 1 pads with <|endoftext|>, 2 with ! (id 0), which then is one token wherever it stands."""
+    loaded = load_tokenizer(str(in_form(form, generation, long_folder, tmp_path / "tokenizer")), max_length=77)
+    vocab = old_layout.read(long_folder / "vocab.json")
+    start, end = len(vocab) - 2, len(vocab) - 1
+    assert (vocab["<|startoftext|>"], vocab["<|endoftext|>"], vocab["!"]) == (start, end, 0)
+    pad = end if generation == 1 else 0
+    red, heart = vocab["red</w>"], vocab["heart</w>"]
+    exclamations = [0, vocab["!</w>"]] if generation == 1 else [0, 0]
+
+    ids = tokenize_prompts(loaded, ["Red  HEART", "", "red!! heart", "red " * 200, "<|endoftext|> red"])
+    assert ids.shape == (5, 77)
+    assert ids[0].tolist() == [start, red, heart, end, *[pad] * 73]
+    assert ids[1].tolist() == [start, end, *[pad] * 75]
+    assert ids[2].tolist() == [start, red, *exclamations, heart, end, *[pad] * 71]
+    assert ids[3].tolist() == [start, *[red] * 75, end]
+    assert ids[4].tolist() == [start, end, red, end, *[pad] * 73]
+
+
+@pytest.mark.parametrize("generation", [1, 2])
+def test_saved_again_they_give_the_same_ids_in_either_format(long_folder, tmp_path, generation):
+    old = in_form("published", generation, long_folder, tmp_path / "old")
+    size = len(old_layout.read(old / "vocab.json"))
+    old_layout.write(old / "added_tokens.json", {"<new1>": size, "<new2>": size + 1})
+    loaded = load_tokenizer(str(old))
+    prompts = [*PROMPTS, "a <new2> heart! <new1>"]
+    ids = tokenize_prompts(loaded, prompts)
+    assert [i for i in ids[-1] if i >= size] == [size + 1, size]
+    save_tokenizer(loaded, str(tmp_path / "new"))
+    np.testing.assert_array_equal(tokenize_prompts(load_tokenizer(str(tmp_path / "new")), prompts), ids)
+    (tmp_path / "new/tokenizer.json").unlink()
+    np.testing.assert_array_equal(tokenize_prompts(load_tokenizer(str(tmp_path / "new")), prompts), ids)
+
+
+@pytest.mark.parametrize("length", [None, int(1e30)])
+def test_a_length_that_the_files_do_not_tell(long_folder, tmp_path, length):
+    folder = old_layout.copy_folder(long_folder, tmp_path / "tokenizer")
+    old_layout.age_tokenizer(folder, model_max_length=length)
+    loaded = load_tokenizer(str(tmp_path), max_length=12)
+    assert tokenize_prompts(loaded, ["red " * 40]).shape == (1, 12)
+    save_tokenizer(loaded, str(tmp_path / "saved"))
+    assert load_tokenizer(str(tmp_path / "saved"), max_length=99).model_max_length == 12
+
+
+def test_a_pad_token_in_a_prompt_is_no_unknown_word(long_folder, tmp_path):
+    loaded = load_tokenizer(str(in_form("published", 2, long_folder, tmp_path / "tokenizer")))
+    assert inspect_prompt(loaded, "red heart!!! face!") == ("red heart!!! face!", "", (), ())
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("added_tokens.json", {"<new1>": 9999}, "give '<new1>' the id 9999, but it comes out as"),
+        ("special_tokens_map.json", {"pad_token": None}, "has no pad_token; set it in tokenizer_config.json"),
+        ("special_tokens_map.json", {"vocab_file": "/etc/passwd"}, r"has the entries \['vocab_file'\]"),
+        ("tokenizer_config.json", {"model_max_length": "77"}, "model_max_length='77'; expected 3 or more"),
+        ("tokenizer_config.json", [], "tokenizer_config.json holds a list, expected a JSON object"),
+        ("vocab.json", {"a": "b"}, "cannot be read"),
+        ("merges.txt", {}, "cannot be read"),
+    ],
+)
+def test_damaged_files(long_folder, tmp_path, file, content, message):
+    folder = in_form("published", 1, long_folder, tmp_path / "tokenizer")
+    old_layout.write(folder / file, content)
+    with pytest.raises(ValueError, match=message):
+        load_tokenizer(str(folder))
+
+
+@hypothesis.settings(max_examples=40, deadline=None)
+@hypothesis.given(
+    st.sampled_from(["vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.json"]),
+    st.integers(0, 2**31),
+    st.integers(0, 3),
+)
+def test_a_damaged_tokenizer_loads_or_says_so(long_folder, tmp_path_factory, file, position, kind):
+    folder = in_form("published beside tokenizer.json", 2, long_folder, tmp_path_factory.mktemp("fuzz") / "tokenizer")
+    content = bytearray((folder / file).read_bytes())
+    position %= len(content)
+    if kind == 0:
+        content = content[:position]
+    elif kind == 1:
+        content[position] ^= 1 << position % 8
+    elif kind == 2:
+        content[position : position + 1] = b"9" * 20
+    else:
+        content = content[:position] + content[position + 40 :]
+    (folder / file).write_bytes(content)
+    try:
+        ids = tokenize_prompts(load_tokenizer(str(folder), max_length=77), ["red heart"])
+    except ValueError as error:
+        assert str(folder) in str(error)
+    else:
+        assert len(ids) == 1

@@ -1,0 +1,111 @@
+"""Models by their Hugging Face id. The only library code that touches the network, and only when it is called."""
+
+import logging
+import os
+import posixpath
+import re
+from collections.abc import Collection
+
+from attrib_jax.convert.folders import INDEX, SCHEDULER_CONFIG, STEMS, choose_weights
+
+_log = logging.getLogger(__name__)
+
+_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*)(@(?P<revision>[^@\s]+))?")
+_TIMEOUT = 10.0  # seconds that the hub has to answer before the cache is used
+
+
+def resolve_model(name: str | os.PathLike, variant: str | None = None, cache_dir: str | None = None) -> str:
+    """The local path of a model: a path as it is, a Hugging Face id downloaded or taken from the cache.
+
+    Of a repository only the files that `load_pipeline` reads are downloaded: the jsons, the tokenizer, and of the
+    weights of each part one variant, safetensors where they are there. Where the hub cannot be reached (or
+    HF_HUB_OFFLINE is set), what huggingface_hub's cache holds is taken.
+
+    Args:
+      name: a folder or file that exists, or `owner/name`, or `owner/name@revision`.
+      variant: of the weight files, such as "fp16".
+      cache_dir: huggingface_hub's cache, if it is not where HF_HOME says.
+
+    Raises:
+      FileNotFoundError: there is no such path, and no such model on the hub or in the cache.
+      ValueError: the repository holds no pipeline in the diffusers layout, or huggingface_hub is not installed.
+    """
+    name = os.fspath(name)
+    if os.path.exists(name):
+        return name
+    match = _ID.fullmatch(name)
+    if match is None:
+        raise FileNotFoundError(
+            f"model {name!r} does not exist; give a folder in the diffusers layout, a single-file checkpoint or a "
+            "Hugging Face id (owner/name)"
+        )
+    try:
+        import huggingface_hub
+        from huggingface_hub.errors import HTTPError  # of its HTTP library, which differs between versions
+    except ImportError as error:
+        raise ValueError(f"model {name!r} is no path here; to download one: pip install huggingface_hub") from error
+    repo, revision = match["repo"], match["revision"]
+    try:
+        info = huggingface_hub.HfApi().model_info(repo, revision=revision, timeout=_TIMEOUT)
+    except (OSError, HTTPError) as error:
+        return _cached(name, repo, revision, cache_dir, error)
+    wanted = _wanted({sibling.rfilename for sibling in info.siblings or ()}, variant, name)
+    try:
+        return huggingface_hub.snapshot_download(
+            repo, revision=revision, cache_dir=cache_dir, allow_patterns=wanted, etag_timeout=_TIMEOUT
+        )
+    except (OSError, HTTPError) as error:
+        raise ConnectionError(
+            f"the download of model {name!r} broke off ({_reason(error)}); try again, what has arrived is kept"
+        ) from error
+
+
+def _cached(name: str, repo: str, revision: str | None, cache_dir: str | None, error: Exception) -> str:
+    import huggingface_hub
+
+    try:
+        folder = huggingface_hub.snapshot_download(
+            repo, revision=revision, cache_dir=cache_dir, allow_patterns=[INDEX], local_files_only=True
+        )
+    except OSError:
+        raise FileNotFoundError(
+            f"model {name!r} is no path here, not in the Hugging Face cache, and cannot be downloaded "
+            f"({_reason(error)}); download it on a machine with network access, or give a folder"
+        ) from error
+    _log.warning("model %s: using the cached copy, the hub does not give it (%s)", name, _reason(error))
+    return folder
+
+
+def _reason(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def _wanted(names: Collection[str], variant: str | None, source: str) -> list[str]:
+    """What to download of a repository with the files `names`, as names and glob patterns."""
+    if INDEX not in names:
+        raise ValueError(
+            f"Hugging Face model {source!r} has no {INDEX}: it is no pipeline in the diffusers layout. Download "
+            "the file that you want, and give its path"
+        )
+    parts = {part: [posixpath.basename(n) for n in names if posixpath.dirname(n) == part] for part in STEMS}
+    chosen = choose_weights(parts, variant, f"Hugging Face model {source!r}")
+    wanted = [INDEX, f"scheduler/{SCHEDULER_CONFIG}", "tokenizer/*.json", "tokenizer/*.txt"]
+    for part, weights in chosen.items():
+        wanted.append(f"{part}/config.json")
+        if weights is None:
+            continue
+        wanted.append(f"{part}/{weights}")
+        if weights.endswith(".json"):
+            wanted += [f"{part}/{pattern}" for pattern in _shards(weights)]
+    return wanted
+
+
+def _shards(index: str) -> tuple[str, ...]:
+    """Glob patterns of the shards of an index, with the variant at either of the places that have been in use."""
+    stem, suffix, *rest = index.removesuffix(".json").split(".")
+    number = "-?????-of-?????"
+    variants = [word for word in rest if word != "index"]
+    if not variants:
+        return (f"{stem}{number}.{suffix}",)
+    return (f"{stem}.{variants[0]}{number}.{suffix}", f"{stem}{number}.{variants[0]}.{suffix}")

@@ -1,0 +1,157 @@
+"""The configs of a single-file checkpoint, read off the names and shapes of its tensors.
+
+Each function returns the content of a diffusers or transformers config.json. A few numbers leave no trace in any shape
+and take the published models' value: the heads of an attention, the groups of a norm, the size of a picture. Where the
+widths do not allow the published number of heads, it is None.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from attrib_jax.convert.ldm_names import CLIP, OPEN_CLIP, UNET, VAE
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+_UNET_HEADS = 8  # of Stable Diffusion 1, at every level
+_HEAD_WIDTH = 64  # of both text encoders, and of Stable Diffusion 2's UNet
+# open_clip's text tower has 24 layers, of which Stable Diffusion 2 was trained on the last but one's output.
+_OPEN_CLIP_LAYERS = 24
+
+
+def has_open_clip(shapes: Shapes) -> bool:
+    """Whether the text encoder is Stable Diffusion 2's."""
+    return any(name.startswith(OPEN_CLIP) for name in shapes)
+
+
+def unet_config(shapes: Shapes, sample_size: int, source: str) -> dict[str, Any]:
+    """The unet/config.json of a file.
+
+    Args:
+      shapes: file name -> shape of every tensor.
+      sample_size: height and width of the latents that the model was trained on.
+      source: what the error messages call the file.
+
+    Raises:
+      ValueError: a tensor that tells the architecture is absent or of another rank; it is named.
+    """
+    prefixes = _prefixes(shapes, UNET)
+    conv_in = _shape(shapes, f"{UNET}input_blocks.0.0.weight", 4, source)
+    channels, layers, depths, types, block = [conv_in[0]], [0], [0], [], 1
+    while True:
+        place = f"{UNET}input_blocks.{block}"
+        if f"{place}.0.op" in prefixes:
+            channels, layers, depths = [*channels, channels[-1]], [*layers, 0], [*depths, 0]
+        elif f"{place}.0" in prefixes:
+            layers[-1] += 1
+            channels[-1] = _shape(shapes, f"{place}.0.out_layers.3.weight", 4, source)[0]
+            depths[-1] = _count(prefixes, f"{place}.1.transformer_blocks")
+        else:
+            break
+        block += 1
+    types = ["CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in depths]
+    up_types, block = [], 0
+    for count in reversed(layers):
+        attends = f"{UNET}output_blocks.{block}.1.transformer_blocks" in prefixes
+        up_types.append("CrossAttnUpBlock2D" if attends else "UpBlock2D")
+        block += count + 1
+    middle = f"{UNET}middle_block.1"
+    # A level without attention has no depth of its own; the innermost shares its number with the middle block.
+    depths = [depth or _count(prefixes, f"{middle}.transformer_blocks") for depth in depths]
+    time_width = _shape(shapes, f"{UNET}time_embed.0.weight", 2, source)[0]
+    is_linear = len(_shape(shapes, f"{middle}.proj_in.weight", None, source)) == 2
+    return {
+        "sample_size": sample_size,
+        "in_channels": conv_in[1],
+        "out_channels": _shape(shapes, f"{UNET}out.2.weight", 4, source)[0],
+        "down_block_types": types,
+        "up_block_types": up_types,
+        "block_out_channels": channels,
+        "layers_per_block": _same(layers),
+        "cross_attention_dim": _shape(shapes, f"{middle}.transformer_blocks.0.attn2.to_k.weight", 2, source)[1],
+        "transformer_layers_per_block": _same(depths),
+        "attention_head_dim": _heads(channels) if is_linear else _UNET_HEADS,
+        "use_linear_projection": is_linear,
+        "time_embedding_dim": None if time_width == 4 * channels[0] else time_width,
+    }
+
+
+def vae_config(shapes: Shapes, sample_size: int, source: str) -> dict[str, Any]:
+    """The vae/config.json of a file without its scaling factor; arguments and errors as `unet_config`."""
+    prefixes = _prefixes(shapes, VAE)
+    levels = _count(prefixes, f"{VAE}encoder.down")
+    conv1 = [f"{VAE}encoder.down.{level}.block.0.conv1.weight" for level in range(levels)]
+    if not levels:
+        raise ValueError(f"{source} lacks the autoencoder's {VAE}encoder.down.0; expected a whole pipeline in one file")
+    decoder_in = _shape(shapes, f"{VAE}decoder.conv_in.weight", 4, source)
+    return {
+        "sample_size": sample_size * 2 ** (levels - 1),
+        "in_channels": _shape(shapes, f"{VAE}encoder.conv_in.weight", 4, source)[1],
+        "out_channels": _shape(shapes, f"{VAE}decoder.conv_out.weight", 4, source)[0],
+        "block_out_channels": [_shape(shapes, name, 4, source)[0] for name in conv1],
+        "layers_per_block": _count(prefixes, f"{VAE}encoder.down.0.block"),
+        "latent_channels": decoder_in[1],
+        "norm_num_groups": 32,
+        "use_quant_conv": f"{VAE}quant_conv" in prefixes,
+        "use_post_quant_conv": f"{VAE}post_quant_conv" in prefixes,
+        "mid_block_add_attention": f"{VAE}encoder.mid.attn_1" in prefixes,
+    }
+
+
+def text_config(shapes: Shapes, source: str) -> dict[str, Any]:
+    """The text_encoder/config.json of a file without its token ids; arguments and errors as `unet_config`."""
+    if has_open_clip(shapes):
+        tokens, positions = f"{OPEN_CLIP}token_embedding.weight", f"{OPEN_CLIP}positional_embedding"
+        layers, widest = f"{OPEN_CLIP}transformer.resblocks", "mlp.c_fc.weight"
+    else:
+        embeddings = f"{CLIP}text_model.embeddings"
+        tokens, positions = f"{embeddings}.token_embedding.weight", f"{embeddings}.position_embedding.weight"
+        layers, widest = f"{CLIP}text_model.encoder.layers", "mlp.fc1.weight"
+    vocab_size, width = _shape(shapes, tokens, 2, source)
+    count = _count(_prefixes(shapes, layers), layers)
+    return {
+        "vocab_size": vocab_size,
+        "hidden_size": width,
+        "intermediate_size": _shape(shapes, f"{layers}.0.{widest}", 2, source)[0],
+        "num_hidden_layers": count - 1 if has_open_clip(shapes) and count == _OPEN_CLIP_LAYERS else count,
+        "num_attention_heads": width // _HEAD_WIDTH if width % _HEAD_WIDTH == 0 else None,
+        "max_position_embeddings": _shape(shapes, positions, 2, source)[0],
+        "hidden_act": "gelu" if has_open_clip(shapes) else "quick_gelu",
+        # The published config of each; the text states do not depend on it.
+        "projection_dim": 512 if has_open_clip(shapes) else 768,
+    }
+
+
+def _shape(shapes: Shapes, name: str, rank: int | None, source: str) -> tuple[int, ...]:
+    if name not in shapes:
+        raise ValueError(f"{source} lacks the tensor {name}, which tells the architecture; copy or download it again")
+    shape = shapes[name]
+    if 0 in shape or len(shape) < 2 or (rank is not None and len(shape) != rank):
+        wanted = "2 or more" if rank is None else rank
+        raise ValueError(f"{source}: tensor {name} has shape {shape}; expected {wanted} axes, none of them empty")
+    return shape
+
+
+def _prefixes(shapes: Shapes, start: str) -> set[str]:
+    """Every module path that leads to a tensor whose name begins with `start`."""
+    found = set()
+    for name in shapes:
+        if name.startswith(start):
+            parts = name.split(".")
+            found.update(".".join(parts[:length]) for length in range(1, len(parts)))
+    return found
+
+
+def _count(prefixes: set[str], path: str) -> int:
+    """How many modules `path.0`, `path.1`, ... there are before the first gap."""
+    count = 0
+    while f"{path}.{count}" in prefixes:
+        count += 1
+    return count
+
+
+def _heads(widths: list[int]) -> list[int] | None:
+    return None if any(width % _HEAD_WIDTH for width in widths) else [width // _HEAD_WIDTH for width in widths]
+
+
+def _same(values: list[int]) -> int | list[int]:
+    return values[0] if len(set(values)) == 1 else values

@@ -1,0 +1,229 @@
+"""The tensor names of the original latent-diffusion code, as one table for each part of a pipeline.
+
+A table says for every tensor of a single-file checkpoint which tensors of the diffusers naming it holds, and in what
+form. It is generated from the module's config, and both loading and saving read it, so that the directions agree.
+
+The naming is that of the modules in CompVis/latent-diffusion (`openaimodel.UNetModel`, `model.Encoder` and
+`model.Decoder`), of transformers' CLIPTextModel for Stable Diffusion 1, and of open_clip for Stable Diffusion 2.
+"""
+
+import collections
+import logging
+import re
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from attrib_jax.convert.tensors import LazyTensor, Tensor
+from attrib_jax.models.clip import CLIPTextConfig
+from attrib_jax.models.unet import UNetConfig
+from attrib_jax.models.vae import AutoencoderKLConfig
+
+_log = logging.getLogger(__name__)
+
+UNET, VAE = "model.diffusion_model.", "first_stage_model."
+CLIP, OPEN_CLIP = "cond_stage_model.transformer.", "cond_stage_model.model."
+
+_UNET_ENDS = {
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "conv_in": "input_blocks.0.0",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+}
+_UNET_RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+_VAE_RESNET = {"norm1": "norm1", "conv1": "conv1", "norm2": "norm2", "conv2": "conv2", "conv_shortcut": "nin_shortcut"}
+_VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+_OPEN_CLIP_ENDS = {
+    "text_model.embeddings.token_embedding.weight": "token_embedding.weight",
+    "text_model.embeddings.position_embedding.weight": "positional_embedding",
+    "text_model.final_layer_norm.weight": "ln_final.weight",
+    "text_model.final_layer_norm.bias": "ln_final.bias",
+}
+_OPEN_CLIP_LAYER = {
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+    "self_attn.out_proj": "attn.out_proj",
+}
+_RESBLOCK = re.compile(r"cond_stage_model\.model\.transformer\.resblocks\.([0-9]{1,9})\.")
+# What training leaves in a file beside the weights that make pictures.
+_UNUSED = {
+    "averaged copies of the UNet's weights": r"model_ema\..+",
+    "buffers of the noise schedule": (
+        r"betas|(sqrt_|log_)?(one_minus_|recip_|recipm1_)?alphas_cumprod(_prev)?|logvar|lvlb_weights|scale_factor"
+        r"|posterior_(variance|log_variance_clipped|mean_coef[12])"
+    ),
+    "parts of the training loss": r"(first_stage_model\.)?(loss|discriminator)\..+",
+    "training state": r"(optimizer|optimizer_states|lr_schedulers|callbacks)\..+|global_step|epoch",
+    "unused tensors of the text encoder": (
+        r"cond_stage_model\.(model\.|transformer\.)?(text_projection(\.weight)?|logit_scale|attn_mask|visual\..+)"
+        r"|cond_stage_model\.transformer\.text_model\.embeddings\.position_ids"
+    ),
+}
+_LISTED = 20  # names shown of each kind of mismatch
+
+
+class Stored(NamedTuple):
+    """What one tensor of the file holds.
+
+    Attributes:
+      names: the diffusers names of the tensors in it, in their order along axis 0.
+      is_pointwise: whether the file keeps the matrix (out, in) as a 1x1 convolution (out, in, 1, 1).
+    """
+
+    names: tuple[str, ...]
+    is_pointwise: bool = False
+
+
+def unet_table(config: UNetConfig, names: Iterable[str]) -> dict[str, Stored]:
+    """File name -> content, for a UNet whose tensors have these diffusers `names`."""
+    modules = dict(_UNET_ENDS)
+
+    def add_resnet(ours: str, theirs: str) -> None:
+        modules.update({f"{ours}.{part}": f"{theirs}.{name}" for part, name in _UNET_RESNET.items()})
+
+    layers_per_block = config.per_level("layers_per_block")
+    last = len(layers_per_block) - 1
+    block = 1
+    for level, layers in enumerate(layers_per_block):
+        for layer in range(layers):
+            add_resnet(f"down_blocks.{level}.resnets.{layer}", f"input_blocks.{block}.0")
+            modules[f"down_blocks.{level}.attentions.{layer}"] = f"input_blocks.{block}.1"
+            block += 1
+        if level < last:
+            modules[f"down_blocks.{level}.downsamplers.0.conv"] = f"input_blocks.{block}.0.op"
+            block += 1
+    add_resnet("mid_block.resnets.0", "middle_block.0")
+    modules["mid_block.attentions.0"] = "middle_block.1"
+    add_resnet("mid_block.resnets.1", "middle_block.2")
+    block = 0
+    for index, layers in enumerate(reversed(layers_per_block)):
+        for layer in range(layers + 1):
+            add_resnet(f"up_blocks.{index}.resnets.{layer}", f"output_blocks.{block}.0")
+            modules[f"up_blocks.{index}.attentions.{layer}"] = f"output_blocks.{block}.1"
+            block += 1
+        # The up-sampler is the last member of the last block, which has an attention before it or has not.
+        place = 2 if config.up_block_types[index] == "CrossAttnUpBlock2D" else 1
+        modules[f"up_blocks.{index}.upsamplers.0.conv"] = f"output_blocks.{block - 1}.{place}.conv"
+    return {UNET + _rename(name, modules): Stored((name,)) for name in names}
+
+
+def vae_table(config: AutoencoderKLConfig, names: Iterable[str]) -> dict[str, Stored]:
+    """File name -> content, for an autoencoder whose tensors have these diffusers `names`."""
+    modules = {"quant_conv": "quant_conv", "post_quant_conv": "post_quant_conv"}
+    attentions = []
+
+    def add(ours: str, theirs: str, parts: Mapping[str, str]) -> None:
+        modules.update({f"{ours}.{part}": f"{theirs}.{name}" for part, name in parts.items()})
+
+    for side in ("encoder", "decoder"):
+        add(side, side, {"conv_in": "conv_in", "conv_norm_out": "norm_out", "conv_out": "conv_out"})
+        for index in (0, 1):
+            add(f"{side}.mid_block.resnets.{index}", f"{side}.mid.block_{index + 1}", _VAE_RESNET)
+        attentions.append(f"{side}.mid_block.attentions.0")
+        add(attentions[-1], f"{side}.mid.attn_1", _VAE_ATTENTION)
+    levels = len(config.block_out_channels)
+    for level in range(levels):
+        down, up = f"encoder.down_blocks.{level}", f"decoder.up_blocks.{level}"
+        # The file numbers both sides from the picture inwards, diffusers the decoder from the latents outwards.
+        their_down, their_up = f"encoder.down.{level}", f"decoder.up.{levels - 1 - level}"
+        for layer in range(config.layers_per_block + 1):
+            add(f"{down}.resnets.{layer}", f"{their_down}.block.{layer}", _VAE_RESNET)
+            add(f"{up}.resnets.{layer}", f"{their_up}.block.{layer}", _VAE_RESNET)
+        modules[f"{down}.downsamplers.0.conv"] = f"{their_down}.downsample.conv"
+        modules[f"{up}.upsamplers.0.conv"] = f"{their_up}.upsample.conv"
+    pointwise = tuple(f"{path}.{name}.weight" for path in attentions for name in _VAE_ATTENTION if name != "group_norm")
+    return {VAE + _rename(name, modules): Stored((name,), name in pointwise) for name in names}
+
+
+def text_table(config: CLIPTextConfig, names: Iterable[str]) -> dict[str, Stored]:
+    """File name -> content, for a text encoder whose tensors have these `text_model.` names.
+
+    `hidden_act` tells the two namings apart: Stable Diffusion 2's open_clip encoder has the exact GELU, and keeps the
+    query, key and value projections of a layer as one `in_proj`.
+    """
+    if config.hidden_act != "gelu":
+        return {CLIP + name: Stored((name,)) for name in names}
+    modules, table = dict(_OPEN_CLIP_ENDS), {}
+    for layer in range(config.num_hidden_layers):
+        ours, theirs = f"text_model.encoder.layers.{layer}", f"transformer.resblocks.{layer}"
+        modules.update({f"{ours}.{part}": f"{theirs}.{name}" for part, name in _OPEN_CLIP_LAYER.items()})
+        for leaf in ("weight", "bias"):
+            fused = tuple(f"{ours}.self_attn.{part}_proj.{leaf}" for part in "qkv")
+            table[f"{OPEN_CLIP}{theirs}.attn.in_proj_{leaf}"] = Stored(fused)
+    joined = {name for stored in table.values() for name in stored.names}
+    return table | {OPEN_CLIP + _rename(name, modules): Stored((name,)) for name in names if name not in joined}
+
+
+def check_names(
+    shapes: Mapping[str, tuple[int, ...]], tables: Mapping[str, Mapping[str, Stored]], text_layers: int, source: str
+) -> None:
+    """Logs what is left out on purpose; raises ValueError with what is missing or unknown."""
+    wanted = {name for table in tables.values() for name in table}
+    unused, unexpected = collections.Counter(), []
+    for name in shapes.keys() - wanted:
+        kind = next((kind for kind, pattern in _UNUSED.items() if re.fullmatch(pattern, name)), None)
+        layer = _RESBLOCK.match(name)
+        if layer and int(layer[1]) >= text_layers:
+            kind = "layers of the text encoder after the last used"
+        if kind is None:
+            unexpected.append(f"{name} {shapes[name]}")
+        else:
+            unused[kind] += 1
+    for kind, count in sorted(unused.items()):
+        _log.info("%s: left out %d tensors: %s", source, count, kind)
+    problems = []
+    for kind, names in (("missing", wanted - shapes.keys()), ("unexpected", unexpected)):
+        if names:
+            more = [f"and {len(names) - _LISTED} more"] if len(names) > _LISTED else []
+            problems.append("\n  ".join([f"{len(names)} {kind}:", *sorted(names)[:_LISTED], *more]))
+    if problems:
+        raise ValueError("\n".join([f"{source} does not hold a Stable Diffusion 1 or 2 model:", *problems]))
+
+
+def unpack(state: Mapping[str, Tensor], table: Mapping[str, Stored], source: str) -> dict[str, LazyTensor]:
+    """The file's tensors under the diffusers names, nothing read."""
+    tensors = {}
+    for name, stored in table.items():
+        tensor, count = LazyTensor.of(state[name]), len(stored.names)
+        if stored.is_pointwise and tensor.shape[2:] == (1, 1):
+            tensor = tensor.map(lambda x: x[:, :, 0, 0], tensor.shape[:2])
+        if count > 1 and (not tensor.shape or tensor.shape[0] % count):
+            raise ValueError(f"{source}: tensor {name} of shape {tensor.shape} does not hold {count} of equal size")
+        tensors |= zip(stored.names, tensor.split(count) if count > 1 else (tensor,))
+    return tensors
+
+
+def pack(tensors: Mapping[str, LazyTensor], table: Mapping[str, Stored]) -> dict[str, LazyTensor]:
+    """The inverse of `unpack`."""
+    return {
+        name: _join([tensors[part] for part in stored.names], stored.is_pointwise) for name, stored in table.items()
+    }
+
+
+def _join(parts: list[LazyTensor], is_pointwise: bool) -> LazyTensor:
+    joined = parts[0]
+    if len(parts) > 1:
+        shape = (sum(part.shape[0] for part in parts), *joined.shape[1:])
+        joined = LazyTensor(shape, joined.dtype, lambda: np.concatenate([part.read() for part in parts]))
+    return joined.map(lambda x: x[:, :, None, None], (*joined.shape, 1, 1)) if is_pointwise else joined
+
+
+def _rename(name: str, modules: Mapping[str, str]) -> str:
+    """`name` with the longest beginning that `modules` holds replaced."""
+    start = len(name)
+    while start > 0:
+        if name[:start] in modules:
+            return modules[name[:start]] + name[start:]
+        start = name.rfind(".", 0, start)
+    raise ValueError(f"tensor {name} has no name in the latent-diffusion layout; save a pipeline folder instead")

@@ -1,0 +1,53 @@
+"""Outputs of our tiny pipeline and of the PyTorch one, on the same fixed inputs."""
+
+import functools
+
+import jax
+import numpy as np
+import torch
+
+from attrib_jax.convert import pipeline as pipelines
+from tests.tiny_pipeline import MAX_LENGTH, TEXT_WIDTH
+
+_RNG = np.random.default_rng(0)
+_LATENTS = _RNG.normal(size=(2, 8, 8, 4)).astype(np.float32)
+_TEXT = _RNG.normal(size=(2, MAX_LENGTH, TEXT_WIDTH)).astype(np.float32)
+_TIMESTEPS = np.array([10, 900], np.int32)
+
+
+@functools.lru_cache
+def _compiled(module):
+    return jax.jit(module.apply)
+
+
+def unet_output(pipeline) -> np.ndarray:
+    """The UNet's output (2, 8, 8, 4)."""
+    return np.asarray(_compiled(pipeline.unet)({"params": pipeline.params["unet"]}, _LATENTS, _TIMESTEPS, _TEXT))
+
+
+def torch_unet_output(theirs) -> np.ndarray:
+    """The same of a diffusers pipeline."""
+    with torch.no_grad():
+        sample = theirs.unet(
+            torch.from_numpy(_LATENTS.transpose(0, 3, 1, 2)), torch.from_numpy(_TIMESTEPS), torch.from_numpy(_TEXT)
+        ).sample
+    return sample.permute(0, 2, 3, 1).numpy()
+
+
+def text_states(pipeline, prompts) -> np.ndarray:
+    """The text encoder's states of prompts (B, L, d)."""
+    ids = pipelines.tokenize(pipeline, prompts)
+    return np.asarray(_compiled(pipeline.text_encoder)({"params": pipeline.params["text_encoder"]}, ids))
+
+
+def torch_text_states(theirs, prompts) -> np.ndarray:
+    """The same of a diffusers pipeline."""
+    ids = theirs.tokenizer(prompts, padding="max_length", max_length=MAX_LENGTH, truncation=True, return_tensors="pt")
+    with torch.no_grad():
+        return theirs.text_encoder(ids["input_ids"]).last_hidden_state.numpy()
+
+
+def relative_error(actual, expected) -> float:
+    """The largest absolute difference over the largest absolute value."""
+    assert actual.shape == expected.shape
+    return float(np.abs(actual - expected).max() / np.abs(expected).max())

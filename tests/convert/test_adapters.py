@@ -1,0 +1,379 @@
+"""Custom Diffusion files against PyTorch diffusers, both ways: every form, and files that do not fit."""
+
+import dataclasses
+import logging
+import sys
+
+import diffusers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from attrib_jax.convert import pipeline as pipelines
+from attrib_jax.convert.adapters import apply_custom_diffusion, save_custom_diffusion
+from attrib_jax.convert.tokens import add_tokens, read_tokens
+from attrib_jax.core.weights import flatten_names, unflatten_names
+from tests.convert.outputs import relative_error, text_states, torch_text_states, torch_unet_output, unet_output
+from tests.tiny_pipeline import TEXT_WIDTH, make_torch_pipeline
+
+WEIGHTS = "pytorch_custom_diffusion_weights"
+LAYERS = (
+    "down_blocks.0.attentions.0.transformer_blocks.0",
+    "mid_block.attentions.0.transformer_blocks.0",
+    "up_blocks.1.attentions.0.transformer_blocks.0",
+    "up_blocks.1.attentions.1.transformer_blocks.0",
+)
+PROMPTS = ["a <new1> heart", "<new1>", "a red heart"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = str(tmp_path_factory.mktemp("models") / "torch")
+    make_torch_pipeline(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def ours(folder):
+    return pipelines.load_pipeline(folder)
+
+
+@pytest.fixture
+def theirs(folder):
+    return diffusers.StableDiffusionPipeline.from_pretrained(folder)
+
+
+def trained_processors(unet, train_q_out=False, seed=1):
+    """Custom Diffusion processors with random weights, as diffusers' training script sets them."""
+    from diffusers.models.attention_processor import CustomDiffusionAttnProcessor
+
+    torch.manual_seed(seed)
+    processors = {}
+    for name in unet.attn_processors:
+        cross = name.endswith("attn2.processor")
+        attention = unet.get_submodule(name.removesuffix(".processor"))
+        processors[name] = CustomDiffusionAttnProcessor(
+            train_kv=cross,
+            train_q_out=cross and train_q_out,
+            hidden_size=attention.to_q.weight.shape[0],
+            cross_attention_dim=TEXT_WIDTH,
+        )
+    unet.set_attn_processor(processors)
+
+
+def module_weights(kinds=("to_k", "to_v"), seed=1):
+    """Random replacements under the UNet's own names; to_out is not square with its input here but has a bias."""
+    rng = np.random.default_rng(seed)
+    sizes = dict(zip(LAYERS, (32, 64, 32, 32), strict=True))
+    weights = {}
+    for layer, size in sizes.items():
+        for kind in kinds:
+            columns = TEXT_WIDTH if kind in ("to_k", "to_v") else size
+            weights[f"{layer}.attn2.{kind}.weight"] = 0.2 * rng.normal(size=(size, columns)).astype(np.float32)
+        if "to_out.0" in kinds:
+            weights[f"{layer}.attn2.to_out.0.bias"] = rng.normal(size=size).astype(np.float32)
+    return weights
+
+
+def as_torch(weights):
+    return {name: torch.from_numpy(array) for name, array in weights.items()}
+
+
+def to_processor_form(weights):
+    renamed = {}
+    for name, array in weights.items():
+        layer, _, leaf = name.partition(".attn2.")
+        kind, _, rest = leaf.partition(".")
+        renamed[f"{layer}.attn2.processor.{kind}_custom_diffusion.{rest}"] = array
+    return renamed
+
+
+def fine_tuned(pipeline, pattern=(".attn2.to_k", ".attn2.to_v"), tokens=()):
+    """`pipeline` with random changes to the UNet weights whose PyTorch names hold one of `pattern`."""
+    rng = np.random.default_rng(5)
+    flat = flatten_names(pipeline.params["unet"])
+    wanted = tuple(part.replace(".", "/") for part in pattern)
+    changed = {
+        path: leaf + 0.2 * rng.normal(size=leaf.shape).astype(np.float32)
+        for path, leaf in flat.items()
+        if any(part in f"/{path}" for part in wanted)
+    }
+    assert changed
+    params = pipeline.params | {"unet": unflatten_names({**flat, **changed})}
+    tuned = dataclasses.replace(pipeline, params=params)
+    return add_tokens(tuned, {token: rng.normal(size=TEXT_WIDTH).astype(np.float32) for token in tokens})
+
+
+def assert_same_params(left, right):
+    jax.tree.map(np.testing.assert_array_equal, left.params, right.params)
+
+
+@pytest.mark.parametrize("train_q_out", [False, True])
+@pytest.mark.parametrize("suffix", [".bin", ".safetensors"])
+def test_diffusers_files_compute_the_same(ours, theirs, tmp_path, train_q_out, suffix):
+    trained_processors(theirs.unet, train_q_out)
+    name = WEIGHTS + suffix
+    theirs.unet.save_attn_procs(tmp_path, weight_name=name, safe_serialization=suffix == ".safetensors")
+    actual = unet_output(apply_custom_diffusion(ours, str(tmp_path / name)))
+    assert relative_error(actual, torch_unet_output(theirs)) < 1e-5
+    assert relative_error(unet_output(ours), actual) > 1e-3
+
+
+@pytest.mark.parametrize("kinds", [("to_k", "to_v"), ("to_q", "to_k", "to_v", "to_out.0")])
+@pytest.mark.parametrize("prefix", ["", "unet."])
+@pytest.mark.parametrize("form", [dict, to_processor_form])
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_every_form_of_the_names_replaces_the_same_weights(ours, tmp_path, kinds, prefix, form, suffix):
+    weights = module_weights(kinds)
+    content = {f"{prefix}{name}": array for name, array in form(weights).items()}
+    path = tmp_path / f"{WEIGHTS}{suffix}"
+    if suffix == ".pt":
+        torch.save(as_torch(content), path)
+    else:
+        safetensors.numpy.save_file(content, path)
+    changed = apply_custom_diffusion(ours, str(path))
+    flat, base = (flatten_names(pipeline.params["unet"]) for pipeline in (changed, ours))
+    replaced = {path for path in flat if flat[path] is not base[path]}
+    assert len(replaced) == len(weights)
+    for name, array in weights.items():
+        *modules, leaf = name.replace("blocks.", "blocks_").replace("attentions.", "attentions_").split(".")
+        path = "/".join(modules).replace("to_out/0", "to_out_0") + ("/kernel" if leaf == "weight" else "/bias")
+        np.testing.assert_array_equal(flat[path], array.T)
+        replaced.remove(path)
+    assert not replaced
+
+
+def test_benchmark_file_computes_the_same(ours, theirs, tmp_path, caplog):
+    weights = as_torch(module_weights())
+    torch.save(weights, tmp_path / f"{WEIGHTS}.pt")
+    missing, unexpected = theirs.unet.load_state_dict(weights, strict=False)
+    assert missing and not unexpected
+    with caplog.at_level(logging.INFO):
+        changed = apply_custom_diffusion(ours, str(tmp_path / f"{WEIGHTS}.pt"))
+    assert relative_error(unet_output(changed), torch_unet_output(theirs)) < 1e-5
+    assert "replaces 8 matrices, 10240 values, and adds 0 tokens" in caplog.text
+
+
+def test_folder_with_tokens_computes_the_same(ours, theirs, tmp_path):
+    trained_processors(theirs.unet)
+    theirs.unet.save_attn_procs(tmp_path, weight_name=f"{WEIGHTS}.bin", safe_serialization=False)
+    torch.save({"<new1>": torch.randn(TEXT_WIDTH)}, tmp_path / "<new1>.bin")
+    torch.save({"<new2>": torch.randn(TEXT_WIDTH)}, tmp_path / "<new2>.bin")
+    (tmp_path / "notes.txt").write_text("not a weight")
+    theirs.load_textual_inversion(str(tmp_path), weight_name="<new1>.bin")
+    theirs.load_textual_inversion(str(tmp_path), weight_name="<new2>.bin")
+    changed = apply_custom_diffusion(ours, str(tmp_path))
+    assert relative_error(unet_output(changed), torch_unet_output(theirs)) < 1e-5
+    assert relative_error(text_states(changed, PROMPTS), torch_text_states(theirs, PROMPTS)) < 1e-5
+
+
+def test_delta_file_of_the_authors(ours, theirs, tmp_path):
+    weights, token = as_torch(module_weights(("to_q", "to_k", "to_v", "to_out.0"))), torch.randn(TEXT_WIDTH)
+    torch.save({"unet": weights, "modifier_token": {"<new1>": token}}, tmp_path / "delta.bin")
+    theirs.unet.load_state_dict(weights, strict=False)
+    theirs.load_textual_inversion({"<new1>": token})
+    changed = apply_custom_diffusion(ours, str(tmp_path / "delta.bin"))
+    assert relative_error(unet_output(changed), torch_unet_output(theirs)) < 1e-5
+    assert relative_error(text_states(changed, PROMPTS), torch_text_states(theirs, PROMPTS)) < 1e-5
+
+
+def test_compressed_delta_is_added_to_the_base(ours, theirs, tmp_path):
+    torch.manual_seed(0)
+    compressed = {}
+    for name, array in module_weights().items():
+        u, v = torch.randn(array.shape[0], 3), torch.randn(3, array.shape[1])
+        compressed[name] = {"u": u, "v": v}
+        theirs.unet.get_parameter(name).data += u @ v
+    torch.save({"unet": compressed}, tmp_path / "compressed_delta.bin")
+    changed = apply_custom_diffusion(ours, str(tmp_path / "compressed_delta.bin"))
+    assert relative_error(unet_output(changed), torch_unet_output(theirs)) < 1e-5
+
+
+def test_given_pipeline_is_unchanged(ours, tmp_path):
+    before = jax.tree.map(np.array, ours.params)
+    torch.save(as_torch(module_weights()), tmp_path / f"{WEIGHTS}.pt")
+    apply_custom_diffusion(ours, str(tmp_path))
+    jax.tree.map(np.testing.assert_array_equal, ours.params, before)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "pattern"),
+    [
+        (None, (".attn2.to_k", ".attn2.to_v")),
+        (".bin", ("mid_block/attentions_0/transformer_blocks_0/attn2/to_out",)),
+        (".safetensors", (".attn2.to_v",)),
+        (".safetensors", (".attn1", ".attn2")),
+    ],
+)
+def test_saved_files_load_in_diffusers(ours, theirs, tmp_path, suffix, pattern):
+    tuned = fine_tuned(ours, pattern, ("<new1>",))
+    save_custom_diffusion(tuned, ours, str(tmp_path), ("<new1>",), suffix)
+    token_suffix = ".safetensors" if suffix == ".safetensors" else ".bin"
+    names = {f"{WEIGHTS}{suffix or '.pt'}", f"<new1>{token_suffix}"}
+    assert {entry.name for entry in tmp_path.iterdir()} == names
+    theirs.unet.load_attn_procs(str(tmp_path), weight_name=f"{WEIGHTS}{suffix or '.pt'}", _pipeline=theirs)
+    theirs.load_textual_inversion(str(tmp_path), weight_name=f"<new1>{token_suffix}")
+    assert relative_error(unet_output(tuned), torch_unet_output(theirs)) < 1e-5
+    assert relative_error(text_states(tuned, PROMPTS), torch_text_states(theirs, PROMPTS)) < 1e-5
+    again = apply_custom_diffusion(ours, str(tmp_path))
+    assert_same_params(again, tuned)
+    np.testing.assert_array_equal(pipelines.tokenize(again, PROMPTS), pipelines.tokenize(tuned, PROMPTS))
+
+
+def test_saved_names_are_those_of_diffusers(ours, theirs, tmp_path):
+    trained_processors(theirs.unet)
+    theirs.unet.save_attn_procs(tmp_path, weight_name="theirs.bin", safe_serialization=False)
+    save_custom_diffusion(fine_tuned(ours), ours, str(tmp_path))
+    theirs_content = torch.load(tmp_path / "theirs.bin", weights_only=True)
+    content = torch.load(tmp_path / f"{WEIGHTS}.pt", weights_only=True)
+    assert content.keys() == theirs_content.keys()
+    for name, value in theirs_content.items():
+        assert content[name] == {} if isinstance(value, dict) else content[name].shape == value.shape, name
+
+
+def test_retrained_tokens_of_the_base_are_saved(ours, tmp_path):
+    base = add_tokens(ours, {"<new1>": np.ones(TEXT_WIDTH, np.float32)})
+    tuned = fine_tuned(ours, tokens=("<new1>",))
+    save_custom_diffusion(tuned, base, str(tmp_path), ["<new1>"])
+    again = apply_custom_diffusion(ours, str(tmp_path))
+    np.testing.assert_array_equal(*(read_tokens(p, ["<new1>"])["<new1>"] for p in (again, tuned)))
+
+
+def test_safetensors_without_torch(ours, tmp_path, monkeypatch):
+    tuned = fine_tuned(ours, tokens=("<new1>",))
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(ValueError, match=r"suffix='\.pt' needs PyTorch: pip install torch"):
+        save_custom_diffusion(tuned, ours, str(tmp_path), ("<new1>",), ".pt")
+    save_custom_diffusion(tuned, ours, str(tmp_path), ("<new1>",))
+    assert {entry.name for entry in tmp_path.iterdir()} == {f"{WEIGHTS}.safetensors", "<new1>.safetensors"}
+    assert_same_params(apply_custom_diffusion(ours, str(tmp_path)), tuned)
+
+
+def test_torch_file_without_torch(ours, tmp_path, monkeypatch):
+    torch.save(as_torch(module_weights()), tmp_path / f"{WEIGHTS}.pt")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(ValueError, match=r"weights\.pt needs PyTorch: pip install torch, or convert"):
+        apply_custom_diffusion(ours, str(tmp_path))
+
+
+def test_existing_files_are_replaced_only_on_request(ours, tmp_path):
+    tuned = fine_tuned(ours, tokens=("<new1>", "<new2>"))
+    save_custom_diffusion(tuned, ours, str(tmp_path), ("<new1>", "<new2>"))
+    (tmp_path / "notes.txt").touch()
+    one = fine_tuned(ours, tokens=("<new1>",))
+    with pytest.raises(FileExistsError, match="<new1>.bin, <new2>.bin, .*pass overwrite=True"):
+        save_custom_diffusion(one, ours, str(tmp_path), ("<new1>",), ".safetensors")
+    save_custom_diffusion(one, ours, str(tmp_path), ("<new1>",), ".safetensors", overwrite=True)
+    names = {entry.name for entry in tmp_path.iterdir()}
+    assert names == {f"{WEIGHTS}.safetensors", "<new1>.safetensors", "notes.txt"}
+
+
+def test_changes_that_the_files_cannot_hold(ours, tmp_path):
+    path = str(tmp_path / "new")
+    with pytest.raises(ValueError, match=r"no place for(?s:.)*2 lost:\n  unet/conv_in/bias\n  unet/conv_in/kernel"):
+        save_custom_diffusion(fine_tuned(ours, (".conv_in",)), ours, path)
+    with pytest.raises(ValueError, match="1 lost:\n  text_encoder/text_model/embeddings/token_embedding/embedding"):
+        save_custom_diffusion(fine_tuned(ours, tokens=("<new1>", "<new2>")), ours, path, ("<new1>",))
+    with pytest.raises(ValueError, match="the same attention weights as base"):
+        save_custom_diffusion(ours, ours, path)
+    with pytest.raises(ValueError, match="'heart' was not added"):
+        save_custom_diffusion(fine_tuned(ours), ours, path, ("heart",))
+    with pytest.raises(ValueError, match="'a/b' cannot name a file"):
+        save_custom_diffusion(fine_tuned(ours, tokens=("a/b",)), ours, path, ("a/b",))
+    with pytest.raises(ValueError, match=r"suffix is '\.ckpt'; expected one of \.pt, \.bin, \.safetensors"):
+        save_custom_diffusion(fine_tuned(ours), ours, path, suffix=".ckpt")
+    assert not list(tmp_path.iterdir())
+
+
+def without(name):
+    weights = module_weights()
+    del weights[name]
+    return weights
+
+
+KEY = f"{LAYERS[0]}.attn2.to_k.weight"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (without(KEY), f"1 missing:\n  {KEY}"),
+        ({KEY: module_weights()[KEY]}, "7 missing"),
+        (module_weights() | {"conv_in.weight": np.ones((2, 2), np.float32)}, r"1 unknown:\n  conv_in\.weight"),
+        (module_weights() | {"x.attn2.to_k.weight": np.ones((2, 2), np.float32)}, "1 unknown:\n  x.attn2"),
+        (module_weights() | {f"unet.{KEY}": module_weights()[KEY]}, f"1 repeated:\n  unet.{KEY}"),
+        (
+            module_weights() | {KEY: np.ones((32, 31), np.float32)},
+            r"1 misshaped:\n  .*file \(32, 31\), model \(32, 32\)",
+        ),
+        (module_weights() | {KEY: np.full((32, 32), np.inf, np.float32)}, "to_k.weight holds a NaN or an infinity"),
+        (module_weights() | {KEY: np.ones((32, 32), np.int32)}, "to_k.weight has the type int32"),
+        ({"a.to_k.lora_A.weight": np.ones((2, 2), np.float32)}, "Files of LoRA are for merge_lora"),
+        ({"unet": {KEY: {"u": np.ones((32, 2)), "v": np.ones((3, 32))}}}, r"1 misshaped:\n.* u \(32, 2\), v \(3, 32\)"),
+        ({"unet": {KEY: {"u": np.ones((32, 2))}}}, r"1 misshaped:\n.* u \(32, 2\); model"),
+        ({"unet": module_weights(), "text_encoder": module_weights()}, "8 unknown:\n  text_encoder"),
+        ({"state_dict": {"model.diffusion_model.x": np.ones(2)}}, "original latent-diffusion code; convert it"),
+        ({"state_dict": {"embed": np.ones(2)}}, "original latent-diffusion code; convert it"),
+        ({"modifier_token": {"<new1>": np.ones(TEXT_WIDTH)}}, "8 missing"),
+        (
+            {"unet": module_weights(), "modifier_token": {"<new1>": np.ones(3)}},
+            r"'<new1>' has a vector of shape \(3,\)",
+        ),
+    ],
+)
+def test_files_that_do_not_fit(ours, tmp_path, content, message):
+    path = tmp_path / "weights.pt"
+    torch.save(jax.tree.map(torch.from_numpy, content), path)
+    with pytest.raises(ValueError, match=message):
+        apply_custom_diffusion(ours, str(path))
+
+
+def test_folders_that_do_not_fit(ours, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"holds none of: pytorch_custom_diffusion_weights\.pt, "):
+        apply_custom_diffusion(ours, str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"x\.pt does not exist"):
+        apply_custom_diffusion(ours, str(tmp_path / "x.pt"))
+    torch.save(as_torch(module_weights()), tmp_path / f"{WEIGHTS}.pt")
+    for suffix in ("bin", "pt"):
+        torch.save({"<new1>": torch.ones(TEXT_WIDTH)}, tmp_path / f"<new1>.{suffix}")
+    with pytest.raises(ValueError, match=r"the token '<new1>' twice, also in <new1>\.pt"):
+        apply_custom_diffusion(ours, str(tmp_path))
+    torch.save(as_torch(module_weights()), tmp_path / f"{WEIGHTS}.bin")
+    with pytest.raises(ValueError, match=r"weights\.pt and .*weights\.bin; give the path"):
+        apply_custom_diffusion(ours, str(tmp_path))
+
+
+def test_low_precision_model_rounds_once(ours, tmp_path):
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), ours.params)
+    half = dataclasses.replace(ours, params=params)
+    weights = module_weights()
+    torch.save({name: array.double() / 3 for name, array in as_torch(weights).items()}, tmp_path / f"{WEIGHTS}.pt")
+    changed = apply_custom_diffusion(half, str(tmp_path))
+    leaf = flatten_names(changed.params["unet"])["mid_block/attentions_0/transformer_blocks_0/attn2/to_k/kernel"]
+    expected = weights[f"{LAYERS[1]}.attn2.to_k.weight"].T.astype(np.float64) / 3
+    np.testing.assert_array_equal(leaf, expected.astype(jnp.bfloat16))
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_damaged_files_never_crash(ours, tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp("fuzz")
+    path = folder / f"weights{data.draw(st.sampled_from(['.pt', '.safetensors']))}"
+    if path.suffix == ".pt":
+        torch.save(as_torch(module_weights()), path)
+    else:
+        safetensors.numpy.save_file(module_weights(), path)
+    content = bytearray(path.read_bytes())
+    # Mostly in the names and sizes, at the start of the file.
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(0, 2000))] = data.draw(st.integers(0, 255))
+    path.write_bytes(bytes(content[: data.draw(st.sampled_from([len(content), len(content) // 2, 20]))]))
+    try:
+        apply_custom_diffusion(ours, str(path))
+    except ValueError as error:
+        assert str(path) in str(error)

@@ -1,0 +1,77 @@
+"""A bare UNet state dict with a config, and a pipeline that takes it."""
+
+import dataclasses
+import json
+
+import diffusers
+import jax
+import numpy as np
+import pytest
+
+from attrib_jax.convert import pipeline as pipelines
+from attrib_jax.convert.configs import MSCOCO
+from attrib_jax.convert.state_dicts import state_dict_of
+from attrib_jax.convert.weight_files import write_weights
+from tests.convert import old_layout
+from tests.tiny_pipeline import make_torch_pipeline
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("models") / "torch"
+    make_torch_pipeline(str(path))
+    return path
+
+
+@pytest.fixture(scope="module")
+def ours(folder):
+    return pipelines.load_pipeline(str(folder))
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_a_bare_unet_with_a_config(folder, ours, tmp_path, kind):
+    source = old_layout.copy_folder(folder / "unet", tmp_path / "models" / "unet").parent
+    old_layout.store_weights(source, kind=kind, parts=("unet",))
+    file = next((source / "unet").glob(f"*.{kind}")).rename(tmp_path / f"model.{kind}")
+    config = str(source / "unet/config.json")
+    module, params = pipelines.load_unet(str(file), config)
+    assert module == ours.unet
+    jax.tree.map(np.testing.assert_array_equal, params, ours.params["unet"])
+    with pytest.raises(ValueError, match=f"model.{kind} is a bare weight file; give its config"):
+        pipelines.load_unet(str(file))
+    with pytest.raises(ValueError, match="does not fit the model that its config describes"):
+        pipelines.load_unet(str(file), "mscoco")
+    with pytest.raises(FileNotFoundError, match="'nowhere.bin' does not exist"):
+        pipelines.load_unet("nowhere.bin", "mscoco")
+
+
+def test_a_replaced_unet_brings_its_schedule(folder, ours, tmp_path):
+    unet = old_layout.read(folder / "unet/config.json")
+    state = {name: 2 * x for name, x in old_layout.read_weights(folder / "unet").items()}
+    write_weights(state, tmp_path / "model.safetensors")
+    config = tmp_path / "model.json"
+    config.write_text(json.dumps({"unet": unet, "scheduler": MSCOCO.scheduler}))
+    replaced = pipelines.replace_unet(ours, str(tmp_path / "model.safetensors"), str(config))
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, 2 * y), replaced.params["unet"], ours.params["unet"])
+    assert replaced.params["vae"] is ours.params["vae"]
+    np.testing.assert_allclose(
+        replaced.schedule.alphas_cumprod, np.cumprod(1 - np.linspace(1e-4, 0.02, 1000)), rtol=1e-5
+    )
+    assert replaced.schedule.clip_sample
+    same = pipelines.replace_unet(ours, f"{folder}/unet")
+    assert same.schedule is ours.schedule
+    pipelines.save_pipeline(replaced, str(tmp_path / "saved"))
+    scheduler = diffusers.DDPMScheduler.from_pretrained(tmp_path / "saved/scheduler")
+    np.testing.assert_array_equal(scheduler.alphas_cumprod.numpy(), replaced.schedule.alphas_cumprod)
+    assert scheduler.config.clip_sample
+    again = pipelines.load_pipeline(str(tmp_path / "saved"))
+    assert (again.unet, again.schedule.to_config()) == (replaced.unet, replaced.schedule.to_config())
+
+
+def test_a_unet_of_other_widths_is_refused(ours, tmp_path):
+    wide = dataclasses.replace(ours.unet.config, cross_attention_dim=48)
+    abstract = pipelines.abstract_unet_params(ours.unet.clone(config=wide))
+    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), abstract)
+    write_weights(state_dict_of(zeros), tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="the parts do not fit: unet cross_attention_dim is 48"):
+        pipelines.replace_unet(ours, str(tmp_path / "model.safetensors"), wide.to_dict())

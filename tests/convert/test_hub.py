@@ -1,0 +1,198 @@
+"""Models by Hugging Face id: from the cache, from a server on this machine, and neither."""
+
+import contextlib
+import hashlib
+import http.server
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import huggingface_hub
+import pytest
+
+from attrib_jax.convert.hub import resolve_model
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+FILES = {
+    "model_index.json": b"{}",
+    "README.md": b"# A model",
+    "v1-5-pruned.ckpt": b"all in one",
+    "scheduler/scheduler_config.json": b"{}",
+    "tokenizer/vocab.json": b"{}",
+    "tokenizer/merges.txt": b"#version: 0.2\n",
+    "unet/config.json": b"{}",
+    "unet/diffusion_pytorch_model.bin.index.json": b'{"weight_map": {}}',
+    "unet/diffusion_pytorch_model-00001-of-00001.bin": b"full",
+    "unet/diffusion_pytorch_model.fp16.safetensors": b"half",
+    "unet/diffusion_flax_model.msgpack": b"flax",
+    "vae/config.json": b"{}",
+    "vae/diffusion_pytorch_model.bin": b"bin",
+    "vae/diffusion_pytorch_model.safetensors": b"safe",
+    "text_encoder/config.json": b"{}",
+    "text_encoder/model.safetensors.index.fp16.json": b'{"weight_map": {}}',
+    "text_encoder/model.fp16-00001-of-00001.safetensors": b"half",
+    "text_encoder/pytorch_model.bin": b"bin",
+    "safety_checker/pytorch_model.bin": b"never read",
+}
+CONFIGS = {name for name in FILES if name.endswith(("config.json", "model_index.json", "merges.txt", "vocab.json"))}
+
+
+class _Hub(http.server.BaseHTTPRequestHandler):
+    """The paths of the hub's web API that a download of `owner/model` asks for."""
+
+    def do_GET(self):
+        path = self.path.partition("?")[0]
+        if not path.startswith(("/api/models/owner/model", "/owner/model/resolve/")):
+            return self._answer(404, b"{}", {"X-Error-Code": "RepoNotFound"})
+        if "/tree/" in path:
+            entries = [{"type": "file", "path": n, "size": len(x), "oid": _etag(x)} for n, x in FILES.items()]
+            return self._answer(200, json.dumps(entries).encode())
+        if path.startswith("/api/"):
+            siblings = [{"rfilename": name} for name in FILES]
+            info = {"id": "owner/model", "modelId": "owner/model", "sha": COMMIT, "siblings": siblings}
+            return self._answer(200, json.dumps(info).encode())
+        content = FILES[path.split("/", 5)[5]]
+        return self._answer(200, content, {"ETag": f'"{_etag(content)}"', "X-Repo-Commit": COMMIT})
+
+    do_HEAD = do_GET
+
+    def _answer(self, status, content, headers=None):
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(content)), **(headers or {})}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
+
+    def log_message(self, *arguments):
+        pass
+
+
+def _etag(content):
+    return hashlib.sha1(content).hexdigest()
+
+
+@contextlib.contextmanager
+def _server():
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Hub)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+_SCRIPT = """
+import json, pathlib, sys
+from attrib_jax.convert.hub import resolve_model
+for name, variant in json.loads(sys.argv[1]):
+    try:
+        answer = resolve_model(name, variant)
+        files = [str(p.relative_to(answer)) for p in pathlib.Path(answer).rglob("*") if p.is_file()]
+    except (OSError, ValueError) as error:
+        answer, files = f"{type(error).__name__} {error}", []
+    print(json.dumps([answer, files]))
+"""
+
+
+def resolve(models, home, endpoint, **environment):
+    """The path or error of each (name, variant) and the files under it, then the log.
+
+    In a process of its own, because huggingface_hub reads the environment when it is imported.
+    """
+    settings = {"HF_HOME": str(home), "HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_XET": "1", **environment}
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGINGFACE_"))}
+    command = [sys.executable, "-c", _SCRIPT, json.dumps(models)]
+    result = subprocess.run(command, capture_output=True, text=True, env=kept | settings, timeout=120)
+    assert result.returncode == 0, result.stderr
+    return [json.loads(line) for line in result.stdout.splitlines()], result.stderr
+
+
+def make_cache(path, revision="main"):
+    """A cache folder as huggingface_hub lays it out."""
+    repository = path / "models--owner--model"
+    snapshot = repository / "snapshots" / COMMIT
+    for name, content in FILES.items():
+        if name in CONFIGS:
+            blob = repository / "blobs" / _etag(content)
+            blob.parent.mkdir(parents=True, exist_ok=True)
+            blob.write_bytes(content)
+            (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
+            (snapshot / name).symlink_to(os.path.relpath(blob, (snapshot / name).parent))
+    reference = repository / "refs" / revision
+    reference.parent.mkdir(parents=True)
+    reference.write_text(COMMIT)
+    return snapshot
+
+
+def test_an_existing_path_stays_as_it_is(tmp_path, monkeypatch):
+    assert resolve_model(str(tmp_path)) == resolve_model(tmp_path) == str(tmp_path)
+    (tmp_path / "owner/model").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert resolve_model("owner/model") == "owner/model"
+
+
+@pytest.mark.parametrize("name", ["nowhere", "/no/where", "../no/where", "a/b/c", "owner/model@", "-x/y", "a b/c", ""])
+def test_what_is_no_path_and_no_id(name):
+    with pytest.raises(FileNotFoundError, match="does not exist; give a folder in the diffusers layout"):
+        resolve_model(name)
+
+
+def test_a_cached_model_is_taken_where_the_hub_is_out_of_reach(tmp_path, monkeypatch):
+    snapshot = make_cache(tmp_path / "cache")
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", _unreachable)
+    assert resolve_model("owner/model", cache_dir=str(tmp_path / "cache")) == str(snapshot)
+    assert resolve_model(f"owner/model@{COMMIT}", cache_dir=str(tmp_path / "cache")) == str(snapshot)
+    with pytest.raises(FileNotFoundError, match="'owner/model@v2' is no path here, not in the Hugging Face cache"):
+        resolve_model("owner/model@v2", cache_dir=str(tmp_path / "cache"))
+
+
+def _unreachable(*_, **__):
+    raise ConnectionError("network is unreachable")
+
+
+def test_offline_by_choice(tmp_path):
+    snapshot = make_cache(tmp_path / "hub")
+    [(path, _)], log = resolve([("owner/model", None)], tmp_path, "http://127.0.0.1:9", HF_HUB_OFFLINE="1")
+    assert path == str(snapshot)
+    assert "using the cached copy" in log
+
+
+def test_without_network_and_cache_the_error_comes_fast_and_says_what_to_do(tmp_path):
+    start = time.monotonic()
+    [(message, _)], _ = resolve([("owner/model", None)], tmp_path, "http://127.0.0.1:9")
+    assert time.monotonic() - start < 60
+    assert message.startswith("FileNotFoundError model 'owner/model' is no path here, not in the Hugging Face cache")
+    assert message.endswith("download it on a machine with network access, or give a folder")
+    assert "\n" not in message
+
+
+def test_only_the_files_that_are_read_are_downloaded(tmp_path):
+    full = {
+        "unet/diffusion_pytorch_model.bin.index.json",
+        "unet/diffusion_pytorch_model-00001-of-00001.bin",
+        "vae/diffusion_pytorch_model.safetensors",
+        "text_encoder/pytorch_model.bin",
+    }
+    half = {
+        "unet/diffusion_pytorch_model.fp16.safetensors",
+        "vae/diffusion_pytorch_model.safetensors",
+        "text_encoder/model.safetensors.index.fp16.json",
+        "text_encoder/model.fp16-00001-of-00001.safetensors",
+    }
+    asked = [("owner/model", None), ("owner/model", "fp16"), ("owner/model", "bf16"), ("owner/other", None)]
+    with _server() as endpoint:
+        (first, second, no_variant, no_model), log = resolve(asked, tmp_path, endpoint)
+    assert set(first[1]) == CONFIGS | full, log
+    assert set(second[1]) == CONFIGS | full | half, log
+    assert no_variant[0].startswith("FileNotFoundError Hugging Face model 'owner/model' has no variant 'bf16'; it hold")
+    assert no_model[0].startswith("FileNotFoundError model 'owner/other' is no path here")
+    assert "RepositoryNotFoundError" in no_model[0]
+    [cached], _ = resolve([("owner/model", None)], tmp_path, endpoint)
+    assert cached[0] == first[0]

@@ -1,0 +1,375 @@
+"""LoRA merging against merging in PyTorch, module by module: every key form, alphas, and files that do not fit."""
+
+import json
+import logging
+import math
+
+import diffusers
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from attrib_jax.convert import pipeline as pipelines
+from attrib_jax.convert.lora import merge_lora
+from attrib_jax.core.weights import flatten_names
+from tests.convert.outputs import relative_error, text_states, torch_text_states, torch_unet_output, unet_output
+from tests.tiny_pipeline import CAPTIONS, make_torch_pipeline
+
+RANK = 3
+BLOCKS = ("down_blocks.0.attentions.0.transformer_blocks.0", "mid_block.attentions.0.transformer_blocks.0")
+PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
+UNET = tuple(f"{block}.{attn}.{x}" for block in BLOCKS for attn in ("attn1", "attn2") for x in PROJECTIONS)
+TEXT = tuple(
+    f"text_model.encoder.layers.{i}.self_attn.{x}" for i in (0, 1) for x in ("q_proj", "k_proj", "v_proj", "out_proj")
+)
+OLD_TEXT = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = str(tmp_path_factory.mktemp("models") / "torch")
+    make_torch_pipeline(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def ours(folder):
+    return pipelines.load_pipeline(folder)
+
+
+@pytest.fixture
+def theirs(folder):
+    return diffusers.StableDiffusionPipeline.from_pretrained(folder)
+
+
+def torch_module(theirs, part, name):
+    model = getattr(theirs, part)
+    return model.get_submodule(name if part == "unet" or hasattr(model, "text_model") else name.split(".", 1)[1])
+
+
+def draw_factors(theirs, names, rank=RANK, seed=1):
+    """(part, module name) -> (down, up), in the shape of the module's own weight."""
+    rng = np.random.default_rng(seed)
+    factors = {}
+    for part, name in names:
+        rows, *rest = torch_module(theirs, part, name).weight.shape
+        ones = [1] * (len(rest) - 1)
+        down = rng.normal(size=(rank, *rest)).astype(np.float32)
+        factors[part, name] = down, (0.1 * rng.normal(size=(rows, rank, *ones))).astype(np.float32)
+    return factors
+
+
+ALL = tuple(("unet", name) for name in UNET) + tuple(("text_encoder", name) for name in TEXT)
+
+
+def merge_in_torch(theirs, factors, factor):
+    """W + factor * up @ down, layer by layer; `factor` a number or a function of part and name."""
+    for (part, name), (down, up) in factors.items():
+        number = factor(part, name) if callable(factor) else factor
+        weight = torch_module(theirs, part, name).weight
+        down, up = (torch.from_numpy(x).double() for x in (down, up))
+        # A kernel composed with 1x1 channels is the matrix product over the rank.
+        product = torch.einsum("or,r...->o...", up.flatten(1), down)
+        weight.data = (weight.data.double() + number * product.reshape(weight.shape)).float()
+
+
+def assert_same_outputs(changed, theirs, base=None):
+    assert relative_error(unet_output(changed), torch_unet_output(theirs)) < 1e-5
+    prompts = list(CAPTIONS)
+    assert relative_error(text_states(changed, prompts), torch_text_states(theirs, prompts)) < 1e-5
+    if base is not None:
+        assert relative_error(unet_output(base), unet_output(changed)) > 1e-3
+        assert relative_error(text_states(base, prompts), text_states(changed, prompts)) > 1e-3
+
+
+def peft(part, name):
+    return f"{part}.{name}.lora_A.weight", f"{part}.{name}.lora_B.weight"
+
+
+def diffusers_form(part, name):
+    kind = "lora" if part == "unet" else "lora_linear_layer"
+    return tuple(f"{part}.{name}.{kind}.{side}.weight" for side in ("down", "up"))
+
+
+def processor_form(part, name):
+    stem, _, projection = name.removesuffix(".0").rpartition(".")
+    stem = f"unet.{stem}.processor" if part == "unet" else f"{part}.{stem}"
+    return tuple(f"{stem}.{OLD_TEXT.get(projection, projection)}_lora.{side}.weight" for side in ("down", "up"))
+
+
+def unprefixed(part, name):
+    if part == "unet":
+        return tuple(key.removeprefix("unet.") for key in processor_form(part, name))
+    return tuple(key.replace("text_model.", "") for key in peft(part, name))
+
+
+def kohya(part, name):
+    prefix = "lora_unet_" if part == "unet" else "lora_te_"
+    return tuple(f"{prefix}{name.replace('.', '_')}.lora_{side}.weight" for side in ("down", "up"))
+
+
+def file_content(factors, form):
+    return {key: array for entry, pair in factors.items() for key, array in zip(form(*entry), pair, strict=True)}
+
+
+def save(content, path, metadata=None):
+    if path.suffix == ".safetensors":
+        safetensors.numpy.save_file(content, path, metadata=metadata)
+    else:
+        torch.save({name: torch.from_numpy(np.asarray(x)) for name, x in content.items()}, path)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("form", "suffix"),
+    [
+        (peft, ".safetensors"),
+        (diffusers_form, ".safetensors"),
+        (processor_form, ".bin"),
+        (unprefixed, ".bin"),
+        (kohya, ".safetensors"),
+    ],
+)
+def test_every_form_computes_the_same_as_torch(ours, theirs, tmp_path, form, suffix, caplog):
+    factors = draw_factors(theirs, ALL)
+    path = save(file_content(factors, form), tmp_path / f"lora{suffix}")
+    with caplog.at_level(logging.INFO):
+        changed = merge_lora(ours, path, scale=0.7)
+    assert "merged into 24 weights, scale 0.7, rank [3]" in caplog.text
+    merge_in_torch(theirs, factors, 0.7)
+    assert_same_outputs(changed, theirs, base=ours)
+
+
+def test_merge_is_rounded_once(ours, theirs, tmp_path):
+    factors = draw_factors(theirs, ALL)
+    changed = merge_lora(ours, save(file_content(factors, peft), tmp_path / "x.safetensors"), scale=1 / 3)
+    part, name = "unet", UNET[4]
+    down, up = factors[part, name]
+    path = name.replace("blocks.0", "blocks_0").replace("attentions.0", "attentions_0").replace(".", "/") + "/kernel"
+    weight = np.asarray(flatten_names(ours.params[part])[path]).astype(np.float64)
+    expected = (weight + (1 / 3) * (up.astype(np.float64) @ down.astype(np.float64)).T).astype(np.float32)
+    np.testing.assert_array_equal(flatten_names(changed.params[part])[path], expected)
+
+
+def test_only_named_weights_change_and_scale_0_changes_none(ours, theirs, tmp_path):
+    factors = draw_factors(theirs, ALL)
+    path = save(file_content(factors, peft), tmp_path / "x.safetensors")
+    before = jax.tree.map(np.array, ours.params)
+    changed = merge_lora(ours, path)
+    count = sum(
+        not np.array_equal(leaf, flatten_names(ours.params[part])[name])
+        for part in ours.params
+        for name, leaf in flatten_names(changed.params[part]).items()
+    )
+    assert count == len(ALL)
+    jax.tree.map(np.testing.assert_array_equal, ours.params, before)
+    jax.tree.map(np.testing.assert_array_equal, merge_lora(ours, path, scale=0).params, before)
+    back = save(file_content(draw_factors(theirs, ALL), peft), tmp_path / "y.safetensors")
+    again = merge_lora(changed, back, scale=-1)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), again.params, before)
+
+
+@pytest.mark.parametrize("form", [kohya, diffusers_form, processor_form])
+def test_alpha_entries_scale_each_weight(ours, theirs, tmp_path, form):
+    factors = draw_factors(theirs, ALL)
+    alphas = {entry: 0.5 + i for i, entry in enumerate(factors) if i % 5}
+    content = file_content(factors, form)
+    for entry, alpha in alphas.items():
+        down = form(*entry)[0]
+        key = f"{down}.alpha" if form is processor_form else f"{down.rsplit('.lora', 1)[0]}.alpha"
+        content[key] = np.float32(alpha)
+    content = {name: np.asarray(x) for name, x in content.items()}
+    changed = merge_lora(ours, save(content, tmp_path / "lora.safetensors"), scale=0.3)
+    merge_in_torch(theirs, factors, lambda *entry: 0.3 * alphas.get(entry, RANK) / RANK)
+    assert_same_outputs(changed, theirs)
+
+
+def test_plain_numbers_as_alphas(ours, theirs, tmp_path):
+    factors = draw_factors(theirs, ALL[:1])
+    content = {key: torch.from_numpy(x) for key, x in file_content(factors, kohya).items()}
+    alpha = {f"{kohya(*ALL[0])[0].split('.')[0]}.alpha": 6.0}
+    torch.save(content | alpha, tmp_path / "lora.bin")
+    changed = merge_lora(ours, str(tmp_path / "lora.bin"))
+    merge_in_torch(theirs, factors, 6 / RANK)
+    assert_same_outputs(changed, theirs)
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_adapter_metadata_of_diffusers(ours, theirs, tmp_path, rslora):
+    factors = draw_factors(theirs, ALL)
+    options = {
+        "unet.r": RANK,
+        "unet.lora_alpha": 12,
+        "unet.alpha_pattern": {"^mid_block.attentions.0.transformer_blocks.0.attn2.to_k": 7, "attn1.to_q": 5},
+        "unet.use_rslora": rslora,
+        "text_encoder.lora_alpha": 2.0,
+        "text_encoder.use_rslora": rslora,
+        "text_encoder.alpha_pattern": {},
+    }
+    metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(options)}
+    path = save(file_content(factors, peft), tmp_path / "lora.safetensors", metadata)
+
+    def factor(part, name):
+        alpha = 2.0 if part == "text_encoder" else 12
+        if name == "mid_block.attentions.0.transformer_blocks.0.attn2.to_k":
+            alpha = 7
+        elif name.endswith("attn1.to_q"):
+            alpha = 5
+        return 0.1 * alpha / (math.sqrt(RANK) if rslora else RANK)
+
+    changed = merge_lora(ours, path, scale=0.1)
+    merge_in_torch(theirs, factors, factor)
+    assert_same_outputs(changed, theirs)
+
+
+def test_convolutions_and_feed_forwards_merge_too(ours, theirs, tmp_path):
+    names = (
+        ("unet", "down_blocks.0.resnets.0.conv1"),
+        ("unet", "down_blocks.0.downsamplers.0.conv"),
+        ("unet", "down_blocks.1.resnets.0.conv_shortcut"),
+        ("unet", "down_blocks.0.attentions.0.proj_in"),
+        ("unet", f"{BLOCKS[0]}.ff.net.0.proj"),
+        ("unet", f"{BLOCKS[0]}.ff.net.2"),
+        ("unet", "time_embedding.linear_1"),
+        ("text_encoder", "text_model.encoder.layers.1.mlp.fc1"),
+    )
+    factors = draw_factors(theirs, names)
+    assert factors[names[0]][0].shape == (RANK, 32, 3, 3)
+    for form in (peft, kohya):
+        changed = merge_lora(ours, save(file_content(factors, form), tmp_path / f"{form.__name__}.safetensors"))
+        if form is peft:
+            merge_in_torch(theirs, factors, 1.0)
+        assert_same_outputs(changed, theirs, base=ours)
+
+
+def test_convolution_lora_is_the_two_convolutions_in_a_row():
+    # The reference above multiplies; this shows that the product is what the two layers compute.
+    torch.manual_seed(0)
+    down, up, x = torch.randn(3, 5, 3, 3), torch.randn(7, 3, 1, 1), torch.randn(1, 5, 6, 6)
+    product = torch.einsum("or,r...->o...", up.flatten(1), down)
+    conv = torch.nn.functional.conv2d
+    torch.testing.assert_close(conv(conv(x, down, padding=1), up), conv(x, product, padding=1), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("linear", [True, False])
+def test_factors_of_1x1_convolutions_and_linear_layers_are_interchangeable(ours, theirs, tmp_path, linear):
+    name = ("unet", "down_blocks.0.attentions.0.proj_in") if linear else ("unet", UNET[0])
+    factors = draw_factors(theirs, [name])
+    down, up = factors[name]
+    shape = slice(0, 2) if linear else slice(None)
+    factors[name] = tuple(x.reshape((x.shape + (1, 1))[shape] if not linear else x.shape[:2]) for x in (down, up))
+    changed = merge_lora(ours, save(file_content(factors, peft), tmp_path / "x.safetensors"))
+    merge_in_torch(theirs, {name: (down, up)}, 1.0)
+    assert_same_outputs(changed, theirs)
+
+
+def test_folder_and_mixed_ranks(ours, theirs, tmp_path, caplog):
+    factors = draw_factors(theirs, ALL[:4], rank=2) | draw_factors(theirs, ALL[4:], rank=5)
+    save(file_content(factors, peft), tmp_path / "pytorch_lora_weights.safetensors")
+    with caplog.at_level(logging.INFO):
+        changed = merge_lora(ours, str(tmp_path))
+    assert "rank [2, 5]" in caplog.text
+    merge_in_torch(theirs, factors, 1.0)
+    assert_same_outputs(changed, theirs)
+
+
+DOWN, UP = (f"unet.{UNET[0]}.lora_{side}.weight" for side in "AB")
+PAIR = {DOWN: np.ones((2, 32), np.float32), UP: np.ones((32, 2), np.float32)}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({}, "holds no tensors; expected a LoRA"),
+        ({DOWN: PAIR[DOWN]}, f"1 without their other half:\n  {DOWN}"),
+        (PAIR | {"unet.x.to_q.lora_A.weight": PAIR[DOWN]}, r"1 unknown:\n  unet\.x\.to_q\.lora_A"),
+        (PAIR | {f"unet.{UNET[0]}.lora_magnitude_vector": PAIR[DOWN]}, "1 unknown:\n  .*lora_magnitude_vector"),
+        (PAIR | {f"unet.{UNET[0]}.lora_B.bias": PAIR[DOWN]}, r"1 unknown:\n  .*lora_B\.bias"),
+        (PAIR | {f"unet.{UNET[0]}.hada_w1_a": PAIR[DOWN]}, "merge DoRA, LoHa and LoKr in PyTorch"),
+        (PAIR | {"text_encoder_2.x.lora_A.weight": PAIR[DOWN]}, "1 unknown:\n  text_encoder_2"),
+        (PAIR | {"lora_te2_x.lora_down.weight": PAIR[DOWN]}, "1 unknown:\n  lora_te2_x"),
+        (PAIR | {"lora_unet_input_blocks_1_1_x.alpha": np.ones(())}, "1 unknown:\n  lora_unet_input_blocks"),
+        (PAIR | {"conv_in.weight": PAIR[DOWN]}, r"1 unknown:\n  conv_in\.weight"),
+        (PAIR | {f"{UNET[0]}.lora.down.weight": PAIR[DOWN]}, "1 repeated:"),
+        (PAIR | {f"unet.{UNET[1]}.alpha": np.ones(())}, "1 without their other half:\n  .*alpha"),
+        (PAIR | {f"unet.{UNET[0]}.alpha": np.ones(2)}, "alpha is .*; expected one number"),
+        (PAIR | {f"unet.{UNET[0]}.alpha": np.asarray(np.nan)}, "alpha is nan; expected a finite number"),
+        (
+            PAIR | {DOWN: np.ones((3, 32), np.float32)},
+            r"1 misshaped:\n  .*down \(3, 32\), up \(32, 2\), model \(32, 32\)",
+        ),
+        (PAIR | {DOWN: np.ones((2, 31), np.float32)}, r"1 misshaped:\n  .*down \(2, 31\)"),
+        (PAIR | {UP: np.ones((31, 2), np.float32)}, r"1 misshaped:\n  .*up \(31, 2\)"),
+        (PAIR | {DOWN: np.ones((2, 32, 3, 3), np.float32)}, r"1 misshaped:\n  .*down \(2, 32, 3, 3\)"),
+        ({DOWN: np.ones((0, 32), np.float32), UP: np.ones((32, 0), np.float32)}, "1 misshaped"),
+        ({DOWN: np.ones(2, np.float32), UP: np.ones(2, np.float32)}, "1 misshaped"),
+        (PAIR | {UP: np.full((32, 2), np.inf, np.float32)}, "to_q up holds a NaN or an infinity"),
+        (PAIR | {UP: np.ones((32, 2), np.int32)}, "to_q up has the type int32"),
+    ],
+)
+def test_files_that_do_not_fit(ours, tmp_path, content, message):
+    path = save(content, tmp_path / "lora.safetensors")
+    with pytest.raises(ValueError, match=message):
+        merge_lora(ours, path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "lora_adapter_metadata is no JSON"),
+        ("[" * 100_000, "lora_adapter_metadata is no JSON"),
+        ("[1]", "lora_adapter_metadata is no JSON object"),
+        ('{"unet.use_dora": true}', "is a DoRA"),
+        ('{"unet.lora_alpha": "x"}', "unet.lora_alpha is 'x'; expected one number"),
+        ('{"unet.lora_alpha": null}', "unet.lora_alpha is None; expected one number"),
+        ('{"unet.alpha_pattern": [1]}', r"alpha_pattern .* is \[1\]; expected module names"),
+    ],
+)
+def test_bad_metadata(ours, tmp_path, text, message):
+    path = save(PAIR, tmp_path / "lora.safetensors", {"lora_adapter_metadata": text})
+    with pytest.raises(ValueError, match=message):
+        merge_lora(ours, path)
+
+
+def test_alpha_given_twice(ours, tmp_path):
+    content = PAIR | {f"unet.{UNET[0]}.alpha": np.ones(())}
+    path = save(content, tmp_path / "x.safetensors", {"lora_adapter_metadata": '{"unet.lora_alpha": 2}'})
+    with pytest.raises(ValueError, match="alpha of unet.* twice"):
+        merge_lora(ours, path)
+
+
+@pytest.mark.parametrize("scale", [math.nan, math.inf, "1", True, None])
+def test_bad_scale(ours, tmp_path, scale):
+    path = save(PAIR, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match="scale is .*: expected a finite number"):
+        merge_lora(ours, path, scale)
+
+
+def test_overflow_and_missing_files(ours, tmp_path):
+    path = save(PAIR | {UP: np.full((32, 2), 1e38, np.float32)}, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match=r"to_q merged with scale=1000 holds a NaN or an infinity"):
+        merge_lora(ours, path, 1000)
+    with pytest.raises(FileNotFoundError, match="holds none of: pytorch_lora_weights.safetensors, "):
+        merge_lora(ours, str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="y.bin does not exist"):
+        merge_lora(ours, str(tmp_path / "y.bin"))
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_damaged_files_never_crash(ours, tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp("fuzz")
+    path = folder / f"x{data.draw(st.sampled_from(['.bin', '.safetensors']))}"
+    save(PAIR | {f"unet.{UNET[0]}.alpha": np.ones((), np.float32)}, path)
+    content = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(0, min(1500, len(content) - 1)))] = data.draw(st.integers(0, 255))
+    path.write_bytes(bytes(content[: data.draw(st.sampled_from([len(content), len(content) // 2, 20]))]))
+    try:
+        merge_lora(ours, str(path))
+    except ValueError as error:
+        assert str(path) in str(error)

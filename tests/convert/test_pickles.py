@@ -1,0 +1,252 @@
+"""Reading pickles as data: what numpy and torch write, and files that try to run something."""
+
+import builtins
+import io
+import os
+import pickle
+import struct
+import tracemalloc
+from collections import OrderedDict
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from attrib_jax.convert.pickles import read_pickled_dict
+
+PROTOCOLS = range(pickle.HIGHEST_PROTOCOL + 1)
+
+
+def read(tmp_path, content: bytes):
+    path = tmp_path / "file.pkl"
+    path.write_bytes(content)
+    return read_pickled_dict(path)
+
+
+def assert_same(found, expected):
+    assert found.dtype == expected.dtype and found.shape == expected.shape
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_what_pickle_wrote_is_read(tmp_path, protocol):
+    rng = np.random.default_rng(0)
+    content = {
+        "float32": rng.normal(size=(2, 3)).astype(np.float32),
+        "big endian": rng.normal(size=4).astype(">f8"),
+        "fortran": np.asfortranarray(rng.normal(size=(3, 2))),
+        "int64": np.arange(-3, 300),
+        "bool": np.array([True, False]),
+        "empty": np.zeros((0, 2), np.float16),
+        "scalars": [np.float64(0.1), np.int32(-7), 0.5, 3, 2**70, None, True],
+        "text": "woman’s hat",
+        "bytes": b"\x00\xff",
+        "nothing": b"",
+        "nested": {"a": (1, 2, 3, 4), 5: [[]]},
+    }
+    content["again"] = content["int64"]
+    found = read(tmp_path, pickle.dumps(content, protocol))
+    assert found.keys() == content.keys()
+    for name, value in content.items():
+        if isinstance(value, np.ndarray):
+            assert_same(found[name], value)
+        else:
+            assert found[name] == value
+    assert isinstance(found["scalars"][0], np.float64)
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("module", ["numpy.core", "numpy._core"])
+def test_both_generations_of_numpy(tmp_path, protocol, module):
+    values = np.arange(5.0)
+    content = pickle.dumps({"a": values}, protocol)
+    for other in ("numpy.core", "numpy._core"):
+        # Both ways of writing a name: a line of text, or a text of one length byte.
+        for part in ("multiarray", "numeric"):
+            old, new = f"{other}.{part}".encode(), f"{module}.{part}".encode()
+            content = content.replace(b"c" + old + b"\n", b"c" + new + b"\n")
+            content = content.replace(bytes([len(old)]) + old, bytes([len(new)]) + new)
+    if protocol == 4:  # a frame's length has changed with the name
+        position = content.index(b"\x95")
+        content = content[: position + 1] + struct.pack("<Q", len(content) - position - 9) + content[position + 9 :]
+    if protocol == 5:
+        content = b"\x80\x05" + content[11:] if content[2:3] == b"\x95" else content
+    assert module.encode() in content
+    assert_same(read(tmp_path, content)["a"], values)
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool]
+)
+def test_torch_tensors(tmp_path, protocol, dtype):
+    tensor = (10 * torch.rand(4, 6)).to(dtype)
+    views = {"a": tensor, "slice": tensor[1:, ::2], "turned": tensor.T, "scalar": tensor[2, 3], "none": tensor[:0]}
+    found = read(tmp_path, pickle.dumps(OrderedDict(views), protocol))
+    for name, value in views.items():
+        if dtype == torch.bfloat16:
+            assert found[name].dtype == ml_dtypes.bfloat16
+            np.testing.assert_array_equal(found[name].astype(np.float32), value.float().numpy())
+        else:
+            assert_same(found[name], value.numpy())
+
+
+class Calls:
+    """Pickles as the call `function(*arguments)`, with a state if given."""
+
+    def __init__(self, function, *arguments, state=None):
+        self.parts = (function, arguments) if state is None else (function, arguments, state)
+
+    def __reduce__(self):
+        return self.parts
+
+
+class Hook:
+    """Runs a command when its state is set."""
+
+    def __setstate__(self, state):
+        os.system(state)
+
+    def __getstate__(self):
+        return f"touch {self.canary}"
+
+
+def attacks(canary: str) -> dict[str, object]:
+    command = f"touch {canary}"
+    hook = Hook()
+    hook.canary = canary
+    code = f"__import__('os').system({command!r})"
+    objects = np.empty(2, object)
+    objects[:] = [Calls(os.system, command), 1]
+    module_code = io.BytesIO()
+    torch.save({"x": Calls(os.system, command)}, module_code, _use_new_zipfile_serialization=False)
+    return {
+        "os.system": Calls(os.system, command),
+        "eval": Calls(eval, code),
+        "exec": Calls(exec, code),
+        "open": Calls(open, canary, "w"),
+        "getattr": Calls(getattr, Calls(__import__, "os"), "system"),
+        "nested reduce": Calls(list, [Calls(os.system, command)]),
+        "argument of an allowed call": Calls(OrderedDict, Calls(os.system, command)),
+        "object array": objects,
+        "object scalar": np.array([Calls(os.system, command)], object)[0],
+        "__setstate__": hook,
+        "state of an allowed object": Calls(OrderedDict, state={"x": Calls(os.system, command)}),
+        "torch.load": Calls(torch.storage._load_from_bytes, module_code.getvalue()),
+        "key": {Calls(os.system, command): 1},
+        "subclass": Calls(np.memmap, canary, "u1", "w+", 0, (3,)),
+        "numpy's own files": Calls(np.save, canary, np.arange(3)),
+    }
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 5])
+@pytest.mark.parametrize("name", list(attacks("x")))
+def test_nothing_in_a_file_is_run(tmp_path, name, protocol, monkeypatch):
+    canary = tmp_path / "canary"
+    content = pickle.dumps({"influence": attacks(str(canary))[name], "rank": [0]}, protocol)
+    for module, function in ((os, "system"), (builtins, "eval"), (builtins, "exec")):
+        monkeypatch.setattr(module, function, lambda *_: pytest.fail("run"))
+    with pytest.raises(ValueError, match=r"file\.pkl"):
+        read(tmp_path, content)
+    assert not any(path.name.startswith("canary") for path in tmp_path.iterdir())
+
+
+def test_the_attacks_are_real(tmp_path):
+    """Python's own reader falls for them, so the test above could fail."""
+    for name, attack in attacks(str(tmp_path / "canary")).items():
+        if name in ("os.system", "eval", "open", "object array", "__setstate__", "nested reduce"):
+            pickle.loads(pickle.dumps(attack))
+            assert (tmp_path / "canary").exists(), name
+            (tmp_path / "canary").unlink()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "truncated or no pickle"),
+        (b"not a pickle", "truncated or no pickle"),
+        (pickle.dumps({"a": np.arange(3)})[:-20], "truncated or no pickle"),
+        (pickle.dumps([1, 2]), "no dict with names"),
+        (pickle.dumps({1: 2}), "no dict with names"),
+        (pickle.dumps({"a": np.array(["x"])}), "an array of type 'U1'"),
+        (pickle.dumps({"a": np.array([object])}), "builtins.object|an array of type 'O8'"),
+        (pickle.dumps({"a": np.zeros(2, "c8")}), "an array of type 'c8'"),
+        (pickle.dumps({"a": np.zeros(2, [("x", "f4")])}), "an array of type 'V4'"),
+        (pickle.dumps({"a": {1, 2}}), "EMPTY_SET"),
+        (pickle.dumps({"a": Calls(bytes, 10**12)}), "truncated or no pickle"),
+        (pickle.dumps({"a": torch.zeros(2).requires_grad_().double().to_sparse()}), "no data"),
+        (b"\x80\x02}X\x01\x00\x00\x00acnumpy\nndarray\ns.", "'a' is no data"),
+        (b"\x80\x02}X\x01\x00\x00\x00acnumpy\ndtype\nNbs.", "sets the state of a name"),
+    ],
+    ids=range(14),  # pickles differ between processes, and test names must not
+)
+def test_other_content_is_named(tmp_path, content, message):
+    with pytest.raises(ValueError, match=message) as error:
+        read(tmp_path, content)
+    assert "file.pkl" in str(error.value) and len(str(error.value)) < 400 + len(str(tmp_path))
+
+
+def claims(numel: int, size: tuple, stride: tuple, raw: bytes) -> bytes:
+    """A pickled tensor whose file tells of `numel` values, whatever `raw` holds."""
+    inner = io.BytesIO()
+    torch.save(torch.zeros(2), inner, _use_new_zipfile_serialization=False)
+    stream = io.BytesIO()
+    for value in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True}):
+        pickle.dump(value, stream, 2)
+
+    class Persistent(pickle.Pickler):
+        def persistent_id(self, value):
+            return ("storage", torch.FloatStorage, "0", "cpu", numel, None) if value == "here" else None
+
+    Persistent(stream, 2).dump("here")
+    pickle.dump(["0"], stream, 2)
+    storage = stream.getvalue() + struct.pack("<q", numel) + raw
+    load = Calls(torch.storage._load_from_bytes, storage)
+    return pickle.dumps({"a": Calls(torch._utils._rebuild_tensor_v2, load, 0, size, stride, False, OrderedDict())})
+
+
+def test_no_more_memory_than_a_few_times_the_file(tmp_path):
+    raw = struct.pack("<2f", 1, 2)
+    np.testing.assert_array_equal(read(tmp_path, claims(2, (2,), (1,), raw))["a"], [1, 2])
+    text = "x" * 200_000
+    many = pickle.dumps({"a": [Calls(__import__("_codecs").encode, text, "latin1") for _ in range(2000)]})
+    bombs = [
+        claims(2**40, (2**40,), (1,), raw),
+        claims(2, (2**40,), (0,), raw),
+        claims(2, (2**40,), (1,), raw),
+        pickle.dumps({"a": Calls(bytes, 2**40)}),
+        pickle.dumps({"a": Calls(bytearray, 2**40)}),
+        b"\x80\x05}\x8c\x01a\x96" + struct.pack("<Q", 2**40) + b"s.",
+        b"\x80\x04}\x8c\x01a\x8e" + struct.pack("<Q", 2**40) + b"s.",
+        b"\x80\x02}r" + struct.pack("<I", 2**32 - 1) + b".",
+        many,
+    ]
+    for content in bombs:
+        tracemalloc.start()
+        try:
+            read(tmp_path, content)
+        except ValueError as error:
+            assert "file.pkl" in str(error)
+        finally:
+            peak = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+        assert peak < 10 * len(content) + 2**20
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_damaged_files_give_a_message(tmp_path_factory, data):
+    value = {"influence": np.arange(4.0), "rank": torch.arange(4), "list": [1, 2.5, "x", None]}
+    content = bytearray(pickle.dumps(value, data.draw(st.integers(0, 5))))
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    del content[data.draw(st.integers(1, len(content))) :]
+    path = tmp_path_factory.mktemp("fuzz") / "file.pkl"
+    path.write_bytes(content)
+    try:
+        assert isinstance(read_pickled_dict(path), dict)
+    except ValueError as error:
+        assert "file.pkl" in str(error)

@@ -1,0 +1,424 @@
+"""Single files in the original naming, both ways, against diffusers' own converters for them."""
+
+import dataclasses
+import logging
+
+import diffusers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from attrib_jax.convert import single_file
+from attrib_jax.convert.pipeline import load_pipeline
+from attrib_jax.convert.single_file import load_single_file, save_single_file, untold_config
+from attrib_jax.convert.tensors import LazyTensor
+from attrib_jax.convert.tokenizer import save_tokenizer, train_tokenizer
+from tests.tiny_pipeline import CAPTIONS, MAX_LENGTH, make_torch_pipeline, randomise
+
+PARTS = ("unet", "vae", "text_encoder")
+PREDICTIONS = {"sd1": "epsilon", "sd2": "v_prediction"}
+RESBLOCKS = "cond_stage_model.model.transformer.resblocks."
+TO_K = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+
+
+def make_shrunken_pipeline(path, family: str) -> diffusers.StableDiffusionPipeline:
+    """Saves a pipeline whose config the shapes tell: as published, with narrow and few blocks."""
+    torch.manual_seed(0)
+    tokenizer = train_tokenizer(CAPTIONS, vocab_size=600, model_max_length=MAX_LENGTH)
+    is_second = family == "sd2"
+    text = transformers.CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=1,
+        max_position_embeddings=MAX_LENGTH,
+        hidden_act="gelu" if is_second else "quick_gelu",
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    pipeline = diffusers.StableDiffusionPipeline(
+        vae=diffusers.AutoencoderKL(
+            block_out_channels=(32, 64, 64),
+            down_block_types=("DownEncoderBlock2D",) * 3,
+            up_block_types=("UpDecoderBlock2D",) * 3,
+            layers_per_block=1,
+            sample_size=4 * (96 if is_second else 64),
+        ),
+        text_encoder=transformers.CLIPTextModel(text),
+        tokenizer=tokenizer,
+        unet=diffusers.UNet2DConditionModel(
+            sample_size=96 if is_second else 64,
+            block_out_channels=(64, 128) if is_second else (32, 64, 64),
+            layers_per_block=2 if is_second else 1,
+            down_block_types=("CrossAttnDownBlock2D",) * (1 if is_second else 2) + ("DownBlock2D",),
+            up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * (1 if is_second else 2),
+            cross_attention_dim=64,
+            attention_head_dim=[1, 2] if is_second else 8,
+            use_linear_projection=is_second,
+        ),
+        scheduler=diffusers.DDIMScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            prediction_type=PREDICTIONS[family],
+            clip_sample=False,
+            set_alpha_to_one=False,
+            steps_offset=1,
+        ),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    for module in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+        randomise(module)
+    pipeline.save_pretrained(path)
+    save_tokenizer(tokenizer, f"{path}/tokenizer")
+    return pipeline
+
+
+class Model:
+    """One family's pipeline in PyTorch, the same in ours, its folder, and the single file that we write of it."""
+
+    def __init__(self, root, family):
+        self.folder, self.file = str(root / family), str(root / f"{family}.safetensors")
+        self.theirs = make_shrunken_pipeline(self.folder, family)
+        self.ours = load_pipeline(self.folder)
+        save_single_file(self.ours, self.file)
+
+    def load(self, path=None, **arguments):
+        return load_single_file(str(path or self.file), self.folder, **arguments)
+
+
+@pytest.fixture(scope="module")
+def sd1(tmp_path_factory):
+    return Model(tmp_path_factory.mktemp("models"), "sd1")
+
+
+@pytest.fixture(scope="module")
+def sd2(tmp_path_factory):
+    return Model(tmp_path_factory.mktemp("models"), "sd2")
+
+
+@pytest.fixture(params=["sd1", "sd2"])
+def model(request):
+    return request.getfixturevalue(request.param)
+
+
+def assert_same(actual, expected):
+    """The same modules, schedule and weights; keys of a config that change no result may differ."""
+    for part in PARTS:
+        inert = dict.fromkeys(single_file._INERT[part])
+        configs = [dataclasses.replace(getattr(side, part).config, **inert) for side in (actual, expected)]
+        assert configs[0] == configs[1]
+    assert single_file._same_schedule(actual.schedule, expected.schedule)
+    jax.tree.map(np.testing.assert_array_equal, actual.params, expected.params)
+
+
+def rewrite(source, path, change):
+    """Writes the tensors of the file `source`, changed by `change(state) -> state`, to `path`."""
+    state = load_file(source)
+    save_file({name: x.contiguous() for name, x in (change(state) or state).items()}, str(path))
+    return path
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_saved_file_opens_in_diffusers_with_the_same_weights(model):
+    opened = diffusers.StableDiffusionPipeline.from_single_file(model.file, config=model.folder, local_files_only=True)
+    for part in PARTS:
+        actual, expected = (getattr(side, part).state_dict() for side in (opened, model.theirs))
+        assert actual.keys() == expected.keys()
+        for name, tensor in expected.items():
+            assert torch.equal(actual[name], tensor), f"{part}: {name}"
+
+
+@pytest.mark.parametrize("family", PREDICTIONS)
+def test_saved_file_loads_to_the_bit(request, family, caplog):
+    model = request.getfixturevalue(family)
+    caplog.set_level(logging.INFO)
+    told = {} if family == "sd1" else {"prediction_type": "v_prediction"}
+    assert_same(model.load(**told), model.ours)
+    assert untold_config(model.ours) == {}
+    assert caplog.messages == []
+
+
+def test_names_are_those_of_the_family(sd1, sd2):
+    first, second = (load_file(model.file) for model in (sd1, sd2))
+    attention = "first_stage_model.encoder.mid.attn_1.q.weight"
+    assert first[attention].shape == second[attention].shape == (64, 64, 1, 1)
+    assert first["cond_stage_model.transformer.text_model.encoder.layers.1.mlp.fc1.weight"].shape == (96, 64)
+    assert first["model.diffusion_model.middle_block.1.proj_in.weight"].shape == (64, 64, 1, 1)
+    assert second["model.diffusion_model.middle_block.1.proj_in.weight"].shape == (128, 128)
+    assert second[f"{RESBLOCKS}1.attn.in_proj_weight"].shape == (192, 64)
+    assert second["cond_stage_model.model.positional_embedding"].shape == (MAX_LENGTH, 64)
+
+
+def training_extras(state):
+    """What a .ckpt of the original training code holds beside the weights, as in the published files."""
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    alphas_cumprod = torch.cumprod(1 - betas, 0).float()
+    ema = {
+        "model_ema." + name.removeprefix("model.").replace(".", ""): x + 1
+        for name, x in state.items()
+        if name.startswith("model.diffusion_model.")
+    }
+    buffers = ("alphas_cumprod_prev", "sqrt_one_minus_alphas_cumprod", "log_one_minus_alphas_cumprod", "betas")
+    buffers += ("sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod", "posterior_mean_coef1", "logvar")
+    return {
+        **ema,
+        "model_ema.decay": torch.tensor(0.9999),
+        "model_ema.num_updates": torch.tensor(1, dtype=torch.int32),
+        **{name: betas.float() for name in buffers},
+        "alphas_cumprod": alphas_cumprod,
+        "first_stage_model.loss.logvar": torch.zeros(()),
+        "first_stage_model.loss.discriminator.main.0.weight": torch.zeros(4, 3, 4, 4),
+    }
+
+
+class ModelCheckpoint:
+    """Stands for the training framework's objects in a .ckpt, which may not be there and must not be run."""
+
+    def __init__(self):
+        self.best_model_path = "last.ckpt"
+
+    def __setstate__(self, state):
+        raise AssertionError("an object in the file was executed")
+
+
+def save_ckpt(state, path, step):
+    content = {
+        "epoch": 3,
+        "global_step": step,
+        "pytorch-lightning_version": "1.4.2",
+        "callbacks": {ModelCheckpoint: {"monitor": "loss", "callback": ModelCheckpoint()}},
+        "optimizer_states": [{"state": {0: {"exp_avg": torch.zeros(3)}}}],
+        "state_dict": state,
+    }
+    torch.save(content, path)
+    return path
+
+
+@pytest.mark.parametrize("has_text_model", [True, False])
+def test_ckpt_of_the_first_family(sd1, tmp_path, caplog, has_text_model):
+    state = load_file(sd1.file)
+    state |= training_extras(state)
+    text = "cond_stage_model.transformer.text_model."
+    state[f"{text}embeddings.position_ids"] = torch.arange(MAX_LENGTH)[None]
+    if not has_text_model:
+        state = {name.replace(text, "cond_stage_model.transformer."): x for name, x in state.items()}
+    caplog.set_level(logging.INFO)
+    assert_same(sd1.load(save_ckpt(state, tmp_path / "model.ckpt", 470_000)), sd1.ours)
+    unet_count = sum(name.startswith("model.diffusion_model.") for name in state)
+    assert f"left out {unet_count + 2} tensors: averaged copies" in caplog.text
+    assert "left out 1 tensors: unused tensors of the text encoder" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("step", "prediction"), [(110_000, "v_prediction"), (875_000, "epsilon"), (220_000, "epsilon")]
+)
+def test_ckpt_of_the_second_family_tells_its_prediction_by_its_step(sd2, tmp_path, step, prediction):
+    state = load_file(sd2.file)
+    state |= training_extras(state)
+    state |= {
+        "cond_stage_model.model.text_projection": torch.zeros(64, 64),
+        "cond_stage_model.model.logit_scale": torch.zeros(()),
+        "cond_stage_model.model.attn_mask": torch.full((MAX_LENGTH, MAX_LENGTH), -torch.inf),
+    }
+    loaded = sd2.load(save_ckpt(state, tmp_path / "model.ckpt", step))
+    assert loaded.schedule.prediction_type == prediction
+    assert loaded.unet.config.sample_size == (96 if prediction == "v_prediction" else 64)
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, sd2.ours.params)
+
+
+@pytest.mark.parametrize("step", [None, 0, 3000])
+def test_second_family_asks_for_the_prediction_type(sd2, tmp_path, step):
+    path = sd2.file if step is None else save_ckpt(load_file(sd2.file), tmp_path / "model.ckpt", step)
+    with pytest.raises(ValueError, match=rf"training step: {step}\); give prediction_type='epsilon' .*'v_prediction'"):
+        sd2.load(path)
+    assert sd2.load(path, prediction_type="epsilon").schedule.prediction_type == "epsilon"
+    with pytest.raises(ValueError, match="prediction_type is 'sample'"):
+        sd2.load(path, prediction_type="sample")
+
+
+def test_text_layers_after_the_last_used_are_left_out(sd2, tmp_path):
+    def add_layer(state):
+        for name in [name for name in state if name.startswith(f"{RESBLOCKS}1.")]:
+            state[name.replace(f"{RESBLOCKS}1.", f"{RESBLOCKS}2.")] = torch.ones_like(state[name])
+
+    path = rewrite(sd2.file, tmp_path / "long.safetensors", add_layer)
+    config = {"text_encoder": {"num_hidden_layers": 2}}
+    assert_same(sd2.load(path, prediction_type="v_prediction", config=config), sd2.ours)
+    assert sd2.load(path, prediction_type="epsilon").text_encoder.config.num_hidden_layers == 3
+
+
+def test_only_wanted_tensors_are_read_one_by_one(sd1, tmp_path, monkeypatch):
+    path = rewrite(sd1.file, tmp_path / "x.safetensors", lambda state: state | training_extras(state))
+    read, held = [], []
+    original = LazyTensor.read
+
+    def record(tensor):
+        read.append(tensor.nbytes)
+        return original(tensor)
+
+    def load_params(state, *rest):
+        held.append(all(isinstance(tensor, LazyTensor) for tensor in state.values()))
+        return load(state, *rest)
+
+    load = single_file.load_params
+    monkeypatch.setattr(LazyTensor, "read", record)
+    monkeypatch.setattr(single_file, "load_params", load_params)
+    sd1.load(path)
+    assert held == [True] * 3
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(sd1.ours.params))
+    attention = 2 * 4 * 64 * 64 * 4  # a mapped tensor counts twice: as a matrix, and as the file's convolution
+    assert sum(read) == weights + attention + 4000  # and the 1000 levels of the noise schedule
+
+
+def test_what_the_shapes_do_not_tell_is_said_and_taken(tmp_path, caplog):
+    make_torch_pipeline(str(tmp_path / "folder"), prediction_type="v_prediction")
+    ours = load_pipeline(str(tmp_path / "folder"))
+    path = str(tmp_path / "x.safetensors")
+    save_single_file(ours, path)
+    config = untold_config(ours)
+    assert config["unet"] == {"sample_size": 8, "norm_num_groups": 8, "attention_head_dim": 4}
+    assert config["vae"] == {"norm_num_groups": 8}
+    assert config["text_encoder"] == {"num_attention_heads": 4}
+    assert f"{path} does not tell all of the model; load it with config={config!r}" in caplog.messages
+    assert_same(load_single_file(path, str(tmp_path / "folder"), config=config), ours)
+    with pytest.raises(ValueError, match="text_encoder do not tell its num_attention_heads.*give what its shapes do"):
+        load_single_file(path, str(tmp_path / "folder"))
+    with pytest.raises(ValueError, match="config has the parts text; expected some of unet, vae, text_encoder, sched"):
+        load_single_file(path, str(tmp_path / "folder"), config={"text": {}})
+
+
+def test_scale_factor_of_the_file_is_taken(sd1, tmp_path):
+    path = rewrite(sd1.file, tmp_path / "x.safetensors", lambda state: state | {"scale_factor": torch.tensor(0.25)})
+    assert sd1.load(path).vae.config.scaling_factor == 0.25
+    assert sd1.load(path, config={"vae": {"scaling_factor": 0.5}}).vae.config.scaling_factor == 0.5
+
+
+def test_another_noise_schedule_is_refused(sd1, tmp_path):
+    alphas = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000), 0)
+    path = rewrite(sd1.file, tmp_path / "x.safetensors", lambda state: state | {"alphas_cumprod": alphas})
+    with pytest.raises(ValueError, match="another noise schedule.*give its scheduler_config.json entries as config="):
+        sd1.load(path)
+    linear = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
+    loaded = sd1.load(path, config={"scheduler": linear})
+    np.testing.assert_allclose(loaded.schedule.alphas_cumprod, alphas, rtol=1e-4)
+
+
+def test_half_precision_file(sd2, tmp_path):
+    path = str(tmp_path / "half.safetensors")
+    save_single_file(sd2.ours, path, dtype=jnp.float16)
+    assert {x.dtype for x in load_file(path).values()} == {torch.float16}
+    rounded = jax.tree.map(lambda x: np.asarray(x).astype(np.float16).astype(np.float32), sd2.ours.params)
+    jax.tree.map(np.testing.assert_array_equal, sd2.load(path, prediction_type="epsilon").params, rounded)
+
+
+def test_failed_save_leaves_the_old_file(sd1, tmp_path):
+    path = tmp_path / "x.safetensors"
+    path.write_text("old")
+    vae = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), sd1.ours.params["vae"])
+    with pytest.raises(ValueError, match=r"tensor first_stage_model\..* holds a NaN"):
+        save_single_file(dataclasses.replace(sd1.ours, params=sd1.ours.params | {"vae": vae}), str(path))
+    assert [entry.name for entry in tmp_path.iterdir()] == ["x.safetensors"]
+    assert path.read_text() == "old"
+
+
+def test_tokenizer_is_asked_for(sd1, tmp_path):
+    with pytest.raises(ValueError, match="holds no tokenizer: give tokenizer=FOLDER"):
+        load_single_file(sd1.file, None)
+    with pytest.raises(FileNotFoundError, match="holds no tokenizer: expected tokenizer.json"):
+        load_single_file(sd1.file, str(tmp_path))
+    assert len(load_single_file(sd1.file, f"{sd1.folder}/tokenizer").tokenizer) == len(sd1.ours.tokenizer)
+
+
+def test_truncated_and_absent_files_are_named(sd1, tmp_path):
+    content = open(sd1.file, "rb").read()
+    (tmp_path / "x.safetensors").write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=r"x\.safetensors is truncated"):
+        sd1.load(tmp_path / "x.safetensors")
+    content = save_ckpt(load_file(sd1.file), tmp_path / "x.ckpt", 1).read_bytes()
+    (tmp_path / "x.ckpt").write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=r"x\.ckpt is (truncated|damaged)"):
+        sd1.load(tmp_path / "x.ckpt")
+    with pytest.raises(FileNotFoundError, match=r"y\.safetensors does not exist"):
+        sd1.load(tmp_path / "y.safetensors")
+
+
+def test_missing_unexpected_and_misshaped_tensors_are_listed(sd1, tmp_path):
+    def rename(state):
+        state["model.diffusion_model.label_emb.0.0.weight"] = state.pop(TO_K)
+
+    with pytest.raises(ValueError, match=rf"1 missing:\n  {TO_K}\n1 unexpected:\n  model.diffusion_model.label"):
+        sd1.load(rewrite(sd1.file, tmp_path / "x.safetensors", rename))
+    narrow = rewrite(sd1.file, tmp_path / "x.safetensors", lambda state: state | {TO_K: torch.zeros(32, 40)})
+    with pytest.raises(ValueError, match=r"\(unet\) does not fit.*(?s:.)*to_k.weight: file \(32, 40\), model \(32, 64"):
+        sd1.load(narrow)
+    name = "first_stage_model.decoder.conv_in.weight"
+    with pytest.raises(ValueError, match=rf"lacks the tensor {name}, which tells the architecture"):
+        sd1.load(rewrite(sd1.file, tmp_path / "x.safetensors", lambda state: state.pop(name) is None))
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["conditioner.embedders.0.transformer.text_model.x.bias"], "Stable Diffusion XL or 3; supported"),
+        (["down_blocks.0.resnets.0.conv1.weight"], r"no UNet \(model.diffusion_model.*first tensors: down_blocks"),
+        (["model.diffusion_model.out.2.bias"], r"has no autoencoder \(first_stage_model.\*\), no text encoder"),
+        (["lora_unet_mid_block.alpha"], "first tensors: lora_unet_mid_block.alpha"),
+    ],
+)
+def test_another_family_is_refused(sd1, tmp_path, names, message):
+    save_file({name: torch.zeros(2) for name in names}, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match=message):
+        sd1.load(tmp_path / "x.safetensors")
+
+
+def test_inpainting_model_is_refused(sd1, tmp_path):
+    name = "model.diffusion_model.input_blocks.0.0.weight"
+    path = rewrite(sd1.file, tmp_path / "x.safetensors", lambda state: state | {name: torch.zeros(32, 9, 3, 3)})
+    with pytest.raises(ValueError, match="unet in_channels is 9 and vae latent_channels is 4"):
+        sd1.load(path)
+
+
+@pytest.fixture(scope="module")
+def tensors(sd1, sd2):
+    return [{name: x.numpy() for name, x in load_file(model.file).items()} for model in (sd1, sd2)]
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_damaged_state_dicts_never_crash(sd1, tensors, monkeypatch, data):
+    state = dict(data.draw(st.sampled_from(tensors)))
+    ends = (
+        "conv_in.weight",
+        "0.0.weight",
+        "proj_in.weight",
+        "in_proj_weight",
+        "embedding",
+        "c_fc.weight",
+        "fc1.weight",
+    )
+    telling = [name for name in state if name.endswith(ends)]
+    for _ in range(data.draw(st.integers(1, 2))):
+        name = data.draw(st.sampled_from(telling) | st.sampled_from(sorted(state)))
+        shape = tuple(data.draw(st.lists(st.integers(0, 70), max_size=4)))
+        kind = data.draw(st.sampled_from(["drop", "reshape", "rename"]))
+        array = state.pop(name, np.zeros(1, np.float32))
+        if kind == "reshape":
+            state[name] = np.zeros(shape, np.float32)
+        elif kind == "rename":
+            state[name + data.draw(st.sampled_from([".0", "_", ".weight", ".99999999999"]))] = array
+    monkeypatch.setattr(single_file, "open_weights", lambda path: state)
+    try:
+        load_single_file("some file", sd1.folder, prediction_type="epsilon")
+    except ValueError as error:
+        assert str(error).startswith(("some file", "the parts do not fit", "the tokenizer"))

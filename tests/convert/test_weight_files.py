@@ -1,0 +1,334 @@
+"""Weight files: every kind that is opened, what is written, and damaged files."""
+
+import json
+import os
+import stat
+import subprocess
+import sys
+
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+import safetensors.torch
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from attrib_jax.convert.tensors import LazyTensor
+from attrib_jax.convert.weight_files import open_weights, write_weights
+
+DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool", "complex64")
+
+
+def tensors() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    made = {name: (4 * torch.randn(3, 5, generator=generator)).to(getattr(torch, name)) for name in DTYPES}
+    return made | {"scalar": torch.tensor(2.5), "empty": torch.zeros(0, 4), "odd": torch.arange(3, dtype=torch.int8)}
+
+
+def as_numpy(tensor: torch.Tensor) -> np.ndarray:
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
+
+
+def assert_same(opened: dict[str, LazyTensor], expected: dict[str, torch.Tensor]) -> None:
+    assert opened.keys() == expected.keys()
+    for name, tensor in expected.items():
+        array = as_numpy(tensor)
+        assert (opened[name].shape, opened[name].dtype) == (array.shape, array.dtype), name
+        for _ in range(2):  # a tensor may be read again
+            read = opened[name].read()
+            assert read.flags.c_contiguous and read.flags.writeable
+            np.testing.assert_array_equal(read, array, err_msg=name)
+            read[...] = 0
+
+
+def write(path, kind: str, state: dict[str, torch.Tensor]) -> None:
+    if kind == "safetensors":
+        safetensors.torch.save_file(state, path)
+    else:
+        torch.save(state, path, _use_new_zipfile_serialization=kind == "zip")
+
+
+@pytest.mark.parametrize("name", ["x.pt", "x.bin", "x"])
+@pytest.mark.parametrize("kind", ["safetensors", "zip", "legacy"])
+def test_the_kind_is_told_by_the_content(tmp_path, kind, name):
+    path = tmp_path / name
+    write(path, kind, tensors())
+    assert_same(open_weights(path), tensors())
+
+
+def test_a_pytorch_file_named_safetensors_is_refused(tmp_path):
+    write(tmp_path / "x.safetensors", "zip", tensors())
+    with pytest.raises(ValueError, match=r"a PyTorch file under the name of a safetensors file; rename it"):
+        open_weights(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("name", ["float8_e4m3fn", "float8_e5m2"])
+@pytest.mark.parametrize("kind", ["safetensors", "zip"])
+def test_float8_is_read(tmp_path, kind, name):
+    state = {"x": torch.tensor([[1.0, -0.5], [3.0, 8.0]]).to(getattr(torch, name))}
+    write(tmp_path / "x", kind, state)
+    opened = open_weights(tmp_path / "x")["x"]
+    assert opened.dtype == np.dtype(getattr(ml_dtypes, name))
+    np.testing.assert_array_equal(opened.read().astype(np.float32), state["x"].float().numpy())
+
+
+def sharded(folder, kind: str) -> tuple[str, dict[str, torch.Tensor]]:
+    state = {f"layer.{i}": torch.full((2, 3), float(i)) for i in range(5)}
+    weight_map = {name: f"model-{i % 2}.{kind}" for i, name in enumerate(state)}
+    for shard in set(weight_map.values()):
+        write(folder / shard, kind, {name: state[name] for name in state if weight_map[name] == shard})
+    index = folder / f"model.{kind}.index.json"
+    index.write_text(json.dumps({"metadata": {"total_size": 120}, "weight_map": weight_map}))
+    return str(index), state
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "zip"])
+def test_shards_are_joined(tmp_path, kind):
+    index, state = sharded(tmp_path, kind)
+    assert_same(open_weights(index), state)
+
+
+def test_missing_shards_and_tensors_are_all_listed(tmp_path):
+    index, state = sharded(tmp_path, "safetensors")
+    write(tmp_path / "model-0.safetensors", "safetensors", {"layer.0": state["layer.0"]})
+    with pytest.raises(ValueError, match=r"layer\.2 \(model-0\.safetensors\), layer\.4 \(model-0\.safetensors\)"):
+        open_weights(index)
+    for file in tmp_path.glob("model-*"):
+        file.unlink()
+    with pytest.raises(FileNotFoundError, match=r"missing in its folder: model-0\.safetensors, model-1\.safetensors"):
+        open_weights(index)
+
+
+@pytest.mark.parametrize(
+    "shard", ["/etc/passwd", "../x.bin", "..", "", "a/b.bin", "a\\b.bin", "C:x", 3, "x.index.json"]
+)
+def test_shards_elsewhere_are_refused(tmp_path, shard):
+    path = tmp_path / "x.index.json"
+    path.write_text(json.dumps({"weight_map": {"a": shard}}))
+    with pytest.raises(ValueError, match="the file of 'a' is .*, expected the name of a file in its folder"):
+        open_weights(path)
+
+
+@pytest.mark.parametrize("content", ["", "[1]", "{}", '{"weight_map": []}', '{"weight_map": {}}', "[" * 100_000])
+def test_damaged_index_is_named(tmp_path, content):
+    (tmp_path / "x.index.json").write_text(content)
+    with pytest.raises(ValueError, match=r"x\.index\.json is (damaged, it is not JSON|no index of a sharded model)"):
+        open_weights(tmp_path / "x.index.json")
+
+
+def test_absent_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"x\.safetensors does not exist"):
+        open_weights(tmp_path / "x.safetensors")
+
+
+def test_a_git_lfs_pointer_is_recognised(tmp_path):
+    for name in ("x.safetensors", "x.bin"):
+        (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+        with pytest.raises(ValueError, match="Git LFS pointer, not the file itself; run `git lfs pull`"):
+            open_weights(tmp_path / name)
+
+
+@pytest.mark.parametrize("content", [b"", b"<!DOCTYPE html><html>", b"\0" * 64])
+def test_another_kind_of_file_is_refused(tmp_path, content):
+    (tmp_path / "x.bin").write_bytes(content)
+    with pytest.raises(ValueError, match=r"x\.bin is truncated or neither a safetensors nor a PyTorch file"):
+        open_weights(tmp_path / "x.bin")
+
+
+@pytest.mark.parametrize("size", [0, 7, 8, 20, -1])
+def test_truncated_file_is_named(tmp_path, size):
+    path = tmp_path / "x.safetensors"
+    write(path, "safetensors", tensors())
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(ValueError, match=r"x\.safetensors is truncated or no safetensors file .*download it again"):
+        open_weights(path)
+
+
+def test_a_file_cut_after_it_was_opened_is_named(tmp_path):
+    path = tmp_path / "x.safetensors"
+    write(path, "safetensors", {"a": torch.zeros(100_000)})
+    opened = open_weights(path)["a"]
+    os.truncate(path, 200_000)
+    with pytest.raises(ValueError, match="it has become shorter since it was opened"):
+        opened.read()
+
+
+def entry(dtype="F32", shape=(2,), data_offsets=(0, 8), **more):
+    return {"dtype": dtype, "shape": shape, "data_offsets": data_offsets, **more}
+
+
+@pytest.mark.parametrize(
+    ("header", "reason"),
+    [
+        ([], "no JSON object"),
+        ({"a": 1}, "not a dtype, a shape and data_offsets"),
+        ({"a": entry(more=1)}, "not a dtype, a shape and data_offsets"),
+        ({"a": entry(dtype="F3")}, "has the type 'F3', which is not supported"),
+        ({"a": entry(dtype=["F32"])}, "which is not supported"),
+        ({"a": entry(shape=[-2])}, r"has shape \[-2\]"),
+        ({"a": entry(shape=[True, 2])}, r"has shape \[True, 2\]"),
+        ({"a": entry(shape=["2"])}, "has shape"),
+        ({"a": entry(shape=[2**70])}, "has shape"),
+        ({"a": entry(shape=[1] * 33)}, "has 33 axes"),
+        ({"a": entry(shape=[2**40, 2**40])}, "has 8 bytes"),
+        ({"a": entry(shape=[3])}, "has 8 bytes"),
+        ({"a": entry(data_offsets=[0])}, "1 data_offsets"),
+        ({"a": entry(data_offsets=[8, 0])}, "has -8 bytes"),
+        ({"a": entry(data_offsets=[4, 12])}, "starts at byte 4 of the data, expected 0"),
+        ({"a": entry(), "b": entry()}, "starts at byte 0 of the data, expected 8"),
+        ({"a": entry(shape=[2**40], data_offsets=[0, 2**42])}, "its tensors end at byte"),
+        ({"a": entry(shape=[1], data_offsets=[0, 4])}, "its tensors end at byte"),
+    ],
+)
+def test_false_headers_are_refused(tmp_path, header, reason):
+    content = json.dumps(header).encode()
+    (tmp_path / "x.safetensors").write_bytes(len(content).to_bytes(8, "little") + content + b"\0" * 8)
+    with pytest.raises(ValueError, match=reason):
+        open_weights(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff" * 9, b"{" + b'"a":{' * 50_000, b'{"a":' + b"9" * 5000 + b"}"])
+def test_headers_that_are_no_json_are_refused(tmp_path, content):
+    (tmp_path / "x.safetensors").write_bytes(len(content).to_bytes(8, "little") + content)
+    with pytest.raises(ValueError, match="its header is not JSON"):
+        open_weights(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("length", [2**63 - 1, 10**9, 1000])
+def test_a_header_longer_than_the_file_is_not_read(tmp_path, length):
+    (tmp_path / "x.safetensors").write_bytes(length.to_bytes(8, "little") + b"{}" + b" " * 100)
+    with pytest.raises(ValueError, match=f"a header of {length} bytes in a file of 110"):
+        open_weights(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "zip", "legacy"])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_altered_bytes_give_tensors_or_a_message(tmp_path, kind, data):
+    path = tmp_path / "x.weights"
+    write(path, kind, {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(2, dtype=torch.int64)})
+    content = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 3))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    path.write_bytes(content[: data.draw(st.integers(len(content) // 2, len(content)))])
+    try:
+        opened = open_weights(path)
+    except ValueError as error:
+        assert "x.weights" in str(error)
+        return
+    assert sum(tensor.read().nbytes for tensor in opened.values()) <= 3 * len(content)
+
+
+@pytest.mark.parametrize("source", ["arrays", "file"])
+def test_what_is_written_opens_everywhere(tmp_path, source):
+    path = tmp_path / "x.safetensors"
+    state = {name: as_numpy(tensor) for name, tensor in tensors().items()}
+    if source == "file":
+        safetensors.torch.save_file(tensors(), path)
+        state = open_weights(path)  # and is then replaced
+    write_weights(state, path)
+    assert_same(open_weights(path), tensors())
+    theirs = safetensors.torch.load_file(path)
+    for name, tensor in tensors().items():
+        assert theirs[name].dtype == tensor.dtype and torch.equal(theirs[name], tensor), name
+    with safetensors.safe_open(path, "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+    del state
+    in_numpy = {name: as_numpy(tensor) for name, tensor in tensors().items() if name != "bfloat16"}
+    write_weights(in_numpy, path)
+    for name, array in safetensors.numpy.load_file(path).items():
+        np.testing.assert_array_equal(array, in_numpy[name])
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32])
+def test_floats_are_cast_and_integers_are_not(tmp_path, dtype):
+    state = {"x": np.array([1.001, 300.3], np.float64), "ids": np.array([[70000]], np.int64)}
+    write_weights(state, tmp_path / "x.safetensors", dtype)
+    opened = open_weights(tmp_path / "x.safetensors")
+    assert opened["x"].dtype == dtype and opened["ids"].dtype == np.int64
+    np.testing.assert_array_equal(opened["x"].read(), state["x"].astype(dtype))
+    np.testing.assert_array_equal(opened["ids"].read(), state["ids"])
+
+
+def test_tensors_are_aligned_and_the_header_padded(tmp_path):
+    path = tmp_path / "x.safetensors"
+    write_weights({"a": np.zeros(3, np.int8), "b": np.zeros(1, np.float64), "c": np.zeros(1, np.float16)}, path)
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    assert length % 8 == 0
+    assert [header[name]["data_offsets"] for name in "bca"] == [[0, 8], [8, 10], [10, 13]]
+
+
+def test_an_empty_file_and_names_of_any_script(tmp_path):
+    write_weights({}, tmp_path / "x.safetensors")
+    assert open_weights(tmp_path / "x.safetensors") == {} == safetensors.numpy.load_file(tmp_path / "x.safetensors")
+    write_weights({"<neu-ü>\n": np.ones(1)}, tmp_path / "x.safetensors")
+    assert list(safetensors.numpy.load_file(tmp_path / "x.safetensors")) == ["<neu-ü>\n"]
+
+
+@pytest.mark.parametrize(("value", "dtype"), [(np.nan, None), (-np.inf, None), (1e5, np.float16)])
+def test_a_failed_write_leaves_the_earlier_file(tmp_path, value, dtype):
+    path = tmp_path / "x.safetensors"
+    write_weights({"good": np.ones(2, np.float32)}, path)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=r"tensor bad\.weight holds a NaN or an infinity as float.*cannot be saved"):
+        write_weights({"a": np.ones(9), "bad.weight": np.array([0, value], np.float32)}, path, dtype)
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["x.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "state", [{"a": np.zeros(1, np.complex128)}, {"a": np.array(["x"])}, {"__metadata__": np.ones(1)}]
+)
+def test_what_the_format_cannot_hold_is_refused(tmp_path, state):
+    with pytest.raises(ValueError, match=f"tensor {next(iter(state))} of type .* cannot be stored"):
+        write_weights(state, tmp_path / "x.safetensors")
+    assert not os.listdir(tmp_path)
+
+
+def test_a_written_file_has_a_new_files_permissions(tmp_path):
+    write_weights({"a": np.ones(1)}, tmp_path / "x.safetensors")
+    umask = os.umask(0)
+    os.umask(umask)
+    assert stat.S_IMODE(os.stat(tmp_path / "x.safetensors").st_mode) == 0o666 & ~umask
+
+
+def test_an_absent_folder_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="the folder .*absent does not exist"):
+        write_weights({}, tmp_path / "absent" / "x.safetensors")
+
+
+def test_only_one_tensor_is_in_memory_while_writing(tmp_path):
+    held = []
+
+    def load(i):
+        held.append(i)
+        assert max(held) == i  # in order, each once
+        return np.full(1000, i, np.float32)
+
+    state = {f"t{i:02d}": LazyTensor((1000,), np.float32, lambda i=i: load(i)) for i in range(20)}
+    write_weights(state, tmp_path / "x.safetensors", np.float16)
+    assert held == list(range(20))
+    assert open_weights(tmp_path / "x.safetensors")["t07"].read()[0] == 7
+
+
+def test_safetensors_need_no_pytorch(tmp_path):
+    safetensors.numpy.save_file({"a": np.arange(3.0)}, tmp_path / "x.safetensors")
+    torch.save({"a": torch.zeros(1)}, tmp_path / "x.bin")
+    program = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from attrib_jax.convert.weight_files import open_weights, write_weights\n"
+        "write_weights(open_weights('x.safetensors'), 'y.safetensors')\n"
+        "print(open_weights('y.safetensors')['a'].read().sum())\n"
+        "try: open_weights('x.bin')\n"
+        "except ValueError as error: print(error)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, [os.getcwd(), *sys.path]))}
+    run = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    assert run.stdout.startswith("3.0\nx.bin needs PyTorch: pip install torch, or convert the file to safetensors")
