@@ -1,66 +1,82 @@
-"""Data sets of captioned pictures behind one small protocol: row id, image, captions."""
+"""`open_dataset`, and the data sets that need no files of the user's: OpenMoji, and arrays in memory."""
 
-import contextlib
-import hashlib
-import logging
 import os
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any
 
 import numpy as np
 
-from attrib_jax.core.checks import check_choice
+from attrib_jax.core.checks import check_choice, check_positive
+from attrib_jax.data.coco import open_coco
+from attrib_jax.data.folder import open_folder
+from attrib_jax.data.latents import open_latents
+from attrib_jax.data.pictures import fit_picture
+from attrib_jax.data.protocol import Dataset, Row, hash_rows
+from attrib_jax.data.tfds_source import TfdsDataset, quiet_tfds
+from attrib_jax.data.webdataset import WebDataset
 
-_SOURCES = ("openmoji",)
+__all__ = ["ArrayDataset", "Dataset", "OpenmojiDataset", "Row", "hash_rows", "open_dataset"]
 
-
-class Row(NamedTuple):
-    """One captioned picture: image (H, W, 3) uint8, its captions (at least one), and its row id."""
-
-    image: np.ndarray
-    captions: tuple[str, ...]
-    row_id: int
-
-
-class Dataset(Protocol):
-    """Random access to captioned pictures; `dataset[i]` may be called from several threads.
-
-    Attributes:
-      name: as given to `--dataset`.
-      row_ids: (N,) int32, distinct, the same on every machine.
-      groups: (N,) int32 near-duplicate group of each row, or None.
-      credit: the licence line that has to stand beside the pictures, or None.
-      credit_url: of the licence, or None.
-    """
-
-    name: str
-    row_ids: np.ndarray
-    groups: np.ndarray | None
-    credit: str | None
-    credit_url: str | None
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Row: ...
-
-    def captions(self, index: int) -> tuple[str, ...]: ...
-
-    def fingerprint(self) -> str: ...
+# Kinds of data sets, and which further arguments of `open_dataset` each takes.
+_KINDS = {
+    "openmoji": (),
+    "tfds": ("split", "image_key", "caption_key"),
+    "folder": ("split", "caption_key"),
+    "coco": ("split",),
+    "webdataset": ("image_key", "caption_key"),
+    "latents": (),
+}
 
 
-def open_dataset(name: str, data_dir: str | os.PathLike | None = None) -> Dataset:
-    """Opens, and on first use prepares, a data set.
+def open_dataset(
+    name: str,
+    data_dir: str | os.PathLike | None = None,
+    *,
+    resolution: int | None = None,
+    split: str | None = None,
+    image_key: str | None = None,
+    caption_key: str | None = None,
+) -> Dataset:
+    """Opens, and for `openmoji` on first use prepares, a data set.
 
     Args:
-      name: `openmoji`.
+      name: `openmoji`, `tfds:NAME[:SPLIT]`, `folder:PATH`, `coco:PATH`, `webdataset:PATH` or `latents:PATH`; see
+        `TfdsDataset`, `open_folder`, `open_coco`, `WebDataset` and `open_latents`.
       data_dir: where prepared data sets are kept; TFDS's own default (`$TFDS_DATA_DIR` or `~/tensorflow_datasets`) if
         None.
+      resolution: of the square that pictures are resized and cropped to; None leaves them as they are.
+      split: of `tfds`, `folder` and `coco`.
+      image_key: the image feature of `tfds`, or the ending of pictures' names in `webdataset`.
+      caption_key: the caption's feature, column or field, of `tfds`, `folder` and `webdataset`.
 
     Raises:
-      ValueError: an unknown name; the message suggests the nearest known one.
+      ValueError: an unknown name; the message suggests the nearest known one. Or an argument that this kind of data set
+        does not take, or data that is damaged.
+      FileNotFoundError: nothing is there.
     """
-    check_choice("dataset", name, _SOURCES)
-    return OpenmojiDataset(data_dir)
+    kind, colon, place = name.partition(":")
+    check_choice("dataset", kind, _KINDS)
+    if kind != "openmoji" and not place:
+        raise ValueError(f"dataset {name!r} names no place; expected {kind}:{'NAME' if kind == 'tfds' else 'PATH'}")
+    if kind == "openmoji" and colon:
+        raise ValueError(f"dataset is {name!r}; expected openmoji, which has no parts")
+    if resolution is not None:
+        check_positive("resolution", resolution, integer=True)
+    given = {"split": split, "image_key": image_key, "caption_key": caption_key}
+    for argument, value in given.items():
+        if value is not None and argument not in _KINDS[kind]:
+            raise ValueError(f"{argument} is {value!r}, which {kind} data sets do not take; leave it out")
+    if kind == "tfds":
+        return TfdsDataset(place, data_dir, resolution, split, image_key, caption_key)
+    if kind == "folder":
+        return open_folder(place, resolution, split, caption_key)
+    if kind == "coco":
+        return open_coco(place, resolution, split)
+    if kind == "webdataset":
+        return WebDataset(place, resolution, image_key, caption_key)
+    if kind == "latents":
+        return open_latents(place)
+    return OpenmojiDataset(data_dir, resolution)
 
 
 class OpenmojiDataset:
@@ -70,22 +86,24 @@ class OpenmojiDataset:
     credit = "OpenMoji, the open-source emoji and icon project. Licence: CC BY-SA 4.0"
     credit_url = "https://creativecommons.org/licenses/by-sa/4.0/"
 
-    def __init__(self, data_dir: str | os.PathLike | None = None):
+    def __init__(self, data_dir: str | os.PathLike | None = None, resolution: int | None = None):
+        """Pictures have 64 x 64 pixels, or are resized where `resolution` is another number."""
         from attrib_jax.data.openmoji import Openmoji, list_emoji
 
-        with _quiet_tfds():
+        with quiet_tfds():
             builder = Openmoji(data_dir=data_dir, file_format="array_record")
             builder.download_and_prepare()
-            self._source = builder.as_data_source(split="train")
-            self._source[0]  # the first decoding is what warns
+        self._builder_dir, self._resolution = os.fspath(builder.data_dir), resolution
+        self._source: Any = None
         rows = list_emoji()
         self.row_ids = np.arange(len(rows), dtype=np.int32)
         self.groups = np.array([row.group for row in rows], np.int32)
         self._captions = [row.captions for row in rows]
         self._codes = [row.code for row in rows]
+        self._ensure_open()
         if len(self._source) != len(rows):
             raise ValueError(
-                f"the prepared data set in {builder.data_dir} has {len(self._source)} rows, expected {len(rows)}; "
+                f"the prepared data set in {self._builder_dir} has {len(self._source)} rows, expected {len(rows)}; "
                 "delete that folder to prepare it anew"
             )
 
@@ -93,13 +111,14 @@ class OpenmojiDataset:
         return len(self.row_ids)
 
     def __getitem__(self, index: int) -> Row:
+        self._ensure_open()
         stored = self._source[int(index)]
         if stored["code"].decode() != self._codes[index]:
             raise ValueError(
                 f"row {index} of the prepared OpenMoji is {stored['code'].decode()}, expected {self._codes[index]}: it "
                 "was prepared from other packages. Delete its folder, or give another --data_dir."
             )
-        return Row(stored["image"], self._captions[index], int(self.row_ids[index]))
+        return Row(fit_picture(stored["image"], self._resolution), self._captions[index], int(self.row_ids[index]))
 
     def captions(self, index: int) -> tuple[str, ...]:
         return self._captions[index]
@@ -107,6 +126,19 @@ class OpenmojiDataset:
     def fingerprint(self) -> str:
         """sha256 over every picture's pixels, row id and captions."""
         return hash_rows(self)
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_source": None}
+
+    def _ensure_open(self) -> None:
+        if self._source is not None:
+            return
+        from tensorflow_datasets.core.read_only_builder import builder_from_directory
+
+        with quiet_tfds():
+            source = builder_from_directory(self._builder_dir).as_data_source(split="train")
+            source[0]  # the first decoding is what warns
+        self._source = source
 
 
 class ArrayDataset:
@@ -157,25 +189,3 @@ class ArrayDataset:
     def fingerprint(self) -> str:
         """sha256 over every picture's pixels, row id and captions."""
         return hash_rows(self)
-
-
-def hash_rows(dataset: Sequence[Row]) -> str:
-    """sha256 of a data set's content, in row order, by reading all of it."""
-    digest = hashlib.sha256()
-    for index in range(len(dataset)):
-        row = dataset[index]
-        digest.update(repr((row.row_id, row.captions, row.image.shape)).encode())
-        digest.update(np.ascontiguousarray(row.image).tobytes())
-    return digest.hexdigest()
-
-
-@contextlib.contextmanager
-def _quiet_tfds():
-    """TFDS logs a dozen lines and, through absl, a warning about OpenCV for each use; only errors concern a user."""
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

@@ -1,6 +1,7 @@
 """OpenMoji as it lies in its packages: counts, captions, groups, and the prepared TFDS data set."""
 
 import hashlib
+import pickle
 
 import numpy as np
 import pytest
@@ -37,16 +38,29 @@ def test_captions_are_plain_words_without_case_duplicates(rows):
     assert all(len({caption.lower() for caption in row.captions}) == len(row.captions) for row in rows)
 
 
-def test_prepared_data_set_is_the_renders_in_row_order(rows, tmp_path):
-    dataset = open_dataset("openmoji", tmp_path)
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    return tmp_path_factory.mktemp("tfds")
+
+
+def test_prepared_data_set_is_the_renders_in_row_order(rows, data_dir):
+    dataset = open_dataset("openmoji", data_dir)
     assert len(dataset) == len(rows)
     for index in (0, 1234, 3952):
         image, captions, row_id = dataset[index]
         assert row_id == index and captions == rows[index].captions
         assert image.shape == (64, 64, 3) and image.dtype == np.uint8
         assert image[0, 0].tolist() == [255, 255, 255] and image.std() > 10
-    again = open_dataset("openmoji", tmp_path)
+    again = open_dataset("openmoji", data_dir)
     assert again.fingerprint() == dataset.fingerprint()
+
+
+def test_pixels_stay_as_they_are_unless_another_resolution_is_asked_for(data_dir):
+    plain, same, small = (open_dataset("openmoji", data_dir, resolution=size) for size in (None, 64, 32))
+    assert np.array_equal(plain[7].image, same[7].image) and small[7].image.shape == (32, 32, 3)
+    # What the shipped stages in models/openmoji were made from.
+    assert same.fingerprint() == "9f21891e3bfb5532ce80d93b172b5eb2bbe999ec2b8bd574858d59eb495aecb1"
+    assert np.array_equal(pickle.loads(pickle.dumps(small))[7].image, small[7].image)
 
 
 def test_render_is_deterministic(rows):

@@ -1,0 +1,117 @@
+"""`coco:PATH`: captions in COCO's annotation format, beside the folder of pictures."""
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from attrib_jax.data.files import PictureFiles, inner_path, warn_listed
+
+# Five of the people who wrote captions are the rule; some pictures have six or seven.
+_MAX_CAPTIONS = 5
+_CREDIT = (
+    "COCO, Common Objects in Context. Captions: COCO Consortium, CC BY 4.0; pictures: their Flickr authors, under "
+    "Flickr's terms of use"
+)
+_CREDIT_URL = "https://cocodataset.org/#termsofuse"
+
+
+def open_coco(path: str | os.PathLike, resolution: int | None = None, split: str | None = None) -> PictureFiles:
+    """Opens COCO 2017, or another data set in its format.
+
+    Rows are the pictures in the order of their ids, as in torchvision's CocoCaptions, whose order users' latents have;
+    row ids are positions in that order. Of more than five captions the first five in the file are kept. Pictures that
+    the json names and the folder lacks stay rows, which cannot be read; a warning counts them.
+
+    Args:
+      path: folder with `annotations/captions_<split>.json` and the pictures in `<split>/` or `images/<split>/`; or
+        that json.
+      resolution: of the square that pictures are resized and cropped to; None leaves them as they are.
+      split: such as `val2017`; if None `train2017`, or the only one that has captions.
+
+    Raises:
+      FileNotFoundError: no such folder, annotation file or folder of pictures.
+      ValueError: the json is damaged or no COCO captions, or none of its pictures exists.
+    """
+    name, file = f"coco:{path}", _annotation_file(Path(path).expanduser(), split)
+    root = file.parent.parent if file.parent.name == "annotations" else file.parent
+    part = re.sub("^captions_", "", file.stem)
+    places = [root / part, root / "images" / part]
+    folder = next((place for place in places if place.is_dir()), None)
+    if folder is None:
+        raise FileNotFoundError(f"{name}: no folder of pictures; expected {places[0]} or {places[1]}")
+    files, captions, official = _read_annotations(file)
+    present = set(os.listdir(folder))
+    missing = [picture for picture in files if picture not in present and not os.path.isfile(folder / picture)]
+    if len(missing) == len(files):
+        raise ValueError(f"{name}: {file} names {len(files)} pictures, and none of them exists in {folder}")
+    warn_listed(len(files), f"pictures that {file} names do not exist in {folder}", missing)
+    credit, credit_url = (_CREDIT, _CREDIT_URL) if official else (None, None)
+    return PictureFiles(name, folder, files, captions, resolution, credit, credit_url)
+
+
+def _annotation_file(path: Path, split: str | None) -> Path:
+    if path.is_file():
+        if split is not None and path.stem != f"captions_{split}":
+            raise ValueError(f"split is {split!r}, but {path} was given; give the folder or no split")
+        return path
+    folder = path / "annotations"
+    found = sorted(folder.glob("captions_*.json"))
+    wanted = folder / f"captions_{split or 'train2017'}.json"
+    if wanted in found:
+        return wanted
+    if split is None and len(found) == 1:
+        return found[0]
+    there = ", ".join(file.name for file in found) or "none"
+    raise FileNotFoundError(
+        f"dataset coco:{path}: no {wanted} (captions_*.json there: {there}); expected COCO's annotations folder, or "
+        "name one of these with split"
+    )
+
+
+def _read_annotations(file: Path) -> tuple[list[str], list[tuple[str, ...]], bool]:
+    """File names and captions in the order of picture ids, and whether they are COCO's own."""
+    try:
+        content = json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is damaged or no JSON ({error}); copy it again") from error
+    names: dict[int, str] = {}
+    for position, image in enumerate(_entries(file, content, "images")):
+        source = f"{file}, images[{position}]"
+        image_id = _field(source, image, "id", int)
+        if image_id in names:
+            raise ValueError(f"{source}: id {image_id} comes twice")
+        names[image_id] = inner_path(_field(source, image, "file_name", str), source)
+    if not names:
+        raise ValueError(f"{file} has no images")
+    captions: dict[int, list[str]] = {image_id: [] for image_id in names}
+    unknown = []
+    for position, annotation in enumerate(_entries(file, content, "annotations")):
+        source = f"{file}, annotations[{position}]"
+        image_id, caption = _field(source, annotation, "image_id", int), _field(source, annotation, "caption", str)
+        if image_id in captions:
+            captions[image_id].append(caption)
+        else:
+            unknown.append(f"{caption!r} of {image_id}")
+    warn_listed(len(content["annotations"]), f"captions in {file} are of pictures that it does not list", unknown)
+    ordered = sorted(names)
+    kept = [tuple(captions[image_id][:_MAX_CAPTIONS]) or ("",) for image_id in ordered]
+    info = content.get("info")
+    official = isinstance(info, dict) and "cocodataset.org" in str(info.get("url"))
+    return [names[image_id] for image_id in ordered], kept, official
+
+
+def _entries(file: Path, content: Any, key: str) -> list:
+    entries = content.get(key) if isinstance(content, dict) else None
+    if not isinstance(entries, list):
+        raise ValueError(f"{file} has no list {key!r}; expected COCO captions with 'images' and 'annotations'")
+    return entries
+
+
+def _field(source: str, entry: Any, key: str, kind: type) -> Any:
+    value = entry.get(key) if isinstance(entry, dict) else None
+    if not isinstance(value, kind):
+        noun = {int: "a whole number", str: "a text"}[kind]
+        raise ValueError(f"{source}: {key} is {value!r}; expected {noun}. Expected COCO's caption format.")
+    return value

@@ -1,0 +1,92 @@
+"""Pictures that lie in files of their own: what `folder:` and `coco:` share."""
+
+import logging
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+import numpy as np
+
+from attrib_jax.data.pictures import decode_picture, fit_picture
+from attrib_jax.data.protocol import FilePart, Row, hash_files
+
+_log = logging.getLogger(__name__)
+_SHOWN = 5
+
+
+class PictureFiles:
+    """Picture files under one folder, with their captions in memory."""
+
+    groups = None
+
+    def __init__(
+        self,
+        name: str,
+        folder: str | os.PathLike,
+        files: Sequence[str],
+        captions: Sequence[tuple[str, ...]],
+        resolution: int | None,
+        credit: str | None = None,
+        credit_url: str | None = None,
+    ):
+        """Takes the pictures' paths relative to `folder`, with '/', in row order; row ids are their positions."""
+        self.name, self.credit, self.credit_url = name, credit, credit_url
+        self.row_ids = np.arange(len(files), dtype=np.int32)
+        self._folder, self._files, self._captions = os.fspath(folder), list(files), list(captions)
+        self._resolution = resolution
+
+    def __len__(self) -> int:
+        return len(self.row_ids)
+
+    def __getitem__(self, index: int) -> Row:
+        image = fit_picture(decode_picture(self._path(index)), self._resolution)
+        return Row(image, self._captions[index], int(self.row_ids[index]))
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        return self._captions[index]
+
+    def fingerprint(self) -> str:
+        """sha256 over resolution, file names, captions, and size and ends of each file; see `hash_files`."""
+        rows = zip(self.row_ids.tolist(), self._files, self._captions)
+        return hash_files([self._resolution, *rows], [FilePart(self._path(index)) for index in range(len(self))])
+
+    def _path(self, index: int) -> str:
+        return os.path.join(self._folder, self._files[index])
+
+
+def inner_path(name: object, source: str) -> str:
+    """A file name from a list that someone else wrote, relative to its folder -> the same with '/', normalized.
+
+    Raises ValueError, naming `source`, for what is no name or leads out of the folder.
+    """
+    # Windows rules on every system, so that a list means the same files everywhere.
+    path = PureWindowsPath(name) if isinstance(name, str) else PureWindowsPath()
+    # JSON can escape what no file name may hold: NUL, and halves of a character.
+    if not path.name or path.anchor or ".." in path.parts or re.search("[\0\ud800-\udfff]", name):
+        raise ValueError(f"{source}: file name {name!r}; expected a path inside the folder, without '..'")
+    return PurePosixPath(*path.parts).as_posix()
+
+
+def listed_captions(value: object, source: str) -> tuple[str, ...]:
+    """A caption, a list of captions, or None -> captions, at least an empty one; ValueError for anything else."""
+    captions = [] if value is None else [value] if isinstance(value, str) else value
+    if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
+        raise ValueError(f"{source}: caption {value!r}; expected a text or a list of texts")
+    return tuple(captions) or ("",)
+
+
+def warn_listed(count: int, what: str, names: Sequence[str]) -> None:
+    """Logs a warning that `count` of something are `what`, with the first few names; nothing where there are none."""
+    if names:
+        more = ", ..." if len(names) > _SHOWN else ""
+        _log.warning("%d of %d %s: %s%s", len(names), count, what, ", ".join(names[:_SHOWN]), more)
+
+
+def existing_folder(kind: str, path: str | os.PathLike) -> Path:
+    """`path` with ~ expanded; FileNotFoundError unless it is a folder."""
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "does not exist"
+        raise FileNotFoundError(f"dataset {kind}:{path}: {str(folder)!r} {what}; expected a folder")
+    return folder

@@ -1,0 +1,220 @@
+"""Latents and text states that were encoded before: `latents:PATH`.
+
+Either a workdir that `launch.encode` filled, or numpy files as the method's authors publish them (METHOD.md section 9):
+`<name>_latents.npy` (2N, c, h, w), first N pictures as they are, then their mirror images, and
+`<name>_text_embeddings.npy` (N, captions, tokens, width).
+"""
+
+import glob
+import hashlib
+import os
+from typing import Any
+
+import numpy as np
+
+from attrib_jax.data.protocol import Dataset, Row
+from attrib_jax.runtime.chunks import ChunkStore
+from attrib_jax.runtime.files import StorageError, read_arrays
+from attrib_jax.runtime.joined import JoinedArray
+from attrib_jax.runtime.stages import load_stage
+
+_LATENTS, _TEXT = "_latents.npy", "_text_embeddings.npy"
+_MIRRORED_COUNT = 2
+# Latents times the scaling factor have a standard deviation of about 1; Stable Diffusion's without it of about 5.5.
+_LARGEST_SCALED_STD = 2.5
+_SAMPLED_ROWS = 256
+_BLOCK, _BLOCKS = 4096, 256
+# Beside the text states of a workdir: which rows and captions they are.
+ROWS_FILE = "rows.safetensors"
+
+
+class LatentsDataset:
+    """Encoded pictures and captions on disk, memory-mapped; pictures to show come from another data set.
+
+    Attributes, beside those of a `Dataset`:
+      latents: (R, 2, h, w, c), on disk; [:, 1] of the mirrored pictures.
+      text: (M, L, d), on disk, of all captions of all stored pictures, one picture after the other.
+      first_caption: (R + 1,) int64; the captions of stored picture r are text[first_caption[r]:first_caption[r + 1]].
+      positions: (N,) where the rows lie among the R stored pictures.
+      scaled: whether the latents are multiplied by the autoencoder's scaling factor.
+      encoders: fingerprints of the autoencoder and text encoder that made them, where known.
+      images: the data set whose pictures and captions are shown, stored picture by picture, or None.
+    """
+
+    scaled: bool
+    encoders: dict[str, Any] | None
+    latents: Any
+    text: Any
+    first_caption: np.ndarray
+    positions: np.ndarray
+
+    def __init__(self, path: str | os.PathLike, images: Dataset | None, row_ids: np.ndarray, stored: int):
+        if images is not None and len(images) != stored:
+            raise ValueError(f"images {images.name!r} has {len(images)} pictures; expected the {stored} stored ones")
+        self.name = f"latents:{os.fspath(path)}"
+        self.row_ids, self.images = row_ids, images
+        self.groups = self.credit = self.credit_url = None
+        if images is not None:
+            self.groups = None if images.groups is None else np.asarray(images.groups)[self.positions]
+            self.credit, self.credit_url = images.credit, images.credit_url
+
+    def __len__(self) -> int:
+        return len(self.row_ids)
+
+    def __getitem__(self, index: int) -> Row:
+        """The row of `images`, with this data set's row id; LookupError where there are none to show."""
+        if self.images is None:
+            raise LookupError(f"{self.name} has no pictures; give the data set that has them as `images`")
+        return self.images[int(self.positions[index])]._replace(row_id=int(self.row_ids[index]))
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        """Captions to show: those of `images`, or an empty one."""
+        return ("",) if self.images is None else self.images.captions(int(self.positions[index]))
+
+    def fingerprint(self) -> str:
+        raise NotImplementedError
+
+
+def open_latents(path: str | os.PathLike, images: Dataset | None = None, scaled: bool = True) -> LatentsDataset:
+    """Opens a workdir of `launch.encode`, or the numpy files that `NumpyLatents` describes."""
+    if os.path.isfile(os.path.join(path, "text", ROWS_FILE)):
+        if not scaled:
+            raise ValueError(
+                f"{os.fspath(path)} was filled by launch.encode: its latents are scaled; drop scaled=False"
+            )
+        return StoredLatents(path, images)
+    return NumpyLatents(path, images, scaled)
+
+
+class StoredLatents(LatentsDataset):
+    """What `stages.encode` stored in a workdir: encoded once, read by any model with the same encoders."""
+
+    scaled = True
+
+    def __init__(self, workdir: str | os.PathLike, images: Dataset | None = None):
+        """Raises StorageError where the stages `latents` and `text` are not finished or damaged."""
+        self._stages = [load_stage(workdir, name) for name in ("latents", "text")]
+        for stage in self._stages:
+            if not stage.finished:
+                raise StorageError(f"{stage.path} is not finished; let the command that fills it run to its end")
+        arrays, header = read_arrays(self._stages[1].path / ROWS_FILE)
+        self.encoders = header["encoders"]
+        self.first_caption, self.positions = arrays["first_caption"], arrays["positions"]
+        super().__init__(workdir, images, arrays["row_ids"], len(self.first_caption) - 1)
+        self.latents = self._open("latents", len(self.first_caption) - 1, header)
+        self.text = self._open("text", int(self.first_caption[-1]), header)
+
+    def _open(self, name: str, count: int, header: dict[str, Any]) -> JoinedArray:
+        (stage,) = (stage for stage in self._stages if stage.name == name)
+        shape, dtype = header[name]
+        store = ChunkStore(stage.path, {name: (tuple(shape), dtype)}, count, count, name=name)
+        if store.absent():
+            raise StorageError(
+                f"{store.path} lacks {len(store.absent())} chunks; start the command that fills it again"
+            )
+        return store.array(name)
+
+    def fingerprint(self) -> str:
+        """sha256 over the fingerprints of what was encoded, by which model, and how."""
+        inputs = [stage.inputs for stage in self._stages]
+        rows = [array.tobytes() for array in (self.row_ids, self.positions, self.first_caption)]
+        return hashlib.sha256(repr(inputs).encode() + b"".join(rows)).hexdigest()
+
+
+class NumpyLatents(LatentsDataset):
+    """Latents and text states as numpy files."""
+
+    encoders = None
+
+    def __init__(self, path: str | os.PathLike, images: Dataset | None = None, scaled: bool = True):
+        """Opens `<path>_latents.npy` and `<path>_text_embeddings.npy`, or the one pair in the folder `path`.
+
+        Args:
+          path: folder, or the common beginning of the two file names.
+          images: a `Dataset` of the same pictures in the same order, for reports, or None.
+          scaled: whether the latents are multiplied by the autoencoder's scaling factor already.
+
+        Raises:
+          FileNotFoundError: there is no such pair, or more than one.
+          ValueError: a file is damaged, of another shape, its counts do not fit the other's or `images`, or the
+            latents are not scaled although `scaled` says so.
+        """
+        self._paths = _find_pair(os.fspath(path))
+        self.scaled = scaled
+        latents, text = (open_npy(file) for file in self._paths)
+        if latents.ndim != 4 or latents.shape[0] % _MIRRORED_COUNT or not latents.shape[0]:
+            raise ValueError(
+                f"{self._paths[0]} has shape {latents.shape}; expected (2N, channels, height, width), N pictures and "
+                "then their mirror images"
+            )
+        count = latents.shape[0] // _MIRRORED_COUNT
+        if text.ndim != 4 or text.shape[0] != count:
+            raise ValueError(
+                f"{self._paths[1]} has shape {text.shape} and {self._paths[0]} {latents.shape}; expected ({count}, "
+                f"captions, tokens, width) text states for {count} pictures and their mirror images"
+            )
+        self.latents = np.moveaxis(latents.reshape(_MIRRORED_COUNT, count, *latents.shape[1:]), (0, 2), (1, 4))
+        self.text = text.reshape(-1, *text.shape[2:])
+        self.first_caption = np.arange(count + 1, dtype=np.int64) * text.shape[1]
+        self.positions = np.arange(count)
+        super().__init__(path, images, np.arange(count, dtype=np.int32), count)
+        if scaled:
+            self._check_scale()
+
+    def fingerprint(self) -> str:
+        """sha256 over size, header and 256 blocks of each file, spread evenly: reading 190 GB would take minutes."""
+        digest = hashlib.sha256(repr(self.scaled).encode())
+        for path in self._paths:
+            size = os.path.getsize(path)
+            digest.update(str(size).encode())
+            with open(path, "rb") as file:
+                for start in np.linspace(0, max(size - _BLOCK, 0), _BLOCKS).astype(np.int64):
+                    file.seek(int(start))
+                    digest.update(file.read(_BLOCK))
+        return digest.hexdigest()
+
+    def _check_scale(self) -> None:
+        rows = np.unique(np.linspace(0, len(self) - 1, _SAMPLED_ROWS).astype(np.int64))
+        std = float(np.std(np.asarray(self.latents[rows, 0], np.float64)))
+        if not std <= _LARGEST_SCALED_STD:
+            raise ValueError(
+                f"the latents in {self._paths[0]} have a standard deviation of {std:.2f} (of {len(rows)} rows); about "
+                "1 was expected of latents that are multiplied by the autoencoder's scaling factor. If these are not, "
+                "say so with scaled=False (--nolatents_scaled)."
+            )
+
+
+def _find_pair(path: str) -> tuple[str, str]:
+    if not os.path.isdir(path):
+        pair = (path + _LATENTS, path + _TEXT)
+        absent = [file for file in pair if not os.path.isfile(file)]
+        if absent:
+            raise FileNotFoundError(f"latents data set {path!r}: {' and '.join(absent)} not found")
+        return pair
+    names = [file.removesuffix(_LATENTS) for file in sorted(glob.glob(os.path.join(glob.escape(path), f"*{_LATENTS}")))]
+    names = [name for name in names if os.path.isfile(name + _TEXT)]
+    if len(names) != 1:
+        listed = ", ".join(map(os.path.basename, names)) or "none"
+        raise FileNotFoundError(
+            f"folder {path!r} has {len(names)} pairs of *{_LATENTS} and *{_TEXT} ({listed}); give the beginning of the "
+            "file names, such as latents:FOLDER/coco17_train"
+        )
+    return names[0] + _LATENTS, names[0] + _TEXT
+
+
+def open_npy(path: str | os.PathLike) -> np.ndarray:
+    """Maps a numpy file of floats, read-only.
+
+    Raises ValueError where it is damaged or truncated, or holds something else than floats (an object array would have
+    to be unpickled, which is never done); FileNotFoundError where it is absent.
+    """
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError:
+        raise
+    except (ValueError, OSError, EOFError, SyntaxError) as error:
+        raise ValueError(f"{os.fspath(path)} is damaged or no numpy array file ({error}); copy it again") from error
+    if not isinstance(array, np.ndarray) or array.dtype.kind != "f":
+        kind = array.dtype if isinstance(array, np.ndarray) else "several arrays"
+        raise ValueError(f"{os.fspath(path)} holds {kind}; expected one array of floats")
+    return array

@@ -1,0 +1,136 @@
+"""Picture files -> (H, W, 3) uint8 arrays of one size."""
+
+import errno
+import io
+import math
+import os
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from attrib_jax.data.protocol import ABSENT_ERRNOS
+
+# Pillow's own list would let a file start other programs: it hands EPS to Ghostscript.
+_FORMATS = (
+    *("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "QOI", "SGI", "TGA", "TIFF"),
+    "WEBP",
+)
+# More than MAX_IMAGE_PIXELS need when stored without compression, in 16 bits and four channels.
+MAX_FILE_BYTES = 2**30
+
+
+class UnreadableRowError(ValueError):
+    """A picture that cannot be read; the message names it and says why."""
+
+
+def picture_suffixes() -> frozenset[str]:
+    """Lower-case file name endings, with the dot, of the formats that `decode_picture` reads."""
+    return frozenset(suffix for suffix, form in Image.registered_extensions().items() if form in _FORMATS)
+
+
+def decode_picture(source: bytes | str | os.PathLike, name: str | None = None) -> np.ndarray:
+    """Decodes a picture file -> (H, W, 3) uint8, RGB.
+
+    It is turned upright as its EXIF orientation says. Transparency is laid on white. Of 16-bit channels the upper 8
+    bits are kept. Of an animation the first frame is read.
+
+    Args:
+      source: path of the file, or its content.
+      name: for messages; the path if None.
+
+    Raises:
+      UnreadableRowError: no such file, no picture, one that is damaged or cut off, one with more pixels than
+        `PIL.Image.MAX_IMAGE_PIXELS`, or one in floating point, whose range no rule gives.
+      OSError: the file is there and its disk or its permissions fail.
+    """
+    if not isinstance(source, bytes):
+        name, source = name or os.fspath(source), _read_file(source, name or os.fspath(source))
+    name = name or f"of {len(source)} bytes"
+    Image.init()
+    formats = [form for form in _FORMATS if form in Image.OPEN]  # which ones depends on how Pillow was built
+    try:
+        with Image.open(io.BytesIO(source), formats=formats) as opened:
+            if opened.width * opened.height > (Image.MAX_IMAGE_PIXELS or math.inf):
+                raise Image.DecompressionBombError(f"{opened.width} x {opened.height} pixels are too many")
+            opened.load()
+            return np.asarray(_to_rgb(ImageOps.exif_transpose(opened)))
+    # Pillow's decoders answer damaged data with exceptions of many types; reading the disk is done by now.
+    except Exception as error:
+        reason = "no known format" if isinstance(error, UnidentifiedImageError) else str(error) or type(error).__name__
+        raise UnreadableRowError(
+            f"picture {name!r} cannot be read as an image ({reason}); give a PNG, JPEG or another format that Pillow "
+            "reads"
+        ) from error
+
+
+def resize_and_crop(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Resizes (H, W, 3) uint8 until it just covers (height, width), then cuts out the centre.
+
+    As torchvision's `Resize(size, BILINEAR)` and `CenterCrop(size)` do to a Pillow image, which the method's authors
+    use: the shorter side becomes `size`, the longer one int(size * long / short), with Pillow's antialiased bilinear
+    filter; the crop starts at int(round((long - size) / 2.0)), where Python rounds halves to the even number. For a
+    target that is no square, the side that needs the larger factor plays the shorter one's part.
+
+    Returns:
+      (height, width, 3) uint8; `image` itself where it has that size.
+
+    Raises:
+      UnreadableRowError: a picture so narrow that it would have more than `PIL.Image.MAX_IMAGE_PIXELS` pixels.
+    """
+    old_height, old_width = image.shape[:2]
+    if (old_height, old_width) == (height, width):
+        return image
+    if height * old_width >= width * old_height:
+        new_height, new_width = height, int(height * old_width / old_height)
+    else:
+        new_height, new_width = int(width * old_height / old_width), width
+    if new_height * new_width > (Image.MAX_IMAGE_PIXELS or math.inf):
+        raise UnreadableRowError(
+            f"picture of {old_width} x {old_height} pixels is too narrow: filling {width} x {height} makes it "
+            f"{new_width} x {new_height}"
+        )
+    resized = Image.fromarray(image).resize((new_width, new_height), Image.Resampling.BILINEAR)
+    top, left = round((new_height - height) / 2.0), round((new_width - width) / 2.0)
+    return np.asarray(resized.crop((left, top, left + width, top + height)))
+
+
+def read_picture(path: str | os.PathLike, height: int, width: int) -> np.ndarray:
+    """Reads a picture file -> (height, width, 3) uint8; see `decode_picture` and `resize_and_crop`.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it cannot be read as a picture.
+    """
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"picture {os.fspath(path)!r} does not exist")
+    return resize_and_crop(decode_picture(path), height, width)
+
+
+def fit_picture(image: np.ndarray, resolution: int | None) -> np.ndarray:
+    """A data set's picture at its resolution: a square of that many pixels, or as it is where that is None."""
+    return image if resolution is None else resize_and_crop(image, resolution, resolution)
+
+
+def _read_file(path: str | os.PathLike, name: str) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            if os.fstat(file.fileno()).st_size > MAX_FILE_BYTES:
+                raise UnreadableRowError(f"picture {name!r} has more than {MAX_FILE_BYTES} bytes; make it smaller")
+            return file.read()
+    except OSError as error:
+        if error.errno not in ABSENT_ERRNOS:
+            raise
+        what = "is a folder" if error.errno == errno.EISDIR else "does not exist"
+        raise UnreadableRowError(f"picture {name!r} {what}") from error
+
+
+def _to_rgb(picture: Image.Image) -> Image.Image:
+    if picture.mode == "F":
+        raise ValueError("floating-point pixels; save it with 8 bits a channel")
+    if picture.mode.startswith("I"):
+        # Greyscale of 16 bits, which Pillow also opens with 32; its own conversion clips all above 255 to white.
+        return Image.fromarray((np.asarray(picture).clip(0, 2**16 - 1) >> 8).astype(np.uint8)).convert("RGB")
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return picture.convert("RGB")

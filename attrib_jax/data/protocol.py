@@ -1,0 +1,109 @@
+"""The protocol that every data set of captioned pictures follows: row id, picture, captions."""
+
+import errno
+import hashlib
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+# Why opening a file fails where there is none, rather than where a disk or a network is to blame.
+ABSENT_ERRNOS = frozenset((errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP))
+_SAMPLE_BYTES = 4096
+_READERS = 8
+_BATCH = 256
+
+
+class Row(NamedTuple):
+    """One captioned picture: image (H, W, 3) uint8, its captions (at least one), and its row id."""
+
+    image: np.ndarray
+    captions: tuple[str, ...]
+    row_id: int
+
+
+class Dataset(Protocol):
+    """Random access to captioned pictures; `dataset[i]` may be called from several threads.
+
+    Data sets can be pickled, for worker processes: each process opens the files itself when it first reads.
+
+    `dataset[i]` raises UnreadableRowError where a picture cannot be read. A row without a caption has captions ("",).
+    `captions(i)` does not read the picture.
+
+    Attributes:
+      name: as given to `--dataset`.
+      row_ids: (N,) int32, distinct, the same on every machine.
+      groups: (N,) int32 near-duplicate group of each row, or None.
+      credit: the licence line that has to stand beside the pictures, or None.
+      credit_url: of the licence, or None.
+    """
+
+    name: str
+    row_ids: np.ndarray
+    groups: np.ndarray | None
+    credit: str | None
+    credit_url: str | None
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Row: ...
+
+    def captions(self, index: int) -> tuple[str, ...]: ...
+
+    def fingerprint(self) -> str: ...
+
+
+class FilePart(NamedTuple):
+    """Where a picture lies: `size` bytes of the file `path` from `offset` on; the size is None for a whole file."""
+
+    path: str
+    offset: int = 0
+    size: int | None = None
+
+
+def hash_rows(dataset: Sequence[Row]) -> str:
+    """sha256 of a data set's content, in row order, by reading all of it."""
+    digest = hashlib.sha256()
+    for index in range(len(dataset)):
+        row = dataset[index]
+        digest.update(repr((row.row_id, row.captions, row.image.shape)).encode())
+        digest.update(np.ascontiguousarray(row.image).tobytes())
+    return digest.hexdigest()
+
+
+def hash_files(described: Iterable[object], parts: Sequence[FilePart]) -> str:
+    """sha256 of what `described` says, and of the size and the first and last 4 KiB of each of `parts`.
+
+    Every command compares a data set's fingerprint with that of the stages that it reuses. Reading 18 GB of pictures
+    for that would cost minutes at each start; their ends show a file that was exchanged, cut or encoded anew.
+
+    Args:
+      described: what the rows are apart from the pictures' bytes, such as row ids, captions and file names; hashed by
+        its `repr`.
+      parts: the pictures; one that does not exist counts as absent.
+    """
+    digest = hashlib.sha256()
+    for item in described:
+        digest.update(repr(item).encode("utf-8", "surrogatepass"))
+    # Threads, because on a network disk almost all of the time is waiting.
+    batches = [parts[start : start + _BATCH] for start in range(0, len(parts), _BATCH)]
+    with ThreadPoolExecutor(_READERS) as pool:
+        for samples in pool.map(lambda batch: b"".join(map(_sample, batch)), batches):
+            digest.update(samples)
+    return digest.hexdigest()
+
+
+def _sample(part: FilePart) -> bytes:
+    try:
+        with open(part.path, "rb") as file:
+            size = file.seek(0, 2) if part.size is None else part.size
+            file.seek(part.offset)
+            ends = file.read(min(size, _SAMPLE_BYTES))
+            file.seek(part.offset + max(size - _SAMPLE_BYTES, 0))
+            ends += file.read(min(size, _SAMPLE_BYTES))
+    except OSError as error:
+        if error.errno not in ABSENT_ERRNOS:
+            raise
+        return b"absent\n"
+    return f"{size} {hashlib.sha256(ends).hexdigest()}\n".encode()

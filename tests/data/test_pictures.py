@@ -1,0 +1,188 @@
+"""Decoding, resizing and cropping of pictures."""
+
+import io
+import struct
+import warnings
+import zlib
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from attrib_jax.data import pictures
+from attrib_jax.data.pictures import UnreadableRowError, decode_picture, picture_suffixes, read_picture, resize_and_crop
+
+
+def save(picture: Image.Image, form: str = "png", **options) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, form, **options)
+    return file.getvalue()
+
+
+def noise(height: int, width: int, channels: int = 3, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, channels), np.uint8)
+
+
+PNG = save(Image.fromarray(noise(9, 7)))
+JPEG = save(Image.fromarray(noise(9, 7)), "jpeg")
+
+
+def test_lossless_pixels_arrive_as_they_are(tmp_path):
+    image = noise(9, 7)
+    assert np.array_equal(decode_picture(PNG), image)
+    (tmp_path / "a.png").write_bytes(PNG)
+    assert np.array_equal(decode_picture(tmp_path / "a.png"), image)
+    assert np.array_equal(decode_picture(save(Image.fromarray(image), "webp", lossless=True)), image)
+
+
+def test_exif_orientation_turns_the_picture_upright():
+    image = noise(6, 4)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored turned; "rotate by 90 degrees clockwise to show"
+    assert np.array_equal(decode_picture(save(Image.fromarray(image), exif=exif)), np.rot90(image, -1))
+
+
+def test_transparency_is_laid_on_white():
+    rgba = np.array([[[10, 20, 30, 255], [10, 20, 30, 0], [0, 0, 0, 128]]], np.uint8)
+    # 0 * 128 / 255 + 255 * 127 / 255 = 127
+    assert decode_picture(save(Image.fromarray(rgba))).tolist() == [[[10, 20, 30], [255, 255, 255], [127, 127, 127]]]
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([200, 0, 0, 0, 0, 200])
+    palette.putpixel((1, 0), 1)
+    assert decode_picture(save(palette)).tolist() == [[[200, 0, 0], [0, 0, 200]]]
+    assert decode_picture(save(palette, transparency=1)).tolist() == [[[200, 0, 0], [255, 255, 255]]]
+
+
+def test_greyscale_one_bit_and_cmyk_become_rgb():
+    grey = noise(3, 5, 1)[..., 0]
+    assert np.array_equal(decode_picture(save(Image.fromarray(grey))), np.repeat(grey[..., None], 3, -1))
+    assert decode_picture(save(Image.new("1", (2, 2), 1))).tolist() == [[[255] * 3] * 2] * 2
+    cyan = decode_picture(save(Image.new("CMYK", (8, 8), (255, 0, 0, 0)), "jpeg", quality=100))
+    assert np.abs(cyan.astype(int) - [0, 255, 255]).max() <= 2
+
+
+def test_sixteen_bits_keep_the_upper_eight():
+    values = np.array([[0, 255, 256, 0x7FFF, 0xFFFF]], np.uint16)
+    expected = np.repeat((values >> 8).astype(np.uint8)[..., None], 3, -1)
+    assert np.array_equal(decode_picture(save(Image.fromarray(values))), expected)
+    assert np.array_equal(decode_picture(save(Image.fromarray(values), "tiff")), expected)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "no known format"),
+        (b"<html>not found</html>", "no known format"),
+        (PNG[:60], "truncated"),
+        (JPEG[: len(JPEG) // 2], "Truncated"),
+        (PNG[:60] + bytes(20) + PNG[80:], "broken|checksum|CRC"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "no known format"),  # would start Ghostscript
+        (save(Image.fromarray(np.zeros((2, 2), np.float32)), "tiff"), "floating-point"),
+    ],
+)
+def test_what_cannot_be_read_says_why(content, reason):
+    with pytest.raises(UnreadableRowError, match=f"picture 'cat.png' cannot be read.*({reason})"):
+        decode_picture(content, "cat.png")
+
+
+def test_a_missing_file_a_folder_and_a_huge_file(tmp_path, monkeypatch):
+    with pytest.raises(UnreadableRowError, match="cat.png' does not exist"):
+        decode_picture(tmp_path / "cat.png")
+    with pytest.raises(UnreadableRowError, match="does not exist"):
+        decode_picture(tmp_path / ("c" * 500))
+    with pytest.raises(UnreadableRowError, match="is a folder"):
+        decode_picture(tmp_path)
+    (tmp_path / "cat.png").write_bytes(PNG)
+    monkeypatch.setattr(pictures, "MAX_FILE_BYTES", len(PNG) - 1)
+    with pytest.raises(UnreadableRowError, match="more than"):
+        decode_picture(tmp_path / "cat.png")
+
+
+def test_a_bomb_is_refused_before_it_is_unpacked():
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        checked = kind + content
+        return struct.pack(">I", len(content)) + checked + struct.pack(">I", zlib.crc32(checked))
+
+    for side in (11_000, 60_000):  # where Pillow itself warns, and where it refuses
+        header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
+        bomb = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(10**6))) + chunk(b"IEND", b"")
+        with warnings.catch_warnings(), pytest.raises(UnreadableRowError, match="pixels"):
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            decode_picture(bomb)
+
+
+@given(st.integers(0, len(PNG) + len(JPEG) - 1), st.integers(0, 255), st.integers(0, 40))
+@settings(max_examples=100, deadline=None)
+def test_damaged_bytes_give_a_picture_or_a_reason(position, value, cut):
+    for content in (PNG, JPEG):
+        at = position % len(content)
+        damaged = content[:at] + bytes([value]) + content[at + 1 : len(content) - cut]
+        try:
+            image = decode_picture(damaged, "a")
+        except UnreadableRowError as error:
+            assert "picture 'a' cannot be read" in str(error)
+        else:
+            assert image.ndim == 3 and image.shape[2] == 3 and image.dtype == np.uint8
+
+
+# (height, width) of the picture; of the target; after resizing as torchvision's rule gives it; top and left of the crop
+SIZES = [
+    ((480, 640), (128, 128), (128, 170), (0, 21)),  # 128 * 640 / 480 = 170.67; 42 / 2
+    ((640, 427), (128, 128), (191, 128), (32, 0)),  # 128 * 640 / 427 = 191.85; 63 / 2 = 31.5 is rounded to the even 32
+    ((100, 133), (100, 100), (100, 133), (0, 16)),  # 33 / 2 = 16.5 is rounded to the even 16
+    ((427, 640), (512, 512), (512, 767), (0, 128)),  # 512 * 640 / 427 = 767.4; 255 / 2 = 127.5 is rounded to 128
+    ((50, 50), (64, 64), (64, 64), (0, 0)),
+    ((100, 200), (50, 80), (50, 100), (0, 10)),
+    ((200, 100), (50, 80), (160, 80), (55, 0)),
+]
+
+
+@pytest.mark.parametrize(("size", "target", "resized", "corner"), SIZES)
+def test_resize_and_crop_follow_torchvisions_rule(size, target, resized, corner):
+    image = noise(*size)
+    whole = np.asarray(Image.fromarray(image).resize(resized[::-1], Image.Resampling.BILINEAR))
+    expected = whole[corner[0] : corner[0] + target[0], corner[1] : corner[1] + target[1]]
+    assert expected.shape == (*target, 3)
+    assert np.array_equal(resize_and_crop(image, *target), expected)
+
+
+def test_the_filter_is_antialiased():
+    # Halving with Pillow's triangle filter, whose support grows to 2 old pixels: inside the picture a new pixel has
+    # weights 1, 3, 3, 1 over 8, at its left edge 3, 3, 1 over 7; 80 / 7 = 11.4. Plain interpolation has 1, 1 over 2.
+    row = np.array([0, 0, 80, 0, 0, 0, 0, 0], np.uint8)
+    image = np.repeat(np.repeat(row[None, :, None], 8, 0), 3, -1)
+    assert resize_and_crop(image, 4, 4)[2, :, 0].tolist() == [11, 30, 0, 0]
+
+
+def test_a_picture_of_the_right_size_is_not_touched():
+    image = noise(8, 12)
+    assert resize_and_crop(image, 8, 12) is image
+
+
+def test_a_picture_that_would_become_huge_is_refused():
+    with pytest.raises(UnreadableRowError, match="too narrow"):
+        resize_and_crop(np.zeros((1, 200_000, 3), np.uint8), 512, 512)
+
+
+@given(st.integers(1, 300), st.integers(1, 300), st.integers(1, 80), st.integers(1, 80))
+@settings(max_examples=60, deadline=None)
+def test_every_size_is_filled(old_height, old_width, height, width):
+    image = np.full((old_height, old_width, 3), 200, np.uint8)
+    assert np.array_equal(resize_and_crop(image, height, width), np.full((height, width, 3), 200, np.uint8))
+
+
+def test_read_picture(tmp_path):
+    (tmp_path / "a.png").write_bytes(PNG)
+    assert np.array_equal(read_picture(tmp_path / "a.png", 4, 4), resize_and_crop(noise(9, 7), 4, 4))
+    with pytest.raises(FileNotFoundError, match="b.png' does not exist"):
+        read_picture(tmp_path / "b.png", 4, 4)
+    (tmp_path / "c.png").write_text("no picture")
+    with pytest.raises(ValueError, match="c.png' cannot be read as an image"):
+        read_picture(tmp_path / "c.png", 4, 4)
+
+
+def test_suffixes_are_those_of_readable_formats():
+    assert {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif"} <= picture_suffixes()
+    assert not {".eps", ".pdf", ".ps", ".wmf", ".h5", ".mpg"} & picture_suffixes()

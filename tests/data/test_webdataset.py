@@ -1,0 +1,243 @@
+"""`webdataset:PATH` and the index of tar archives beneath it; tarfile writes the archives and is the reference."""
+
+import io
+import json
+import pickle
+import tarfile
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from attrib_jax.data.pictures import UnreadableRowError
+from attrib_jax.data.tar_index import index_tar
+from attrib_jax.data.webdataset import WebDataset
+
+
+def png(red: int, size=(6, 5)) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", size, (red, 0, 0)).save(file, "png")
+    return file.getvalue()
+
+
+def write_tar(path, members: dict[str, bytes], form=tarfile.PAX_FORMAT):
+    with tarfile.open(path, "w", format=form) as archive:
+        for name, content in members.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+    return path
+
+
+def write_shard(path, first: int, count: int):
+    """As img2dataset writes it: key.jpg, key.json, key.txt; the picture's red value is the key's number."""
+    members = {}
+    for number in range(first, first + count):
+        members[f"{number:09}.jpg"] = png(number)
+        members[f"{number:09}.json"] = json.dumps({"caption": f"json {number}", "url": "x"}).encode()
+        members[f"{number:09}.txt"] = f"caption {number}".encode()
+    return write_tar(path, members)
+
+
+def contents(dataset) -> list[tuple]:
+    rows = [dataset[index] for index in range(len(dataset))]
+    assert [row.captions for row in rows] == [dataset.captions(index) for index in range(len(dataset))]
+    assert [row.row_id for row in rows] == dataset.row_ids.tolist() == list(range(len(dataset)))
+    return [(int(row.image[0, 0, 0]), *row.captions) for row in rows]
+
+
+@pytest.fixture
+def shards(tmp_path):
+    write_shard(tmp_path / "00001.tar", 20, 2)
+    write_shard(tmp_path / "00000.tar", 10, 3)
+    (tmp_path / "00000.parquet").write_bytes(b"img2dataset writes this beside each shard")
+    return tmp_path
+
+
+EXPECTED = [(number, f"caption {number}") for number in (10, 11, 12, 20, 21)]
+
+
+def test_rows_run_through_the_sorted_shards(shards):
+    dataset = WebDataset(shards)
+    assert contents(dataset) == EXPECTED
+    assert dataset.row_ids.dtype == np.int32 and dataset[0].image.shape == (5, 6, 3)
+    assert WebDataset(shards, resolution=4)[0].image.shape == (4, 4, 3)
+    assert contents(pickle.loads(pickle.dumps(dataset))) == EXPECTED
+
+
+@pytest.mark.parametrize("pattern", ["{00000..00001}.tar", "0000{1,0}.tar", "*.tar", "0000?.tar"])
+def test_patterns(shards, pattern):
+    assert contents(WebDataset(shards / pattern)) == EXPECTED
+
+
+def test_one_shard_and_missing_ones(shards):
+    assert contents(WebDataset(shards / "00001.tar")) == EXPECTED[3:]
+    with pytest.raises(FileNotFoundError, match="00002.tar' does not exist; expected .tar shards"):
+        WebDataset(shards / "{00000..00012}.tar")
+    with pytest.raises(FileNotFoundError, match="nowhere' does not exist"):
+        WebDataset(shards / "nowhere")
+    (shards / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="no .tar file in"):
+        WebDataset(shards / "empty")
+
+
+def test_where_captions_come_from(tmp_path):
+    members = {
+        "a.PNG": png(1),
+        "a.json": b'{"caption": "from json"}',
+        "b.png": png(2),
+        "c.webp": png(3),
+        "c.txt": b"br\xfcllend \n",
+        "d.png": png(4),
+        "d.json": b'{"caption": ["one", "two"], "alt": "other"}',
+        "e.png": png(5),
+        "e.json": b'{"caption": ',
+        "f.png": png(6),
+        "f.json": b'{"caption": 5}',
+        "g.png": png(7),
+        "g.json": b'{"caption": null}',
+    }
+    write_tar(tmp_path / "a.tar", members)
+    dataset = WebDataset(tmp_path)
+    captions = [("from json",), ("",), ("br\ufffdllend",), ("one", "two"), ("",), ("",), ("",)]
+    assert [dataset.captions(index) for index in range(7)] == captions
+    named = WebDataset(tmp_path, caption_key="alt")
+    assert named.captions(3) == ("other",) and named.captions(2) == ("",)
+
+
+def test_a_damaged_json_is_reported(tmp_path, caplog):
+    write_tar(tmp_path / "a.tar", {"e.png": png(5), "e.json": b'{"caption": '})
+    assert WebDataset(tmp_path).captions(0) == ("",)
+    assert "no caption for row 0: e.json in" in caplog.text and "damaged" in caplog.text
+
+
+def test_only_one_picture_a_row_and_rows_without_picture(tmp_path, caplog):
+    members = {"x/a.seg.png": png(9), "x/a.jpg": png(1), "x/a.png": png(2), "y/a.jpg": png(3), "lonely.txt": b"?"}
+    write_tar(tmp_path / "a.tar", members)
+    assert contents(WebDataset(tmp_path)) == [(1, ""), (3, "")]
+    assert "2 of 2 names" in caplog.text and "x/a.png" in caplog.text and "lonely" in caplog.text
+    assert contents(WebDataset(tmp_path, image_key="seg.png")) == [(9, "")]
+
+
+def test_a_broken_picture_is_a_row_that_cannot_be_read(tmp_path):
+    write_tar(tmp_path / "a.tar", {"a.png": png(1), "b.png": png(2)[:50], "b.txt": b"b", "c.png": b""})
+    dataset = WebDataset(tmp_path)
+    assert dataset[0].captions == ("",) and dataset.captions(1) == ("b",)
+    for row, name in ((1, "b"), (2, "c")):
+        with pytest.raises(UnreadableRowError, match=f"{name} in .*a.tar' cannot be read as an image"):
+            dataset[row]
+
+
+def test_a_truncated_shard_keeps_the_rows_before_the_cut(shards, caplog):
+    whole = (shards / "00000.tar").read_bytes()
+    second = whole.index(b"000000011.json")
+    (shards / "00000.tar").write_bytes(whole[:second])  # row 11 has its picture, and has lost its caption
+    assert contents(WebDataset(shards)) == [EXPECTED[0], *EXPECTED[3:]]
+    assert "1 of 2 shards" in caplog.text and "00000.tar" in caplog.text and "without the mark" in caplog.text
+    (shards / "00000.tar").write_bytes(whole[: second + 700])
+    assert contents(WebDataset(shards)) == [EXPECTED[0], *EXPECTED[3:]]
+    (shards / "00000.tar").write_bytes(whole[:second] + b"?" * 512 + whole[second + 512 :])
+    assert contents(WebDataset(shards)) == [EXPECTED[0], *EXPECTED[3:]]
+    assert "there is no header at byte" in caplog.text
+
+
+def test_a_shard_that_shrinks_later(shards):
+    dataset = WebDataset(shards)
+    (shards / "00000.tar").write_bytes(b"")
+    with pytest.raises(UnreadableRowError, match="shorter than when it was opened"):
+        dataset[0]
+
+
+def test_no_tar_at_all(tmp_path):
+    (tmp_path / "a.tar").write_bytes(b"\x1f\x8b compressed" * 100)
+    with pytest.raises(ValueError, match="no picture in 1 shards; .*a.tar.*no uncompressed tar file"):
+        WebDataset(tmp_path)
+
+
+def test_fingerprint_sees_pictures_captions_and_keys(tmp_path):
+    seen = set()
+    for members in (
+        {"a.png": png(1), "a.txt": b"a", "b.png": png(2)},
+        {"a.png": png(3), "a.txt": b"a", "b.png": png(2)},
+        {"a.png": png(1), "a.txt": b"x", "b.png": png(2)},
+        {"a.png": png(1), "a.txt": b"a", "c.png": png(2)},
+    ):
+        write_tar(tmp_path / "a.tar", members)
+        seen.add(WebDataset(tmp_path).fingerprint())
+        assert WebDataset(tmp_path).fingerprint() in seen
+    seen.add(WebDataset(tmp_path, resolution=4).fingerprint())
+    assert len(seen) == 5
+
+
+NAMES = ["a.jpg", "d" * 90 + "/" + "é" * 60 + ".png", "x" * 180 + ".txt", "folder/ü.json"]
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_the_index_agrees_with_tarfile(tmp_path, form):
+    names = NAMES[:1] + ["p" * 80 + "/" + "q" * 80] if form == tarfile.USTAR_FORMAT else NAMES
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w", format=form) as archive:
+        for kind in (tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE):
+            entry = tarfile.TarInfo(f"kind{kind.decode()}.jpg")
+            entry.type, entry.linkname = kind, "/etc/passwd"
+            archive.addfile(entry)
+        for length, name in enumerate(names):
+            entry = tarfile.TarInfo(name)
+            entry.size = length * 511
+            archive.addfile(entry, io.BytesIO(bytes(entry.size)))
+    with tarfile.open(path) as archive:
+        expected = [(entry.name, entry.offset_data, entry.size) for entry in archive if entry.isreg()]
+    index = index_tar(path)
+    assert index.damage is None
+    assert [(name, part.offset, part.size) for name, part in index.members] == expected
+    assert [name for name, _, _ in expected] == names
+
+
+def test_sizes_in_extended_attributes_and_binary(tmp_path):
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as archive:
+        entry = tarfile.TarInfo("a.jpg")
+        entry.size, entry.pax_headers = 700, {"size": "700"}
+        archive.addfile(entry, io.BytesIO(bytes(700)))
+        archive.addfile(tarfile.TarInfo("b.jpg"))
+    names = [(name, part.size) for name, part in index_tar(path).members]
+    assert names == [("a.jpg", 700), ("b.jpg", 0)]
+
+
+@pytest.mark.parametrize("size", [b"\x80" + b"\xff" * 11, b"77777777777\0", b"\xff" * 12, b"0000000zz00\0"])
+def test_an_absurd_size_is_damage(tmp_path, size):
+    path = write_tar(tmp_path / "a.tar", {"a.jpg": b"a", "b.jpg": b"b"})
+    content = bytearray(path.read_bytes())
+    header = content[1024:1536]
+    header[124:136] = size
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    content[1024:1536] = header
+    path.write_bytes(content)
+    index = index_tar(path)
+    assert [name for name, _ in index.members] == ["a.jpg"] and index.damage is not None
+
+
+@given(st.integers(0, 10_000), st.binary(min_size=1, max_size=20), st.booleans())
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_damage_leaves_parts_within_the_file(tmp_path, position, noise, fix_sum):
+    path = write_tar(tmp_path / "a.tar", {"a.jpg": png(1), NAMES[1]: b"b" * 600, "c.txt": b"c"})
+    content = bytearray(path.read_bytes())
+    position %= len(content)
+    content[position : position + len(noise)] = noise
+    if fix_sum:  # so that the damage gets past the check
+        start = position // 512 * 512
+        content[start + 148 : start + 156] = b" " * 8
+        content[start + 148 : start + 156] = b"%06o\0 " % sum(content[start : start + 512])
+    path.write_bytes(content)
+    index = index_tar(path)
+    assert index.damage is None or isinstance(index.damage, str)
+    assert all(0 <= part.offset and part.offset + part.size <= len(content) for _, part in index.members)
+    try:
+        dataset = WebDataset(path)
+    except ValueError as error:
+        assert "no picture" in str(error)
+    else:
+        assert all(isinstance(dataset.captions(index)[0], str) for index in range(len(dataset)))
