@@ -15,6 +15,7 @@ setup(
         "array-record",
         "flax>=0.12",
         "grain",
+        "huggingface-hub",
         "importlib-resources",  # which tensorflow-datasets imports without asking for it
         "jax>=0.10",
         "jinja2",
@@ -23,6 +24,7 @@ setup(
         "optax",
         "orbax-checkpoint",
         "pillow",
+        "pyarrow",
         "safetensors",
         "tensorflow-datasets",
         "tokenizers",
@@ -37,6 +39,7 @@ setup(
     extras_require={
         "cuda12": ["jax[cuda12]>=0.10"],
         "tpu": ["jax[tpu]>=0.10"],
-        "dev": ["diffusers", "pytest", "pytest-xdist", "ruff", "torch==2.13.0"],
+        "torch": ["torch"],  # to read .bin, .pt and .ckpt files
+        "dev": ["diffusers", "hypothesis", "pytest", "pytest-xdist", "ruff", "torch==2.13.0"],
     },
 )

@@ -9,20 +9,26 @@ import importlib
 _MODULES = {
     "attribution.scores": ("combine_scores", "score_dataset", "strided_losses"),
     "attribution.unlearn": ("newton_step", "query_gradient", "scale_by_newton", "sgd_step", "unlearn"),
+    "convert.assemble": ("ModelSource", "load_model"),
     "convert.pipeline": ("Pipeline", "load_pipeline", "load_unet", "save_pipeline"),
+    "convert.single_file": ("load_single_file", "save_single_file", "untold_config"),
     "core.keys": ("example_noise", "loss_key", "purpose_key"),
     "core.types": ("Batch", "Scores"),
     "core.weights": ("merge_weights", "select_weights"),
     "curvature.diagonal": ("Diagonal",),
     "curvature.fisher": ("FisherSum", "fisher_diagonal"),
+    "data.concat": ("concatenate",),
+    "data.latents": ("open_latents",),
     "data.sources": ("ArrayDataset", "open_dataset"),
     "diffusion.losses": ("denoising_loss", "denoising_losses"),
     "diffusion.samplers": ("sample",),
     "diffusion.schedule": ("NoiseSchedule", "strided_timesteps"),
     "models.unet": ("predictor",),
     "stages.attribute": ("AttributeConfig", "Attributor", "attribute"),
+    "stages.encode": ("EncodeConfig", "encode"),
     "stages.query": ("Query",),
     "stages.root": ("StageRoot",),
+    "stages.score_files": ("read_scores", "write_scores"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

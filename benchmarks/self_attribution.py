@@ -112,7 +112,7 @@ def _unlearn_all(attributor, folder: Path, rows, configs) -> dict[str, list]:
     for row in progress([int(row) for row in rows], "unlearn queries", "query"):
         file = folder / f"{row}.safetensors"
         if not file.exists():
-            latents, text = data.latents[row, 0], data.text[data.first_caption[row]]
+            (latents,), (text,) = data.inputs(row, 0, 0)
             sum_draws = attributor.gradient_program.bind(rest, latents, text, newton.query_draws)
             total = sum_draws(selected, key, lambda count: None)
             gradient = jax.tree.map(lambda leaf: leaf / newton.query_draws, total.gradient)
@@ -157,9 +157,10 @@ def _linear_scores(attributor, path: Path, moved, config) -> dict[str, np.ndarra
                 row, flip = np.repeat(rows, flips), np.tile(np.arange(flips), len(rows)).astype(np.int32)
                 values = []
                 for members, mask in zip(*padded_tiles(len(row), _TILE * mesh.size)):
+                    latents, text = data.inputs(row[members], flip[members], 0)
                     batch = Batch(
-                        latents=data.latents[row[members], flip[members]],
-                        text=data.text[data.first_caption[row[members]]],
+                        latents=latents,
+                        text=text,
                         row_id=data.row_ids[row[members]],
                         flip=flip[members],
                         caption=np.zeros(len(members), np.int32),

@@ -13,7 +13,7 @@ import numpy as np
 from attrib_jax.convert.pipeline import load_pipeline
 from attrib_jax.core.weights import select_weights
 from attrib_jax.models.unet import predictor
-from attrib_jax.stages.encode import EncodedDataset
+from attrib_jax.stages.encoded import EncodedDataset
 from attrib_jax.stages.gradient import GradientProgram
 from attrib_jax.stages.losses import LossProgram
 from launch import common

@@ -4,25 +4,29 @@ python -m launch.attribute --flagfile=configs/quickstart.cfg
 python -m launch.attribute --flagfile=configs/quickstart.cfg --prompt="handshake light skin tone" --seed=3
 """
 
+import dataclasses
 import time
+from typing import Any
 
 from absl import flags
 
 from attrib_jax.attribution.scores import FLIP_RULES
 from attrib_jax.attribution.unlearn import METHODS as UPDATES
-from attrib_jax.convert.pipeline import load_pipeline
 from attrib_jax.core.weights import WEIGHT_SUBSETS
-from attrib_jax.data.sources import open_dataset
 from attrib_jax.diffusion.samplers import SAMPLERS
 from attrib_jax.report.outputs import write_outputs
 from attrib_jax.runtime.stages import lock
 from attrib_jax.stages.attribute import CAPTIONS, METHODS, AttributeConfig, Attributor
-from attrib_jax.stages.query import Query
+from attrib_jax.stages.encode import picture_resolution
+from attrib_jax.stages.query import Query, read_stored_query
 from attrib_jax.stages.root import StageRoot
 from launch import common
 
 _PROMPT = flags.DEFINE_string("prompt", None, "The query's caption.")
 _QUERY = flags.DEFINE_string("query", None, "A picture to attribute, with --prompt; generated if not given.")
+_QUERY_LATENTS = flags.DEFINE_string("query_latents", None, "Numpy file of queries as latents (Q, c, h, w).")
+_QUERY_TEXT = flags.DEFINE_string("query_text", None, "Numpy file of their text states (Q, captions, tokens, width).")
+_QUERY_INDEX = flags.DEFINE_integer("query_index", 0, "Which query of these files.", lower_bound=0)
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the generated query.")
 _GUIDANCE = flags.DEFINE_float("guidance_scale", 7.5, "Classifier-free guidance of the generated query.")
 _SAMPLER = flags.DEFINE_string("sampler", "ddim", f"One of {', '.join(SAMPLERS)}.")
@@ -53,10 +57,13 @@ _SHIPPED = flags.DEFINE_boolean("use_shipped_stages", True, "Reuse the finished 
 
 def main():
     began = time.monotonic()
-    common.require(model=common.MODEL.value, workdir=common.WORKDIR.value, prompt=_PROMPT.value)
+    common.require(model=common.MODEL.value, workdir=common.WORKDIR.value)
+    if _QUERY_TEXT.value is None:
+        common.require(prompt=_PROMPT.value)
     query = Query(
-        prompt=_PROMPT.value,
+        prompt=_PROMPT.value or "",
         image=_QUERY.value,
+        **_stored_query(),
         seed=_SEED.value,
         guidance_scale=_GUIDANCE.value,
         sampler=_SAMPLER.value,
@@ -81,11 +88,13 @@ def main():
         region=_region(),
         batch_size=_BATCH_SIZE.value,
     )
-    pipeline = load_pipeline(common.MODEL.value)
-    dataset = open_dataset(common.DATASET.value, common.DATA_DIR.value)
+    pipeline = common.load_model()
+    if query.latents is not None and not common.LATENTS_SCALED.value:
+        query = dataclasses.replace(query, latents=query.latents * pipeline.vae.config.scaling_factor)
+    dataset = common.load_dataset(picture_resolution(pipeline))
     root = StageRoot(common.WORKDIR.value, common.shipped_stages() if _SHIPPED.value else None)
     with lock(common.WORKDIR.value):
-        result = Attributor(pipeline, dataset, root).attribute(query, config, _NAME.value)
+        result = Attributor(pipeline, dataset, root, common.encode_config()).attribute(query, config, _NAME.value)
         write_outputs(
             result,
             dataset,
@@ -101,6 +110,14 @@ def main():
         position = int((dataset.row_ids == row).argmax())
         print(f"{rank:3d}  row {row:5d}  {score: .3e}  {dataset.captions(position)[0]}")
     print(f"report: {result.folder / 'report.html'}")
+
+
+def _stored_query() -> dict[str, Any]:
+    if _QUERY_LATENTS.value is None:
+        if _QUERY_TEXT.value is not None:
+            raise ValueError(f"query_text is {_QUERY_TEXT.value!r} but query_latents is not given; give both")
+        return {}
+    return read_stored_query(_QUERY_LATENTS.value, _QUERY_TEXT.value, _QUERY_INDEX.value)
 
 
 def _region() -> tuple[int, int, int, int] | None:

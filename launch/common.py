@@ -11,12 +11,53 @@ import jax
 from absl import app, flags
 from absl import logging as absl_logging
 
+from attrib_jax.convert import assemble
+from attrib_jax.convert.assemble import ModelSource
+from attrib_jax.convert.pipeline import Pipeline
+from attrib_jax.data.concat import concatenate
+from attrib_jax.data.latents import open_latents
+from attrib_jax.data.sources import Dataset, open_dataset
 from attrib_jax.runtime.cache import enable_compilation_cache
 from attrib_jax.runtime.files import StorageError
+from attrib_jax.stages.encode import EncodeConfig
 
-MODEL = flags.DEFINE_string("model", None, "Pipeline folder in the diffusers layout.")
-DATASET = flags.DEFINE_string("dataset", "openmoji", "Training data set: `openmoji`.")
+_LATENTS = "latents:"
+
+MODEL = flags.DEFINE_string(
+    "model", None, "Pipeline folder in the diffusers layout, Hugging Face id, or single-file checkpoint."
+)
+_VARIANT = flags.DEFINE_string("variant", None, "Of the model's weight files, such as `fp16`.")
+_TOKENIZER = flags.DEFINE_string("tokenizer", None, "Tokenizer or pipeline folder, for a single-file checkpoint.")
+_PREDICTION = flags.DEFINE_string("prediction_type", None, "epsilon or v_prediction, for a single-file checkpoint.")
+_UNET = flags.DEFINE_string("unet", None, "UNet that replaces the model's: a folder, or a state dict's file.")
+_UNET_CONFIG = flags.DEFINE_string("unet_config", None, "Of a --unet file: `mscoco`, or a json file.")
+_CUSTOM = flags.DEFINE_string(
+    "custom_diffusion", None, "Custom Diffusion weights, or the folder of them and their tokens."
+)
+_TOKENS = flags.DEFINE_list("tokens", [], "Textual-inversion files, separated by commas.")
+_LORA = flags.DEFINE_string("lora", None, "LoRA weights of attention projections, merged into the model.")
+_LORA_SCALE = flags.DEFINE_float("lora_scale", 1.0, "What the LoRA weights are multiplied by.")
+
+DATASET = flags.DEFINE_string(
+    "dataset",
+    "openmoji",
+    "Training data set: openmoji, tfds:NAME[:SPLIT], folder:PATH, coco:PATH, webdataset:PATH or latents:PATH.",
+)
 DATA_DIR = flags.DEFINE_string("data_dir", None, "Where prepared data sets are kept; TFDS's default if not given.")
+_EXEMPLARS = flags.DEFINE_string("exemplars", None, "Data set (as --dataset) put before it: a customised model's own.")
+_IMAGES = flags.DEFINE_string("images", None, "Data set (as --dataset) whose pictures are shown for latents:PATH.")
+LATENTS_SCALED = flags.DEFINE_boolean(
+    "latents_scaled", True, "Latents given as files are multiplied by the scaling factor already."
+)
+_IMAGE_KEY = flags.DEFINE_string("image_key", None, "Picture feature of a tfds: data set, where it has several.")
+_CAPTION_KEY = flags.DEFINE_string("caption_key", None, "Caption feature or column, where the usual names do not fit.")
+_STORE_DTYPE = flags.DEFINE_string("store_dtype", "float32", "Of stored latents and text states: float32 or float16.")
+_POSTERIOR = flags.DEFINE_string("posterior", "mean", "Latents: the autoencoder's `mean`, or one seeded `sample`.")
+_ENCODE_SEED = flags.DEFINE_integer("encode_seed", 0, "Seed of --posterior=sample.")
+_WORKERS = flags.DEFINE_integer(
+    "workers", None, "Processes that read pictures (default: threads on up to 4 cores). Changes speed only."
+)
+
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the stages; finished ones are reused if their inputs match.")
 DEVICES = flags.DEFINE_integer(
     "cpu_devices", None, "Devices to split a CPU into (default: one a core). Changes speed only.", lower_bound=1
@@ -60,6 +101,48 @@ def require(**values: object) -> None:
     missing = [f"--{name}" for name, value in values.items() if value is None]
     if missing:
         raise ValueError(f"{', '.join(missing)} not given; see --help, or start from a flagfile under configs/")
+
+
+def load_model() -> Pipeline:
+    """The pipeline of --model and the flags that change it."""
+    require(model=MODEL.value)
+    source = ModelSource(
+        model=MODEL.value,
+        variant=_VARIANT.value,
+        tokenizer=_TOKENIZER.value,
+        prediction_type=_PREDICTION.value,
+        unet=_UNET.value,
+        unet_config=_UNET_CONFIG.value,
+        custom_diffusion=_CUSTOM.value,
+        tokens=tuple(_TOKENS.value),
+        lora=_LORA.value,
+        lora_scale=_LORA_SCALE.value,
+    )
+    return assemble.load_model(source)
+
+
+def load_dataset(resolution: int | None = None) -> Dataset:
+    """The data set of --dataset and the flags that go with it, its pictures at `resolution` (native if None)."""
+
+    def open_source(name: str, **keys: str | None) -> Dataset:
+        return open_dataset(name, DATA_DIR.value, resolution=resolution, **keys)
+
+    keys = {"image_key": _IMAGE_KEY.value, "caption_key": _CAPTION_KEY.value}
+    if DATASET.value.startswith(_LATENTS):
+        images = None if _IMAGES.value is None else open_source(_IMAGES.value, **keys)
+        dataset = open_latents(DATASET.value.removeprefix(_LATENTS), images, LATENTS_SCALED.value)
+    elif _IMAGES.value is not None:
+        raise ValueError(f"images is {_IMAGES.value!r}, but {DATASET.value!r} has its own; it goes with latents:PATH")
+    else:
+        dataset = open_source(DATASET.value, **keys)
+    return dataset if _EXEMPLARS.value is None else concatenate(open_source(_EXEMPLARS.value), dataset)
+
+
+def encode_config() -> EncodeConfig:
+    """How pictures and captions are encoded."""
+    cores = _cpu_count()
+    workers = _WORKERS.value if _WORKERS.value is not None else 0 if cores <= 4 else min(8, cores // 2)
+    return EncodeConfig(_STORE_DTYPE.value, _POSTERIOR.value, _ENCODE_SEED.value, workers)
 
 
 def shipped_stages() -> Path:

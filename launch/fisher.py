@@ -5,11 +5,10 @@ python -m launch.fisher --model=models/openmoji --dataset=openmoji --workdir=run
 
 from absl import flags
 
-from attrib_jax.convert.pipeline import load_pipeline
 from attrib_jax.core.weights import count_weights
-from attrib_jax.data.sources import open_dataset
 from attrib_jax.runtime.stages import lock
 from attrib_jax.stages.attribute import AttributeConfig, Attributor
+from attrib_jax.stages.encode import picture_resolution
 from attrib_jax.stages.root import StageRoot
 from launch import common
 
@@ -21,10 +20,10 @@ _SEED = flags.DEFINE_integer("loss_seed", 0, "Seeds the samples.")
 def main():
     common.require(model=common.MODEL.value, workdir=common.WORKDIR.value)
     config = AttributeConfig(weights=_WEIGHTS.value, fisher_samples=_SAMPLES.value, loss_seed=_SEED.value)
-    pipeline = load_pipeline(common.MODEL.value)
-    dataset = open_dataset(common.DATASET.value, common.DATA_DIR.value)
+    pipeline = common.load_model()
+    dataset = common.load_dataset(picture_resolution(pipeline))
     with lock(common.WORKDIR.value):
-        attributor = Attributor(pipeline, dataset, StageRoot(common.WORKDIR.value))
+        attributor = Attributor(pipeline, dataset, StageRoot(common.WORKDIR.value), common.encode_config())
         fisher = attributor.fisher(config.weights, config.fisher_samples, config.loss_seed)
     count = count_weights(fisher.tree)
     print(f"Fisher information of {count.values} values in {count.matrices} matrices in {common.WORKDIR.value}/fisher")

@@ -6,7 +6,6 @@ python -m launch.sample --model=models/openmoji --prompts="red apple,fire engine
 from absl import flags
 from PIL import Image
 
-from attrib_jax.convert.pipeline import load_pipeline
 from attrib_jax.core.checks import check_positive
 from attrib_jax.models.unet import predictor
 from attrib_jax.stages.query import Query, decode, generate, prompt_notes
@@ -27,7 +26,7 @@ def main():
     settings = Query(
         prompt="", guidance_scale=_GUIDANCE.value, sampler=_SAMPLER.value, sampler_steps=_STEPS.value, seed=_SEED.value
     )
-    pipeline = load_pipeline(common.MODEL.value)
+    pipeline = common.load_model()
     for prompt in _PROMPTS.value:
         prompt_notes(pipeline, prompt)
     prompts = _PROMPTS.value * _ROWS.value

@@ -1,31 +1,79 @@
-"""Trains a small text-to-image pipeline from scratch.
+"""Trains a small text-to-image pipeline from scratch, or teaches a pipeline a new word from a few pictures.
 
 python -m launch.train --flagfile=configs/train_openmoji.cfg
+python -m launch.train --flagfile=configs/customize_openmoji.cfg
 """
 
 from absl import flags
 
-from attrib_jax.data.sources import open_dataset
+from attrib_jax.convert.adapters import apply_custom_diffusion
+from attrib_jax.convert.pipeline import save_pipeline
+from attrib_jax.data.sources import Dataset, open_dataset
 from attrib_jax.runtime.stages import lock
+from attrib_jax.stages.customize import CustomizeConfig, customize
+from attrib_jax.stages.encode import picture_resolution
 from attrib_jax.stages.fit import FitConfig
 from attrib_jax.stages.train import TrainConfig, train
 from launch import common
 
+_MODE = flags.DEFINE_enum(
+    "mode", "scratch", ["scratch", "customize"], "Train from scratch on --dataset, or fine-tune --model on --exemplars."
+)
+# Both modes; where the defaults differ, the first is that of --mode=scratch.
+_STEPS = flags.DEFINE_integer("train_steps", None, "Steps of UNet and text (default: 3000; 300).", lower_bound=1)
+_BATCH = flags.DEFINE_integer("train_batch_size", None, "Pictures a step (default: 128; 8).", lower_bound=1)
+_RATE = flags.DEFINE_float(
+    "learning_rate", None, "Peak rate (default: 1e-3), or the constant one of customising (1e-5).", lower_bound=0
+)
+_SEED = flags.DEFINE_integer("train_seed", 0, "Seed of weights, batches and noise.", lower_bound=0)
+_EVERY = flags.DEFINE_integer("checkpoint_every", 250, "Steps between checkpoints.", lower_bound=1)
+
 _VAE_STEPS = flags.DEFINE_integer("vae_steps", 3500, "Steps of the autoencoder.", lower_bound=1)
 _VAE_BATCH = flags.DEFINE_integer("vae_batch_size", 16, "Pictures a step of the autoencoder.", lower_bound=1)
 _VAE_RATE = flags.DEFINE_float("vae_learning_rate", 2e-3, "Peak learning rate of the autoencoder.", lower_bound=0)
-_STEPS = flags.DEFINE_integer("train_steps", 3000, "Steps of UNet and text encoder.", lower_bound=1)
-_BATCH = flags.DEFINE_integer("train_batch_size", 128, "Pictures a step of UNet and text encoder.", lower_bound=1)
-_RATE = flags.DEFINE_float("learning_rate", 1e-3, "Peak learning rate of UNet and text encoder.", lower_bound=0)
 _DROPOUT = flags.DEFINE_float("caption_dropout", 0.1, "Share of empty captions.", lower_bound=0, upper_bound=1)
-_SEED = flags.DEFINE_integer("train_seed", 0, "Seed of weights, batches and noise.", lower_bound=0)
 _DTYPE = flags.DEFINE_enum("weights_dtype", "float32", ["float32", "float16"], "Of the written weights.")
-_EVERY = flags.DEFINE_integer("checkpoint_every", 250, "Steps between checkpoints.", lower_bound=1)
+
+_TOKEN = flags.DEFINE_string("token", "<new1>", "The new word, in <>.")
+_INITIALIZER = flags.DEFINE_string(
+    "initializer_token", None, "A word that the model knows, near the new one in meaning: its embedding is the first."
+)
+_CAPTION = flags.DEFINE_string(
+    "exemplar_caption", None, "Caption of every exemplar, with the token in it; their own if not given."
+)
+_PRIOR = flags.DEFINE_string(
+    "prior_dataset", None, "A few hundred real pictures (as --dataset) that keep the model from forgetting their kind."
+)
+_PRIOR_WEIGHT = flags.DEFINE_float("prior_weight", 1.0, "Of their loss beside the exemplars'.", lower_bound=0)
+_FLIPS = flags.DEFINE_boolean("random_flips", False, "Mirror half of the pictures that are drawn.")
+_SAVE = flags.DEFINE_boolean("save_pipeline", False, "Also write the whole fine-tuned pipeline to <workdir>/model.")
+
+# Flags that the other mode has no use for: given there, they show a mistake.
+_ONLY = {
+    "scratch": ("dataset", "vae_steps", "vae_batch_size", "vae_learning_rate", "caption_dropout", "weights_dtype"),
+    "customize": (
+        "model",
+        "exemplars",
+        "token",
+        "initializer_token",
+        "exemplar_caption",
+        "prior_dataset",
+        "prior_weight",
+        "random_flips",
+        "save_pipeline",
+    ),
+}
 
 
 def main():
     common.require(workdir=common.WORKDIR.value)
+    _refuse_flags_of_another_mode()
+    (_customize if _MODE.value == "customize" else _scratch)()
+
+
+def _scratch():
     shared = {"seed": _SEED.value, "checkpoint_every": _EVERY.value, "log_every": 25}
+    steps = _given(_STEPS, 3000)
     config = TrainConfig(
         autoencoder=FitConfig(
             steps=_VAE_STEPS.value,
@@ -36,19 +84,64 @@ def main():
             **shared,
         ),
         diffusion=FitConfig(
-            steps=_STEPS.value,
-            batch_size=_BATCH.value,
-            learning_rate=_RATE.value,
-            warmup_steps=min(200, _STEPS.value // 10),
+            steps=steps,
+            batch_size=_given(_BATCH, 128),
+            learning_rate=_given(_RATE, 1e-3),
+            warmup_steps=min(200, steps // 10),
             ema_decay=0.999,
             **shared,
         ),
         caption_dropout=_DROPOUT.value,
     )
-    dataset = open_dataset(common.DATASET.value, common.DATA_DIR.value)
+    dataset = common.load_dataset()
     with lock(common.WORKDIR.value):
         model = train(common.WORKDIR.value, dataset, config, _DTYPE.value)
     print(f"model: {model}")
+
+
+def _customize():
+    exemplars = flags.FLAGS.exemplars
+    common.require(model=common.MODEL.value, exemplars=exemplars, initializer_token=_INITIALIZER.value)
+    config = CustomizeConfig(
+        initializer_token=_INITIALIZER.value,
+        token=_TOKEN.value,
+        caption=_CAPTION.value,
+        steps=_given(_STEPS, 300),
+        batch_size=_given(_BATCH, 8),
+        learning_rate=_given(_RATE, 1e-5),
+        prior_weight=_PRIOR_WEIGHT.value,
+        random_flips=_FLIPS.value,
+        seed=_SEED.value,
+        checkpoint_every=_EVERY.value,
+    )
+    pipeline = common.load_model()
+    resolution = picture_resolution(pipeline)
+    prior = None if _PRIOR.value is None else _open(_PRIOR.value, resolution)
+    with lock(common.WORKDIR.value):
+        folder = customize(common.WORKDIR.value, pipeline, _open(exemplars, resolution), config, prior)
+        if _SAVE.value:
+            model = folder.with_name("model")
+            save_pipeline(apply_custom_diffusion(pipeline, str(folder)), str(model), overwrite=model.exists())
+            print(f"model: {model}")
+    print(f"weights and token: {folder}")
+
+
+def _open(name: str, resolution: int) -> Dataset:
+    return open_dataset(name, common.DATA_DIR.value, resolution=resolution, caption_key=flags.FLAGS.caption_key)
+
+
+def _given(flag: flags.FlagHolder, default: float) -> float:
+    return default if flag.value is None else flag.value
+
+
+def _refuse_flags_of_another_mode() -> None:
+    (other,) = (mode for mode in _ONLY if mode != _MODE.value)
+    # `present` counts how often a flag was given, in a flagfile or after it.
+    wrong = [f"--{name}" for name in _ONLY[other] if flags.FLAGS[name].present]
+    if _MODE.value == "customize" and _PRIOR.value is None and flags.FLAGS["prior_weight"].present:
+        raise ValueError("--prior_weight is given without --prior_dataset; give both or neither")
+    if wrong:
+        raise ValueError(f"{', '.join(wrong)} belong to --mode={other}, but the mode is {_MODE.value}; leave them out")
 
 
 if __name__ == "__main__":

@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from attrib_jax.core.types import Scores
+from attrib_jax.data.pictures import UnreadableRowError
 from attrib_jax.data.sources import Dataset
 from attrib_jax.report import Credit, ReportData, Timing, write_contact_sheet, write_report
 from attrib_jax.runtime.files import write_bytes, write_json
@@ -59,7 +61,7 @@ def write_outputs(
         row_id=result.scores.row_id,
         score=result.scores.score,
         captions=lambda row: dataset.captions(position[row]),
-        image=lambda row: dataset[position[row]].image,
+        image=lambda row: _picture(dataset, position[row]),
         group=None if groups is None else lambda row: int(groups[position[row]]),
         flip=result.scores.flip,
         loss_before=result.scores.loss_before,
@@ -92,6 +94,14 @@ def write_outputs(
     )
 
 
+def _picture(dataset: Dataset, index: int) -> np.ndarray | None:
+    """The picture of a row; None for latents without pictures, or where its file has gone since it was encoded."""
+    try:
+        return dataset[index].image
+    except (LookupError, UnreadableRowError):
+        return None
+
+
 def _top_csv(top: Scores, dataset: Dataset, position: Mapping[int, int]) -> bytes:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -102,6 +112,8 @@ def _top_csv(top: Scores, dataset: Dataset, position: Mapping[int, int]) -> byte
 
 
 def _query_settings(query: Query) -> dict[str, str]:
+    if query.latents is not None:
+        return {"picture": "given as latents"}
     if query.image is not None:
         name = "an array" if not isinstance(query.image, str | os.PathLike) else Path(query.image).name
         return {"picture": f"given: {name}"}

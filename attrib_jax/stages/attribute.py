@@ -32,7 +32,8 @@ from attrib_jax.models.unet import predictor
 from attrib_jax.runtime.files import DamagedFileError, read_arrays, write_arrays, write_npz
 from attrib_jax.runtime.progress import progress
 from attrib_jax.runtime.stages import lock
-from attrib_jax.stages.encode import EncodedDataset, encode
+from attrib_jax.stages.encode import EncodeConfig, encode, stage_names
+from attrib_jax.stages.encoded import EncodedDataset
 from attrib_jax.stages.fisher import fisher_file, fit_fisher, load_fisher
 from attrib_jax.stages.gradient import GradientProgram
 from attrib_jax.stages.losses import LossProgram, dataset_losses
@@ -116,7 +117,8 @@ class AttributeConfig:
         settings = dataclasses.asdict(self)
         del settings["batch_size"]
         if self.fisher is not None:
-            settings["fisher"] = hashlib.sha256(fisher_file(self.fisher).read_bytes()).hexdigest()
+            with open(fisher_file(self.fisher), "rb") as file:
+                settings["fisher"] = hashlib.file_digest(file, "sha256").hexdigest()
         return settings
 
 
@@ -148,6 +150,7 @@ def attribute(
     config: AttributeConfig = AttributeConfig(),
     workdir: str | os.PathLike | None = None,
     shipped: str | os.PathLike | None = None,
+    encode_config: EncodeConfig = EncodeConfig(),
 ) -> Scores:
     """Scores every picture of `dataset` by its influence on `query`.
 
@@ -158,6 +161,7 @@ def attribute(
       config: see `AttributeConfig`.
       workdir: keeps the stages for further queries; a temporary folder if None.
       shipped: folder of finished stages that came with the model, such as `models/openmoji/stages`.
+      encode_config: how pictures and captions are encoded.
 
     Raises:
       ValueError: an argument is out of range.
@@ -167,7 +171,8 @@ def attribute(
         if workdir is None:
             workdir = stack.enter_context(tempfile.TemporaryDirectory())
         stack.enter_context(lock(workdir))
-        return Attributor(pipeline, dataset, StageRoot(workdir, shipped)).attribute(query, config).scores
+        attributor = Attributor(pipeline, dataset, StageRoot(workdir, shipped), encode_config)
+        return attributor.attribute(query, config).scores
 
 
 class Attributor:
@@ -176,12 +181,18 @@ class Attributor:
     Everything that does not depend on the query is loaded or computed once.
     """
 
-    def __init__(self, pipeline: Pipeline, dataset: Dataset, root: StageRoot):
+    def __init__(
+        self, pipeline: Pipeline, dataset: Dataset, root: StageRoot, encode_config: EncodeConfig = EncodeConfig()
+    ):
         check_finite("model", pipeline.params)
-        self.pipeline, self.dataset, self.root = pipeline, dataset, root
+        self.pipeline, self.dataset, self.root, self.encode_config = pipeline, dataset, root, encode_config
         self.predict = predictor(pipeline.unet)
         self.timings: dict[str, tuple[float, bool]] = {}
-        self.inputs = {"model": model_fingerprint(pipeline), "dataset": dataset.fingerprint()}
+        self.inputs = {
+            "model": model_fingerprint(pipeline),
+            "dataset": dataset.fingerprint(),
+            "encoding": encode_config.describe(),
+        }
         root.claim(self.inputs)
         self._data: EncodedDataset | None = None
         self._programs: dict[tuple, LossProgram] = {}
@@ -196,10 +207,10 @@ class Attributor:
 
     def prepare(self) -> None:
         """Encodes the data set, or reads it; ahead of other work it is timed by itself."""
-        settings = {"dataset": self.dataset.name}
-        reused = all(self.root.is_finished(name, settings, self.inputs) for name in ("latents", "text"))
+        config = self.encode_config
+        reused = all(self.root.is_finished(name, {}, self.inputs) for name in stage_names(self.dataset))
         with self._timed("encode", reused):
-            self._data = encode(self.root, self.pipeline, self.inputs["model"], self.dataset, self.inputs["dataset"])
+            self._data = encode(self.root, self.pipeline, self.inputs, self.dataset, config)
 
     def fisher(self, weights: str, samples: int, seed: int) -> Diagonal:
         """The diagonal Fisher information of a weight subset, fitted or reused."""
@@ -269,7 +280,7 @@ class Attributor:
                 step_size=config.step_size,
                 method=config.update,
                 curvature=curvature,
-                num_examples=(config.num_examples or len(self.dataset)) if newton else None,
+                num_examples=(config.num_examples or len(self.data)) if newton else None,
                 steps=config.steps,
                 damping=config.damping,
                 keep_ewc_gradient=config.keep_ewc_gradient,
@@ -319,7 +330,7 @@ class Attributor:
         with self._timed("losses after"):
             after = self.losses(folder, merge_weights(selected, rest), config, "losses after")
         score, flip = combine_scores(before, after, config.flips)
-        scores = Scores(self.dataset.row_ids, score, before, after, None if config.flips == "mean" else flip)
+        scores = Scores(self.data.row_ids, score, before, after, None if config.flips == "mean" else flip)
         return scores, tuple(losses)
 
     def losses(self, path: Path, params: Any, config: AttributeConfig, description: str) -> np.ndarray:
@@ -370,6 +381,10 @@ def model_fingerprint(pipeline: Pipeline) -> str:
         "tokenizer": {part: backend[part] for part in ("model", "normalizer", "pre_tokenizer", "post_processor")},
         "max_tokens": pipeline.tokenizer.model_max_length,
     }
+    # Added tokens have no place in the vocabulary; a model without them keeps the fingerprint that it had.
+    added = {token["content"]: token["id"] for token in backend["added_tokens"] if not token["special"]}
+    if added:
+        configs["added_tokens"] = added
     text = params_fingerprint(pipeline.params) + json.dumps(configs, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -378,7 +393,7 @@ def query_name(query: Query, settings: dict[str, Any]) -> str:
     """Folder name of a query: its prompt, its seed if generated, and a digest of every setting."""
     slug = re.sub(r"[^a-z0-9]+", "-", query.prompt.lower()).strip("-")[:40] or "empty-prompt"
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
-    origin = f"seed{query.seed}" if query.image is None else "picture"
+    origin = "latents" if query.latents is not None else f"seed{query.seed}" if query.image is None else "picture"
     return f"{slug}-{origin}-{digest}"
 
 
@@ -390,7 +405,12 @@ def _random_scores(row_ids: np.ndarray, settings: dict[str, Any]) -> np.ndarray:
 
 
 def _query_settings(query: Query) -> dict[str, Any]:
-    if query.image is None:
-        return dataclasses.asdict(query)
-    content = query.image.tobytes() if isinstance(query.image, np.ndarray) else Path(query.image).read_bytes()
-    return {"prompt": query.prompt, "image": hashlib.sha256(content).hexdigest()}
+    settings = {field.name: getattr(query, field.name) for field in dataclasses.fields(query)}
+    given = {name: value for name in ("image", "latents", "text") if (value := settings.pop(name)) is not None}
+    if not {"image", "latents"} & given.keys():
+        return settings
+    content = {
+        name: np.ascontiguousarray(value).tobytes() if isinstance(value, np.ndarray) else Path(value).read_bytes()
+        for name, value in given.items()
+    }
+    return {"prompt": query.prompt} | {name: hashlib.sha256(value).hexdigest() for name, value in content.items()}

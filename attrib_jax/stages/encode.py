@@ -1,122 +1,314 @@
 """Stage 1: pictures and captions -> latents and text states, encoded once and stored in chunks."""
 
 import dataclasses
+import hashlib
+import json
+import logging
 import os
+import threading
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-import grain
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from attrib_jax.convert.pipeline import Pipeline, encode_text, latent_size, tokenize
+from attrib_jax.core.checks import check_choice, check_range
+from attrib_jax.core.fingerprint import params_fingerprint
+from attrib_jax.core.keys import purpose_key
+from attrib_jax.core.weights import flatten_names
+from attrib_jax.data.concat import ConcatDataset
+from attrib_jax.data.latents import ROWS_FILE, LatentsDataset
+from attrib_jax.data.pictures import UnreadableRowError
 from attrib_jax.data.sources import Dataset
-from attrib_jax.runtime.chunks import ChunkStore
-from attrib_jax.runtime.mesh import data_mesh, padded_tiles, replicate, shard_batch, tile_map
-from attrib_jax.runtime.progress import progress
+from attrib_jax.runtime.files import write_arrays, write_json
+from attrib_jax.runtime.joined import JoinedArray, ScaledArray
+from attrib_jax.stages.encoded import EncodedDataset, join
+from attrib_jax.stages.fill import fill, make_store
 from attrib_jax.stages.root import StageRoot
+
+_log = logging.getLogger(__name__)
 
 # Pictures, and captions, that one device holds at a time.
 IMAGE_TILE = 16
 TEXT_TILE = 64
-_ROWS_PER_CHUNK = 1024
+_SKIPPED = "skipped.json"
+_SKIPPED_SHOWN = 5
+
+STORE_DTYPES = ("float32", "float16")
+POSTERIORS = ("mean", "sample")
 
 
 @dataclasses.dataclass(frozen=True)
-class EncodedDataset:
-    """A data set as the UNet sees it, in memory; numpy arrays.
+class EncodeConfig:
+    """How pictures and captions are encoded and kept.
 
     Attributes:
-      row_ids: (N,) int32.
-      latents: (N, 2, h, w, c) float32, multiplied by the scaling factor; [:, 1] of the mirrored picture.
-      text: (M, L, d) float32, the text states of all captions of all rows, row by row.
-      first_caption: (N + 1,) int64; the captions of row i are text[first_caption[i]:first_caption[i + 1]].
+      dtype: `float32`, or `float16` for half the disk space; BUILD_NOTES.md says what that does to scores.
+      posterior: `mean` of the autoencoder's distribution, or one seeded `sample` for each picture and mirror image.
+      seed: of the samples, which depend on it, the row id and the flip alone.
+      workers: processes that read and decode pictures, 0 for threads of this one; changes the speed only.
     """
 
-    row_ids: np.ndarray
-    latents: np.ndarray
-    text: np.ndarray
-    first_caption: np.ndarray
+    dtype: str = "float32"
+    posterior: str = "mean"
+    seed: int = 0
+    workers: int = 0
 
-    def __len__(self) -> int:
-        return len(self.row_ids)
+    def __post_init__(self):
+        check_choice("dtype", self.dtype, STORE_DTYPES)
+        check_choice("posterior", self.posterior, POSTERIORS)
+        check_range("seed", self.seed, 0, 2**32 - 1, integer=True)
+        check_range("workers", self.workers, 0, integer=True)
 
-    @property
-    def num_captions(self) -> np.ndarray:
-        """(N,) captions of each row."""
-        return np.diff(self.first_caption)
+    def describe(self) -> str:
+        """What decides the stored values, as one of the inputs that later stages are checked against."""
+        return f"{self.dtype} {self.posterior}" + (f" seed {self.seed}" if self.posterior == "sample" else "")
 
 
 def encode(
-    root: StageRoot, pipeline: Pipeline, model_fingerprint: str, dataset: Dataset, dataset_fingerprint: str
+    root: StageRoot, pipeline: Pipeline, inputs: dict[str, str], dataset: Dataset, config: EncodeConfig = EncodeConfig()
 ) -> EncodedDataset:
     """Encodes a data set with a pipeline's autoencoder and text encoder, resuming or reusing what `root` has.
 
-    Raises StageMismatchError where a stored stage is of another model or data set.
+    Pictures that cannot be read are left out: counted, logged, and listed in `skipped.json`. A `LatentsDataset` is
+    checked and passed through; a `ConcatDataset` is encoded part by part.
+
+    Args:
+      root: where the stages `latents` and `text` are kept.
+      pipeline: its `vae` and `text_encoder`.
+      inputs: fingerprints of model and data set, and `config.describe()`.
+      dataset: see `open_dataset`; pictures have the model's resolution.
+      config: see `EncodeConfig`.
+
+    Raises:
+      ValueError: pictures or latents of another size than the model's, text states of another width, or no picture
+        could be read.
+      StageMismatchError: a stored stage is of another model or data set.
     """
-    expected = tuple(size * pipeline.vae.config.downscale for size in latent_size(pipeline))
-    if dataset[0].image.shape[:2] != expected:
+    data = _encode_part(root, "", pipeline, inputs, dataset, config)
+    if not len(data):
+        reason = next(iter(data.skipped.values()), "it is empty")
+        raise ValueError(f"dataset {dataset.name!r} has no picture that can be read (the first: {reason})")
+    return data
+
+
+def picture_size(pipeline: Pipeline) -> tuple[int, int]:
+    """Height and width in pixels of the pictures that a pipeline was trained on."""
+    height, width = (size * pipeline.vae.config.downscale for size in latent_size(pipeline))
+    return height, width
+
+
+def picture_resolution(pipeline: Pipeline) -> int:
+    """Side in pixels of the square pictures that a pipeline was trained on; ValueError where they are not square."""
+    height, width = picture_size(pipeline)
+    if height != width:
         raise ValueError(
-            f"dataset {dataset.name!r} has pictures of {dataset[0].image.shape[:2]} pixels (height, width); the model "
-            f"was trained on {expected}. Give the model's own training set, at its resolution."
+            f"the model was trained on pictures of {height} x {width} pixels; data sets are read as squares"
         )
-    inputs = {"model": model_fingerprint, "dataset": dataset_fingerprint}
-    settings = {"dataset": dataset.name}
+    return height
+
+
+def stage_names(dataset: Dataset, prefix: str = "") -> tuple[str, ...]:
+    """The stages that `encode` fills for a data set: none for one that comes encoded."""
+    if isinstance(dataset, ConcatDataset):
+        return stage_names(dataset.first, prefix + "first-") + stage_names(dataset.second, prefix)
+    return () if isinstance(dataset, LatentsDataset) else (f"{prefix}latents", f"{prefix}text")
+
+
+def _encode_part(root, prefix: str, pipeline, inputs, dataset, config) -> EncodedDataset:
+    if isinstance(dataset, ConcatDataset):
+        first = _encode_part(root, prefix + "first-", pipeline, inputs, dataset.first, config)
+        second = _encode_part(root, prefix, pipeline, inputs, dataset.second, config)
+        row_ids = dataset.row_ids[np.concatenate([first.positions, second.positions + len(dataset.first)])]
+        return join(first, second, row_ids)
+    if isinstance(dataset, LatentsDataset):
+        return _stored_latents(pipeline, dataset)
     captions = [dataset.captions(index) for index in range(len(dataset))]
     first_caption = np.concatenate([[0], np.cumsum([len(row) for row in captions])])
-    with root.stage("latents", settings, inputs) as stage:
-        latents = encode_images(stage.path, dataset, pipeline.vae, pipeline.params["vae"])
-    with root.stage("text", settings, inputs) as stage:
-        text = _encode_captions(stage.path, pipeline, [caption for row in captions for caption in row])
-    return EncodedDataset(dataset.row_ids, latents, text, first_caption)
+    latents_name, text_name = stage_names(dataset, prefix)
+    with root.stage(latents_name, {}, inputs) as stage:
+        latents = encode_images(
+            stage.path, dataset, pipeline.vae, pipeline.params["vae"], config, picture_size(pipeline)
+        )
+        skipped = read_skipped(stage.path)
+    kept = np.setdiff1d(np.arange(len(dataset)), list(skipped))
+    with root.stage(text_name, {}, inputs) as stage:
+        text = _encode_captions(stage.path, pipeline, [caption for row in captions for caption in row], config)
+        # What `latents:WORKDIR` needs to know, for other models with the same encoders.
+        write_arrays(
+            stage.path / ROWS_FILE,
+            {"row_ids": dataset.row_ids[kept], "positions": kept, "first_caption": first_caption},
+            {
+                "latents": [latents.shape[1:], latents.dtype.name],
+                "text": [text.shape[1:], text.dtype.name],
+                "encoders": encoder_fingerprints(pipeline, pipeline.text_encoder.config.vocab_size),
+            },
+        )
+    if skipped:
+        _log.warning(
+            "%d of %d pictures of %s cannot be read and are left out, such as: %s. All are listed in %s.",
+            len(skipped),
+            len(dataset),
+            dataset.name,
+            "; ".join(list(skipped.values())[:_SKIPPED_SHOWN]),
+            root.workdir / latents_name / _SKIPPED,
+        )
+    return EncodedDataset(dataset.row_ids[kept], latents, text, first_caption, kept, skipped)
 
 
-def encode_images(path: str | os.PathLike, dataset: Dataset, vae: Any, params: Any) -> np.ndarray:
-    """Mean latents of every picture and of its mirror image -> (N, 2, h, w, c) float32, scaled; resumable in `path`."""
-    config = vae.config
-    image = dataset[0].image
-    size = (image.shape[0] // config.downscale, image.shape[1] // config.downscale)
-    shape = (2, *size, config.latent_channels)
-    store = ChunkStore(path, {"latents": (shape, np.float32)}, len(dataset), _ROWS_PER_CHUNK, name="latents")
+def _stored_latents(pipeline: Pipeline, dataset: LatentsDataset) -> EncodedDataset:
+    size = (*latent_size(pipeline), pipeline.unet.config.in_channels)
+    if dataset.latents.shape[2:] != size:
+        raise ValueError(
+            f"dataset {dataset.name!r} has latents (height, width, channels) {dataset.latents.shape[2:]}; the model "
+            f"was trained on {size}. Give the latents of the model's own training set."
+        )
+    width = pipeline.unet.config.cross_attention_dim
+    if dataset.text.shape[-1] != width:
+        raise ValueError(
+            f"dataset {dataset.name!r} has text states of width {dataset.text.shape[-1]}; the model reads {width}. "
+            "Encode the captions with the model's own text encoder."
+        )
+    if dataset.encoders is not None:
+        found = encoder_fingerprints(pipeline, dataset.encoders["vocab_size"])
+        others = [name for name, value in found.items() if dataset.encoders[name] != value]
+        if others:
+            raise ValueError(
+                f"dataset {dataset.name!r} was encoded by another model: its {' and '.join(others)} differ. Encode the "
+                "data set with this model, or with its base."
+            )
+    latents = dataset.latents
+    if not dataset.scaled:
+        latents = ScaledArray(latents, pipeline.vae.config.scaling_factor)
+    return EncodedDataset(dataset.row_ids, latents, dataset.text, dataset.first_caption, dataset.positions)
 
-    def encode_tile(params, images):
+
+def encoder_fingerprints(pipeline: Pipeline, vocab_size: int) -> dict[str, Any]:
+    """What decides latents and text states: the autoencoder, and the text encoder with its first `vocab_size` tokens.
+
+    A customised model whose new tokens stand after those reads the captions of its base model as the base does.
+    """
+    text = flatten_names(pipeline.params["text_encoder"])
+    (embedding,) = (name for name in text if name.endswith("token_embedding/embedding"))
+    text[embedding] = text[embedding][:vocab_size]
+    config = dataclasses.replace(pipeline.text_encoder.config, vocab_size=vocab_size)
+    return {
+        "vae": _digest(pipeline.params["vae"], pipeline.vae.config.to_dict()),
+        "text_encoder": _digest(text, config.to_dict() | {"max_tokens": pipeline.tokenizer.model_max_length}),
+        "vocab_size": vocab_size,
+    }
+
+
+def _digest(params: Any, config: dict[str, Any]) -> str:
+    return hashlib.sha256((params_fingerprint(params) + json.dumps(config, sort_keys=True)).encode()).hexdigest()
+
+
+def encode_images(
+    path: str | os.PathLike,
+    dataset: Dataset,
+    vae: Any,
+    params: Any,
+    config: EncodeConfig = EncodeConfig(),
+    size: tuple[int, int] | None = None,
+) -> JoinedArray:
+    """Latents of every picture and of its mirror image -> (N, 2, h, w, c), scaled, in `config.dtype`.
+
+    Kept in chunks in `path`, and resumed there. Rows that cannot be read hold zeros; `read_skipped(path)` names them.
+    `size` is (height, width) of the pictures, that of the first one if None. Raises ValueError for a picture of another
+    size.
+    """
+    size = size or dataset[0].image.shape[:2]
+    scale = vae.config.downscale
+    shape = (2, size[0] // scale, size[1] // scale, vae.config.latent_channels)
+    key = purpose_key(config.seed, "posterior")
+
+    def encode_tile(shared, batch):
+        params, key = shared
+        images, row_ids = batch
         images = images.astype(jnp.float32) / 127.5 - 1.0
-        both = [vae.apply({"params": params}, view, method=vae.encode).mean for view in (images, images[:, :, ::-1])]
-        return jnp.stack(both, axis=1) * config.scaling_factor
 
-    return _fill(store, encode_tile, params, lambda index: dataset[index].image, IMAGE_TILE, "encode pictures", "image")
+        def latents(flip: int, views):
+            distribution = vae.apply({"params": params}, views, method=vae.encode)
+            if config.posterior == "mean":
+                return distribution.mean
+
+            def noise(row_id):
+                return jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, row_id), flip), shape[1:])
+
+            return distribution.mean + jnp.exp(0.5 * distribution.logvar) * jax.vmap(noise)(row_ids)
+
+        both = [latents(0, images), latents(1, images[:, :, ::-1])]
+        return jnp.stack(both, axis=1) * vae.config.scaling_factor
+
+    def store_skipped(rows: slice, reasons: dict[int, str]) -> None:
+        kept = {row: why for row, why in read_skipped(path).items() if not rows.start <= row < rows.stop}
+        if reasons or len(kept) != len(read_skipped(path)):
+            write_json(Path(path) / _SKIPPED, {str(row): why for row, why in sorted((kept | reasons).items())})
+
+    return fill(
+        make_store(path, "latents", shape, config.dtype, len(dataset)),
+        encode_tile,
+        (params, key),
+        _ReadPictures(dataset, size),
+        IMAGE_TILE,
+        "encode pictures",
+        "image",
+        workers=config.workers,
+        store_skipped=store_skipped,
+    )
 
 
-def _encode_captions(path, pipeline: Pipeline, captions: Sequence[str]) -> np.ndarray:
-    input_ids = tokenize(pipeline, captions)
-    shape = (input_ids.shape[1], pipeline.text_encoder.config.hidden_size)
-    store = ChunkStore(path, {"text": (shape, np.float32)}, len(captions), _ROWS_PER_CHUNK, name="text")
+def read_skipped(path: str | os.PathLike) -> dict[int, str]:
+    """Position -> reason, of the rows that an encoding in the folder `path` had to leave out."""
+    file = Path(path) / _SKIPPED
+    return {int(row): why for row, why in json.loads(file.read_text()).items()} if file.exists() else {}
+
+
+def _encode_captions(path, pipeline: Pipeline, captions: Sequence[str], config: EncodeConfig) -> JoinedArray:
+    shape = (pipeline.tokenizer.model_max_length, pipeline.text_encoder.config.hidden_size)
+    lock = threading.Lock()
+
+    def read(rows):
+        with lock:  # a tokenizer's padding is state that two threads must not set at once
+            return tokenize(pipeline, [captions[row] for row in rows]), {}
 
     def encode_tile(params, input_ids):
         return encode_text(pipeline.text_encoder, params, input_ids)
 
-    params = pipeline.params["text_encoder"]
-    return _fill(store, encode_tile, params, input_ids.__getitem__, TEXT_TILE, "encode captions", "caption")
+    return fill(
+        make_store(path, "text", shape, config.dtype, len(captions)),
+        encode_tile,
+        pipeline.params["text_encoder"],
+        read,
+        TEXT_TILE,
+        "encode captions",
+        "caption",
+    )
 
 
-def _fill(store: ChunkStore, encode_tile, params, read, tile: int, description: str, unit: str) -> np.ndarray:
-    """Computes the missing chunks of a store of one field, `tile` rows a device at a time, and returns the whole."""
-    (field,) = store.fields
-    missing = list(store.missing())
-    if missing:
-        mesh = data_mesh()
-        run = tile_map(mesh, encode_tile)
-        params = replicate(mesh, params)
-        done = store.num_rows - sum(store.rows(index).stop - store.rows(index).start for index in missing)
-        with progress(store.num_rows, description, unit, initial=done) as bar:
-            for chunk in missing:
-                rows = np.arange(store.num_rows)[store.rows(chunk)]
-                tiles, _ = padded_tiles(len(rows), tile * mesh.size)
-                batches = grain.MapDataset.source(rows[tiles]).map(lambda batch: np.stack([read(row) for row in batch]))
-                results = []
-                for batch in batches.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)):
-                    results.append(run(params, shard_batch(mesh, batch)))
-                    bar.update(min(len(batch), len(rows) - len(batch) * (len(results) - 1)))
-                values = np.concatenate([np.asarray(result) for result in results])[: len(rows)]
-                store.write(chunk, {field: values})
-    return store.read_all()[field]
+@dataclasses.dataclass(frozen=True)
+class _ReadPictures:
+    """Rows -> (pictures, row ids) and the reasons of those that cannot be read; picklable, for worker processes."""
+
+    dataset: Dataset
+    size: tuple[int, int]
+
+    def __call__(self, rows: np.ndarray) -> tuple[tuple[np.ndarray, np.ndarray], dict[int, str]]:
+        images, reasons = np.zeros((len(rows), *self.size, 3), np.uint8), {}
+        for place, row in enumerate(rows.tolist()):
+            try:
+                image = self.dataset[row].image
+            except UnreadableRowError as error:
+                reasons[row] = str(error)
+                continue
+            if image.shape != images.shape[1:]:
+                raise ValueError(
+                    f"dataset {self.dataset.name!r} has a picture of {image.shape[:2]} pixels (height, width) at "
+                    f"position {row}; the model was trained on {self.size}. Open the data set with "
+                    f"resolution={self.size[0]}."
+                )
+            images[place] = image
+        return (images, self.dataset.row_ids[rows]), reasons

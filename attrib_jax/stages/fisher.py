@@ -17,11 +17,12 @@ from attrib_jax.curvature.diagonal import Diagonal
 from attrib_jax.curvature.fisher import FisherSum, fisher_diagonal
 from attrib_jax.diffusion.losses import Predict, denoising_losses
 from attrib_jax.diffusion.schedule import NoiseSchedule
-from attrib_jax.runtime.files import DamagedFileError, read_arrays, write_arrays
+from attrib_jax.runtime.files import DamagedFileError, write_arrays
 from attrib_jax.runtime.mesh import data_mesh, replicate, shard_batch, tile_map
 from attrib_jax.runtime.progress import progress
 from attrib_jax.runtime.state import StateStore
-from attrib_jax.stages.encode import EncodedDataset
+from attrib_jax.stages.encoded import EncodedDataset
+from attrib_jax.stages.fisher_files import read_fisher_file
 
 _log = logging.getLogger(__name__)
 
@@ -129,9 +130,10 @@ def fit_fisher(
             taken = np.minimum(np.arange(start, start + size), samples - 1)
             mask = np.arange(start, start + size) < samples
             row, flip, caption = draws.row[taken], draws.flip[taken], draws.caption[taken]
+            latents, text = data.inputs(row, flip, caption)
             batch = _Sample(
-                latents=data.latents[row, flip],
-                text=data.text[data.first_caption[row] + caption],
+                latents=latents,
+                text=text,
                 index=draws.index[taken],
                 timestep=draws.timestep[taken],
                 mask=mask.astype(np.float32),
@@ -160,9 +162,15 @@ def fisher_file(path: str | os.PathLike) -> Path:
 
 
 def load_fisher(file: Path, selected: Any) -> Diagonal:
-    """Reads F for the selected weights; raises ValueError listing both sides where names or shapes differ."""
-    arrays, _ = read_arrays(file)
-    return Diagonal.from_flat(arrays, like=selected)
+    """Reads F for the selected weights, from a file of ours or one by PyTorch names (see `read_fisher_file`).
+
+    Raises ValueError listing both sides where names or shapes differ, or naming a tensor with an impossible value.
+    """
+    flat = read_fisher_file(file, selected)
+    try:
+        return Diagonal.from_flat(flat, like=selected)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
 
 
 def _add_in_order(total: FisherSum, parts: FisherSum, count: int) -> FisherSum:

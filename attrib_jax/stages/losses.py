@@ -16,7 +16,7 @@ from attrib_jax.diffusion.schedule import NoiseSchedule, strided_timesteps
 from attrib_jax.runtime.chunks import ChunkStore
 from attrib_jax.runtime.mesh import data_mesh, padded_tiles, replicate, shard_batch, tile_map
 from attrib_jax.runtime.progress import progress
-from attrib_jax.stages.encode import EncodedDataset
+from attrib_jax.stages.encoded import EncodedDataset
 
 _ROWS_PER_CHUNK = 512
 
@@ -92,10 +92,11 @@ class LossProgram:
             advance(len(members))
 
         for members, mask in zip(*padded_tiles(len(picture), EXAMPLES_PER_TILE * self.mesh.size)):
-            row, text = rows[picture[members]], data.first_caption[rows[picture[members]]] + caption[members]
+            row = rows[picture[members]]
+            latents, text = data.inputs(row, flip[members], caption[members])
             batch = Batch(
-                latents=data.latents[row, flip[members]],
-                text=data.text[text],
+                latents=latents,
+                text=text,
                 row_id=data.row_ids[row],
                 flip=flip[members].astype(np.int32),
                 caption=caption[members].astype(np.int32),

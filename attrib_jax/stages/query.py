@@ -12,10 +12,12 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from attrib_jax.convert.pipeline import Pipeline, encode_text, latent_size, prompt_report, tokenize
-from attrib_jax.core.checks import check_choice, check_positive, check_range
+from attrib_jax.core.checks import check_choice, check_finite, check_positive, check_range
 from attrib_jax.core.keys import purpose_key
+from attrib_jax.data.latents import open_npy
 from attrib_jax.diffusion.losses import Predict
 from attrib_jax.diffusion.samplers import SAMPLERS, sample
+from attrib_jax.stages.encode import picture_size
 
 _log = logging.getLogger(__name__)
 
@@ -27,6 +29,8 @@ class Query:
     Attributes:
       prompt: its caption.
       image: path of a picture, or (H, W, 3) uint8; None generates one from the prompt.
+      latents: (h, w, c), multiplied by the scaling factor, instead of a picture; None otherwise.
+      text: (L, d) text states instead of those of the prompt; None encodes the prompt.
       seed: of the initial noise of a generated picture.
       guidance_scale: weight of classifier-free guidance.
       sampler: `ddim` or `ddpm`.
@@ -35,12 +39,18 @@ class Query:
 
     prompt: str
     image: str | os.PathLike | np.ndarray | None = None
+    latents: np.ndarray | None = None
+    text: np.ndarray | None = None
     seed: int = 0
     guidance_scale: float = 7.5
     sampler: str = "ddim"
     sampler_steps: int = 50
 
     def __post_init__(self):
+        if self.image is not None and self.latents is not None:
+            raise ValueError("the query has a picture and latents; give one of them")
+        if self.text is not None and self.latents is None and self.image is None:
+            raise ValueError("the query has text states but no picture or latents; give one of them too")
         check_range("seed", self.seed, 0, 2**32 - 1, integer=True)
         check_range("guidance_scale", self.guidance_scale, 0)
         check_choice("sampler", self.sampler, SAMPLERS)
@@ -74,14 +84,48 @@ def prepare_query(pipeline: Pipeline, predict: Predict, query: Query) -> Prepare
       ValueError: the picture is no image, or the sampler cannot run with these steps.
       FileNotFoundError: the picture does not exist.
     """
-    notes = prompt_notes(pipeline, query.prompt)
-    if query.image is None:
+    notes = () if query.text is not None else prompt_notes(pipeline, query.prompt)
+    if query.latents is not None:
+        latents = _given("latents", query.latents, (*latent_size(pipeline), pipeline.unet.config.in_channels))[None]
+        image = decode(pipeline, latents)[0]
+    elif query.image is None:
         latents = generate(pipeline, predict, [query.prompt], [query.seed], query)
         image = decode(pipeline, latents)[0]
     else:
         image, latents = _encode_picture(pipeline, query.image)
-    text = _text_states(pipeline, [query.prompt])[0]
+    if query.text is not None:
+        text = _given("text", query.text, (None, pipeline.unet.config.cross_attention_dim))
+    else:
+        text = _text_states(pipeline, [query.prompt])[0]
     return PreparedQuery(image, np.asarray(latents[0]), np.asarray(text), notes)
+
+
+def _given(name: str, array: Any, shape: tuple[int | None, ...]) -> np.ndarray:
+    array = np.asarray(array, np.float32)
+    if array.ndim != len(shape) or any(size not in (None, given) for size, given in zip(shape, array.shape)):
+        expected = ", ".join("any" if size is None else str(size) for size in shape)
+        raise ValueError(f"the query's {name} have shape {array.shape}; the model takes ({expected})")
+    check_finite(f"the query's {name}", array)
+    return array
+
+
+def read_stored_query(latents: str | os.PathLike, text: str | os.PathLike | None, index: int) -> dict[str, Any]:
+    """The fields `latents` and `text` of a `Query` from numpy files as METHOD.md section 9 has them.
+
+    Args:
+      latents: (Q, c, h, w), multiplied by the scaling factor.
+      text: (Q, captions, L, d), of which the first caption is taken; None for none.
+      index: of the query.
+
+    Raises ValueError for a damaged file, another shape or an index outside it; FileNotFoundError for a missing one.
+    """
+    arrays = {"latents": open_npy(latents)} | ({} if text is None else {"text": open_npy(text)})
+    for name, array in arrays.items():
+        if array.ndim != 4:
+            raise ValueError(f"query {name} have shape {array.shape}; expected four axes, the queries first")
+        check_range("query_index", index, 0, len(array) - 1, integer=True)
+    fields = {"latents": np.moveaxis(arrays["latents"][index], 0, -1)}
+    return fields | ({} if text is None else {"text": arrays["text"][index, 0]})
 
 
 def prompt_notes(pipeline: Pipeline, prompt: str) -> tuple[str, ...]:
@@ -176,7 +220,7 @@ def read_picture(path: str | os.PathLike, height: int, width: int) -> np.ndarray
 
 
 def _encode_picture(pipeline: Pipeline, image: Any) -> tuple[np.ndarray, np.ndarray]:
-    height, width = (size * pipeline.vae.config.downscale for size in latent_size(pipeline))
+    height, width = picture_size(pipeline)
     if not isinstance(image, np.ndarray):
         image = read_picture(image, height, width)
     if image.shape != (height, width, 3) or image.dtype != np.uint8:

@@ -119,7 +119,7 @@ def train(workdir: str | os.PathLike, dataset: Dataset, config: TrainConfig, dty
     inputs = {"dataset": fingerprint, "autoencoder": params_fingerprint(vae_params)}
     stage = open_stage(workdir, "diffusion", diffusion, inputs)
     folder = stage.path
-    latents = encode_images(folder, dataset, vae, vae_params)
+    latents = np.asarray(encode_images(folder, dataset, vae, vae_params))
     # One scale for all latents, so that they have the unit variance that the noise schedule expects.
     vae = AutoencoderKL(dataclasses.replace(vae.config, scaling_factor=float(1.0 / latents.std())))
     pipeline = _train_diffusion(folder, dataset, config, vae, vae_params, latents * vae.config.scaling_factor)

@@ -33,9 +33,9 @@ def workdir(tmp_path_factory):
 
 @pytest.fixture
 def command(model, workdir, monkeypatch, capsys):
-    real = attribute.open_dataset
+    real = common.open_dataset
     monkeypatch.setattr(
-        attribute, "open_dataset", lambda name, folder: make_dataset() if name == "openmoji" else real(name, folder)
+        common, "open_dataset", lambda name, *a, **k: make_dataset() if name == "openmoji" else real(name, *a, **k)
     )
 
     def run(*arguments, settings=SETTINGS):
@@ -144,16 +144,17 @@ def test_prompt_too_long_and_of_unknown_words_says_so(command, caplog):
 
 @pytest.mark.parametrize("file", sorted(Path("configs").glob("*.cfg")), ids=lambda file: file.stem)
 def test_flagfiles_parse(file):
-    command = "launch.train" if "train" in file.stem else "launch.attribute"
+    command = "launch.train" if file.stem.startswith(("train", "customize")) else "launch.attribute"
+    dataset = {"mscoco": "coco:data/coco", "abc": "latents:data/abc/laion"}.get(file.stem, "openmoji")
     script = f"import sys; from absl import flags; import {command}; flags.FLAGS(sys.argv); print(flags.FLAGS.dataset)"
     arguments = [sys.executable, "-c", script, f"--flagfile={file}"]
     result = subprocess.run(arguments, capture_output=True, text=True, check=False)
-    assert result.stdout.strip() == "openmoji", result.stderr
+    assert result.stdout.strip() == dataset, result.stderr
 
 
 def test_the_program_itself_ends_with_one_line_and_code_1(tmp_path):
     arguments = [sys.executable, "-m", "launch.attribute", "--model=nowhere", f"--workdir={tmp_path}", "--prompt=hat"]
     result = subprocess.run(arguments, capture_output=True, text=True, check=False)
     assert result.returncode == 1
-    assert result.stderr.strip().splitlines()[-1].startswith("error: model folder 'nowhere' does not exist")
+    assert result.stderr.strip().splitlines()[-1].startswith("error: model 'nowhere' does not exist")
     assert "Traceback" not in result.stderr

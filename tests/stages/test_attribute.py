@@ -61,7 +61,7 @@ def test_outputs(finished, dataset):
     assert rows[0]["caption"] == dataset.captions(int(np.searchsorted(dataset.row_ids, top.row_id[0])))[0]
     manifest = json.loads((result.folder / "manifest.json").read_text())
     assert manifest["settings"]["stride"] == 300 and manifest["flags"] == {"top_k": 5}
-    assert set(manifest["fingerprints"]) == {"model", "dataset"}
+    assert set(manifest["fingerprints"]) == {"model", "dataset", "encoding"}
     for name in ("report.html", "sheet.png", "query.png"):
         assert (result.folder / name).stat().st_size > 500
 

@@ -1,0 +1,103 @@
+"""Filling a store of one array: batches are read ahead, encoded on all devices, and written chunk by chunk."""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+from absl import flags
+
+from attrib_jax.runtime.chunks import ChunkStore
+from attrib_jax.runtime.joined import JoinedArray
+from attrib_jax.runtime.mesh import data_mesh, padded_tiles, replicate, shard_batch, tile_map
+from attrib_jax.runtime.progress import progress
+
+_MAX_ROWS_PER_CHUNK = 1024
+_CHUNK_BYTES = 2**26
+# Stores up to this size are checked whole whenever they are opened; chunks of larger ones when they are first used.
+_CHECKED_BYTES = 2**31
+
+
+def make_store(path: str | os.PathLike, field: str, shape: tuple[int, ...], dtype: str, num_rows: int) -> ChunkStore:
+    """A store of one field in `<path>/<field>/`, `shape` the shape of a row; its chunks have at most 64 MiB."""
+    row_bytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    rows = min(_MAX_ROWS_PER_CHUNK, max(1, _CHUNK_BYTES // row_bytes))
+    return ChunkStore(path, {field: (shape, np.dtype(dtype))}, num_rows, rows, name=field)
+
+
+def fill(
+    store: ChunkStore,
+    encode_tile: Callable[[Any, Any], jax.Array],
+    shared: Any,
+    read: Callable[[np.ndarray], tuple[Any, dict[int, str]]],
+    tile: int,
+    description: str,
+    unit: str,
+    workers: int = 0,
+    store_skipped: Callable[[slice, dict[int, str]], None] | None = None,
+) -> JoinedArray:
+    """Computes the missing chunks of a store of one field and returns the whole, on disk.
+
+    Args:
+      store: from `make_store`.
+      encode_tile: `(shared, batch) -> (rows, ...)`, run on one tile on every device.
+      shared: what every device holds whole, such as parameters.
+      read: rows (R,) of a tile on all devices -> the batch, leaves (R, ...), and the reasons of rows that could not be
+        read, which are stored as zeros. Called from several threads or, with `workers`, processes.
+      tile: rows that one device takes at a time.
+      description, unit: of the progress bar.
+      workers: processes that read; 0 for threads of this one.
+      store_skipped: called with the rows of a chunk and its reasons, before the chunk is written.
+    """
+    ((field, (shape, dtype)),) = store.fields.items()
+    small = store.num_rows * int(np.prod(shape)) * dtype.itemsize <= _CHECKED_BYTES
+    missing = list(store.missing()) if small else store.absent()
+    if not missing:
+        return store.array(field)
+    mesh = data_mesh()
+    run = tile_map(mesh, encode_tile)
+    shared = replicate(mesh, shared)
+    # Tiles never reach over the end of a chunk, so that a resumed run has the tiles of an uninterrupted one.
+    tiles, counts = [], {}
+    for chunk in missing:
+        rows = np.arange(store.num_rows)[store.rows(chunk)]
+        cut, _ = padded_tiles(len(rows), tile * mesh.size)
+        tiles.extend(rows[cut])
+        counts[chunk] = len(cut)
+    batches = grain.MapDataset.source(tiles).map(read)
+    batches = batches.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4))
+    if workers:
+        if not flags.FLAGS.is_parsed():
+            # Grain's worker processes take its own flags from absl, which only programs of absl have parsed.
+            flags.FLAGS.mark_as_parsed()
+        batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+    reader = iter(batches)
+    done = store.num_rows - sum(store.rows(chunk).stop - store.rows(chunk).start for chunk in missing)
+    with progress(store.num_rows, description, unit, initial=done) as bar:
+        for chunk in missing:
+            rows, results, reasons = store.rows(chunk), [], {}
+            size = rows.stop - rows.start
+            for number in range(counts[chunk]):
+                batch, unreadable = next(reader)
+                results.append(run(shared, shard_batch(mesh, batch)))
+                reasons |= unreadable
+                bar.update(min(tile * mesh.size, size - number * tile * mesh.size))
+            values = np.concatenate([np.asarray(result) for result in results])[:size].astype(dtype)
+            _check_finite(values, store, description, dtype)
+            for row in reasons:
+                values[row - rows.start] = 0
+            if store_skipped is not None:
+                # Before the chunk: once that is there, nobody reads its pictures again.
+                store_skipped(rows, reasons)
+            store.write(chunk, {field: values})
+    return store.array(field)
+
+
+def _check_finite(values: np.ndarray, store: ChunkStore, description: str, dtype: np.dtype) -> None:
+    if not np.isfinite(values).all():
+        raise ValueError(
+            f"{description} gives NaN or infinity as {dtype.name}: look for a damaged model, or keep float32 "
+            f"(stored in {store.path})"
+        )

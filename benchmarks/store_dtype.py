@@ -1,0 +1,50 @@
+"""What latents and text states stored in float16 do to scores.
+
+python -m benchmarks.store_dtype --model=models/openmoji --workdir=runs/store_dtype
+"""
+
+from pathlib import Path
+
+import numpy as np
+import scipy.stats
+from absl import flags
+
+from attrib_jax.data.sources import ArrayDataset
+from attrib_jax.runtime.stages import lock
+from attrib_jax.stages.attribute import AttributeConfig, Attributor
+from attrib_jax.stages.encode import STORE_DTYPES, EncodeConfig
+from attrib_jax.stages.query import Query
+from attrib_jax.stages.root import StageRoot
+from launch import common
+
+_ROWS = flags.DEFINE_integer("rows", 1000, "Random training pictures to score.", lower_bound=100)
+_FISHER = flags.DEFINE_string(
+    "fisher", "models/openmoji/stages/fisher/cross-attn-kv-16384-seed0", "Fisher information, the same for both."
+)
+_PROMPTS = flags.DEFINE_list("prompts", ["woman astronaut", "handshake light skin tone"], "Queries.")
+
+
+def main():
+    common.require(workdir=common.WORKDIR.value)
+    pipeline, whole = common.load_model(), common.load_dataset()
+    rows = np.sort(np.random.default_rng(0).permutation(len(whole))[: _ROWS.value])
+    images = np.stack([whole[int(row)].image for row in rows])
+    dataset = ArrayDataset(images, [whole.captions(int(row)) for row in rows], whole.row_ids[rows])
+    config = AttributeConfig(fisher=_FISHER.value, num_examples=len(whole))
+    print("| query | Spearman | top-100 overlap | largest difference / largest score |\n|---|---|---|---|")
+    for prompt in _PROMPTS.value:
+        query, scores = Query(prompt=prompt, guidance_scale=2.0), {}
+        for dtype in STORE_DTYPES:
+            workdir = Path(common.WORKDIR.value) / dtype
+            with lock(workdir):
+                attributor = Attributor(pipeline, dataset, StageRoot(workdir), EncodeConfig(dtype=dtype))
+                scores[dtype] = attributor.attribute(query, config).scores.score
+        full, half = (scores[dtype] for dtype in STORE_DTYPES)
+        spearman = scipy.stats.spearmanr(full, half).statistic
+        overlap = len(set(np.argsort(-full)[:100]) & set(np.argsort(-half)[:100])) / 100
+        difference = np.abs(half - full).max() / np.abs(full).max()
+        print(f"| {prompt} | {spearman:.6f} | {overlap:.2f} | {difference:.1e} |", flush=True)
+
+
+if __name__ == "__main__":
+    common.run(main)
