@@ -7,18 +7,11 @@ import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors.numpy
 
 from attrib_jax.convert.names import from_torch, name_table, to_torch, torch_name, torch_shape
 from attrib_jax.convert.tensors import LazyTensor, Tensor
-from attrib_jax.convert.weight_files import open_weights, write_weights
 
 _LISTED = 20  # names shown of each kind of mismatch
-
-
-def read_safetensors(path: str) -> dict[str, np.ndarray]:
-    """Name -> array in the file's own dtype: `open_weights` with every tensor read."""
-    return {name: tensor.read() for name, tensor in open_weights(path).items()}
 
 
 def abstract_params(module: Any, *inputs: Any) -> Any:
@@ -100,11 +93,3 @@ def _torch_leaf(path: str, leaf: Any, dtype: Any) -> LazyTensor:
             return to_torch(path, np.asarray(leaf).astype(dtype, copy=False))
 
     return LazyTensor(torch_shape(path, leaf.shape), dtype, load)
-
-
-def write_safetensors(state_dict: Mapping[str, Tensor], path: str) -> None:
-    """`write_weights`, or for arrays in memory safetensors' own writer, which takes NaNs too."""
-    if all(isinstance(tensor, np.ndarray) for tensor in state_dict.values()):
-        safetensors.numpy.save_file(dict(state_dict), path, metadata={"format": "pt"})
-    else:
-        write_weights(state_dict, path)

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file, save_file
 
 from attrib_jax.convert import pipeline as pipelines
-from attrib_jax.convert.state_dicts import read_safetensors, write_safetensors
 from tests.tiny_pipeline import CAPTIONS, MAX_LENGTH, make_torch_pipeline
 
 PARTS = ("unet", "vae", "text_encoder")
@@ -116,7 +116,7 @@ def test_saved_folder_opens_in_diffusers_with_the_same_weights(ours, theirs, tmp
 
 def test_text_encoder_is_saved_under_the_published_names(ours, tmp_path):
     pipelines.save_pipeline(ours, str(tmp_path / "saved"))
-    names = read_safetensors(str(tmp_path / "saved/text_encoder/model.safetensors"))
+    names = load_file(str(tmp_path / "saved/text_encoder/model.safetensors"))
     assert all(name.startswith("text_model.") for name in names)
 
 
@@ -137,7 +137,7 @@ def test_round_trip_is_exact(ours, tmp_path):
 def test_half_precision_export_is_rounded_once_and_read_as_float32(ours, tmp_path):
     path = str(tmp_path / "half")
     pipelines.save_pipeline(ours, path, dtype=jnp.float16)
-    assert {x.dtype.name for x in read_safetensors(f"{path}/{UNET_FILE}").values()} == {"float16"}
+    assert {x.dtype.name for x in load_file(f"{path}/{UNET_FILE}").values()} == {"float16"}
     half = pipelines.load_pipeline(path)
     rounded = jax.tree.map(lambda x: np.asarray(x).astype(np.float16).astype(np.float32), ours.params)
     jax.tree.map(np.testing.assert_array_equal, half.params, rounded)
@@ -225,18 +225,18 @@ def test_truncated_file_is_named(copy, file):
 
 
 def test_nan_in_the_weights_is_named(copy):
-    state = read_safetensors(str(copy / UNET_FILE))
+    state = load_file(str(copy / UNET_FILE))
     name = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight"
     state[name] = np.where(np.arange(32) == 5, np.nan, state[name]).astype(np.float32)
-    write_safetensors(state, str(copy / UNET_FILE))
+    save_file(state, str(copy / UNET_FILE))
     with pytest.raises(ValueError, match=f"{UNET_FILE}: tensor {name} holds a NaN"):
         pipelines.load_pipeline(str(copy))
 
 
 def test_missing_and_extra_tensors_are_listed(copy):
-    state = read_safetensors(str(copy / UNET_FILE))
+    state = load_file(str(copy / UNET_FILE))
     state["other.weight"] = state.pop("conv_in.weight")
-    write_safetensors(state, str(copy / UNET_FILE))
+    save_file(state, str(copy / UNET_FILE))
     with pytest.raises(ValueError, match=r"1 missing:\n  conv_in\.weight (?s:.)*1 unexpected:\n  other\.weight"):
         pipelines.load_pipeline(str(copy))
 
@@ -245,10 +245,10 @@ def test_old_autoencoder_names_load(copy, ours):
     path = str(copy / "vae/diffusion_pytorch_model.safetensors")
     renames = {"to_q.": "query.", "to_k.": "key.", "to_v.": "value.", "to_out.0.": "proj_attn."}
     state = {}
-    for name, array in read_safetensors(path).items():
+    for name, array in load_file(path).items():
         for new, old in renames.items():
             name = name.replace(new, old)
         state[name] = array
     assert any("proj_attn" in name for name in state)
-    write_safetensors(state, path)
+    save_file(state, path)
     jax.tree.map(np.testing.assert_array_equal, pipelines.load_pipeline(str(copy)).params["vae"], ours.params["vae"])
