@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from attrib_jax.convert.adapters import apply_custom_diffusion
 from attrib_jax.convert.lora import merge_lora
-from attrib_jax.convert.pipeline import Pipeline, load_pipeline, replace_unet
+from attrib_jax.convert.pipeline import Pipeline, load_pipeline
 from attrib_jax.convert.tokens import add_tokens, read_token_file
 
 
@@ -59,9 +59,9 @@ def load_model(source: ModelSource, dtype: Any = jnp.float32) -> Pipeline:
         variant=source.variant,
         tokenizer=source.tokenizer,
         prediction_type=source.prediction_type,
+        unet=source.unet,
+        unet_config=source.unet_config,
     )
-    if source.unet is not None:
-        pipeline = replace_unet(pipeline, source.unet, source.unet_config, dtype)
     if source.custom_diffusion is not None:
         pipeline = apply_custom_diffusion(pipeline, source.custom_diffusion)
     for file in source.tokens:

@@ -79,6 +79,8 @@ def load_pipeline(
     variant: str | None = None,
     tokenizer: str | None = None,
     prediction_type: str | None = None,
+    unet: str | None = None,
+    unet_config: str | Mapping[str, Any] | None = None,
 ) -> Pipeline:
     """Reads a Stable Diffusion pipeline: a diffusers folder, a Hugging Face id, or a single-file checkpoint.
 
@@ -92,6 +94,7 @@ def load_pipeline(
       variant: of the weight files, such as "fp16". None takes full precision, or `fp16` where nothing else is there.
       tokenizer: a tokenizer folder, or a pipeline folder with one, in place of the model's own.
       prediction_type: "epsilon" or "v_prediction", in place of what the scheduler's config says.
+      unet, unet_config: another UNet and its config, as for `replace_unet`; a folder's own is then not read.
 
     Raises:
       FileNotFoundError: the model, or files in it, are missing; all of them are listed.
@@ -103,7 +106,8 @@ def load_pipeline(
             raise ValueError(f"variant is {variant!r}, but {path} is one file; only a folder has variants")
         from attrib_jax.convert.single_file import load_single_file  # which builds on this module
 
-        return load_single_file(path, tokenizer, prediction_type, dtype)
+        pipeline = load_single_file(path, tokenizer, prediction_type, dtype)
+        return pipeline if unet is None else replace_unet(pipeline, unet, unet_config, dtype)
     weights = check_folder(path, variant, needs_tokenizer=tokenizer is None)
     scheduler = read_json(os.path.join(path, "scheduler", SCHEDULER_CONFIG))
     if prediction_type is not None:
@@ -112,7 +116,13 @@ def load_pipeline(
     modules = {part: _MODULES[part](read_config(os.path.join(path, part))) for part in weights}
     length = modules["text_encoder"].config.max_position_embeddings
     loaded_tokenizer = load_tokenizer(os.path.join(path, "tokenizer") if tokenizer is None else tokenizer, length)
+    if unet is not None:
+        del weights["unet"]
+        modules["unet"], unet_params = load_unet(unet, unet_config, dtype)
+        schedule = _schedule_of(unet_config) or schedule
     params = {part: _load_part(part, modules[part], weights[part], dtype) for part in weights}
+    if unet is not None:
+        params["unet"] = unet_params
     return Pipeline(**modules, tokenizer=loaded_tokenizer, schedule=schedule, params=params)
 
 
@@ -152,9 +162,13 @@ def replace_unet(
     Raises FileNotFoundError and ValueError as `load_unet`; ValueError if the UNet does not fit the other parts.
     """
     unet, params = load_unet(path, config, dtype)
-    scheduler = None if config is None else named_config(config).scheduler
-    schedule = pipeline.schedule if scheduler is None else NoiseSchedule.from_config(scheduler)
+    schedule = _schedule_of(config) or pipeline.schedule
     return dataclasses.replace(pipeline, unet=unet, schedule=schedule, params=pipeline.params | {"unet": params})
+
+
+def _schedule_of(config: str | Mapping[str, Any] | None) -> NoiseSchedule | None:
+    scheduler = None if config is None else named_config(config).scheduler
+    return None if scheduler is None else NoiseSchedule.from_config(scheduler)
 
 
 _MODULES = {

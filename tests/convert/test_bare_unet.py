@@ -75,3 +75,21 @@ def test_a_unet_of_other_widths_is_refused(ours, tmp_path):
     write_weights(state_dict_of(zeros), tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="the parts do not fit: unet cross_attention_dim is 48"):
         pipelines.replace_unet(ours, str(tmp_path / "model.safetensors"), wide.to_dict())
+
+
+def test_loading_with_another_unet_reads_only_that_one(monkeypatch, tmp_path):
+    folder = tmp_path / "base"
+    make_torch_pipeline(str(folder))
+    other = tmp_path / "other"
+    make_torch_pipeline(str(other), seed=1)
+    base = pipelines.load_pipeline(str(folder))
+    unet = str(other / "unet" / "diffusion_pytorch_model.safetensors")
+    config = {"unet": base.unet.config.to_dict(), "scheduler": {"_class_name": "DDPMScheduler", "beta_end": 0.03}}
+    expected = pipelines.replace_unet(base, unet, config)
+    opened = []
+    open_weights = pipelines.open_weights
+    monkeypatch.setattr(pipelines, "open_weights", lambda path: (opened.append(str(path)), open_weights(path))[1])
+    loaded = pipelines.load_pipeline(str(folder), unet=unet, unet_config=config)
+    assert len(opened) == 3 and unet in opened
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, expected.params)
+    np.testing.assert_array_equal(loaded.schedule.alphas_cumprod, expected.schedule.alphas_cumprod)
