@@ -44,13 +44,13 @@ DATASET = flags.DEFINE_string(
     "Training data set: openmoji, tfds:NAME[:SPLIT], folder:PATH, coco:PATH, webdataset:PATH or latents:PATH.",
 )
 DATA_DIR = flags.DEFINE_string("data_dir", None, "Where prepared data sets are kept; TFDS's default if not given.")
-_EXEMPLARS = flags.DEFINE_string("exemplars", None, "Data set (as --dataset) put before it: a customised model's own.")
+EXEMPLARS = flags.DEFINE_string("exemplars", None, "Data set (as --dataset) put before it: a customised model's own.")
 _IMAGES = flags.DEFINE_string("images", None, "Data set (as --dataset) whose pictures are shown for latents:PATH.")
 LATENTS_SCALED = flags.DEFINE_boolean(
     "latents_scaled", True, "Latents given as files are multiplied by the scaling factor already."
 )
 _IMAGE_KEY = flags.DEFINE_string("image_key", None, "Picture feature of a tfds: data set, where it has several.")
-_CAPTION_KEY = flags.DEFINE_string("caption_key", None, "Caption feature or column, where the usual names do not fit.")
+CAPTION_KEY = flags.DEFINE_string("caption_key", None, "Caption feature or column, where the usual names do not fit.")
 _STORE_DTYPE = flags.DEFINE_string("store_dtype", "float32", "Of stored latents and text states: float32 or float16.")
 _POSTERIOR = flags.DEFINE_string("posterior", "mean", "Latents: the autoencoder's `mean`, or one seeded `sample`.")
 _ENCODE_SEED = flags.DEFINE_integer("encode_seed", 0, "Seed of --posterior=sample.")
@@ -121,21 +121,22 @@ def load_model() -> Pipeline:
     return assemble.load_model(source)
 
 
+def open_source(name: str, resolution: int | None = None, **keys: str | None) -> Dataset:
+    """A data set by name, in --data_dir."""
+    return open_dataset(name, DATA_DIR.value, resolution=resolution, **keys)
+
+
 def load_dataset(resolution: int | None = None) -> Dataset:
     """The data set of --dataset and the flags that go with it, its pictures at `resolution` (native if None)."""
-
-    def open_source(name: str, **keys: str | None) -> Dataset:
-        return open_dataset(name, DATA_DIR.value, resolution=resolution, **keys)
-
-    keys = {"image_key": _IMAGE_KEY.value, "caption_key": _CAPTION_KEY.value}
+    keys = {"image_key": _IMAGE_KEY.value, "caption_key": CAPTION_KEY.value}
     if DATASET.value.startswith(_LATENTS):
-        images = None if _IMAGES.value is None else open_source(_IMAGES.value, **keys)
+        images = None if _IMAGES.value is None else open_source(_IMAGES.value, resolution, **keys)
         dataset = open_latents(DATASET.value.removeprefix(_LATENTS), images, LATENTS_SCALED.value)
     elif _IMAGES.value is not None:
         raise ValueError(f"images is {_IMAGES.value!r}, but {DATASET.value!r} has its own; it goes with latents:PATH")
     else:
-        dataset = open_source(DATASET.value, **keys)
-    return dataset if _EXEMPLARS.value is None else concatenate(open_source(_EXEMPLARS.value), dataset)
+        dataset = open_source(DATASET.value, resolution, **keys)
+    return dataset if EXEMPLARS.value is None else concatenate(open_source(EXEMPLARS.value, resolution), dataset)
 
 
 def encode_config() -> EncodeConfig:

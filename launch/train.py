@@ -4,11 +4,12 @@ python -m launch.train --flagfile=configs/train_openmoji.cfg
 python -m launch.train --flagfile=configs/customize_openmoji.cfg
 """
 
+import functools
+
 from absl import flags
 
 from attrib_jax.convert.adapters import apply_custom_diffusion
 from attrib_jax.convert.pipeline import save_pipeline
-from attrib_jax.data.sources import Dataset, open_dataset
 from attrib_jax.runtime.stages import lock
 from attrib_jax.stages.customize import CustomizeConfig, customize
 from attrib_jax.stages.encode import picture_resolution
@@ -100,8 +101,7 @@ def _scratch():
 
 
 def _customize():
-    exemplars = flags.FLAGS.exemplars
-    common.require(model=common.MODEL.value, exemplars=exemplars, initializer_token=_INITIALIZER.value)
+    common.require(model=common.MODEL.value, exemplars=common.EXEMPLARS.value, initializer_token=_INITIALIZER.value)
     config = CustomizeConfig(
         initializer_token=_INITIALIZER.value,
         token=_TOKEN.value,
@@ -115,19 +115,17 @@ def _customize():
         checkpoint_every=_EVERY.value,
     )
     pipeline = common.load_model()
-    resolution = picture_resolution(pipeline)
-    prior = None if _PRIOR.value is None else _open(_PRIOR.value, resolution)
+    open_source = functools.partial(
+        common.open_source, resolution=picture_resolution(pipeline), caption_key=common.CAPTION_KEY.value
+    )
+    exemplars, prior = (name and open_source(name) for name in (common.EXEMPLARS.value, _PRIOR.value))
     with lock(common.WORKDIR.value):
-        folder = customize(common.WORKDIR.value, pipeline, _open(exemplars, resolution), config, prior)
+        folder = customize(common.WORKDIR.value, pipeline, exemplars, config, prior)
         if _SAVE.value:
             model = folder.with_name("model")
             save_pipeline(apply_custom_diffusion(pipeline, str(folder)), str(model), overwrite=model.exists())
             print(f"model: {model}")
     print(f"weights and token: {folder}")
-
-
-def _open(name: str, resolution: int) -> Dataset:
-    return open_dataset(name, common.DATA_DIR.value, resolution=resolution, caption_key=flags.FLAGS.caption_key)
 
 
 def _given(flag: flags.FlagHolder, default: float) -> float:

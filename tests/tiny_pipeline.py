@@ -51,15 +51,7 @@ def make_torch_pipeline(path, seed: int = 0, prediction_type: str = "epsilon") -
             attention_head_dim=4,
             norm_num_groups=8,
         ),
-        scheduler=diffusers.DDIMScheduler(
-            beta_start=0.00085,
-            beta_end=0.012,
-            beta_schedule="scaled_linear",
-            prediction_type=prediction_type,
-            clip_sample=False,
-            set_alpha_to_one=False,
-            steps_offset=1,
-        ),
+        scheduler=make_scheduler(prediction_type),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -69,6 +61,19 @@ def make_torch_pipeline(path, seed: int = 0, prediction_type: str = "epsilon") -
     pipeline.save_pretrained(path)
     save_tokenizer(tokenizer, f"{path}/tokenizer")
     return pipeline
+
+
+def make_scheduler(prediction_type: str) -> diffusers.DDIMScheduler:
+    """The noise schedule of Stable Diffusion."""
+    return diffusers.DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type=prediction_type,
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
 
 
 def randomise(module: torch.nn.Module) -> None:

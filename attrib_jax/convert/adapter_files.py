@@ -1,7 +1,7 @@
 """What the readers and writers of small adapter files share: Custom Diffusion weights, learnt tokens, LoRA."""
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -10,8 +10,6 @@ import numpy as np
 from attrib_jax.convert.tensors import LazyTensor
 from attrib_jax.convert.torch_files import open_torch
 from attrib_jax.convert.weight_files import open_weights, write_weights
-
-_LISTED = 20  # names shown of each kind of problem
 
 
 def open_adapter(path: str) -> tuple[dict[str, LazyTensor], dict[str, Any]]:
@@ -92,15 +90,3 @@ def pick_file(path: str, names: Sequence[str]) -> str:
     if len(found) > 1:
         raise ValueError(f"folder {path} holds {' and '.join(found)}; give the path of the one to use")
     return os.path.join(path, found[0])
-
-
-def raise_problems(summary: str, problems: Mapping[str, Iterable[str]]) -> None:
-    """Raises ValueError that lists the names of every kind of problem that has any; returns if none has."""
-    parts = []
-    for kind, names in problems.items():
-        names = sorted(names)
-        if names:
-            more = [f"and {len(names) - _LISTED} more"] if len(names) > _LISTED else []
-            parts.append("\n  ".join([f"{len(names)} {kind}:", *names[:_LISTED], *more]))
-    if parts:
-        raise ValueError("\n".join([summary, *parts]))

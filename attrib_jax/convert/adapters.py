@@ -19,7 +19,6 @@ from attrib_jax.convert.adapter_files import (
     check_finite_as,
     open_adapter,
     pick_file,
-    raise_problems,
     read_floats,
     write_adapter,
 )
@@ -34,6 +33,7 @@ from attrib_jax.convert.tokens import (
     token_vectors,
     write_token_file,
 )
+from attrib_jax.core.checks import raise_problems
 from attrib_jax.core.weights import flatten_names, unflatten_names
 
 _log = logging.getLogger(__name__)

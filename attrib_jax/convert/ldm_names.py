@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from attrib_jax.convert.tensors import LazyTensor, Tensor
+from attrib_jax.core.checks import raise_problems
 from attrib_jax.models.clip import CLIPTextConfig
 from attrib_jax.models.unet import UNetConfig
 from attrib_jax.models.vae import AutoencoderKLConfig
@@ -70,7 +71,6 @@ _UNUSED = {
         r"|cond_stage_model\.transformer\.text_model\.embeddings\.position_ids"
     ),
 }
-_LISTED = 20  # names shown of each kind of mismatch
 
 
 class Stored(NamedTuple):
@@ -182,13 +182,10 @@ def check_names(
             unused[kind] += 1
     for kind, count in sorted(unused.items()):
         _log.info("%s: left out %d tensors: %s", source, count, kind)
-    problems = []
-    for kind, names in (("missing", wanted - shapes.keys()), ("unexpected", unexpected)):
-        if names:
-            more = [f"and {len(names) - _LISTED} more"] if len(names) > _LISTED else []
-            problems.append("\n  ".join([f"{len(names)} {kind}:", *sorted(names)[:_LISTED], *more]))
-    if problems:
-        raise ValueError("\n".join([f"{source} does not hold a Stable Diffusion 1 or 2 model:", *problems]))
+    raise_problems(
+        f"{source} does not hold a Stable Diffusion 1 or 2 model:",
+        {"missing": wanted - shapes.keys(), "unexpected": unexpected},
+    )
 
 
 def unpack(state: Mapping[str, Tensor], table: Mapping[str, Stored], source: str) -> dict[str, LazyTensor]:

@@ -21,12 +21,12 @@ from attrib_jax.convert.adapter_files import (
     is_safetensors,
     open_adapter,
     pick_file,
-    raise_problems,
     read_floats,
 )
 from attrib_jax.convert.names import from_torch, name_table, torch_shape
 from attrib_jax.convert.pipeline import Pipeline
 from attrib_jax.convert.tensors import LazyTensor
+from attrib_jax.core.checks import raise_problems
 from attrib_jax.core.weights import flatten_names, unflatten_names
 
 _log = logging.getLogger(__name__)

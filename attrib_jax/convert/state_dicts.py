@@ -10,8 +10,7 @@ import numpy as np
 
 from attrib_jax.convert.names import from_torch, name_table, to_torch, torch_name, torch_shape
 from attrib_jax.convert.tensors import LazyTensor, Tensor
-
-_LISTED = 20  # names shown of each kind of mismatch
+from attrib_jax.core.checks import raise_problems
 
 
 def abstract_params(module: Any, *inputs: Any) -> Any:
@@ -67,14 +66,10 @@ def _check_names(state_dict: Mapping[str, Tensor], expected: dict[str, tuple[int
         for name in expected
         if name in state_dict and not jnp.issubdtype(state_dict[name].dtype, jnp.floating)
     ]
-    problems = []
-    kinds = ("missing", missing), ("unexpected", unexpected), ("misshaped", misshaped), ("not floating-point", mistyped)
-    for kind, names in kinds:
-        if names:
-            more = [f"and {len(names) - _LISTED} more"] if len(names) > _LISTED else []
-            problems.append("\n  ".join([f"{len(names)} {kind}:", *sorted(names)[:_LISTED], *more]))
-    if problems:
-        raise ValueError("\n".join([f"{source} does not fit the model that its config describes:", *problems]))
+    raise_problems(
+        f"{source} does not fit the model that its config describes:",
+        {"missing": missing, "unexpected": unexpected, "misshaped": misshaped, "not floating-point": mistyped},
+    )
 
 
 def state_dict_of(params: Any, dtype: Any = None) -> dict[str, LazyTensor]:

@@ -174,6 +174,17 @@ def tokenize_prompts(tokenizer: Any, prompts: Sequence[str]) -> np.ndarray:
     return np.asarray(encoded["input_ids"], np.int32)
 
 
+def tokenize_captions(tokenizer: Any, captions: Sequence[Sequence[str]]) -> tuple[np.ndarray, np.ndarray]:
+    """The captions of N pictures, each with one or more -> input_ids (N, most captions, L) int32 and their number (N,).
+
+    A picture with fewer captions repeats its first one.
+    """
+    most = max(map(len, captions))
+    padded = [text for row in captions for text in [*row, *[row[0]] * (most - len(row))]]
+    input_ids = tokenize_prompts(tokenizer, padded).reshape(len(captions), most, -1)
+    return input_ids, np.array([len(row) for row in captions], np.int32)
+
+
 def inspect_prompt(tokenizer: Any, prompt: str) -> PromptReport:
     """Says what `tokenizer` keeps of `prompt`, what it cuts, and which words it does not know whole."""
     # The length is set only because transformers warns about a long prompt where there is none.

@@ -9,11 +9,12 @@ import os
 import secrets
 import threading
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
+from attrib_jax.convert.folders import read_json
 from attrib_jax.convert.tensors import LazyTensor, Tensor, dtype_of
 from attrib_jax.convert.torch_files import open_torch
 
@@ -94,8 +95,30 @@ def _damaged(path: str, why: Any) -> ValueError:
     return ValueError(f"{path} is truncated or no safetensors file ({why}); copy or download it again")
 
 
+class Place(NamedTuple):
+    """Where a tensor lies in a safetensors file: its type and shape, and the offset of its first byte."""
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+
 def _open_safetensors(path: str) -> dict[str, LazyTensor]:
     file = _File(path)
+    _, places = _read_header(file)
+    return {name: _tensor(file, place) for name, place in places.items()}
+
+
+def safetensors_layout(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Place]]:
+    """The metadata of a safetensors file, and where its tensors lie; nothing else is read.
+
+    Raises ValueError unless the tensors fill the file exactly, one after the other; OSError where it cannot be read.
+    """
+    return _read_header(_File(os.fspath(path)))
+
+
+def _read_header(file: _File) -> tuple[dict[str, Any], dict[str, Place]]:
+    path = file.path
     if file.size < 8:
         raise _damaged(path, f"it has {file.size} bytes")
     length = int.from_bytes(file.read(0, 8).tobytes(), "little")
@@ -107,13 +130,13 @@ def _open_safetensors(path: str) -> dict[str, LazyTensor]:
         raise _damaged(path, f"its header is not JSON: {error}") from error
     if not isinstance(header, dict):
         raise _damaged(path, "its header is no JSON object")
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", {})
     start = 8 + length
-    tensors, spans = {}, []
+    places, spans = {}, []
     for name, entry in header.items():
         dtype, shape, begin, end = _check_entry(path, name, entry)
         spans.append((begin, end, name))
-        tensors[name] = _tensor(file, start + begin, shape, dtype)
+        places[name] = Place(dtype, shape, start + begin)
     position = 0
     for begin, end, name in sorted(spans):
         if begin != position:
@@ -121,7 +144,7 @@ def _open_safetensors(path: str) -> dict[str, LazyTensor]:
         position = end
     if start + position != file.size:
         raise _damaged(path, f"its tensors end at byte {start + position}, the file at {file.size}")
-    return tensors
+    return metadata, places
 
 
 def _check_entry(path: str, name: str, entry: Any) -> tuple[np.dtype, tuple[int, ...], int, int]:
@@ -142,18 +165,14 @@ def _check_entry(path: str, name: str, entry: Any) -> tuple[np.dtype, tuple[int,
     return _TYPES[dtype], tuple(shape), begin, end
 
 
-def _tensor(file: _File, offset: int, shape: tuple[int, ...], dtype: np.dtype) -> LazyTensor:
+def _tensor(file: _File, place: Place) -> LazyTensor:
+    dtype, shape, offset = place
     nbytes = math.prod(shape) * dtype.itemsize
     return LazyTensor(shape, dtype, lambda: file.read(offset, nbytes).view(dtype).reshape(shape))
 
 
 def _open_index(path: str) -> dict[str, LazyTensor]:
-    try:
-        with open(path, encoding="utf-8") as file:
-            index = json.load(file)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged, it is not JSON ({error}); copy or download it again") from error
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f'{path} is no index of a sharded model: it has no "weight_map" of tensor and file names')
     for name, shard in weight_map.items():

@@ -3,11 +3,13 @@
 import difflib
 import math
 import numbers
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
+
+_LISTED = 20  # names shown of each kind of problem
 
 
 def check_range(name: str, value: float, low: float = -math.inf, high: float = math.inf, integer: bool = False) -> None:
@@ -62,3 +64,15 @@ def check_finite(name: str, tree: Any) -> None:
             f"{name} has values that are NaN or infinite: {', '.join(wrong)}. The file is damaged or the computation "
             "diverged: load another copy, or repeat it with a smaller step."
         )
+
+
+def raise_problems(summary: str, problems: Mapping[str, Iterable[str]]) -> None:
+    """Raises ValueError that lists the names of every kind of problem that has any; returns if none has."""
+    parts = []
+    for kind, names in problems.items():
+        names = sorted(names)
+        if names:
+            more = [f"and {len(names) - _LISTED} more"] if len(names) > _LISTED else []
+            parts.append("\n  ".join([f"{len(names)} {kind}:", *names[:_LISTED], *more]))
+    if parts:
+        raise ValueError("\n".join([summary, *parts]))

@@ -5,6 +5,7 @@ Either a workdir that `launch.encode` filled, or numpy files as the method's aut
 `<name>_text_embeddings.npy` (N, captions, tokens, width).
 """
 
+import abc
 import glob
 import hashlib
 import os
@@ -28,7 +29,7 @@ _BLOCK, _BLOCKS = 4096, 256
 ROWS_FILE = "rows.safetensors"
 
 
-class LatentsDataset:
+class LatentsDataset(abc.ABC):
     """Encoded pictures and captions on disk, memory-mapped; pictures to show come from another data set.
 
     Attributes, beside those of a `Dataset`:
@@ -71,8 +72,9 @@ class LatentsDataset:
         """Captions to show: those of `images`, or an empty one."""
         return ("",) if self.images is None else self.images.captions(int(self.positions[index]))
 
+    @abc.abstractmethod
     def fingerprint(self) -> str:
-        raise NotImplementedError
+        """sha256 of what decides the rows."""
 
 
 def open_latents(path: str | os.PathLike, images: Dataset | None = None, scaled: bool = True) -> LatentsDataset:

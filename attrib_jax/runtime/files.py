@@ -14,15 +14,9 @@ import numpy as np
 import safetensors.numpy
 from safetensors import SafetensorError
 
+from attrib_jax.convert.weight_files import safetensors_layout
+
 _TEMP_PREFIX = ".partial-"
-# The dtypes that `write_arrays` stores, as safetensors calls them.
-_DTYPES = {
-    "BOOL": np.dtype(np.bool_),
-    **{f"U{8 * size}": np.dtype(f"u{size}") for size in (1, 2, 4, 8)},
-    **{f"I{8 * size}": np.dtype(f"i{size}") for size in (1, 2, 4, 8)},
-    **{f"F{8 * size}": np.dtype(f"f{size}") for size in (2, 4, 8)},
-    "C64": np.dtype(np.complex64),
-}
 
 
 class StorageError(RuntimeError):
@@ -160,26 +154,14 @@ def map_arrays(path: str | os.PathLike, check: bool = True) -> dict[str, np.ndar
 
     `check` compares the content with its checksum first, through the maps. Raises as `read_arrays`.
     """
-    path = Path(path)
     try:
-        size = path.stat().st_size
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if length > size - 8:
-                raise ValueError(f"its header would be {length} bytes of {size}")
-            header = json.loads(file.read(length))
-        metadata = header.pop("__metadata__")
+        metadata, places = safetensors_layout(path)
         encoded, checksum = metadata["header"], int(metadata["crc32"])
-        arrays = {}
-        for name, entry in header.items():
-            dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
-            begin, end = entry["data_offsets"]
-            if end - begin != math.prod(shape) * dtype.itemsize or 8 + length + end > size:
-                raise ValueError(f"array {name} does not fit the file")
-            if begin == end:
-                arrays[name] = np.empty(shape, dtype)
-            else:
-                arrays[name] = np.memmap(path, dtype, "r", offset=8 + length + begin, shape=shape)
+        arrays = {
+            # An empty map cannot be made.
+            name: np.memmap(path, dtype, "r", offset, shape) if math.prod(shape) else np.empty(shape, dtype)
+            for name, (dtype, shape, offset) in places.items()
+        }
     except FileNotFoundError:
         raise
     except OSError as error:

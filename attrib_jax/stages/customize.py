@@ -23,6 +23,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from attrib_jax.convert.adapters import save_custom_diffusion
 from attrib_jax.convert.pipeline import Pipeline, encode_text, tokenize
+from attrib_jax.convert.tokenizer import tokenize_captions
 from attrib_jax.convert.tokens import add_tokens
 from attrib_jax.core.checks import check_finite, check_positive, check_range
 from attrib_jax.core.keys import purpose_key
@@ -40,6 +41,7 @@ from attrib_jax.runtime.progress import progress
 from attrib_jax.runtime.stages import open_stage
 from attrib_jax.stages.attribute import model_fingerprint
 from attrib_jax.stages.encode import encode_images, picture_size, read_skipped
+from attrib_jax.stages.fit import usable_devices
 
 _log = logging.getLogger(__name__)
 
@@ -219,11 +221,7 @@ def _encode(path: Path, pipeline: Pipeline, dataset: Dataset, captions: list, ra
     if not random_flips:
         # The loss draws one of the two at random: here both are the picture as it is.
         latents = np.repeat(latents[:, :1], 2, axis=1)
-    most = max(map(len, captions))
-    # Rows with fewer captions repeat their first; the loss draws among `num_captions` only.
-    padded = [text for row in captions for text in [*row, *[row[0]] * (most - len(row))]]
-    input_ids = tokenize(pipeline, padded).reshape(len(captions), most, -1)
-    return DiffusionBatch(latents, input_ids, np.array([len(row) for row in captions], np.int32))
+    return DiffusionBatch(latents, *tokenize_captions(pipeline.tokenizer, captions))
 
 
 def _train(path: Path, start: Pipeline, token_id: int, exemplars, prior, config: CustomizeConfig) -> dict[str, Any]:
@@ -232,9 +230,7 @@ def _train(path: Path, start: Pipeline, token_id: int, exemplars, prior, config:
     count = count_weights(selected)
     _log.info("fine-tuning %d matrices with %d values, and the token %s", *count, config.token)
     trained = {"unet": selected, "token": _embedding(start)[token_id]}
-    available = jax.local_devices()
-    usable = max(n for n in range(1, len(available) + 1) if config.batch_size % n == 0)
-    mesh = data_mesh(available[:usable])
+    mesh = data_mesh(jax.local_devices()[: usable_devices(config.batch_size, jax.local_device_count())])
     frozen = _Frozen(
         learning_rate=config.learning_rate,
         weight_decay=config.weight_decay,

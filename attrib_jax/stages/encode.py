@@ -137,16 +137,15 @@ def _encode_part(root, prefix: str, pipeline, inputs, dataset, config) -> Encode
     kept = np.setdiff1d(np.arange(len(dataset)), list(skipped))
     with root.stage(text_name, {}, inputs) as stage:
         text = _encode_captions(stage.path, pipeline, [caption for row in captions for caption in row], config)
-        # What `latents:WORKDIR` needs to know, for other models with the same encoders.
-        write_arrays(
-            stage.path / ROWS_FILE,
-            {"row_ids": dataset.row_ids[kept], "positions": kept, "first_caption": first_caption},
-            {
+        if not stage.finished:
+            # What `latents:WORKDIR` needs to know, for other models with the same encoders.
+            rows = {"row_ids": dataset.row_ids[kept], "positions": kept, "first_caption": first_caption}
+            header = {
                 "latents": [latents.shape[1:], latents.dtype.name],
                 "text": [text.shape[1:], text.dtype.name],
                 "encoders": encoder_fingerprints(pipeline, pipeline.text_encoder.config.vocab_size),
-            },
-        )
+            }
+            write_arrays(stage.path / ROWS_FILE, rows, header)
     if skipped:
         _log.warning(
             "%d of %d pictures of %s cannot be read and are left out, such as: %s. All are listed in %s.",
@@ -244,9 +243,10 @@ def encode_images(
         return jnp.stack(both, axis=1) * vae.config.scaling_factor
 
     def store_skipped(rows: slice, reasons: dict[int, str]) -> None:
-        kept = {row: why for row, why in read_skipped(path).items() if not rows.start <= row < rows.stop}
-        if reasons or len(kept) != len(read_skipped(path)):
-            write_json(Path(path) / _SKIPPED, {str(row): why for row, why in sorted((kept | reasons).items())})
+        stored = read_skipped(path)
+        listed = {row: why for row, why in stored.items() if not rows.start <= row < rows.stop} | reasons
+        if listed != stored:
+            write_json(Path(path) / _SKIPPED, {str(row): why for row, why in sorted(listed.items())})
 
     return fill(
         make_store(path, "latents", shape, config.dtype, len(dataset)),

@@ -66,7 +66,7 @@ def fit(path: str | os.PathLike, loss_fn: LossFn, params: Any, source: Any, conf
       config: see `FitConfig`.
       description: names the random stream ("train autoencoder") and the progress bar.
     """
-    mesh = data_mesh(jax.local_devices()[: _usable_devices(config.batch_size, jax.local_device_count())])
+    mesh = data_mesh(jax.local_devices()[: usable_devices(config.batch_size, jax.local_device_count())])
     optimizer = make_optimizer(config.learning_rate, config.warmup_steps, config.steps, config.weight_decay)
     state = replicate(mesh, init_state(params, optimizer))
     key = purpose_key(config.seed, description)
@@ -105,7 +105,7 @@ def fit(path: str | os.PathLike, loss_fn: LossFn, params: Any, source: Any, conf
         return jax.tree.map(np.asarray, state.ema)
 
 
-def _usable_devices(batch_size: int, available: int) -> int:
+def usable_devices(batch_size: int, available: int) -> int:
     """The most devices that share a batch evenly."""
     return max(count for count in range(1, available + 1) if batch_size % count == 0)
 

@@ -9,12 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
 
 from attrib_jax.convert.pipeline import Pipeline, encode_text, latent_size, prompt_report, tokenize
 from attrib_jax.core.checks import check_choice, check_finite, check_positive, check_range
 from attrib_jax.core.keys import purpose_key
 from attrib_jax.data.latents import open_npy
+from attrib_jax.data.pictures import read_picture
 from attrib_jax.diffusion.losses import Predict
 from attrib_jax.diffusion.samplers import SAMPLERS, sample
 from attrib_jax.stages.encode import picture_size
@@ -192,31 +192,6 @@ def decode(pipeline: Pipeline, latents: np.ndarray) -> np.ndarray:
     with jax.default_matmul_precision("highest"):
         images = _decode(pipeline.vae, pipeline.params["vae"], latents)
     return np.asarray(jnp.round(jnp.clip(images * 0.5 + 0.5, 0, 1) * 255)).astype(np.uint8)
-
-
-def read_picture(path: str | os.PathLike, height: int, width: int) -> np.ndarray:
-    """Reads any picture that Pillow reads -> (height, width, 3) uint8, transparency on white.
-
-    Resized with the bilinear filter so that the shorter side fits, then cropped in the centre.
-    """
-    try:
-        with Image.open(path) as opened:
-            opened.load()
-            picture = ImageOps.exif_transpose(opened).convert("RGBA")
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"query picture {os.fspath(path)!r} does not exist") from error
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(
-            f"query picture {os.fspath(path)!r} cannot be read as an image ({error}); give a PNG, JPEG or another "
-            "format that Pillow reads"
-        ) from error
-    white = Image.new("RGBA", picture.size, "white")
-    picture = Image.alpha_composite(white, picture).convert("RGB")
-    scale = max(height / picture.height, width / picture.width)
-    size = (max(width, round(picture.width * scale)), max(height, round(picture.height * scale)))
-    picture = picture.resize(size, Image.Resampling.BILINEAR)
-    left, top = (size[0] - width) // 2, (size[1] - height) // 2
-    return np.asarray(picture.crop((left, top, left + width, top + height)))
 
 
 def _encode_picture(pipeline: Pipeline, image: Any) -> tuple[np.ndarray, np.ndarray]:

@@ -13,7 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from attrib_jax.convert.pipeline import Pipeline, encode_text, save_pipeline
-from attrib_jax.convert.tokenizer import load_tokenizer, save_tokenizer, tokenize_prompts, train_tokenizer
+from attrib_jax.convert.tokenizer import (
+    load_tokenizer,
+    save_tokenizer,
+    tokenize_captions,
+    tokenize_prompts,
+    train_tokenizer,
+)
 from attrib_jax.core.fingerprint import params_fingerprint
 from attrib_jax.core.keys import purpose_key
 from attrib_jax.data.sources import Dataset
@@ -162,11 +168,7 @@ def _train_autoencoder(folder: Path, dataset: Dataset, config: TrainConfig) -> t
 def _train_diffusion(folder, dataset, config: TrainConfig, vae, vae_params, latents) -> Pipeline:
     captions = [dataset.captions(index) for index in range(len(dataset))]
     tokenizer = _tokenizer(folder / "tokenizer", [text for row in captions for text in row], config)
-    most = max(map(len, captions))
-    # Rows with fewer captions repeat their first; the loss draws among `num_captions` only.
-    padded = [text for row in captions for text in row + row[:1] * (most - len(row))]
-    input_ids = tokenize_prompts(tokenizer, padded).reshape(len(captions), most, -1)
-    num_captions = np.array([len(row) for row in captions], np.int32)
+    input_ids, num_captions = tokenize_captions(tokenizer, captions)
     empty_ids = jnp.asarray(tokenize_prompts(tokenizer, [""])[0])
 
     unet, text_encoder = _modules(config, vae.config, tokenizer)

@@ -4,7 +4,6 @@ import dataclasses
 import logging
 import sys
 
-import diffusers
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +18,7 @@ from attrib_jax.convert.adapters import apply_custom_diffusion, save_custom_diff
 from attrib_jax.convert.tokens import add_tokens, read_tokens
 from attrib_jax.core.weights import flatten_names, unflatten_names
 from tests.convert.outputs import relative_error, text_states, torch_text_states, torch_unet_output, unet_output
-from tests.tiny_pipeline import TEXT_WIDTH, make_torch_pipeline
+from tests.tiny_pipeline import TEXT_WIDTH
 
 WEIGHTS = "pytorch_custom_diffusion_weights"
 LAYERS = (
@@ -29,23 +28,6 @@ LAYERS = (
     "up_blocks.1.attentions.1.transformer_blocks.0",
 )
 PROMPTS = ["a <new1> heart", "<new1>", "a red heart"]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = str(tmp_path_factory.mktemp("models") / "torch")
-    make_torch_pipeline(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def ours(folder):
-    return pipelines.load_pipeline(folder)
-
-
-@pytest.fixture
-def theirs(folder):
-    return diffusers.StableDiffusionPipeline.from_pretrained(folder)
 
 
 def trained_processors(unet, train_q_out=False, seed=1):

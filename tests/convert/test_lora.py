@@ -4,7 +4,6 @@ import json
 import logging
 import math
 
-import diffusers
 import jax
 import numpy as np
 import pytest
@@ -13,11 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attrib_jax.convert import pipeline as pipelines
 from attrib_jax.convert.lora import merge_lora
 from attrib_jax.core.weights import flatten_names
 from tests.convert.outputs import relative_error, text_states, torch_text_states, torch_unet_output, unet_output
-from tests.tiny_pipeline import CAPTIONS, make_torch_pipeline
+from tests.tiny_pipeline import CAPTIONS
 
 RANK = 3
 BLOCKS = ("down_blocks.0.attentions.0.transformer_blocks.0", "mid_block.attentions.0.transformer_blocks.0")
@@ -27,23 +25,6 @@ TEXT = tuple(
     f"text_model.encoder.layers.{i}.self_attn.{x}" for i in (0, 1) for x in ("q_proj", "k_proj", "v_proj", "out_proj")
 )
 OLD_TEXT = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out"}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = str(tmp_path_factory.mktemp("models") / "torch")
-    make_torch_pipeline(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def ours(folder):
-    return pipelines.load_pipeline(folder)
-
-
-@pytest.fixture
-def theirs(folder):
-    return diffusers.StableDiffusionPipeline.from_pretrained(folder)
 
 
 def torch_module(theirs, part, name):

@@ -19,7 +19,7 @@ from attrib_jax.convert.pipeline import load_pipeline
 from attrib_jax.convert.single_file import load_single_file, save_single_file, untold_config
 from attrib_jax.convert.tensors import LazyTensor
 from attrib_jax.convert.tokenizer import save_tokenizer, train_tokenizer
-from tests.tiny_pipeline import CAPTIONS, MAX_LENGTH, make_torch_pipeline, randomise
+from tests.tiny_pipeline import CAPTIONS, MAX_LENGTH, make_scheduler, make_torch_pipeline, randomise
 
 PARTS = ("unet", "vae", "text_encoder")
 PREDICTIONS = {"sd1": "epsilon", "sd2": "v_prediction"}
@@ -64,15 +64,7 @@ def make_shrunken_pipeline(path, family: str) -> diffusers.StableDiffusionPipeli
             attention_head_dim=[1, 2] if is_second else 8,
             use_linear_projection=is_second,
         ),
-        scheduler=diffusers.DDIMScheduler(
-            beta_start=0.00085,
-            beta_end=0.012,
-            beta_schedule="scaled_linear",
-            prediction_type=PREDICTIONS[family],
-            clip_sample=False,
-            set_alpha_to_one=False,
-            steps_offset=1,
-        ),
+        scheduler=make_scheduler(PREDICTIONS[family]),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

@@ -15,26 +15,9 @@ from attrib_jax.convert import pipeline as pipelines
 from attrib_jax.convert.tokens import add_tokens, read_token_file, read_tokens, write_token_file
 from attrib_jax.stages.attribute import model_fingerprint
 from tests.convert.outputs import relative_error, text_states, torch_text_states
-from tests.tiny_pipeline import CAPTIONS, MAX_LENGTH, TEXT_WIDTH, make_torch_pipeline
+from tests.tiny_pipeline import CAPTIONS, MAX_LENGTH, TEXT_WIDTH
 
 PROMPTS = ["<new1>", "a <new1> heart", "<NEW1>s, x<new1>", "<new2> and <new1>", *CAPTIONS, ""]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = str(tmp_path_factory.mktemp("models") / "torch")
-    make_torch_pipeline(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def ours(folder):
-    return pipelines.load_pipeline(folder)
-
-
-@pytest.fixture
-def theirs(folder):
-    return diffusers.StableDiffusionPipeline.from_pretrained(folder)
 
 
 def vectors(*names, seed=1):

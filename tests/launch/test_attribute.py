@@ -20,13 +20,6 @@ SETTINGS = ("--prompt=red heart", "--sampler_steps=2", "--query_draws=32", "--fi
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    path = tmp_path_factory.mktemp("cli") / "model"
-    make_torch_pipeline(str(path))
-    return path
-
-
-@pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
     return tmp_path_factory.mktemp("cli-workdir")
 

@@ -11,16 +11,8 @@ from PIL import Image
 from attrib_jax.convert.adapters import apply_custom_diffusion
 from attrib_jax.convert.pipeline import load_pipeline, tokenize
 from launch import common, train
-from tests.tiny_pipeline import make_torch_pipeline
 
 SETTINGS = ("--mode=customize", "--initializer_token=heart", "--train_steps=2", "--train_batch_size=4")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    path = tmp_path_factory.mktemp("customize") / "model"
-    make_torch_pipeline(str(path))
-    return path
 
 
 @pytest.fixture(scope="module")

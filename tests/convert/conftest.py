@@ -1,0 +1,24 @@
+"""The tiny pipeline of PyTorch, its folder, and the same as ours."""
+
+import diffusers
+import pytest
+
+from attrib_jax.convert import pipeline as pipelines
+from tests.tiny_pipeline import make_torch_pipeline
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    path = str(tmp_path_factory.mktemp("models") / "torch")
+    make_torch_pipeline(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def ours(folder):
+    return pipelines.load_pipeline(folder)
+
+
+@pytest.fixture
+def theirs(folder):
+    return diffusers.StableDiffusionPipeline.from_pretrained(folder)
