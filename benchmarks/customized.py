@@ -31,7 +31,8 @@ from attrib_jax.data.sources import ArrayDataset, Dataset, open_dataset
 from attrib_jax.models.unet import predictor
 from attrib_jax.runtime.files import write_json
 from attrib_jax.runtime.stages import lock
-from attrib_jax.stages.attribute import AttributeConfig, Attributor
+from attrib_jax.stages.attribute import Attributor
+from attrib_jax.stages.config import AttributeConfig
 from attrib_jax.stages.customize import CustomizeConfig, customize
 from attrib_jax.stages.query import Query, decode, generate
 from attrib_jax.stages.root import StageRoot

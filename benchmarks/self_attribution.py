@@ -29,7 +29,8 @@ from attrib_jax.runtime.files import read_arrays, write_arrays, write_json
 from attrib_jax.runtime.mesh import padded_tiles, replicate, shard_batch, tile_map
 from attrib_jax.runtime.progress import progress
 from attrib_jax.runtime.stages import lock
-from attrib_jax.stages.attribute import AttributeConfig, Attributor
+from attrib_jax.stages.attribute import Attributor
+from attrib_jax.stages.config import AttributeConfig
 from attrib_jax.stages.root import StageRoot
 from launch import common
 

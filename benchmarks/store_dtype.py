@@ -11,7 +11,8 @@ from absl import flags
 
 from attrib_jax.data.sources import ArrayDataset
 from attrib_jax.runtime.stages import lock
-from attrib_jax.stages.attribute import AttributeConfig, Attributor
+from attrib_jax.stages.attribute import Attributor
+from attrib_jax.stages.config import AttributeConfig
 from attrib_jax.stages.encode import STORE_DTYPES, EncodeConfig
 from attrib_jax.stages.query import Query
 from attrib_jax.stages.root import StageRoot

@@ -16,7 +16,8 @@ from attrib_jax.core.weights import WEIGHT_SUBSETS
 from attrib_jax.diffusion.samplers import SAMPLERS
 from attrib_jax.report.outputs import write_outputs
 from attrib_jax.runtime.stages import lock
-from attrib_jax.stages.attribute import CAPTIONS, METHODS, AttributeConfig, Attributor
+from attrib_jax.stages.attribute import Attributor
+from attrib_jax.stages.config import CAPTIONS, METHODS, AttributeConfig
 from attrib_jax.stages.encode import picture_resolution
 from attrib_jax.stages.query import Query, read_stored_query
 from attrib_jax.stages.root import StageRoot

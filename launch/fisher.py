@@ -7,7 +7,8 @@ from absl import flags
 
 from attrib_jax.core.weights import count_weights
 from attrib_jax.runtime.stages import lock
-from attrib_jax.stages.attribute import AttributeConfig, Attributor
+from attrib_jax.stages.attribute import Attributor
+from attrib_jax.stages.config import AttributeConfig
 from attrib_jax.stages.encode import picture_resolution
 from attrib_jax.stages.root import StageRoot
 from launch import common

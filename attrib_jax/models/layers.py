@@ -1,7 +1,8 @@
 """Layers that the UNet and the autoencoder share, named as their diffusers counterparts.
 
 Arrays are channels last. Every layer computes in the promoted dtype of its input and its parameters, so float64
-parameters (with `jax_enable_x64`) give a float64 forward. Parameter names follow diffusers' module names, so that the
+parameters (with `jax_enable_x64`) give a float64 forward, and bfloat16 latents and parameters a bfloat16 one, in which
+norms and softmax are float32 still. Parameter names follow diffusers' module names, so that the
 converter is a renaming and a transposition.
 """
 
@@ -62,13 +63,14 @@ class GroupNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones_init(), (channels,))
         bias = self.param("bias", nn.initializers.zeros_init(), (channels,))
         x, scale, bias = promote_dtype(x, scale, bias)
+        dtype, x = x.dtype, _at_least_float32(x)
         # Over the pixels first, then over the channels of each group: contiguous reductions, several times faster on a
         # CPU than one reduction over both.
         pixels = x.reshape(x.shape[0], -1, channels)
         centred = pixels - self._group_mean(jnp.mean(pixels, axis=1))[:, None]
         variance = self._group_mean(jnp.mean(jnp.square(centred), axis=1))
         factor = jax.lax.rsqrt(variance + self.epsilon) * scale
-        return (centred * factor[:, None] + bias).reshape(x.shape)
+        return (centred * factor[:, None] + bias).reshape(x.shape).astype(dtype)
 
     def _group_mean(self, channel_means):
         """(B, C) means of the channels -> (B, C), each channel holding the mean of its group."""
@@ -87,9 +89,15 @@ class LayerNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones_init(), (x.shape[-1],))
         bias = self.param("bias", nn.initializers.zeros_init(), (x.shape[-1],))
         x, scale, bias = promote_dtype(x, scale, bias)
+        dtype, x = x.dtype, _at_least_float32(x)
         centred = x - jnp.mean(x, axis=-1, keepdims=True)
         variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
-        return centred * jax.lax.rsqrt(variance + self.epsilon) * scale + bias
+        return (centred * jax.lax.rsqrt(variance + self.epsilon) * scale + bias).astype(dtype)
+
+
+def _at_least_float32(x):
+    """Half-precision numbers as float32: statistics and exponentials of half-precision runs are taken in it."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def attention(query, key, value, num_heads: int, mask=None):
@@ -101,10 +109,11 @@ def attention(query, key, value, num_heads: int, mask=None):
     *batch, length, width = query.shape
     head_dim = width // num_heads
     query, key, value = (x.reshape(*x.shape[:-1], num_heads, head_dim) for x in (query, key, value))
-    logits = jnp.einsum("bqhd,blhd->bhql", query * head_dim**-0.5, key)
+    wide = jnp.promote_types(jnp.result_type(query, key), jnp.float32)
+    logits = jnp.einsum("bqhd,blhd->bhql", query * head_dim**-0.5, key, preferred_element_type=wide)
     if mask is not None:
         logits = logits + mask
-    weights = jax.nn.softmax(logits, axis=-1)
+    weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
     return jnp.einsum("bhql,blhd->bqhd", weights, value).reshape(*batch, length, width)
 
 

@@ -211,8 +211,9 @@ class Attention(nn.Module):
         context = x if context is None else context
         features = x.shape[-1]
         query = nn.Dense(features, use_bias=False, name="to_q")(x)
-        key = nn.Dense(features, use_bias=False, name="to_k")(context)
-        value = nn.Dense(features, use_bias=False, name="to_v")(context)
+        # A bfloat16 run may project float32 text (models/precision.py) and rounds after the product.
+        key = nn.Dense(features, use_bias=False, name="to_k")(context).astype(query.dtype)
+        value = nn.Dense(features, use_bias=False, name="to_v")(context).astype(query.dtype)
         return nn.Dense(features, name="to_out_0")(attention(query, key, value, self.num_heads))
 
 
@@ -382,7 +383,7 @@ class UNet2DConditionModel(nn.Module):
 
 
 @functools.cache
-def predictor(unet: UNet2DConditionModel) -> Callable[..., Any]:
+def predictor(unet: UNet2DConditionModel, precision: str = "float32") -> Callable[..., Any]:
     """Returns `predict(params, noisy_latents, timestep, text)` for one example without a batch axis.
 
     noisy_latents (h, w, c), timestep () and text (L, d) -> (h, w, out_channels). Map it with `jax.vmap`; over several

@@ -16,7 +16,8 @@ from attrib_jax.data.sources import Dataset
 from attrib_jax.report import Credit, ReportData, Timing, write_contact_sheet, write_report
 from attrib_jax.runtime.files import write_bytes, write_json
 from attrib_jax.runtime.stages import load_stage
-from attrib_jax.stages.attribute import AttributeConfig, Attributed
+from attrib_jax.stages.attribute import Attributed
+from attrib_jax.stages.config import AttributeConfig
 from attrib_jax.stages.query import Query
 
 

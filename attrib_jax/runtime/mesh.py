@@ -9,8 +9,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 
 def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A 1-D mesh with the axis `data` over `devices`, by default all devices of all hosts."""
-    return Mesh(np.asarray(jax.devices() if devices is None else devices), ("data",))
+    """A 1-D mesh with the axis `data` over `devices`, by default all devices of all hosts, one host after the other."""
+    if devices is None:
+        # On a TPU pod `jax.devices()` follows the torus, which mixes hosts.
+        devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    return Mesh(np.asarray(devices), ("data",))
 
 
 def shard_batch(mesh: Mesh, tree: Any) -> Any:
@@ -39,18 +42,30 @@ def replicate(mesh: Mesh, tree: Any) -> Any:
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 
 
-def tile_map(mesh: Mesh, fn: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+def host_share(mesh: Mesh, count: int) -> slice:
+    """Which of the `count` rows of a batch over all devices of `mesh` this host feeds to `shard_batch`.
+
+    `count` is a multiple of the number of devices. `data_mesh` orders devices by host, so a host's rows are together.
+    """
+    first = next(place for place, device in enumerate(mesh.devices.flat) if device in mesh.local_devices)
+    rows = count // mesh.size
+    return slice(first * rows, (first + len(mesh.local_devices)) * rows)
+
+
+def tile_map(mesh: Mesh, fn: Callable[[Any, Any], Any], matmul_precision: str = "highest") -> Callable[[Any, Any], Any]:
     """Compiles `fn(shared, batch) -> results` so that every device runs it on one tile.
 
     Returns a function of the same arguments whose batch holds one tile for each device of `mesh`, one after the other
     along the first axis of every leaf, as do the results. `shared` is whole on every device. Each device runs the
     program that one device alone would run on its tile, so a row's result does not depend on the number of devices.
+
+    `matmul_precision` is that of float32 products: `highest`, or what else `jax.default_matmul_precision` takes.
     """
 
     def traced(shared, batch):
         # Here and not only in the commands: a loss must not depend on who calls. A GPU's or TPU's default would round
         # the factors of every product.
-        with jax.default_matmul_precision("highest"):
+        with jax.default_matmul_precision(matmul_precision):
             return fn(shared, batch)
 
     # Without check_vma=False the gradient by `shared`, which all devices hold, would be summed over the devices.

@@ -16,110 +16,32 @@ from typing import Any
 import numpy as np
 
 from attrib_jax.attribution.regions import region_mask
-from attrib_jax.attribution.scores import EXAMPLES_PER_TILE, FLIP_RULES, combine_scores
-from attrib_jax.attribution.unlearn import METHODS as UPDATES
-from attrib_jax.attribution.unlearn import unlearn
+from attrib_jax.attribution.scores import EXAMPLES_PER_TILE, combine_scores
 from attrib_jax.convert.pipeline import Pipeline
-from attrib_jax.core.checks import check_choice, check_finite, check_positive, check_range
+from attrib_jax.core.checks import check_finite
 from attrib_jax.core.fingerprint import params_fingerprint
-from attrib_jax.core.keys import purpose_key
 from attrib_jax.core.types import Scores
-from attrib_jax.core.weights import WEIGHT_SUBSETS, flatten_names, merge_weights, select_weights, unflatten_names
+from attrib_jax.core.weights import merge_weights, select_weights
 from attrib_jax.curvature.diagonal import Diagonal
 from attrib_jax.data.sources import Dataset
 from attrib_jax.diffusion.schedule import strided_timesteps
 from attrib_jax.models.unet import predictor
-from attrib_jax.runtime.files import DamagedFileError, read_arrays, write_arrays, write_npz
-from attrib_jax.runtime.progress import progress
+from attrib_jax.runtime.files import write_npz
 from attrib_jax.runtime.stages import lock
+from attrib_jax.stages.config import AttributeConfig
 from attrib_jax.stages.encode import EncodeConfig, encode, stage_names
 from attrib_jax.stages.encoded import EncodedDataset
 from attrib_jax.stages.fisher import fisher_file, fit_fisher, load_fisher
 from attrib_jax.stages.gradient import GradientProgram
-from attrib_jax.stages.losses import LossProgram, dataset_losses
+from attrib_jax.stages.losses import LossProgram, dataset_values
 from attrib_jax.stages.query import PreparedQuery, Query, prepare_query
 from attrib_jax.stages.root import StageRoot
+from attrib_jax.stages.unlearn import unlearn_query
 
 _log = logging.getLogger(__name__)
 
 # Relative difference of base losses between devices that are taken to be of one kind.
 _LOSS_TOLERANCE = 1e-6
-
-METHODS = ("unlearn", "random")
-CAPTIONS = ("first", "all")
-
-
-@dataclasses.dataclass(frozen=True)
-class AttributeConfig:
-    """How to attribute; METHOD.md sections 3 to 6.
-
-    Attributes:
-      method: `unlearn`, or `random` (uniform scores, the floor that a method has to beat).
-      weights: the subset that moves, see `WEIGHT_SUBSETS`.
-      update: `newton` (eq. 5) or `sgd` (plain ascent without F).
-      step_size: alpha of a step.
-      steps: unlearning steps.
-      query_draws: (t, noise) draws averaged into the gradient of each step.
-      damping: added to F.
-      keep_ewc_gradient: keep the pull towards the first weights (appendix A.2).
-      num_examples: N of the Newton step; None for the size of the data set.
-      fisher_samples: (picture, flip, caption, t, noise) samples that F is fitted on.
-      fisher: file or stage folder of an F fitted elsewhere, as on the base of a customised model; None fits it here.
-      stride: of the strided loss sum over timesteps.
-      captions: `first` or `all` captions of a picture, their losses averaged.
-      flips: `max` or `mean` of the two mirror images' scores, or `none` for the picture as is.
-      loss_seed: of the noise of the scores, of F and of the query's draws: another query reuses the base losses.
-      region: (x0, y0, x1, y1) in query pixels; only these count in the query's loss. None for all.
-      batch_size: examples in flight; changes speed and memory only. 0 is automatic.
-    """
-
-    method: str = "unlearn"
-    weights: str = "cross-attn-kv"
-    update: str = "newton"
-    step_size: float = 0.01
-    steps: int = 1
-    query_draws: int = 2048
-    damping: float = 0.0
-    keep_ewc_gradient: bool = False
-    num_examples: int | None = None
-    fisher_samples: int = 16384
-    fisher: str | None = None
-    stride: int = 100
-    captions: str = "first"
-    flips: str = "max"
-    loss_seed: int = 0
-    region: tuple[int, int, int, int] | None = None
-    batch_size: int = 0
-
-    def __post_init__(self):
-        check_choice("method", self.method, METHODS)
-        check_choice("weights", self.weights, WEIGHT_SUBSETS)
-        check_choice("update", self.update, UPDATES)
-        check_choice("captions", self.captions, CAPTIONS)
-        check_choice("flips", self.flips, FLIP_RULES)
-        for name in ("steps", "query_draws", "fisher_samples", "stride"):
-            check_positive(name, getattr(self, name), integer=True)
-        check_positive("step_size", self.step_size)
-        check_range("damping", self.damping, 0.0)
-        check_range("batch_size", self.batch_size, 0, integer=True)
-        check_range("loss_seed", self.loss_seed, 0, 2**32 - 1, integer=True)
-        if self.num_examples is not None:
-            check_positive("num_examples", self.num_examples, integer=True)
-        if self.update == "sgd" and (self.damping or self.keep_ewc_gradient):
-            raise ValueError("damping and keep_ewc_gradient belong to update='newton'; 'sgd' has no F")
-
-    @property
-    def num_flips(self) -> int:
-        return 1 if self.flips == "none" else 2
-
-    def settings(self) -> dict[str, Any]:
-        """What decides the scores: everything but the batch size, and of an F from elsewhere its content."""
-        settings = dataclasses.asdict(self)
-        del settings["batch_size"]
-        if self.fisher is not None:
-            with open(fisher_file(self.fisher), "rb") as file:
-                settings["fisher"] = hashlib.file_digest(file, "sha256").hexdigest()
-        return settings
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -257,8 +179,8 @@ class Attributor:
         again = program(program.place(params), self.data, rows, config.num_flips, config.captions, lambda count: None)
         return bool(np.allclose(again, losses[rows], rtol=_LOSS_TOLERANCE, atol=0))
 
-    def unlearned(self, query: PreparedQuery, config: AttributeConfig) -> tuple[Any, tuple[float, ...]]:
-        """The selected weights after unlearning the query, and the query's loss before each step."""
+    def unlearned(self, path: Path, query: PreparedQuery, config: AttributeConfig) -> tuple[Any, tuple[float, ...]]:
+        """The selected weights after unlearning the query, and the query's loss before each step, kept in `path`."""
         selected, rest = select_weights(self.pipeline.params["unet"], config.weights)
         newton = config.update == "newton"
         curvature = None
@@ -266,29 +188,20 @@ class Attributor:
             curvature = load_fisher(fisher_file(config.fisher), selected)
         elif newton:
             curvature = self.fisher(config.weights, config.fisher_samples, config.loss_seed)
-        mask = _mask(query, config)
-        with self._timed("unlearn"), progress(config.steps * config.query_draws, "unlearn the query", "draw") as bar:
-            result = unlearn(
-                self.predict,
+        num_examples = (config.num_examples or len(self.data)) if newton else None
+        with self._timed("unlearn"):
+            return unlearn_query(
+                path,
+                self.gradient_program,
                 self.pipeline.schedule,
                 selected,
                 rest,
-                query.latents,
-                query.text,
-                purpose_key(config.loss_seed, "query"),
-                draws=config.query_draws,
-                step_size=config.step_size,
-                method=config.update,
-                curvature=curvature,
-                num_examples=(config.num_examples or len(self.data)) if newton else None,
-                steps=config.steps,
-                damping=config.damping,
-                keep_ewc_gradient=config.keep_ewc_gradient,
-                mask=mask,
-                progress=lambda done: bar.update(done - bar.n),
-                sum_draws=self.gradient_program.bind(rest, query.latents, query.text, config.query_draws, mask),
+                query,
+                config,
+                curvature,
+                num_examples,
+                _mask(query, config),
             )
-        return result.selected, tuple(float(loss) for loss in result.query_loss)
 
     def attribute(self, query: Query, config: AttributeConfig, name: str | None = None) -> Attributed:
         """Attributes one query, resuming it or reusing its scores where its folder has them."""
@@ -318,13 +231,7 @@ class Attributor:
     def _score_by_unlearning(self, folder: Path, query: PreparedQuery, config: AttributeConfig):
         if self._data is None:
             self.prepare()
-        file = folder / "unlearned.safetensors"
-        try:
-            arrays, losses = read_arrays(file)
-            selected = unflatten_names(arrays)
-        except (FileNotFoundError, DamagedFileError):
-            selected, losses = self.unlearned(query, config)
-            write_arrays(file, {key: np.asarray(value) for key, value in flatten_names(selected).items()}, list(losses))
+        selected, losses = self.unlearned(folder, query, config)
         before = self.base_losses(config)
         _, rest = select_weights(self.pipeline.params["unet"], config.weights)
         with self._timed("losses after"):
@@ -336,7 +243,7 @@ class Attributor:
     def losses(self, path: Path, params: Any, config: AttributeConfig, description: str) -> np.ndarray:
         """Losses of all pictures under any UNet parameters (N, flips), kept in chunks in `path` and resumed there."""
         program = self.loss_program(config)
-        return dataset_losses(path, program, params, self.data, config.num_flips, config.captions, description)
+        return dataset_values(path, program, params, self.data, config.num_flips, config.captions, description)
 
     def loss_program(self, config: AttributeConfig) -> LossProgram:
         """The compiled losses for a seed and stride, made once."""

@@ -22,7 +22,7 @@ class GradientProgram:
     """
 
     def __init__(self, predict: Predict, schedule: NoiseSchedule, mesh: Mesh | None = None):
-        self.mesh = mesh or data_mesh()
+        self.mesh, self.predict = mesh or data_mesh(), predict
         self._schedule = replicate(self.mesh, schedule)
         self._run = tile_map(self.mesh, functools.partial(_tile_gradient, predict))
         self._add = jax.jit(functools.partial(_add_in_order, count=self.mesh.size))

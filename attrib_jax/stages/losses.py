@@ -1,4 +1,4 @@
-"""Stage 3: the strided losses of every training picture and its mirror image under one set of weights."""
+"""Stage 3: numbers of every training picture and its mirror image, such as strided losses, under given weights."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -14,63 +14,79 @@ from attrib_jax.core.types import Batch
 from attrib_jax.diffusion.losses import Predict
 from attrib_jax.diffusion.schedule import NoiseSchedule, strided_timesteps
 from attrib_jax.runtime.chunks import ChunkStore
-from attrib_jax.runtime.mesh import data_mesh, padded_tiles, replicate, shard_batch, tile_map
+from attrib_jax.runtime.hosts import fetch
+from attrib_jax.runtime.mesh import data_mesh, host_share, padded_tiles, replicate, shard_batch, tile_map
 from attrib_jax.runtime.progress import progress
 from attrib_jax.stages.encoded import EncodedDataset
 
 _ROWS_PER_CHUNK = 512
 
 
-class LossProgram:
-    """The compiled strided loss of one model: made once, run with any weights, on all devices.
+class ExampleProgram:
+    """A compiled function of training examples: made once for a model, run with any weights, on all devices.
 
-    One compiled program for the losses before and after unlearning, in tiles of one fixed shape, so that their
-    difference is that of the weights alone: to the bit, whatever the batch size, the order or the subset.
+    One compiled program in tiles of one fixed shape, whatever the weights, so that the difference of two runs is that
+    of the weights alone: to the bit, whatever the batch size, the order or the subset.
     """
 
     def __init__(
         self,
-        predict: Predict,
+        function: Callable[[NoiseSchedule, jax.Array, jax.Array, Any, Batch], jax.Array],
         schedule: NoiseSchedule,
         loss_seed: int,
         stride: int,
         batch_size: int = 0,
         mesh: Mesh | None = None,
+        result_shape: tuple[int, ...] = (),
+        matmul_precision: str = "highest",
     ):
-        """`batch_size`: examples in flight, in whole tiles, 0 for automatic; `mesh`: all devices if None."""
+        """Compiles when first called.
+
+        Args:
+          function: `(schedule, key, timesteps (S,), weights, batch of B) -> (B, *result_shape)`, pure.
+          schedule: noise levels and prediction type.
+          loss_seed: of the noise, see `loss_key`.
+          stride: of the timesteps.
+          batch_size: examples in flight, in whole tiles, 0 for automatic; changes no result.
+          mesh: all devices if None.
+          result_shape: of one example's result.
+          matmul_precision: of float32 products, see `tile_map`.
+        """
         self.mesh = mesh or data_mesh()
-        self.loss_seed, self.stride = loss_seed, stride
+        self.loss_seed, self.stride, self.result_shape = loss_seed, stride, tuple(result_shape)
         self._timesteps = strided_timesteps(stride, schedule.num_train_timesteps)
         self._shared = replicate(self.mesh, (schedule, loss_key(loss_seed), self._timesteps))
         self._tiles_in_flight = max(2, -(-batch_size // (EXAMPLES_PER_TILE * self.mesh.size)))
 
-        def losses(shared, batch):
-            (schedule, key, timesteps), params = shared
-            return strided_losses(predict, schedule, params, key, batch, timesteps)
+        def tile(shared, batch):
+            (schedule, key, timesteps), weights = shared
+            return function(schedule, key, timesteps, weights, batch)
 
-        self._run = tile_map(self.mesh, losses)
+        self._run = tile_map(self.mesh, tile, matmul_precision)
 
     @property
     def num_timesteps(self) -> int:
         return len(self._timesteps)
 
-    def place(self, params: Any) -> Any:
+    def place(self, weights: Any) -> Any:
         """Puts weights on all devices, once for many calls."""
-        return replicate(self.mesh, params)
+        return replicate(self.mesh, weights)
 
     def __call__(
         self,
-        params: Any,
+        weights: Any,
         data: EncodedDataset,
         rows: np.ndarray,
         flips: int,
         captions: str,
         advance: Callable[[int], Any],
     ) -> np.ndarray:
-        """Losses of the pictures at positions `rows`, the mean over captions -> (len(rows), flips) float64.
+        """Results of the pictures at positions `rows`, the mean over captions -> (len(rows), flips, *result_shape).
+
+        Float64. With several hosts each reads its share of every batch, and all return the whole.
 
         Args:
-          params: the UNet's, as `place` returned them.
+          weights: as `place` returned them.
           data: the encoded data set.
           rows: positions in it, in any order.
           flips: 1 for the pictures as they are, 2 to add their mirror images.
@@ -83,51 +99,87 @@ class LossProgram:
         picture, caption = np.repeat(picture, flips), np.repeat(caption, flips)
         flip = np.tile(np.arange(flips), len(picture) // flips)
 
-        values = np.empty(len(picture), np.float64)
+        values = np.empty((len(picture), *self.result_shape), np.float64)
         pending: list[tuple[np.ndarray, jax.Array]] = []
 
-        def fetch():
+        def collect():
             members, result = pending.pop(0)
-            values[members] = np.asarray(result)[: len(members)]
+            values[members] = fetch(result)[: len(members)]
             advance(len(members))
 
-        for members, mask in zip(*padded_tiles(len(picture), EXAMPLES_PER_TILE * self.mesh.size)):
-            row = rows[picture[members]]
-            latents, text = data.inputs(row, flip[members], caption[members])
+        size = EXAMPLES_PER_TILE * self.mesh.size
+        share = host_share(self.mesh, size)
+        for members, mask in zip(*padded_tiles(len(picture), size)):
+            mine = members[share]
+            row = rows[picture[mine]]
+            latents, text = data.inputs(row, flip[mine], caption[mine])
             batch = Batch(
                 latents=latents,
                 text=text,
                 row_id=data.row_ids[row],
-                flip=flip[members].astype(np.int32),
-                caption=caption[members].astype(np.int32),
-                mask=mask.astype(np.float32),
+                flip=flip[mine].astype(np.int32),
+                caption=caption[mine].astype(np.int32),
+                mask=mask[share].astype(np.float32),
             )
-            pending.append((members[mask], self._run((self._shared, params), shard_batch(self.mesh, batch))))
+            pending.append((members[mask], self._run((self._shared, weights), shard_batch(self.mesh, batch))))
             if len(pending) >= self._tiles_in_flight:
-                fetch()
+                collect()
         while pending:
-            fetch()
-        sums = np.zeros((len(rows), flips))
+            collect()
+        sums = np.zeros((len(rows), flips, *self.result_shape))
         np.add.at(sums, (picture, flip), values)
-        return sums / counts[:, None]
+        return sums / counts.reshape(-1, *(1,) * (sums.ndim - 1))
 
 
-def dataset_losses(
-    path: Path, program: LossProgram, params: Any, data: EncodedDataset, flips: int, captions: str, description: str
+class LossProgram(ExampleProgram):
+    """The compiled strided loss of one model, as a function of the UNet's parameters."""
+
+    def __init__(
+        self,
+        predict: Predict,
+        schedule: NoiseSchedule,
+        loss_seed: int,
+        stride: int,
+        batch_size: int = 0,
+        mesh: Mesh | None = None,
+        matmul_precision: str = "highest",
+    ):
+        """`predict` is the model; the others are those of `ExampleProgram`."""
+
+        def losses(schedule, key, timesteps, params, batch):
+            return strided_losses(predict, schedule, params, key, batch, timesteps)
+
+        super().__init__(losses, schedule, loss_seed, stride, batch_size, mesh, (), matmul_precision)
+
+
+def dataset_values(
+    path: Path,
+    program: ExampleProgram,
+    weights: Any,
+    data: EncodedDataset,
+    flips: int,
+    captions: str,
+    description: str,
+    rows: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Losses of a whole data set, kept in chunks under `path` and resumed there -> (N, flips) float64."""
-    fields = {"loss": ((flips,), np.float64)}
-    store = ChunkStore(path, fields, len(data), _ROWS_PER_CHUNK, name="losses")
+    """A program's results on a data set, kept in chunks under `path` and resumed there.
+
+    Returns (N, flips, *result_shape) float64, N the pictures at the positions `rows`, all of them if None; the caller
+    keeps to one set of rows for one `path`. Weights need no `place`.
+    """
+    rows = np.arange(len(data)) if rows is None else np.asarray(rows)
+    fields = {"loss": ((flips, *program.result_shape), np.float64)}
+    store = ChunkStore(path, fields, len(rows), _ROWS_PER_CHUNK, name="losses")
     missing = list(store.missing())
     if missing:
-        counts = data.num_captions if captions == "all" else np.ones(len(data), np.int64)
+        counts = data.num_captions[rows] if captions == "all" else np.ones(len(rows), np.int64)
         forwards = flips * program.num_timesteps
         left = sum(int(counts[store.rows(index)].sum()) for index in missing)
         total = int(counts.sum())
-        params = program.place(params)
+        weights = program.place(weights)
         with progress(total * forwards, description, "forward", initial=(total - left) * forwards) as bar:
             for index in missing:
-                rows = np.arange(len(data))[store.rows(index)]
-                loss = program(params, data, rows, flips, captions, lambda n: bar.update(n * program.num_timesteps))
-                store.write(index, {"loss": loss})
+                part = rows[store.rows(index)]
+                values = program(weights, data, part, flips, captions, lambda n: bar.update(n * program.num_timesteps))
+                store.write(index, {"loss": values})
     return store.read_all()["loss"]

@@ -13,7 +13,8 @@ from attrib_jax.data.sources import open_dataset
 from attrib_jax.models.unet import predictor
 from attrib_jax.runtime.chunks import ChunkStore
 from attrib_jax.runtime.stages import load_stage
-from attrib_jax.stages.attribute import AttributeConfig, Attributor
+from attrib_jax.stages.attribute import Attributor
+from attrib_jax.stages.config import AttributeConfig
 from attrib_jax.stages.query import Query, decode, generate, initial_noise
 from attrib_jax.stages.root import StageRoot
 

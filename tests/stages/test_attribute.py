@@ -19,7 +19,8 @@ from attrib_jax.report.outputs import write_outputs
 from attrib_jax.runtime.chunks import ChunkStore
 from attrib_jax.runtime.mesh import data_mesh
 from attrib_jax.runtime.stages import StageMismatchError
-from attrib_jax.stages.attribute import AttributeConfig, Attributor, attribute, query_name
+from attrib_jax.stages.attribute import Attributor, attribute, query_name
+from attrib_jax.stages.config import AttributeConfig
 from attrib_jax.stages.gradient import GradientProgram
 from attrib_jax.stages.losses import LossProgram
 from attrib_jax.stages.query import Query, generate
@@ -205,7 +206,7 @@ def test_a_ddpm_picture_depends_on_its_own_seed_alone(pipeline):
     assert np.abs(together[0] - together[1]).max() > 0.1
 
 
-def test_unlearning_moves_the_selected_weights_and_raises_the_query_loss_most(finished, pipeline, dataset):
+def test_unlearning_moves_the_selected_weights_and_raises_the_query_loss_most(finished, pipeline, dataset, tmp_path):
     from attrib_jax.attribution.scores import dataset_losses as losses_in_memory
     from attrib_jax.core.keys import loss_key
     from attrib_jax.core.weights import flatten_names, merge_weights
@@ -213,7 +214,7 @@ def test_unlearning_moves_the_selected_weights_and_raises_the_query_loss_most(fi
     _, attributor, result = finished
     config = AttributeConfig(query_draws=256, fisher_samples=96, stride=300, step_size=1e-4)
     selected, rest = select_weights(pipeline.params["unet"], config.weights)
-    moved, _ = attributor.unlearned(result.query, config)
+    moved, _ = attributor.unlearned(tmp_path, result.query, config)
     assert all(np.any(leaf != flatten_names(selected)[name]) for name, leaf in flatten_names(moved).items())
 
     def query_loss(params):

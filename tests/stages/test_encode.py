@@ -14,7 +14,8 @@ from attrib_jax.data.latents import open_latents
 from attrib_jax.data.pictures import UnreadableRowError
 from attrib_jax.runtime.files import StorageError
 from attrib_jax.runtime.stages import StageMismatchError
-from attrib_jax.stages.attribute import AttributeConfig, Attributor
+from attrib_jax.stages.attribute import Attributor
+from attrib_jax.stages.config import AttributeConfig
 from attrib_jax.stages.encode import EncodeConfig, encode, read_skipped
 from attrib_jax.stages.query import Query, prepare_query, read_stored_query
 from attrib_jax.stages.root import StageRoot

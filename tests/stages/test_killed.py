@@ -15,7 +15,8 @@ import sys
 import tests.conftest
 import attrib_jax.stages.fisher, attrib_jax.stages.losses
 from attrib_jax.convert.pipeline import load_pipeline
-from attrib_jax.stages.attribute import AttributeConfig, attribute
+from attrib_jax.stages.attribute import attribute
+from attrib_jax.stages.config import AttributeConfig
 from attrib_jax.stages.query import Query
 from tests.tiny_dataset import make_dataset
 attrib_jax.stages.losses._ROWS_PER_CHUNK = 4
