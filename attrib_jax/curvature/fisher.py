@@ -1,5 +1,6 @@
 """Diagonal Fisher information from per-example gradients (METHOD.md section 3)."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -95,7 +96,9 @@ def fisher_diagonal(
         def sum_of_squares(gradient):
             kept = keep.reshape(-1, *(1,) * (gradient.ndim - 1))
             gradient = gradient.astype(jnp.promote_types(gradient.dtype, jnp.float32))
-            return jnp.sum(jnp.square(jnp.where(kept, gradient * GRADIENT_SCALE, 0)), axis=0)
+            squares = jnp.square(jnp.where(kept, gradient * GRADIENT_SCALE, 0))
+            # One after the other: on a CPU a reduction over the first axis of large arrays runs at a tenth of that.
+            return functools.reduce(jnp.add, [squares[place] for place in range(len(squares))])
 
         squares = jax.tree.map(sum_of_squares, gradients(selected, rest, examples))
         part = FisherSum(squares, jnp.sum(keep, dtype=jnp.int32), jax.tree.map(jnp.zeros_like, squares))

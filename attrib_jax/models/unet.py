@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -225,7 +226,8 @@ class GEGLU(nn.Module):
     @nn.compact
     def __call__(self, x):
         hidden, gate = jnp.split(nn.Dense(2 * self.features, name="proj")(x), 2, axis=-1)
-        return hidden * nn.gelu(gate, approximate=False)
+        # As PyTorch has it. `nn.gelu` takes the complement of erf, which costs several times as much on a CPU.
+        return hidden * (0.5 * gate * (1 + jax.lax.erf(gate * 2**-0.5)))
 
 
 class FeedForward(nn.Module):
