@@ -54,7 +54,11 @@ def denoising_losses(
         )
     noisy = schedule.add_noise(latents, noise, timesteps)
     target = schedule.target(latents, noise, timesteps)
-    prediction = jax.vmap(predict, in_axes=(None, 0, 0, None))(params, noisy, timesteps, text)
+    if len(timesteps) == 1:
+        # Without the axis: on a CPU its one entry costs copies of the attention weights.
+        prediction = predict(params, noisy[0], timesteps[0], text)[None]
+    else:
+        prediction = jax.vmap(predict, in_axes=(None, 0, 0, None))(params, noisy, timesteps, text)
     if prediction.shape != target.shape:
         raise ValueError(f"predict returned shape {prediction.shape[1:]}; expected that of latents, {latents.shape}")
 
