@@ -186,6 +186,8 @@ class Benchmark:
         return rows
 
     def _try(self, name: str) -> dict[str, Any]:
+        # A killed run may have left one.
+        shutil.rmtree(self.files / "target", ignore_errors=True)
         try:
             return self._convert(name) if name in CONVERSIONS else self._load(name)
         except Exception as error:  # whatever breaks one format, the others are worth their time
