@@ -2,6 +2,7 @@
 
 python -m launch.attribute --flagfile=configs/quickstart.cfg
 python -m launch.attribute --flagfile=configs/quickstart.cfg --prompt="handshake light skin tone" --seed=3
+python -m launch.attribute --flagfile=configs/queries.cfg --queries=queries.jsonl
 """
 
 import dataclasses
@@ -13,12 +14,16 @@ from absl import flags
 from attrib_jax.attribution.scores import FLIP_RULES
 from attrib_jax.attribution.unlearn import METHODS as UPDATES
 from attrib_jax.core.weights import WEIGHT_SUBSETS
+from attrib_jax.data.sources import Dataset
 from attrib_jax.diffusion.samplers import SAMPLERS
+from attrib_jax.models.precision import PRECISIONS
 from attrib_jax.report.outputs import write_outputs
+from attrib_jax.runtime.hosts import is_first_host
 from attrib_jax.runtime.stages import lock
-from attrib_jax.stages.attribute import Attributor
-from attrib_jax.stages.config import CAPTIONS, METHODS, AttributeConfig
+from attrib_jax.stages.attribute import Attributed, Attributor
+from attrib_jax.stages.config import CAPTIONS, METHODS, SCORES, AttributeConfig
 from attrib_jax.stages.encode import picture_resolution
+from attrib_jax.stages.queries import read_queries
 from attrib_jax.stages.query import Query, read_stored_query
 from attrib_jax.stages.root import StageRoot
 from launch import common
@@ -28,6 +33,9 @@ _QUERY = flags.DEFINE_string("query", None, "A picture to attribute, with --prom
 _QUERY_LATENTS = flags.DEFINE_string("query_latents", None, "Numpy file of queries as latents (Q, c, h, w).")
 _QUERY_TEXT = flags.DEFINE_string("query_text", None, "Numpy file of their text states (Q, captions, tokens, width).")
 _QUERY_INDEX = flags.DEFINE_integer("query_index", 0, "Which query of these files.", lower_bound=0)
+_QUERIES = flags.DEFINE_string(
+    "queries", None, "JSON Lines file of many queries: prompt, and maybe seed, image, name and guidance_scale."
+)
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the generated query.")
 _GUIDANCE = flags.DEFINE_float("guidance_scale", 7.5, "Classifier-free guidance of the generated query.")
 _SAMPLER = flags.DEFINE_string("sampler", "ddim", f"One of {', '.join(SAMPLERS)}.")
@@ -45,13 +53,21 @@ _NUM_EXAMPLES = flags.DEFINE_integer("num_examples", None, "N of the Newton step
 _FISHER_SAMPLES = flags.DEFINE_integer("fisher_samples", 16384, "Samples that the Fisher information is fitted on.")
 _FISHER = flags.DEFINE_string("fisher", None, "File or stage folder of a Fisher information fitted elsewhere.")
 
+_SCORE = flags.DEFINE_string(
+    "score", "exact", f"Loss difference, or derivative along the weight change: {', '.join(SCORES)}."
+)
 _STRIDE = flags.DEFINE_integer("stride", 100, "Timesteps of the score: 0, stride, 2 stride, ...")
 _CAPTIONS = flags.DEFINE_string("captions", "first", f"Captions of a training picture: {', '.join(CAPTIONS)}.")
 _FLIPS = flags.DEFINE_string("flips", "max", f"Over a picture and its mirror image: {', '.join(FLIP_RULES)}.")
 _LOSS_SEED = flags.DEFINE_integer("loss_seed", 0, "Seeds the noise of losses, Fisher information and unlearning.")
 _REGION = flags.DEFINE_list("region", None, "x0,y0,x1,y1 in query pixels: attribute this box only.")
+_PRECISION = flags.DEFINE_string("precision", "float32", f"Of the scores' losses: {', '.join(PRECISIONS)}.")
+_CASCADE = flags.DEFINE_float("cascade", 0.0, "Share of the pictures scored at the full setting, by coarse scores.")
+_CASCADE_STRIDE = flags.DEFINE_integer("cascade_stride", 250, "Timesteps of the coarse scores.")
+_CASCADE_MIN = flags.DEFINE_integer("cascade_min", 1000, "Least number of pictures scored at the full setting.")
 _TOP_K = flags.DEFINE_integer("top_k", 24, "Pictures shown in the report and rows of top.csv.", lower_bound=1)
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 0, "Examples in flight; changes speed and memory only.")
+_QUERIES_PER_PASS = flags.DEFINE_integer("queries_per_pass", 0, "Changes memory and speed only; 0 is automatic.")
 _NAME = flags.DEFINE_string("query_name", None, "Folder name of the result; made from the prompt if not given.")
 _SHIPPED = flags.DEFINE_boolean("use_shipped_stages", True, "Reuse the finished stages that came with the model.")
 
@@ -59,17 +75,7 @@ _SHIPPED = flags.DEFINE_boolean("use_shipped_stages", True, "Reuse the finished 
 def main():
     began = time.monotonic()
     common.require(model=common.MODEL.value, workdir=common.WORKDIR.value)
-    if _QUERY_TEXT.value is None:
-        common.require(prompt=_PROMPT.value)
-    query = Query(
-        prompt=_PROMPT.value or "",
-        image=_QUERY.value,
-        **_stored_query(),
-        seed=_SEED.value,
-        guidance_scale=_GUIDANCE.value,
-        sampler=_SAMPLER.value,
-        sampler_steps=_SAMPLER_STEPS.value,
-    )
+    queries, names = _read_queries()
     config = AttributeConfig(
         method=_METHOD.value,
         weights=_WEIGHTS.value,
@@ -82,35 +88,78 @@ def main():
         num_examples=_NUM_EXAMPLES.value,
         fisher_samples=_FISHER_SAMPLES.value,
         fisher=_FISHER.value,
+        score=_SCORE.value,
         stride=_STRIDE.value,
         captions=_CAPTIONS.value,
         flips=_FLIPS.value,
         loss_seed=_LOSS_SEED.value,
         region=_region(),
+        precision=_PRECISION.value,
+        cascade=_CASCADE.value,
+        cascade_stride=_CASCADE_STRIDE.value,
+        # Every picture that is shown has its full score.
+        cascade_min=max(_CASCADE_MIN.value, _TOP_K.value) if _CASCADE_MIN.value > 0 else _CASCADE_MIN.value,
         batch_size=_BATCH_SIZE.value,
+        queries_per_pass=_QUERIES_PER_PASS.value,
     )
     pipeline = common.load_model()
-    if query.latents is not None and not common.LATENTS_SCALED.value:
-        query = dataclasses.replace(query, latents=query.latents * pipeline.vae.config.scaling_factor)
+    if not common.LATENTS_SCALED.value:
+        scale = pipeline.vae.config.scaling_factor
+        queries = [
+            query if query.latents is None else dataclasses.replace(query, latents=query.latents * scale)
+            for query in queries
+        ]
     dataset = common.load_dataset(picture_resolution(pipeline))
     root = StageRoot(common.WORKDIR.value, common.shipped_stages() if _SHIPPED.value else None)
     with lock(common.WORKDIR.value):
-        result = Attributor(pipeline, dataset, root, common.encode_config()).attribute(query, config, _NAME.value)
-        write_outputs(
-            result,
-            dataset,
-            query,
-            config,
-            model_name=common.MODEL.value,
-            model_credit=common.model_credit(),
-            top_k=_TOP_K.value,
-            record={"flags": common.own_flags("launch.attribute"), "seconds": time.monotonic() - began},
-        )
+        attributor = Attributor(pipeline, dataset, root, common.encode_config())
+        results = attributor.attribute_many(queries, config, names)
+        for query, result in zip(queries, results):
+            write_outputs(
+                result,
+                dataset,
+                query,
+                config,
+                model_name=common.MODEL.value,
+                model_credit=common.model_credit(),
+                top_k=_TOP_K.value,
+                record={"flags": common.own_flags("launch.attribute"), "seconds": time.monotonic() - began},
+            )
+    if is_first_host():
+        for query, result in zip(queries, results):
+            _print(query, result, dataset, named=len(results) > 1)
+
+
+def _print(query: Query, result: Attributed, dataset: Dataset, named: bool) -> None:
+    if named:
+        print(f"{query.prompt} ({result.name})")
     top = result.scores.top(min(5, _TOP_K.value))
     for rank, (row, score) in enumerate(zip(top.row_id, top.score), start=1):
         position = int((dataset.row_ids == row).argmax())
         print(f"{rank:3d}  row {row:5d}  {score: .3e}  {dataset.captions(position)[0]}")
     print(f"report: {result.folder / 'report.html'}")
+
+
+def _read_queries() -> tuple[list[Query], list[str | None]]:
+    """The queries of the flags, and their names."""
+    settings = {
+        "seed": _SEED.value,
+        "guidance_scale": _GUIDANCE.value,
+        "sampler": _SAMPLER.value,
+        "sampler_steps": _SAMPLER_STEPS.value,
+    }
+    if _QUERIES.value is not None:
+        single = {"prompt": _PROMPT, "query": _QUERY, "query_latents": _QUERY_LATENTS, "query_text": _QUERY_TEXT}
+        given = [f"--{name}" for name, flag in {**single, "query_name": _NAME}.items() if flag.value]
+        if given:
+            raise ValueError(
+                f"{', '.join(given)} given beside --queries, whose lines have prompts, pictures and names of their "
+                "own; leave them out (--prompt= takes back that of a flagfile)"
+            )
+        return read_queries(_QUERIES.value, Query(prompt="", **settings))
+    if _QUERY_TEXT.value is None:
+        common.require(prompt=_PROMPT.value)
+    return [Query(prompt=_PROMPT.value or "", image=_QUERY.value, **_stored_query(), **settings)], [_NAME.value]
 
 
 def _stored_query() -> dict[str, Any]:

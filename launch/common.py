@@ -4,8 +4,10 @@ import json
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import jax
 from absl import app, flags
@@ -20,6 +22,7 @@ from attrib_jax.data.sources import Dataset, open_dataset
 from attrib_jax.runtime.cache import enable_compilation_cache
 from attrib_jax.runtime.files import StorageError
 from attrib_jax.stages.encode import EncodeConfig
+from launch import multihost
 
 _LATENTS = "latents:"
 
@@ -64,16 +67,39 @@ DEVICES = flags.DEFINE_integer(
 )
 
 
-def run(main: Callable[[], None]) -> None:
-    """Parses flags, prepares JAX and calls `main`."""
+def run(main: Callable[[], None], one_host: bool = False) -> None:
+    """Parses flags, prepares JAX and calls `main`; `one_host` for a command that does not run on several hosts."""
 
     def wrapped(argv):
         if len(argv) > 1:
             raise app.UsageError(f"unexpected argument {argv[1]!r}; flags start with --")
+        if code := execute(lambda: multihost.check_flags(one_host)):
+            sys.exit(code)
+        if multihost.is_parent():
+            sys.exit(multihost.supervise())
+        if multihost.MULTIHOST.value:
+            _run_on_several_hosts(main)
         _prepare_jax()
         sys.exit(execute(main))
 
     app.run(wrapped)
+
+
+def _run_on_several_hosts(main: Callable[[], None]) -> NoReturn:
+    def connected():
+        _prepare_jax()
+        multihost.connect()
+        main()
+
+    multihost.attach()
+    try:
+        code, lost = execute(connected), None
+    except multihost.LostHostError as error:
+        code, lost = multihost.LOST_HOST, str(error)
+    except BaseException:
+        traceback.print_exc()
+        code, lost = 1, None
+    multihost.leave(code, lost)
 
 
 def execute(main: Callable[[], None]) -> int:
@@ -86,6 +112,7 @@ def execute(main: Callable[[], None]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except (jax.errors.JaxRuntimeError, MemoryError) as error:
+        multihost.check_connection(error)
         if os.environ.get("ATTRIB_JAX_TRACEBACK"):
             raise
         print(f"error: the device gave up ({error}); if it ran out of memory, select fewer weights", file=sys.stderr)

@@ -131,4 +131,4 @@ def _size(path: Path) -> str:
 
 
 if __name__ == "__main__":
-    common.run(main)
+    common.run(main, one_host=True)

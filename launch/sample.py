@@ -42,4 +42,4 @@ def main():
 
 
 if __name__ == "__main__":
-    common.run(main)
+    common.run(main, one_host=True)

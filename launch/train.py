@@ -143,4 +143,4 @@ def _refuse_flags_of_another_mode() -> None:
 
 
 if __name__ == "__main__":
-    common.run(main)
+    common.run(main, one_host=True)

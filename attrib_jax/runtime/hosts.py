@@ -5,22 +5,27 @@ never disagree on what is stored; an error there is raised on every host, so tha
 one host, everything here is a plain call.
 """
 
+import contextlib
+import contextvars
 import io
 import json
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-
-from attrib_jax.runtime.files import DamagedFileError, StorageError
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 T = TypeVar("T")
 
-# What host 0 may raise inside `from_first_host` and the others raise again; any other class becomes a RuntimeError.
-_ERRORS = {kind.__name__: kind for kind in (ValueError, FileNotFoundError, OSError, StorageError, DamagedFileError)}
 _ARRAYS, _ARRAY, _JSON, _ERROR = range(4)
+# Bytes of every first message. Messages have few sizes, because each one compiles a program.
+_SHORT = 2048
+_LENGTH = 8
+# Inside `from_first_host` host 0 is alone, whatever it calls: the others wait for its result.
+_alone = contextvars.ContextVar("alone", default=False)
 
 
 def host_index() -> int:
@@ -40,8 +45,22 @@ def is_first_host() -> bool:
 
 def barrier(name: str) -> None:
     """Waits until every host has come here."""
-    if jax.process_count() > 1:
+    if not _by_itself():
         multihost_utils.sync_global_devices(name)
+
+
+def meet() -> None:
+    """Makes the connections between the hosts' devices that later calls use; call it once, at the start.
+
+    A CPU's collectives wait 30 seconds for each other when they first connect, and as long as it takes afterwards: one
+    host may read a model for minutes longer than another.
+    """
+    if jax.process_count() == 1:
+        return
+    barrier("meet")
+    devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    sharding = NamedSharding(Mesh(np.asarray(devices), ("data",)), PartitionSpec("data"))
+    fetch(jax.make_array_from_process_local_data(sharding, np.zeros(jax.local_device_count(), np.float32)))
 
 
 def fetch(array: Any) -> np.ndarray:
@@ -55,27 +74,88 @@ def from_first_host(fn: Callable[[], T]) -> T:
     """Runs `fn` on host 0 alone and returns its result on every host.
 
     Args:
-      fn: returns JSON values, a numpy array, or a dict of numpy arrays (dtypes that numpy knows by itself).
+      fn: returns JSON values, a numpy array, or a dict of numpy arrays (dtypes that numpy knows by itself). It may call
+        anything of this module: host 0 then acts as the only one.
 
     Raises:
       What `fn` raised, on every host.
     """
-    if jax.process_count() == 1:
+    if _by_itself():
         return fn()
     error, content = None, b""
     if is_first_host():
+        token = _alone.set(True)
         try:
             content = _encode(fn())
         except Exception as raised:
-            error = raised
-            content = bytes([_ERROR]) + json.dumps([type(raised).__name__, str(raised)]).encode()
-    size = int(multihost_utils.broadcast_one_to_all(np.int64(len(content)).astype(np.int32)))
-    buffer = np.zeros(size, np.uint8)
-    buffer[: len(content)] = np.frombuffer(content, np.uint8)
-    content = np.asarray(multihost_utils.broadcast_one_to_all(buffer)).astype(np.uint8).tobytes()
+            error, content = raised, _encode_error(raised)
+        finally:
+            _alone.reset(token)
+    content = _broadcast(content)
     if error is not None:
         raise error
     return _decode(content)
+
+
+def first_host_first(fn: Callable[[], T]) -> T:
+    """Runs `fn` on host 0 and, when it is done there, on the others: for what opens a store and creates it if absent.
+
+    Returns each host's own result. Raises what `fn` raised on host 0 on every host.
+    """
+    if _by_itself():
+        return fn()
+    results = []
+    from_first_host(lambda: results.append(fn()))
+    return results[0] if results else fn()
+
+
+@contextlib.contextmanager
+def each_by_itself() -> Iterator[None]:
+    """A block in which hosts do different work, with no calls to each other; at its end all wait for all.
+
+    What one of them raised is then raised on every host, so that none waits for ever.
+    """
+    if _by_itself():
+        yield
+        return
+    error = None
+    try:
+        yield
+    except Exception as raised:
+        error = raised
+    content = b"" if error is None else _encode_error(error)[:_SHORT]
+    contents = multihost_utils.process_allgather(_padded(content, _SHORT))
+    if error is not None:
+        raise error
+    for host, row in enumerate(np.asarray(contents).reshape(num_hosts(), -1)):
+        content = row.astype(np.uint8).tobytes().rstrip(b"\0")
+        if content:
+            raise _same_kind(*_error_parts(content), prefix=f"host {host}: ")
+
+
+def _by_itself() -> bool:
+    return jax.process_count() == 1 or _alone.get()
+
+
+def _broadcast(content: bytes) -> bytes:
+    """Host 0's bytes, on every host."""
+    message = len(content).to_bytes(_LENGTH, "little") + content
+    received = _broadcast_padded(message[:_SHORT], _SHORT)
+    length = int.from_bytes(received[:_LENGTH], "little") + _LENGTH
+    if length > _SHORT:
+        received += _broadcast_padded(message[_SHORT:], 1 << (length - _SHORT - 1).bit_length())
+    return received[_LENGTH:length]
+
+
+def _broadcast_padded(content: bytes, size: int) -> bytes:
+    received = multihost_utils.broadcast_one_to_all(_padded(content if is_first_host() else b"", size))
+    return np.asarray(received).astype(np.uint8).tobytes()
+
+
+def _padded(content: bytes, size: int) -> np.ndarray:
+    buffer = np.zeros(size, np.uint8)
+    buffer[: len(content)] = np.frombuffer(content, np.uint8)
+    return buffer
 
 
 def _encode(value: Any) -> bytes:
@@ -90,11 +170,29 @@ def _encode(value: Any) -> bytes:
 
 
 def _decode(content: bytes) -> Any:
-    kind, content = content[0], content[1:]
+    kind, rest = content[0], content[1:]
     if kind == _JSON:
-        return json.loads(content)
+        return json.loads(rest)
     if kind == _ERROR:
-        name, message = json.loads(content)
-        raise _ERRORS.get(name, RuntimeError)(message)
-    with np.load(io.BytesIO(content), allow_pickle=False) as stored:
+        raise _same_kind(*_error_parts(content))
+    with np.load(io.BytesIO(rest), allow_pickle=False) as stored:
         return stored["value"] if kind == _ARRAY else {name: stored[name] for name in stored.files}
+
+
+def _encode_error(error: Exception) -> bytes:
+    # Lines and not JSON, so that a long message can be cut anywhere.
+    return bytes([_ERROR]) + f"{type(error).__module__}\n{type(error).__qualname__}\n{error}".encode()
+
+
+def _error_parts(content: bytes) -> tuple[str, str, str]:
+    module, name, message = content[1:].decode(errors="ignore").split("\n", 2)
+    return module, name, message
+
+
+def _same_kind(module: str, name: str, message: str, prefix: str = "") -> Exception:
+    """An error of the class that another host raised; a RuntimeError where that class takes no message."""
+    kind = getattr(sys.modules.get(module), name, None)
+    if isinstance(kind, type) and issubclass(kind, Exception):
+        with contextlib.suppress(TypeError):
+            return kind(prefix + message)
+    return RuntimeError(f"{prefix}{name}: {message}")

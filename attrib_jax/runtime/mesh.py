@@ -38,8 +38,21 @@ def shard_batch(mesh: Mesh, tree: Any) -> Any:
 
 
 def replicate(mesh: Mesh, tree: Any) -> Any:
-    """Puts every leaf whole on every device of `mesh`; all hosts must give the same values."""
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+    """Puts every leaf whole on every device of `mesh`; all hosts must give the same values, which is not checked."""
+    whole = NamedSharding(mesh, PartitionSpec())
+    if not mesh.is_multi_process:
+        return jax.device_put(tree, whole)
+    local = NamedSharding(mesh.local_mesh, PartitionSpec())
+
+    def put(leaf):
+        if isinstance(leaf, jax.Array) and leaf.sharding == whole:
+            return leaf
+        # Placed by each host: `device_put` onto other hosts' devices would send every value around to compare it.
+        leaf = jax.device_put(leaf, local)
+        shards = [shard.data for shard in leaf.addressable_shards]
+        return jax.make_array_from_single_device_arrays(leaf.shape, whole, shards)
+
+    return jax.tree.map(put, tree)
 
 
 def host_share(mesh: Mesh, count: int) -> slice:

@@ -6,6 +6,8 @@ from typing import TextIO
 
 import tqdm
 
+from attrib_jax.runtime.hosts import is_first_host
+
 # Seconds between two lines where stderr is a file or a pipe: a log should not fill with redrawn bars.
 _LOG_INTERVAL = 10.0
 
@@ -32,13 +34,13 @@ def progress(
 
     Given an iterable, iterate over the result; given a total, call `.update(n)` and use it as a context manager.
     `initial` counts what an earlier run had done, so that the rate is of this run alone. `total` is for iterables
-    without a length.
+    without a length. With several hosts, host 0 shows.
     """
     if isinstance(iterable_or_total, int):
         iterable, total = None, iterable_or_total
     else:
         iterable = iterable_or_total
-    arguments = {"desc": description, "unit": unit, "initial": initial, "total": total}
+    arguments = {"desc": description, "unit": unit, "initial": initial, "total": total, "disable": not is_first_host()}
     if sys.stderr.isatty():
         return tqdm.tqdm(iterable, file=sys.stderr, dynamic_ncols=True, **arguments)
     # miniters=1: the clock alone decides, whatever the rate was at the start, when compilation made it low.

@@ -18,6 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from attrib_jax.runtime.files import StorageError, make_folder, remove_partial_files, storage_errors, write_json
+from attrib_jax.runtime.hosts import first_host_first, from_first_host, is_first_host
 
 _log = logging.getLogger(__name__)
 
@@ -66,12 +67,12 @@ class Stage:
 
     @property
     def finished(self) -> bool:
-        """Whether `finish` was called, by this run or an earlier one: read from disk."""
-        return _read_record(self.path)["finished"]
+        """Whether `finish` was called, by this run or an earlier one: read from disk, by host 0 for all."""
+        return from_first_host(lambda: _read_record(self.path)["finished"])
 
     def finish(self) -> None:
-        """Marks the stage as complete, on disk; call it when all of its data is written."""
-        write_json(self.path / _RECORD, {**_read_record(self.path), "finished": True})
+        """Marks the stage as complete, on disk; call it (on every host) when all of its data is written."""
+        from_first_host(lambda: write_json(self.path / _RECORD, {**_read_record(self.path), "finished": True}))
 
 
 def open_stage(workdir: str | os.PathLike, name: str, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> Stage:
@@ -80,11 +81,18 @@ def open_stage(workdir: str | os.PathLike, name: str, settings: Mapping[str, Any
     `settings` are JSON values (None, bool, numbers, str, lists, dicts with str keys) that decide the result;
     `inputs` maps a name to the fingerprint of what the stage reads. `name` may be nested, as `attribution/cat`.
     Hold `lock(workdir)` from before this call until the stage is written: it clears what a killed run left.
-    With several hosts, host 0 calls it and the others `load_stage` after it.
+    With several hosts every host calls it: host 0 creates or checks the stage, and the others then read its record.
 
     Raises StageMismatchError where the stored stage has other settings or inputs, StorageError where it cannot be
     read or written, ValueError where settings are no JSON.
     """
+    # Only host 0 clears what a killed run left: it may be writing by the time that the others come here.
+    return first_host_first(
+        lambda: _open(workdir, name, settings, inputs) if is_first_host() else load_stage(workdir, name)
+    )
+
+
+def _open(workdir, name, settings, inputs) -> Stage:
     path = _stage_path(workdir, name)
     asked = {"settings": _as_json("settings", settings), "inputs": _as_json("inputs", inputs)}
     if (path / _RECORD).exists():
@@ -132,8 +140,19 @@ def lock(workdir: str | os.PathLike) -> Iterator[None]:
 
     Raises LockedError at once if another process (or another `lock` in this one) holds it, naming the holder. The
     kernel releases the lock however the holder ends, so nothing needs clearing after a kill. With several hosts on one
-    shared folder, host 0 holds it for all.
+    shared folder every host calls it: host 0 holds the lock for all.
     """
+    with contextlib.ExitStack() as stack:
+
+        def hold() -> None:
+            stack.enter_context(_hold(workdir))
+
+        from_first_host(hold)
+        yield
+
+
+@contextlib.contextmanager
+def _hold(workdir: str | os.PathLike) -> Iterator[None]:
     workdir = make_folder(workdir)
     file = workdir / _LOCK
     with storage_errors(file, "lock"):

@@ -7,7 +7,6 @@ import logging
 import os
 import threading
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,18 +22,19 @@ from attrib_jax.data.concat import ConcatDataset
 from attrib_jax.data.latents import ROWS_FILE, LatentsDataset
 from attrib_jax.data.pictures import UnreadableRowError
 from attrib_jax.data.sources import Dataset
-from attrib_jax.runtime.files import write_arrays, write_json
+from attrib_jax.runtime.files import write_arrays
+from attrib_jax.runtime.hosts import from_first_host, is_first_host
 from attrib_jax.runtime.joined import JoinedArray, ScaledArray
 from attrib_jax.stages.encoded import EncodedDataset, join
 from attrib_jax.stages.fill import fill, make_store
 from attrib_jax.stages.root import StageRoot
+from attrib_jax.stages.skipped import SKIPPED, SkippedRows, read_skipped
 
 _log = logging.getLogger(__name__)
 
 # Pictures, and captions, that one device holds at a time.
 IMAGE_TILE = 16
 TEXT_TILE = 64
-_SKIPPED = "skipped.json"
 _SKIPPED_SHOWN = 5
 
 STORE_DTYPES = ("float32", "float16")
@@ -133,11 +133,14 @@ def _encode_part(root, prefix: str, pipeline, inputs, dataset, config) -> Encode
         latents = encode_images(
             stage.path, dataset, pipeline.vae, pipeline.params["vae"], config, picture_size(pipeline)
         )
-        skipped = read_skipped(stage.path)
+        skipped = dict(from_first_host(lambda: list(read_skipped(stage.path).items())))
     kept = np.setdiff1d(np.arange(len(dataset)), list(skipped))
     with root.stage(text_name, {}, inputs) as stage:
         text = _encode_captions(stage.path, pipeline, [caption for row in captions for caption in row], config)
-        if not stage.finished:
+
+        def describe() -> None:
+            if stage.finished:
+                return
             # What `latents:WORKDIR` needs to know, for other models with the same encoders.
             rows = {"row_ids": dataset.row_ids[kept], "positions": kept, "first_caption": first_caption}
             header = {
@@ -146,14 +149,16 @@ def _encode_part(root, prefix: str, pipeline, inputs, dataset, config) -> Encode
                 "encoders": encoder_fingerprints(pipeline, pipeline.text_encoder.config.vocab_size),
             }
             write_arrays(stage.path / ROWS_FILE, rows, header)
-    if skipped:
+
+        from_first_host(describe)
+    if skipped and is_first_host():
         _log.warning(
             "%d of %d pictures of %s cannot be read and are left out, such as: %s. All are listed in %s.",
             len(skipped),
             len(dataset),
             dataset.name,
             "; ".join(list(skipped.values())[:_SKIPPED_SHOWN]),
-            root.workdir / latents_name / _SKIPPED,
+            root.workdir / latents_name / SKIPPED,
         )
     return EncodedDataset(dataset.row_ids[kept], latents, text, first_caption, kept, skipped)
 
@@ -242,13 +247,8 @@ def encode_images(
         both = [latents(0, images), latents(1, images[:, :, ::-1])]
         return jnp.stack(both, axis=1) * vae.config.scaling_factor
 
-    def store_skipped(rows: slice, reasons: dict[int, str]) -> None:
-        stored = read_skipped(path)
-        listed = {row: why for row, why in stored.items() if not rows.start <= row < rows.stop} | reasons
-        if listed != stored:
-            write_json(Path(path) / _SKIPPED, {str(row): why for row, why in sorted(listed.items())})
-
-    return fill(
+    skipped = SkippedRows(path)
+    stored = fill(
         make_store(path, "latents", shape, config.dtype, len(dataset)),
         encode_tile,
         (params, key),
@@ -257,14 +257,10 @@ def encode_images(
         "encode pictures",
         "image",
         workers=config.workers,
-        store_skipped=store_skipped,
+        store_skipped=skipped.store,
     )
-
-
-def read_skipped(path: str | os.PathLike) -> dict[int, str]:
-    """Position -> reason, of the rows that an encoding in the folder `path` had to leave out."""
-    file = Path(path) / _SKIPPED
-    return {int(row): why for row, why in json.loads(file.read_text()).items()} if file.exists() else {}
+    skipped.join()
+    return stored
 
 
 def _encode_captions(path, pipeline: Pipeline, captions: Sequence[str], config: EncodeConfig) -> JoinedArray:

@@ -1,4 +1,7 @@
-"""Filling a store of one array: batches are read ahead, encoded on all devices, and written chunk by chunk."""
+"""Filling a store of one array: batches are read ahead, encoded on all devices, and written chunk by chunk.
+
+Of several hosts, each fills chunks of its own with its own devices: they share nothing but the folder.
+"""
 
 import os
 from collections.abc import Callable
@@ -10,6 +13,7 @@ import numpy as np
 from absl import flags
 
 from attrib_jax.runtime.chunks import ChunkStore
+from attrib_jax.runtime.hosts import each_by_itself, first_host_first, from_first_host, host_index, num_hosts
 from attrib_jax.runtime.joined import JoinedArray
 from attrib_jax.runtime.mesh import data_mesh, padded_tiles, replicate, shard_batch, tile_map
 from attrib_jax.runtime.progress import progress
@@ -24,7 +28,7 @@ def make_store(path: str | os.PathLike, field: str, shape: tuple[int, ...], dtyp
     """A store of one field in `<path>/<field>/`, `shape` the shape of a row; its chunks have at most 64 MiB."""
     row_bytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
     rows = min(_MAX_ROWS_PER_CHUNK, max(1, _CHUNK_BYTES // row_bytes))
-    return ChunkStore(path, {field: (shape, np.dtype(dtype))}, num_rows, rows, name=field)
+    return first_host_first(lambda: ChunkStore(path, {field: (shape, np.dtype(dtype))}, num_rows, rows, name=field))
 
 
 def fill(
@@ -40,6 +44,9 @@ def fill(
 ) -> JoinedArray:
     """Computes the missing chunks of a store of one field and returns the whole, on disk.
 
+    With several hosts, host 0 decides what is missing, the chunks are dealt out in turn, and all wait for all; an error
+    of one is then raised on every host.
+
     Args:
       store: from `make_store`.
       encode_tile: `(shared, batch) -> (rows, ...)`, run on one tile on every device.
@@ -53,15 +60,24 @@ def fill(
     """
     ((field, (shape, dtype)),) = store.fields.items()
     small = store.num_rows * int(np.prod(shape)) * dtype.itemsize <= _CHECKED_BYTES
-    missing = list(store.missing()) if small else store.absent()
-    if not missing:
-        return store.array(field)
-    mesh = data_mesh()
+    missing = from_first_host(lambda: list(store.missing()) if small else store.absent())
+    mine = missing[host_index() :: num_hosts()]
+    with each_by_itself():
+        if mine:
+            done = store.num_rows - sum(store.rows(chunk).stop - store.rows(chunk).start for chunk in missing)
+            _fill(store, mine, done, encode_tile, shared, read, tile, description, unit, workers, store_skipped)
+    return store.array(field)
+
+
+def _fill(store, chunks, done, encode_tile, shared, read, tile, description, unit, workers, store_skipped) -> None:
+    """Computes `chunks` on this host's devices; `done` counts the rows that are stored already."""
+    ((field, (_, dtype)),) = store.fields.items()
+    mesh = data_mesh(jax.local_devices())
     run = tile_map(mesh, encode_tile)
     shared = replicate(mesh, shared)
     # Tiles never reach over the end of a chunk, so that a resumed run has the tiles of an uninterrupted one.
     tiles, counts = [], {}
-    for chunk in missing:
+    for chunk in chunks:
         rows = np.arange(store.num_rows)[store.rows(chunk)]
         cut, _ = padded_tiles(len(rows), tile * mesh.size)
         tiles.extend(rows[cut])
@@ -74,9 +90,10 @@ def fill(
             flags.FLAGS.mark_as_parsed()
         batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
     reader = iter(batches)
-    done = store.num_rows - sum(store.rows(chunk).stop - store.rows(chunk).start for chunk in missing)
-    with progress(store.num_rows, description, unit, initial=done) as bar:
-        for chunk in missing:
+    # Of several hosts, the first shows its own share.
+    total = done + sum(store.rows(chunk).stop - store.rows(chunk).start for chunk in chunks)
+    with progress(total, description, unit, initial=done) as bar:
+        for chunk in chunks:
             rows, results, reasons = store.rows(chunk), [], {}
             size = rows.stop - rows.start
             for number in range(counts[chunk]):
@@ -92,7 +109,6 @@ def fill(
                 # Before the chunk: once that is there, nobody reads its pictures again.
                 store_skipped(rows, reasons)
             store.write(chunk, {field: values})
-    return store.array(field)
 
 
 def _check_finite(values: np.ndarray, store: ChunkStore, description: str, dtype: np.dtype) -> None:

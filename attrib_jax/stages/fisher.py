@@ -1,13 +1,14 @@
 """Stage 2: the diagonal Fisher information of the selected weights over the training set."""
 
+import functools
 import logging
 import operator
 import os
-import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -18,16 +19,20 @@ from attrib_jax.curvature.fisher import FisherSum, fisher_diagonal
 from attrib_jax.diffusion.losses import Predict, denoising_losses
 from attrib_jax.diffusion.schedule import NoiseSchedule
 from attrib_jax.runtime.files import DamagedFileError, write_arrays
-from attrib_jax.runtime.mesh import data_mesh, replicate, shard_batch, tile_map
+from attrib_jax.runtime.hosts import from_first_host, is_first_host
+from attrib_jax.runtime.mesh import data_mesh, host_share, replicate, shard_batch
 from attrib_jax.runtime.progress import progress
 from attrib_jax.runtime.state import StateStore
+from attrib_jax.runtime.sums import DeviceSums, Pair
 from attrib_jax.stages.encoded import EncodedDataset
 from attrib_jax.stages.fisher_files import read_fisher_file
 
 _log = logging.getLogger(__name__)
 
-# Samples that one device takes at once, and the memory that their gradients may fill there.
-SAMPLES_PER_TILE = 16
+# Samples that one device takes at once: a core is as fast with few, in less memory; an accelerator has to be filled.
+_SAMPLES_PER_TILE = {"cpu": 8}
+_SAMPLES_PER_ACCELERATOR = 64
+# The memory that the gradients of a tile may fill.
 _GRADIENT_BYTES = 2**30
 _TILES_PER_CHECKPOINT = 64
 _FILE = "fisher.safetensors"
@@ -81,54 +86,30 @@ def fit_fisher(
 ) -> Diagonal:
     """Sums squared per-sample gradients (METHOD.md section 3), resuming from the state in `path`, and stores F there.
 
-    Tiles are added in the order of their draws: kills change nothing, and another number of devices only the rounding
-    within a tile.
+    Every device keeps the compensated sum of its tiles; at a checkpoint these are added in device order. So kills
+    change nothing, and another number of devices only the rounding within a tile. With several hosts each reads its
+    share of every tile, host 0 keeps the total and writes, and all return F.
     """
     file = path / _FILE
-    try:
-        return load_fisher(file, selected)
-    except FileNotFoundError:
-        pass
-    except DamagedFileError as error:
-        _log.warning("%s: it will be computed again", error)
-    mesh = mesh or data_mesh()
+    if not from_first_host(lambda: _is_fitted(file, selected)):
+        _fit(path, predict, schedule, selected, rest, data, samples, seed, mesh or data_mesh())
+    return load_fisher(file, selected)
+
+
+def _fit(path, predict, schedule, selected, rest, data, samples, seed, mesh) -> None:
     draws = fisher_draws(seed, samples, data.num_captions, schedule.num_train_timesteps)
     shared = replicate(mesh, (selected, rest, schedule, purpose_key(seed, "fisher")))
-    microbatch = SAMPLES_PER_TILE
-    while microbatch > 1 and microbatch * 4 * count_weights(selected).values > _GRADIENT_BYTES:
-        microbatch //= 2
-
-    def tile_sum(shared, batch):
-        selected, rest, schedule, key = shared
-
-        def loss_fn(selected, rest, sample):
-            noise = jax.random.normal(jax.random.fold_in(key, sample.index), (1, *sample.latents.shape))
-            params = merge_weights(selected, rest)
-            return denoising_losses(
-                predict, params, schedule, sample.latents, sample.text, noise, sample.timestep[None]
-            )[0]
-
-        part = fisher_diagonal(loss_fn, selected, rest, batch, mask=batch.mask, microbatch=microbatch)
-        # A leading axis of one, so that the devices' sums come back one after the other.
-        return jax.tree.map(lambda leaf: leaf[None], part)
-
-    run = tile_map(mesh, tile_sum)
-    add = jax.jit(lambda total, parts: _add_in_order(total, parts, mesh.size))
-    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), selected)
-    total = FisherSum(zeros, np.zeros((), np.int32), zeros)
-    state = StateStore(path, "partial")
-    stored = state.read(total)
-    start = 0
-    if stored is not None:
-        total, start = stored
-    size = SAMPLES_PER_TILE * mesh.size
-    # One device: a sum committed to another could not be added to.
-    total = jax.device_put(total, mesh.local_devices[0])
+    total = _Total(path, selected)
+    start = from_first_host(total.read)
+    sums = DeviceSums(mesh, functools.partial(_tile_sum, predict, _microbatch(selected, samples_per_tile(mesh))))
+    size = samples_per_tile(mesh) * mesh.size
+    share = host_share(mesh, size)
+    running = sums.zero(_pair(total.sum).high)
     with progress(samples, "Fisher information", "sample", initial=start) as bar:
         since = 0
         while start < samples:
-            taken = np.minimum(np.arange(start, start + size), samples - 1)
-            mask = np.arange(start, start + size) < samples
+            places = np.arange(start, start + size)[share]
+            taken = np.minimum(places, samples - 1)
             row, flip, caption = draws.row[taken], draws.flip[taken], draws.caption[taken]
             latents, text = data.inputs(row, flip, caption)
             batch = _Sample(
@@ -136,20 +117,90 @@ def fit_fisher(
                 text=text,
                 index=draws.index[taken],
                 timestep=draws.timestep[taken],
-                mask=mask.astype(np.float32),
+                mask=(places < samples).astype(np.float32),
             )
-            parts = jax.device_put(run(shared, shard_batch(mesh, batch)), mesh.local_devices[0])
-            total = add(total, parts)
-            done = int(mask.sum())
+            running = sums.add(running, shared, shard_batch(mesh, batch))
+            done = min(size, samples - start)
             start, since = start + done, since + 1
             if since == _TILES_PER_CHECKPOINT or start == samples:
-                state.write(total, start)
-                since = 0
+                total.add(sums.total(running))
+                from_first_host(functools.partial(total.write, start))
+                running, since = sums.zero(_pair(total.sum).high), 0
             bar.update(done)
-    fisher = total.mean()
-    write_arrays(file, fisher.to_flat(), {"samples": samples})
-    shutil.rmtree(state.path)
-    return load_fisher(file, selected)
+
+    def store():
+        write_arrays(path / _FILE, total.sum.mean().to_flat(), {"samples": samples})
+        total.state.remove()
+
+    from_first_host(store)
+
+
+class _Total:
+    """The sum up to the last checkpoint, kept by host 0 in memory and on disk."""
+
+    def __init__(self, path: Path, selected: Any):
+        zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32)), selected)
+        self.sum = FisherSum(zeros, np.zeros((), np.int32), zeros)
+        self.state = StateStore(path, "partial")
+        self._add = jax.jit(operator.add)
+
+    def read(self) -> int:
+        """Takes up the stored sum -> the number of samples in it."""
+        stored = self.state.read(self.sum)
+        if stored is None:
+            return 0
+        self.sum, samples = stored
+        return samples
+
+    def add(self, part: Pair) -> None:
+        """Adds what all devices have summed since the last checkpoint."""
+        if is_first_host():
+            (total, count), (compensation, _) = part
+            self.sum = jax.tree.map(np.asarray, self._add(self.sum, FisherSum(total, count, compensation)))
+
+    def write(self, samples: int) -> None:
+        """Stores the sum of the first `samples` samples."""
+        self.state.write(self.sum, samples)
+
+
+def _tile_sum(predict: Predict, microbatch: int, shared: Any, batch: _Sample) -> Pair:
+    """The sum over one device's tile."""
+    selected, rest, schedule, key = shared
+
+    def loss_fn(selected, rest, sample):
+        noise = jax.random.normal(jax.random.fold_in(key, sample.index), (1, *sample.latents.shape))
+        params = merge_weights(selected, rest)
+        return denoising_losses(predict, params, schedule, sample.latents, sample.text, noise, sample.timestep[None])[0]
+
+    return _pair(fisher_diagonal(loss_fn, selected, rest, batch, mask=batch.mask, microbatch=microbatch))
+
+
+def _pair(part: FisherSum) -> Pair:
+    return Pair((part.sum, part.count), (part.compensation, jnp.zeros_like(part.count)))
+
+
+def samples_per_tile(mesh: Mesh) -> int:
+    """Samples that each device of `mesh` takes at once."""
+    return _SAMPLES_PER_TILE.get(mesh.devices.flat[0].platform, _SAMPLES_PER_ACCELERATOR)
+
+
+def _microbatch(selected: Any, tile: int) -> int:
+    """Per-sample gradients that one device holds at once."""
+    microbatch = tile
+    while microbatch > 1 and microbatch * 4 * count_weights(selected).values > _GRADIENT_BYTES:
+        microbatch //= 2
+    return microbatch
+
+
+def _is_fitted(file: Path, selected: Any) -> bool:
+    try:
+        load_fisher(file, selected)
+    except FileNotFoundError:
+        return False
+    except DamagedFileError as error:
+        _log.warning("%s: it will be computed again", error)
+        return False
+    return True
 
 
 def fisher_file(path: str | os.PathLike) -> Path:
@@ -171,9 +222,3 @@ def load_fisher(file: Path, selected: Any) -> Diagonal:
         return Diagonal.from_flat(flat, like=selected)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
-
-
-def _add_in_order(total: FisherSum, parts: FisherSum, count: int) -> FisherSum:
-    for index in range(count):
-        total = total + jax.tree.map(operator.itemgetter(index), parts)
-    return total

@@ -1,5 +1,6 @@
 """Stage 3: numbers of every training picture and its mirror image, such as strided losses, under given weights."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,13 @@ from attrib_jax.core.types import Batch
 from attrib_jax.diffusion.losses import Predict
 from attrib_jax.diffusion.schedule import NoiseSchedule, strided_timesteps
 from attrib_jax.runtime.chunks import ChunkStore
-from attrib_jax.runtime.hosts import fetch
+from attrib_jax.runtime.hosts import fetch, first_host_first, from_first_host
 from attrib_jax.runtime.mesh import data_mesh, host_share, padded_tiles, replicate, shard_batch, tile_map
 from attrib_jax.runtime.progress import progress
 from attrib_jax.stages.encoded import EncodedDataset
 
 _ROWS_PER_CHUNK = 512
+_TILES_PER_CHUNK = 8
 
 
 class ExampleProgram:
@@ -165,12 +167,15 @@ def dataset_values(
     """A program's results on a data set, kept in chunks under `path` and resumed there.
 
     Returns (N, flips, *result_shape) float64, N the pictures at the positions `rows`, all of them if None; the caller
-    keeps to one set of rows for one `path`. Weights need no `place`.
+    keeps to one set of rows for one `path`. Weights need no `place`. With several hosts, host 0 decides what is missing
+    and writes.
     """
     rows = np.arange(len(data)) if rows is None else np.asarray(rows)
     fields = {"loss": ((flips, *program.result_shape), np.float64)}
-    store = ChunkStore(path, fields, len(rows), _ROWS_PER_CHUNK, name="losses")
-    missing = list(store.missing())
+    # Many devices take many rows at once: a chunk should fill them several times.
+    rows_per_chunk = max(_ROWS_PER_CHUNK, _TILES_PER_CHUNK * EXAMPLES_PER_TILE * program.mesh.size // flips)
+    store = first_host_first(lambda: ChunkStore(path, fields, len(rows), rows_per_chunk, name="losses"))
+    missing = from_first_host(lambda: list(store.missing()))
     if missing:
         counts = data.num_captions[rows] if captions == "all" else np.ones(len(rows), np.int64)
         forwards = flips * program.num_timesteps
@@ -181,5 +186,5 @@ def dataset_values(
             for index in missing:
                 part = rows[store.rows(index)]
                 values = program(weights, data, part, flips, captions, lambda n: bar.update(n * program.num_timesteps))
-                store.write(index, {"loss": values})
+                from_first_host(functools.partial(store.write, index, {"loss": values}))
     return store.read_all()["loss"]

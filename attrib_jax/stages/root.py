@@ -8,7 +8,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from attrib_jax.runtime.files import StorageError, make_folder
+from attrib_jax.runtime.files import StorageError, commit_folder, make_folder
+from attrib_jax.runtime.hosts import from_first_host, is_first_host
 from attrib_jax.runtime.stages import Stage, load_stage, open_stage
 
 _log = logging.getLogger(__name__)
@@ -17,12 +18,13 @@ _log = logging.getLogger(__name__)
 class StageRoot:
     """Opens stages by name in a workdir; finished ones in `shipped` are copied there when they fit what is asked for.
 
-    A shipped stage fits if it is finished and was made with the same settings and inputs. `shipped` is only read.
+    A shipped stage fits if it is finished and was made with the same settings and inputs. `shipped` is only read. With
+    several hosts all make the same calls, and host 0 alone looks, copies and deletes.
     """
 
     def __init__(self, workdir: str | os.PathLike, shipped: str | os.PathLike | None = None):
         self.workdir = Path(workdir)
-        self._shipped = Path(shipped) if shipped is not None and Path(shipped).is_dir() else None
+        self._shipped = Path(shipped) if shipped is not None else None
 
     def claim(self, inputs: Mapping[str, str]) -> None:
         """Makes the workdir one of these inputs; raises StageMismatchError if it is one of others."""
@@ -37,13 +39,13 @@ class StageRoot:
         A stage in which an error left nothing stored is removed, so that other settings can take its name. Raises
         StageMismatchError where the workdir's stage of that name has other settings or inputs.
         """
-        if self._fits(name, settings, inputs):
-            self._copy(name)
+        from_first_host(lambda: self._copy(name) if self._fits(name, settings, inputs) else None)
         stage = open_stage(self.workdir, name, settings, inputs)
         try:
             yield stage
         except Exception:
-            if [path.name for path in stage.path.iterdir()] == ["stage.json"]:
+            # With no call to the other hosts: they may not have failed.
+            if is_first_host() and [path.name for path in stage.path.iterdir()] == ["stage.json"]:
                 shutil.rmtree(stage.path)
             raise
         if not stage.finished:
@@ -51,13 +53,17 @@ class StageRoot:
 
     def is_finished(self, name: str, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> bool:
         """Whether `stage` with the same arguments would find everything done."""
-        if (self.workdir / name / "stage.json").exists():
-            return load_stage(self.workdir, name).finished
-        return self._fits(name, settings, inputs)
+
+        def look() -> bool:
+            if (self.workdir / name / "stage.json").exists():
+                return load_stage(self.workdir, name).finished
+            return self._fits(name, settings, inputs)
+
+        return from_first_host(look)
 
     def discard(self, name: str) -> None:
         """Removes a stage from the workdir, to be computed anew and not copied again."""
-        shutil.rmtree(self.workdir / name)
+        from_first_host(lambda: shutil.rmtree(self.workdir / name))
         self._shipped = None
 
     def _fits(self, name: str, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> bool:
@@ -79,4 +85,4 @@ class StageRoot:
         partial = target.with_name(f".{target.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         shutil.copytree(self._shipped / name, partial)
-        partial.rename(target)
+        commit_folder(partial, target)

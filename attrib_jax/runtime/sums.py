@@ -1,0 +1,112 @@
+"""Sums over the tiles of all devices: each device keeps its own, and at the end they are added in device order.
+
+Nothing is sent between devices or hosts until `total` is asked for, and then one leaf at a time, so sums cost the same
+on one device and on a pod. They are compensated: each leaf is an unevaluated pair `high + low` (Knuth's two-sum), which
+doubles its precision, so that another number of devices changes the result by the rounding of its tiles alone.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+_DATA = PartitionSpec("data")
+
+
+class Pair(NamedTuple):
+    """An unevaluated sum `high + low` of two trees of one layout; integers stay exact in `high`."""
+
+    high: Any
+    low: Any
+
+    def __add__(self, other: "Pair") -> "Pair":
+        leaves = [jax.tree.leaves(tree) for tree in (*self, *other)]
+        high, low = zip(*(add_pairs(*parts) for parts in zip(*leaves)))
+        layout = jax.tree.structure(self.high)
+        return Pair(jax.tree.unflatten(layout, high), jax.tree.unflatten(layout, low))
+
+    def value(self) -> Any:
+        """The sum, rounded once."""
+        return jax.tree.map(jnp.add, self.high, self.low)
+
+
+def add_pairs(high: Any, low: Any, other_high: Any, other_low: Any) -> tuple[Any, Any]:
+    """(high + low) + (other_high + other_low) as a pair; the rounding error of the high parts is recovered exactly."""
+    total = high + other_high
+    share = total - high
+    error = (high - (total - share)) + (other_high - share)
+    return total, error + (low + other_low)
+
+
+class DeviceSums:
+    """Running sums of `fn(shared, batch) -> Pair` over tiles, one sum a device of `mesh`.
+
+    `zero` makes a tree with a leading axis over devices, `add` adds one tile on each device, and `total` gives what all
+    devices have summed. Every host of the mesh makes the same calls.
+    """
+
+    def __init__(self, mesh: Mesh, fn: Callable[[Any, Any], Pair], matmul_precision: str = "highest"):
+        """Compiles when first called; `matmul_precision` is that of float32 products, see `tile_map`."""
+        self.mesh = mesh
+
+        def add_tile(sums, shared, batch):
+            with jax.default_matmul_precision(matmul_precision):
+                part = fn(shared, batch)
+            total = Pair(*jax.tree.map(lambda leaf: leaf[0], tuple(sums))) + part
+            return jax.tree.map(lambda leaf, old: leaf[None].astype(old.dtype), total, sums)
+
+        specs = (_DATA, PartitionSpec(), _DATA)
+        mapped = jax.shard_map(add_tile, mesh=mesh, in_specs=specs, out_specs=_DATA, check_vma=False)
+        self._add = jax.jit(mapped, donate_argnums=0)
+        gathered = jax.shard_map(
+            self._in_device_order, mesh=mesh, in_specs=_DATA, out_specs=PartitionSpec(), check_vma=False
+        )
+        self._reduce = jax.jit(gathered)
+
+    def zero(self, like: Any) -> Pair:
+        """Sums of nothing on every device, with the layout, shapes and dtypes of the tree `like`."""
+        sharding = NamedSharding(self.mesh, _DATA)
+
+        def zeros(leaf):
+            shape = (self.mesh.size, *leaf.shape)
+            return jax.make_array_from_callback(
+                shape, sharding, lambda index: np.zeros((1, *leaf.shape), leaf.dtype), dtype=leaf.dtype
+            )
+
+        return Pair(jax.tree.map(zeros, like), jax.tree.map(zeros, like))
+
+    def add(self, sums: Pair, shared: Any, batch: Any) -> Pair:
+        """Adds one tile on each device; `sums` is used up. `shared` is from `replicate`, `batch` from `shard_batch`."""
+        return self._add(sums, shared, batch)
+
+    def total(self, sums: Pair) -> Pair:
+        """The devices' sums added in device order, on this host's first device; `sums` stays as it is."""
+        high, layout = jax.tree.flatten(sums.high)
+        pairs = [
+            # Leaf by leaf: the devices hold no second copy of the whole.
+            Pair(*(part.addressable_data(0) for part in self._reduce(Pair(*leaves))))
+            for leaves in zip(high, jax.tree.leaves(sums.low))
+        ]
+        return Pair(*(jax.tree.unflatten(layout, [pair[part] for pair in pairs]) for part in range(2)))
+
+    def _in_device_order(self, pair: Pair) -> Pair:
+        """One leaf's sum over devices: each device adds up a stripe of it in order, so none holds all devices' leaves.
+
+        Never a `psum`, whose order is the backend's.
+        """
+        count, shape = self.mesh.size, pair.high.shape[1:]
+
+        def stripes(leaf):
+            flat = leaf.reshape(-1)
+            flat = jnp.pad(flat, (0, -flat.size % count)).reshape(count, -1)
+            return jax.lax.all_to_all(flat, "data", 0, 0, tiled=True)
+
+        parts = jax.tree.map(stripes, pair)
+        first = jax.tree.map(lambda leaf: leaf[0], parts)
+        others = jax.tree.map(lambda leaf: leaf[1:], parts)
+        stripe, _ = jax.lax.scan(lambda total, part: (total + part, None), first, others)
+        size = int(np.prod(shape))
+        return jax.tree.map(lambda leaf: jax.lax.all_gather(leaf, "data", tiled=True)[:size].reshape(shape), stripe)

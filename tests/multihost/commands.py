@@ -1,0 +1,58 @@
+"""The attribute command with chunks of four rows, run in float32 and then again in float64, for runs in real processes.
+
+python -m tests.multihost.commands --model=... --workdir=... with any flags of launch.attribute
+"""
+
+import dataclasses
+import os
+import time
+
+import jax
+import numpy as np
+from absl import flags
+
+import attrib_jax.stages.fill
+import attrib_jax.stages.fisher
+import attrib_jax.stages.losses
+import tests.conftest  # noqa: F401 the tests' compilation cache
+from attrib_jax.runtime.chunks import ChunkStore
+from launch import attribute, common
+
+_DOUBLE = flags.DEFINE_boolean("then_float64", False, "Run again in float64, in <workdir>/float64.")
+_PAUSE = flags.DEFINE_float("pause", 0.0, "Seconds that storing a chunk of losses takes, to be killed in.")
+
+
+def main():
+    attribute.main()
+    if _DOUBLE.value:
+        jax.config.update("jax_enable_x64", True)
+        load_model = common.load_model
+
+        def load_double():
+            pipeline = load_model()
+            params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), pipeline.params)
+            return dataclasses.replace(pipeline, params=params)
+
+        common.load_model = load_double
+        flags.FLAGS.workdir = os.path.join(flags.FLAGS.workdir, "float64")
+        attribute.main()
+
+
+def _slow(write):
+    def wrapped(self, *arguments):
+        write(self, *arguments)
+        if self.path.name == "losses":
+            time.sleep(_PAUSE.value)
+
+    return wrapped
+
+
+if __name__ == "__main__":
+    attrib_jax.stages.fill._MAX_ROWS_PER_CHUNK = 4
+    attrib_jax.stages.losses._ROWS_PER_CHUNK = 4
+    attrib_jax.stages.losses._TILES_PER_CHUNK = 0
+    attrib_jax.stages.fisher._TILES_PER_CHECKPOINT = 1
+    ChunkStore.write = _slow(ChunkStore.write)
+    # The cache is the one that tests.conftest has set.
+    common.enable_compilation_cache = lambda: None
+    common.run(main)

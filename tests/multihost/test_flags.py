@@ -1,0 +1,57 @@
+"""Flags of several hosts: contradictions are one clear line, before anything is started."""
+
+import subprocess
+import sys
+
+import pytest
+from absl import flags
+from absl.testing import flagsaver
+
+from launch import common, encode, multihost  # noqa: F401 encode defines the command's flags
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--coordinator=a:1"], "--coordinator given without --multihost"),
+        (["--num_hosts=2", "--host_index=0"], "--num_hosts, --host_index given without --multihost"),
+        (["--multihost", "--coordinator=a:1"], "--coordinator given without --num_hosts, --host_index"),
+        (["--multihost", "--num_hosts=2"], "--num_hosts given without --coordinator, --host_index"),
+        (["--multihost", "--coordinator=a", "--num_hosts=2", "--host_index=0"], "coordinator is 'a'"),
+        (["--multihost", "--coordinator=a:b", "--num_hosts=2", "--host_index=0"], "coordinator is 'a:b'"),
+        (["--multihost", "--coordinator=a:99999", "--num_hosts=2", "--host_index=0"], "expected HOST:PORT"),
+        (["--multihost", "--coordinator=a:1", "--num_hosts=0", "--host_index=0"], "num_hosts is 0"),
+        (["--multihost", "--coordinator=a:1", "--num_hosts=2", "--host_index=2"], "host_index is 2; expected 0 to 1"),
+        (["--multihost", "--coordinator=a:1", "--num_hosts=2", "--host_index=-1"], "host_index is -1"),
+    ],
+)
+def test_contradictions_are_named(arguments, message, capsys):
+    with flagsaver.flagsaver():
+        flags.FLAGS(["encode", *arguments])
+        assert common.execute(multihost.check_flags) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["--multihost"], ["--multihost", "--coordinator=[::1]:80", "--num_hosts=2", "--host_index=1"]],
+)
+def test_what_goes_together_passes(arguments):
+    with flagsaver.flagsaver():
+        flags.FLAGS(["encode", *arguments])
+        multihost.check_flags()
+
+
+def test_commands_of_one_host_say_so():
+    with flagsaver.flagsaver():
+        flags.FLAGS(["encode", "--multihost"])
+        with pytest.raises(ValueError, match="runs on one host"):
+            multihost.check_flags(one_host=True)
+
+
+def test_nothing_detected_is_one_clear_line(tmp_path):
+    command = [sys.executable, "-m", "launch.encode", "--multihost", "--model=nowhere", f"--workdir={tmp_path}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "no SLURM, TPU pod, Kubernetes or MPI run was detected" in done.stderr.strip().splitlines()[-1]

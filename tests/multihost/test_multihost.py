@@ -1,0 +1,221 @@
+"""One device, eight devices, and two processes of two devices give the same answer; a killed process ends the run."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import diffusers
+import numpy as np
+import pytest
+from PIL import Image
+
+from attrib_jax.convert.pipeline import load_pipeline
+from attrib_jax.core.weights import select_weights
+from attrib_jax.runtime.chunks import ChunkStore
+from attrib_jax.stages.fisher import fisher_file, load_fisher
+from tests.multihost.ports import free_port
+from tests.tiny_dataset import make_dataset
+from tests.tiny_pipeline import TEXT_WIDTH, make_torch_pipeline, randomise
+
+_ROWS = 13
+_SETTINGS = (
+    "--prompt=hat",
+    "--query_name=hat",
+    "--query_draws=40",
+    "--fisher_samples=41",
+    "--stride=250",
+    "--captions=all",
+)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """The tiny pipeline with a UNet of one level, which compiles in half the time."""
+    path = tmp_path_factory.mktemp("multihost") / "model"
+    make_torch_pipeline(str(path))
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(16,),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D",),
+        up_block_types=("CrossAttnUpBlock2D",),
+        cross_attention_dim=TEXT_WIDTH,
+        attention_head_dim=4,
+        norm_num_groups=8,
+    )
+    randomise(unet)
+    unet.save_pretrained(path / "unet")
+    return path
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Thirteen pictures, one of them damaged, with one to three captions."""
+    folder, dataset = tmp_path_factory.mktemp("pictures"), make_dataset(_ROWS)
+    for index in range(_ROWS):
+        file = folder / f"{index:02d}.png"
+        Image.fromarray(dataset[index].image).save(file)
+        file.with_suffix(".txt").write_text("\n".join(dataset.captions(index)))
+    file = folder / "06.png"
+    file.write_bytes(file.read_bytes()[:80])
+    return folder
+
+
+class Run:
+    """One attribution by one or several processes in a workdir; several meet on a free port."""
+
+    def __init__(self, model, pictures, workdir, devices: int, hosts: int = 1, arguments: tuple[str, ...] = ()):
+        self.workdir, self.logs, self.processes = workdir, [], []
+        workdir.mkdir(exist_ok=True)
+        port = free_port()
+        # Compiling is most of the time, and no test is about speed.
+        quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+        environment = {**os.environ, "XLA_FLAGS": quick}
+        for host in range(hosts):
+            several = (
+                "--multihost",
+                f"--coordinator=127.0.0.1:{port}",
+                f"--num_hosts={hosts}",
+                f"--host_index={host}",
+                "--heartbeat_timeout=10",
+            )
+            command = [
+                *(sys.executable, "-m", "tests.multihost.commands"),
+                *(f"--model={model}", f"--dataset=folder:{pictures}", f"--workdir={workdir}"),
+                f"--query={pictures / '00.png'}",
+                *(f"--cpu_devices={devices}", "--use_shipped_stages=false", "--workers=0", *_SETTINGS, *arguments),
+                *(several if hosts > 1 else ()),
+            ]
+            self.logs.append(workdir.with_name(f"{workdir.name}-{host}.log"))
+            with open(self.logs[-1], "wb") as log:
+                self.processes.append(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment))
+
+    def output(self, host: int = 0) -> str:
+        return self.logs[host].read_text(errors="replace")
+
+    def wait(self, seconds: float = 600) -> list[int]:
+        try:
+            return [process.wait(seconds) for process in self.processes]
+        finally:
+            for process in self.processes:
+                process.kill()
+
+    def succeed(self) -> "Run":
+        assert self.wait() == [0] * len(self.processes), "\n".join(map(self.output, range(len(self.processes))))
+        return self
+
+
+@pytest.fixture(scope="module")
+def runs(model, pictures, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    arguments = ("--then_float64",)
+    one, eight = (Run(model, pictures, folder / str(count), count, 1, arguments) for count in (1, 8))
+    runs = {"one": one.succeed(), "eight": eight.succeed()}
+    return {**runs, "hosts": Run(model, pictures, folder / "hosts", 2, 2, arguments).succeed()}
+
+
+def _scores(workdir):
+    with np.load(workdir / "attribution" / "hat" / "scores.npz") as stored:
+        return dict(stored)
+
+
+def _fisher(workdir, model):
+    selected, _ = select_weights(load_pipeline(str(model)).params["unet"], "cross-attn-kv")
+    (stage,) = (workdir / "fisher").iterdir()
+    return load_fisher(fisher_file(stage), selected).to_flat()
+
+
+def _latents(workdir):
+    return ChunkStore(workdir / "latents", {"latents": ((2, 8, 8, 4), np.float32)}, _ROWS, 4, "latents").read_all()
+
+
+@pytest.mark.parametrize("other", ["eight", "hosts"])
+def test_float32_runs_agree(runs, model, other):
+    expected, found = _scores(runs["one"].workdir), _scores(runs[other].workdir)
+    np.testing.assert_array_equal(found["row_id"], expected["row_id"])
+    assert len(found["row_id"]) == _ROWS - 1
+    np.testing.assert_allclose(found["loss_before"], expected["loss_before"], rtol=1e-6)
+    np.testing.assert_allclose(found["loss_after"], expected["loss_after"], rtol=1e-6)
+    # The same ranking throughout: Spearman's correlation is 1.
+    np.testing.assert_array_equal(np.argsort(found["score"]), np.argsort(expected["score"]))
+    theirs = _fisher(runs["one"].workdir, model)
+    for name, leaf in _fisher(runs[other].workdir, model).items():
+        np.testing.assert_allclose(leaf, theirs[name], rtol=1e-5, atol=1e-9 * theirs[name].max())
+
+
+@pytest.mark.parametrize("other", ["eight", "hosts"])
+def test_float64_runs_agree(runs, model, other):
+    expected, found = _scores(runs["one"].workdir / "float64"), _scores(runs[other].workdir / "float64")
+    for name in ("loss_before", "loss_after", "query_loss"):
+        np.testing.assert_allclose(found[name], expected[name], rtol=1e-9)
+    np.testing.assert_allclose(
+        found["score"], expected["score"], rtol=1e-9, atol=1e-9 * np.abs(expected["score"]).max()
+    )
+    single = _scores(runs["one"].workdir)
+    assert not np.array_equal(single["loss_before"], expected["loss_before"])
+
+
+def test_every_host_encodes_and_the_damaged_picture_is_listed(runs):
+    expected, found = (_latents(runs[name].workdir)["latents"] for name in ("one", "hosts"))
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    listed = json.loads((runs["hosts"].workdir / "latents" / "skipped.json").read_text())
+    assert listed == json.loads((runs["one"].workdir / "latents" / "skipped.json").read_text())
+    assert list(listed) == ["6"]
+    assert not list((runs["hosts"].workdir / "latents").glob("skipped-*"))
+
+
+def test_host_0_alone_prints_and_shows_progress(runs):
+    first, second = (runs["hosts"].output(host) for host in range(2))
+    assert "report:" in first and "losses after" in first
+    assert "report:" not in second and "losses after" not in second
+
+
+@pytest.mark.parametrize("victim", [1, 0])
+def test_a_killed_host_ends_the_run_and_the_next_one_resumes(runs, model, pictures, tmp_path, victim):
+    if victim == 0:
+        # Its death is seen by another part of the runtime; resuming is the same.
+        arguments, pattern = (), "latents/latents/chunk-*"
+    else:
+        arguments, pattern = ("--pause=0.5",), "losses/*/losses/chunk-*"
+    killed = Run(model, pictures, tmp_path / "killed", 2, 2, arguments)
+    end = time.monotonic() + 600
+    while not list(killed.workdir.glob(pattern)):
+        assert time.monotonic() < end and killed.processes[victim].poll() is None, killed.output()
+        time.sleep(0.02)
+    killed.processes[victim].send_signal(signal.SIGKILL)
+    died = time.monotonic()
+    codes = killed.wait(60)
+    assert time.monotonic() - died < 60
+    assert codes[victim] == -signal.SIGKILL and codes[1 - victim] == 75
+    last = killed.output(1 - victim).strip().splitlines()[-1]
+    assert last.startswith("error: ") and "another host" in last and "same command on all hosts" in last
+    if victim == 1:
+        assert not (killed.workdir / "attribution" / "hat" / "scores.npz").exists()
+        resumed = Run(model, pictures, killed.workdir, 2, 2).succeed()
+        expected, found = _scores(runs["hosts"].workdir), _scores(resumed.workdir)
+        assert expected.keys() == found.keys()
+        for name, values in expected.items():
+            np.testing.assert_array_equal(found[name], values)
+
+
+def test_hosts_in_lockstep(tmp_path):
+    port = str(free_port())
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.multihost.lockstep", str(tmp_path), port, str(host)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for host in range(2)
+    ]
+    try:
+        for process in processes:
+            output, errors = process.communicate(timeout=120)
+            assert process.returncode == 0 and output.splitlines()[-1] == "done", errors
+    finally:
+        for process in processes:
+            process.kill()
