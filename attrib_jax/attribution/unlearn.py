@@ -37,7 +37,7 @@ class QueryGradient(NamedTuple):
 
 
 class Unlearned(NamedTuple):
-    """Weights after unlearning, and one number a step of what happened.
+    """Weights after unlearning, and one number a step of what happened; after fewer steps, what `unlearn` goes on from.
 
     Attributes:
         selected: nested dict, the moved weights.
@@ -209,6 +209,8 @@ def unlearn(
     tile: int = DRAWS_PER_TILE,
     progress: Callable[[int], None] | None = None,
     sum_draws: Callable[[Any, jax.Array, Callable[[int], Any]], QueryGradient] | None = None,
+    start: Unlearned | None = None,
+    on_step: Callable[[Unlearned], None] | None = None,
 ) -> Unlearned:
     """Unlearns the query: each step takes the gradient at the current weights, from fresh draws, and adds an update.
 
@@ -226,13 +228,17 @@ def unlearn(
         steps: number of steps.
         damping: added to F.
         keep_ewc_gradient: keep the pull towards the first weights, see `scale_by_newton`.
-        progress: called on the host with the number of draws done so far, up to draws * steps.
+        progress: called on the host with the number of draws done so far, up to draws * steps; with `start`, those of
+            its steps are counted as done.
         sum_draws: `(selected, step key, advance) -> QueryGradient`, the sums over a step's draws where another place
             computes them, such as all devices; `advance` takes the number of the step's draws done so far.
+        start: the state after the first steps of the same call, to go on from to the same bits; `selected` stays the
+            weights before the first step.
+        on_step: called after every step with the state so far.
 
     Raises:
-        ValueError: an argument is out of range or contradicts the method; F is 0 where the gradient is not (the leaf is
-            named); the gradient is NaN or infinite.
+        ValueError: an argument is out of range or contradicts the method; `start` has more steps than asked; F is 0
+            where the gradient is not (the leaf is named); the gradient is NaN or infinite.
     """
     _check_draws(draws, tile)
     check_positive("steps", steps, integer=True)
@@ -253,7 +259,12 @@ def unlearn(
         fixed = (predict, schedule, rest, latents, text, mask, draws, tile)
         sum_draws = functools.partial(_sum_draws, fixed)
     losses, norms = [], []
-    for step in range(steps):
+    if start is not None:
+        if len(start.query_loss) > steps:
+            raise ValueError(f"start has done {len(start.query_loss)} steps; expected at most steps={steps}")
+        selected = jax.tree.map(jnp.asarray, start.selected)
+        losses, norms = list(start.query_loss), list(start.update_norm)
+    for step in range(len(losses), steps):
         step_key = jax.random.fold_in(key, step)
         total = sum_draws(selected, step_key, functools.partial(_advance, progress, step * draws))
         if curvature is not None:
@@ -269,6 +280,8 @@ def unlearn(
             )
         losses.append(loss)
         norms.append(norm)
+        if on_step is not None:
+            on_step(Unlearned(selected, jnp.stack(losses), jnp.stack(norms)))
     return Unlearned(selected, jnp.stack(losses), jnp.stack(norms))
 
 

@@ -1,10 +1,14 @@
 """Training checkpoints with orbax: committed whole or not at all, checksummed, the newest few kept."""
 
+import contextlib
 import json
 import logging
 import os
 import shutil
+import signal
+import threading
 import zlib
+from collections.abc import Callable, Iterator
 from typing import Any, Self
 
 import jax
@@ -143,6 +147,36 @@ class TrainingCheckpoints:
                 (self.path / str(step)).rename(target)
         if damaged:
             self._manager.reload()
+
+
+@contextlib.contextmanager
+def sigterm_noticed() -> Iterator[Callable[[], bool]]:
+    """Within the block SIGTERM, sent before a machine is taken away, ends nothing; the yielded function tells of it.
+
+    A loop asks after every step, stores its state and raises. A signal that nobody asked about takes effect when the
+    block has ended. Without effect, the function always False, outside the main thread, with several hosts (one of them
+    could not store alone), and where the signal is ignored or handled by other code than Python's.
+    """
+    previous = signal.getsignal(signal.SIGTERM)
+    alone = jax.process_count() == 1 and threading.current_thread() is threading.main_thread()
+    if not alone or previous in (None, signal.SIG_IGN):
+        yield lambda: False
+        return
+    received = []
+    signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+    try:
+        yield lambda: bool(received)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    if received:
+        signal.raise_signal(signal.SIGTERM)
+
+
+def stopped_by_sigterm(step: int, path: str | os.PathLike) -> InterruptedError:
+    """The error that ends a training run whose `step` was stored after SIGTERM."""
+    return InterruptedError(
+        f"stopped by SIGTERM at step {step}, which is stored in {path}; start the same command again to resume"
+    )
 
 
 def _first_line(error: Exception) -> str:

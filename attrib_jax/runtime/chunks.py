@@ -150,7 +150,8 @@ class ChunkStore:
             try:
                 mapped = map_arrays(file, check=index not in checked)
             except DamagedFileError as error:
-                file.unlink()
+                with storage_errors(file, "delete the damaged"):
+                    file.unlink(missing_ok=True)
                 raise StorageError(
                     f"{error}. It was deleted: start the same command again to compute it anew."
                 ) from error

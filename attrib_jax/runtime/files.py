@@ -1,6 +1,7 @@
 """Atomic file writing: a reader sees the old content or the new one, never a part of it."""
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -44,14 +45,33 @@ def make_folder(path: str | os.PathLike) -> Path:
     """Creates the folder and its parents if absent, and returns it as a Path."""
     path = Path(path)
     with storage_errors(path, "create the folder"):
+        created = [folder for folder in (path, *path.parents) if not folder.exists()]
         path.mkdir(parents=True, exist_ok=True)
+        # Else a power loss could take the folder with all that was stored in it since.
+        for folder in reversed(created):
+            _sync(folder.parent)
     return path
 
 
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+def commit_folder(temporary: str | os.PathLike, path: str | os.PathLike) -> None:
+    """Gives a finished folder its name `path`, where nothing is yet, once all of its content is on disk."""
+    temporary, path = Path(temporary), Path(path)
+    with storage_errors(path):
+        for item in (*temporary.rglob("*"), temporary):
+            _sync(item)
+        os.rename(temporary, path)
+        _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    """Waits until a file's content, or the names in a folder, are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        # Some network and user-space file systems cannot sync a folder; they order a rename in their own ways.
+        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
         os.close(descriptor)
 
@@ -78,7 +98,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
             raise
-        _sync_folder(path.parent)
+        _sync(path.parent)
 
 
 def _umask() -> int:

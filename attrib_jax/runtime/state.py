@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,8 +29,8 @@ class StateStore:
     """
 
     def __init__(self, stage_path: str | os.PathLike, name: str = "state"):
-        """Opens the folder, creating it if absent."""
-        self.path = make_folder(Path(stage_path) / name)
+        """The folder appears with the first state."""
+        self.path = Path(stage_path) / name
         self._sequence: int | None = None
 
     def write(self, tree: Any, progress: Any) -> None:
@@ -41,6 +42,7 @@ class StateStore:
             self._newest()
         sequence = self._sequence + 1
         arrays = {name: np.asarray(leaf) for name, leaf in _named_leaves(tree).items()}
+        make_folder(self.path)
         write_arrays(self._file(sequence), arrays, {"sequence": sequence, "progress": progress})
         self._sequence = sequence
 
@@ -66,6 +68,11 @@ class StateStore:
                 f"Give another --workdir, or delete {self.path} to sum anew."
             )
         return jax.tree.unflatten(jax.tree.structure(like), [newest.arrays[name] for name in leaves]), newest.progress
+
+    def remove(self) -> None:
+        """Deletes the folder, when the sum that it led to is stored elsewhere."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        self._sequence = None
 
     def _file(self, sequence: int) -> Path:
         # By parity, the write after a damaged newest state replaces the damaged file and not the good one.

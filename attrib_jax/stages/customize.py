@@ -34,7 +34,7 @@ from attrib_jax.diffusion.schedule import NoiseSchedule
 from attrib_jax.diffusion.training import DiffusionBatch, TrainState, diffusion_loss, init_state, train_step
 from attrib_jax.models.clip import CLIPTextModel
 from attrib_jax.models.unet import predictor
-from attrib_jax.runtime.checkpoints import TrainingCheckpoints
+from attrib_jax.runtime.checkpoints import TrainingCheckpoints, sigterm_noticed, stopped_by_sigterm
 from attrib_jax.runtime.files import write_bytes
 from attrib_jax.runtime.mesh import data_mesh, replicate
 from attrib_jax.runtime.progress import progress
@@ -249,7 +249,7 @@ def _train(path: Path, start: Pipeline, token_id: int, exemplars, prior, config:
     frozen, key = replicate(mesh, (frozen, purpose_key(config.seed, "customize")))
     sharding = NamedSharding(mesh, PartitionSpec("data"))
     step_fn = functools.partial(_step, start.unet, start.text_encoder, sharding, config.batch_size)
-    with TrainingCheckpoints(path) as checkpoints:
+    with TrainingCheckpoints(path) as checkpoints, sigterm_noticed() as stopping:
         first, lines = 0, []
         stored = checkpoints.restore_latest(state)
         if stored is not None:
@@ -260,7 +260,8 @@ def _train(path: Path, start: Pipeline, token_id: int, exemplars, prior, config:
                 state, metrics = step_fn(state, frozen, key)
                 if step % config.log_every == 0 or step == config.steps:
                     lines.append({"step": step, **{name: float(value) for name, value in metrics.items()}})
-                if step % config.checkpoint_every == 0 or step == config.steps:
+                stop = stopping()
+                if step % config.checkpoint_every == 0 or step == config.steps or stop:
                     # Before the last good checkpoint makes room for a spoilt one.
                     if not np.isfinite(loss := float(metrics["loss"])):
                         raise ValueError(
@@ -270,6 +271,8 @@ def _train(path: Path, start: Pipeline, token_id: int, exemplars, prior, config:
                     checkpoints.save(step, state, {"metrics": lines})
                     write_bytes(path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
                 bar.update()
+                if stop:
+                    raise stopped_by_sigterm(step, path)
     return jax.tree.map(np.asarray, state.params)
 
 

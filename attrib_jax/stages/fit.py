@@ -15,8 +15,8 @@ import numpy as np
 from attrib_jax.core.checks import check_positive, check_range
 from attrib_jax.core.keys import purpose_key
 from attrib_jax.diffusion.training import LossFn, init_state, make_optimizer, train_step
-from attrib_jax.runtime.checkpoints import TrainingCheckpoints
-from attrib_jax.runtime.files import write_bytes
+from attrib_jax.runtime.checkpoints import TrainingCheckpoints, sigterm_noticed, stopped_by_sigterm
+from attrib_jax.runtime.files import storage_errors, write_bytes
 from attrib_jax.runtime.mesh import data_mesh, replicate, shard_batch
 from attrib_jax.runtime.progress import progress
 
@@ -65,6 +65,11 @@ def fit(path: str | os.PathLike, loss_fn: LossFn, params: Any, source: Any, conf
       source: random access to examples, `source[i]` -> a pytree of numpy arrays.
       config: see `FitConfig`.
       description: names the random stream ("train autoencoder") and the progress bar.
+
+    Raises:
+      InterruptedError: SIGTERM came; the step that was under way is stored.
+      StorageError: a checkpoint or the log cannot be written.
+      ValueError: the loss is not finite.
     """
     mesh = data_mesh(jax.local_devices()[: usable_devices(config.batch_size, jax.local_device_count())])
     optimizer = make_optimizer(config.learning_rate, config.warmup_steps, config.steps, config.weight_decay)
@@ -79,8 +84,10 @@ def fit(path: str | os.PathLike, loss_fn: LossFn, params: Any, source: Any, conf
         start = 0
         if stored is not None:
             start, state, _ = stored
-        _drop_lines_after(metrics_file, start)
-        log = stack.enter_context(open(metrics_file, "a", encoding="utf-8"))
+        with storage_errors(metrics_file):
+            _drop_lines_after(metrics_file, start)
+            log = stack.enter_context(open(metrics_file, "a", encoding="utf-8"))
+        stopping = stack.enter_context(sigterm_noticed())
         began, logged = time.monotonic(), start
         reader = iter(batches[start : config.steps].to_iter_dataset(grain.ReadOptions(num_threads=2)))
         with progress(config.steps, description, "step", initial=start) as bar:
@@ -90,10 +97,12 @@ def fit(path: str | os.PathLike, loss_fn: LossFn, params: Any, source: Any, conf
                     values = {name: float(value) for name, value in metrics.items()}
                     rate = (step - logged) * config.batch_size / (time.monotonic() - began)
                     began, logged = time.monotonic(), step
-                    log.write(json.dumps({"step": step, "examples_per_second": round(rate, 1), **values}) + "\n")
-                    log.flush()
+                    with storage_errors(metrics_file):
+                        log.write(json.dumps({"step": step, "examples_per_second": round(rate, 1), **values}) + "\n")
+                        log.flush()
                     bar.set_postfix_str(f"loss {values['loss']:.4f}", refresh=False)
-                if step % config.checkpoint_every == 0 or step == config.steps:
+                stop = stopping()
+                if step % config.checkpoint_every == 0 or step == config.steps or stop:
                     # Before the last good checkpoint makes room for a spoilt one.
                     if not np.isfinite(loss := float(metrics["loss"])):
                         raise ValueError(
@@ -102,6 +111,8 @@ def fit(path: str | os.PathLike, loss_fn: LossFn, params: Any, source: Any, conf
                         )
                     checkpoints.save(step, state)
                 bar.update()
+                if stop:
+                    raise stopped_by_sigterm(step, path)
         return jax.tree.map(np.asarray, state.ema)
 
 
@@ -111,9 +122,17 @@ def usable_devices(batch_size: int, available: int) -> int:
 
 
 def _drop_lines_after(path: str, step: int) -> None:
-    """Removes what a run that is resumed from `step` had logged beyond it."""
+    """Removes what a run that is resumed from `step` had logged beyond it, and what a power loss left of a line."""
     if not os.path.exists(path):
         return
-    with open(path, encoding="utf-8") as file:
-        lines = [line for line in file if line.endswith("\n") and json.loads(line)["step"] <= step]
-    write_bytes(path, "".join(lines).encode())
+    with open(path, "rb") as file:
+        lines = [line for line in file if line.endswith(b"\n") and 0 < _logged_step(line) <= step]
+    write_bytes(path, b"".join(lines))
+
+
+def _logged_step(line: bytes) -> int:
+    """The step of a line of metrics; 0 for a damaged one."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return 0

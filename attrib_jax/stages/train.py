@@ -28,6 +28,7 @@ from attrib_jax.diffusion.training import DiffusionBatch, autoencoder_loss, diff
 from attrib_jax.models.clip import CLIPTextConfig, CLIPTextModel
 from attrib_jax.models.unet import UNet2DConditionModel, UNetConfig, predictor
 from attrib_jax.models.vae import AutoencoderKL, AutoencoderKLConfig
+from attrib_jax.runtime.files import commit_folder
 from attrib_jax.runtime.stages import open_stage
 from attrib_jax.stages.encode import encode_images
 from attrib_jax.stages.fit import FitConfig, fit
@@ -130,6 +131,9 @@ def train(workdir: str | os.PathLike, dataset: Dataset, config: TrainConfig, dty
     vae = AutoencoderKL(dataclasses.replace(vae.config, scaling_factor=float(1.0 / latents.std())))
     pipeline = _train_diffusion(folder, dataset, config, vae, vae_params, latents * vae.config.scaling_factor)
     model = Path(workdir) / "model"
+    for leftover in model.parent.glob(f".{model.name}.*"):
+        # What `save_pipeline` was writing when a run was killed.
+        shutil.rmtree(leftover, ignore_errors=True)
     save_pipeline(pipeline, model, dtype, overwrite=model.exists())
     stage.finish()
     return model
@@ -199,7 +203,7 @@ def _tokenizer(folder: Path, captions: list[str], config: TrainConfig) -> Any:
         partial = folder.with_suffix(".partial")
         shutil.rmtree(partial, ignore_errors=True)
         save_tokenizer(train_tokenizer(captions, config.vocab_size, config.max_tokens), str(partial))
-        partial.rename(folder)
+        commit_folder(partial, folder)
     return load_tokenizer(str(folder))
 
 

@@ -170,6 +170,28 @@ def test_unlearn_takes_fresh_draws_at_the_current_weights(keep_ewc_gradient):
     np.testing.assert_allclose(result.update_norm, norms, rtol=1e-3)
 
 
+@pytest.mark.parametrize("keep_ewc_gradient", [False, True])
+def test_unlearning_goes_on_from_any_step_to_the_same_bits(keep_ewc_gradient):
+    latents, text = query()
+    selected, rest = select_weights(tiny_denoiser.init_params(), "cross-attn-kv")
+    run = functools.partial(
+        unlearn, predict, SCHEDULE, selected, rest, latents, text, KEY,
+        draws=20, step_size=0.5, curvature=ones_curvature(selected), num_examples=4, damping=1.0,
+        keep_ewc_gradient=keep_ewc_gradient,
+    )  # fmt: skip
+    states, done = [], []
+    whole = run(steps=3, on_step=states.append)
+    assert [len(state.query_loss) for state in states] == [1, 2, 3]
+    jax.tree.map(np.testing.assert_array_equal, states[-1], whole)
+    for start in states:
+        # As it comes back from disk.
+        resumed = run(steps=3, start=jax.tree.map(np.asarray, start), progress=done.append)
+        jax.tree.map(np.testing.assert_array_equal, resumed, whole)
+    assert done == [40, 60, 60]
+    with pytest.raises(ValueError, match="start has done 3 steps; expected at most steps=2"):
+        run(steps=2, start=whole)
+
+
 @pytest.mark.parametrize("subset", WEIGHT_SUBSETS)
 def test_only_the_selected_weights_move_and_all_of_them_do(subset):
     latents, text = query()

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ import numpy as np
 import optax
 import pytest
 
-from attrib_jax.runtime.checkpoints import TrainingCheckpoints
+from attrib_jax.runtime.checkpoints import TrainingCheckpoints, sigterm_noticed
 from attrib_jax.runtime.files import StorageError
 
 
@@ -138,7 +139,7 @@ def test_a_kill_during_save_leaves_whole_checkpoints(tmp_path):
         f"""
         import itertools, sys
         import jax.numpy as jnp
-        from attrib_jax.runtime.checkpoints import TrainingCheckpoints
+        from attrib_jax.runtime.checkpoints import TrainingCheckpoints, sigterm_noticed
         checkpoints = TrainingCheckpoints({str(tmp_path)!r})
         for step in itertools.count(1):
             checkpoints.save(step, {{"weights": jnp.full((200, 200), step, jnp.float32)}}, {{"step": step}})
@@ -184,3 +185,43 @@ def test_arguments_are_checked(tmp_path):
         with pytest.raises(ValueError, match="extra is no JSON"):
             checkpoints.save(1, make_state(1), {"loss": jnp.ones(())})
         assert checkpoints.latest_step is None
+
+
+def test_sigterm_waits_in_the_block_and_is_handled_as_before_outside():
+    seen = []
+    outer = signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number))
+    try:
+        with pytest.raises(InterruptedError), sigterm_noticed() as stopping:
+            assert not stopping()
+            signal.raise_signal(signal.SIGTERM)
+            assert stopping() and not seen
+            raise InterruptedError("stored")
+        assert not seen
+        with sigterm_noticed():
+            signal.raise_signal(signal.SIGTERM)
+        # Nobody asked, so it must not be lost.
+        assert seen == [signal.SIGTERM]
+        signal.raise_signal(signal.SIGTERM)
+        assert seen == [signal.SIGTERM] * 2
+    finally:
+        signal.signal(signal.SIGTERM, outer)
+
+
+def test_sigterm_is_left_alone_where_it_cannot_be_noticed():
+    handlers = []
+
+    def in_thread():
+        with sigterm_noticed() as stopping:
+            handlers.extend([signal.getsignal(signal.SIGTERM), stopping()])
+
+    thread = threading.Thread(target=in_thread)
+    thread.start()
+    thread.join()
+    assert handlers == [signal.getsignal(signal.SIGTERM), False]
+    outer = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        with sigterm_noticed() as stopping:
+            signal.raise_signal(signal.SIGTERM)
+            assert not stopping()
+    finally:
+        signal.signal(signal.SIGTERM, outer)

@@ -92,14 +92,80 @@ def test_a_failing_call_keeps_the_old_content_and_leaves_no_temporary(tmp_path, 
     assert os.listdir(tmp_path) == ["stage.json"]
 
 
-def test_an_exception_in_the_block_keeps_the_old_content(tmp_path):
+@pytest.mark.parametrize("error", [KeyError, KeyboardInterrupt, SystemExit])
+def test_an_exception_in_the_block_keeps_the_old_content(tmp_path, error):
     path = tmp_path / "a"
     files.write_bytes(path, b"old")
-    with pytest.raises(KeyError), files.atomic_write(path) as file:
+    with pytest.raises(error), files.atomic_write(path) as file:
         file.write(b"half")
-        raise KeyError("stop")
+        raise error("stop")
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["a"]
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The names of what is synced and renamed, in order."""
+    made = []
+    fsync, replace, rename = os.fsync, os.replace, os.rename
+
+    def synced(descriptor):
+        made.append(("sync", os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}"))))
+        fsync(descriptor)
+
+    def renamed(call, old, new):
+        made.append(("rename", os.path.basename(new)))
+        call(old, new)
+
+    monkeypatch.setattr(files.os, "fsync", synced)
+    monkeypatch.setattr(files.os, "replace", lambda old, new: renamed(replace, old, new))
+    monkeypatch.setattr(files.os, "rename", lambda old, new: renamed(rename, old, new))
+    return made
+
+
+needs_proc = pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="tells names of descriptors by /proc")
+
+
+@needs_proc
+def test_content_is_on_disk_before_its_name_and_the_name_before_the_return(tmp_path, calls):
+    """What a power loss may take is decided by the order: a name never stands for content that is not there."""
+    files.write_bytes(tmp_path / "a", b"new")
+    (kind, temporary), *rest = calls
+    assert kind == "sync" and temporary.endswith("-a")
+    assert rest == [("rename", "a"), ("sync", tmp_path.name)]
+
+
+@needs_proc
+def test_a_new_folder_is_on_disk_when_it_is_returned(tmp_path, calls):
+    files.make_folder(tmp_path / "work" / "losses")
+    assert calls == [("sync", tmp_path.name), ("sync", "work")]
+    files.make_folder(tmp_path / "work" / "losses")
+    assert len(calls) == 2
+
+
+@needs_proc
+def test_a_folder_takes_its_name_when_all_that_it_holds_is_on_disk(tmp_path, calls):
+    (tmp_path / "new" / "inner").mkdir(parents=True)
+    (tmp_path / "new" / "inner" / "a").write_bytes(b"a")
+    files.commit_folder(tmp_path / "new", tmp_path / "tokenizer")
+    assert sorted(calls[:3]) == [("sync", "a"), ("sync", "inner"), ("sync", "new")]
+    assert calls[3:] == [("rename", "tokenizer"), ("sync", tmp_path.name)]
+    assert (tmp_path / "tokenizer" / "inner" / "a").read_bytes() == b"a"
+    with pytest.raises(StorageError, match="cannot write .*absent2: No such file"):
+        files.commit_folder(tmp_path / "absent", tmp_path / "absent2")
+
+
+def test_a_file_system_that_cannot_sync_folders_is_used_all_the_same(tmp_path, monkeypatch):
+    fsync = os.fsync
+
+    def refuse(descriptor):
+        if os.path.isdir(f"/proc/self/fd/{descriptor}"):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        fsync(descriptor)
+
+    monkeypatch.setattr(files.os, "fsync", refuse)
+    files.write_bytes(files.make_folder(tmp_path / "b") / "a", b"new")
+    assert (tmp_path / "b" / "a").read_bytes() == b"new"
 
 
 def test_a_value_that_is_no_json_writes_nothing(tmp_path):

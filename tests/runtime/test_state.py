@@ -47,12 +47,17 @@ def newest_file(store: StateStore):
 def test_the_newest_state_is_read(tmp_path):
     store = StateStore(tmp_path)
     assert store.read(make(0)) is None
+    assert os.listdir(tmp_path) == []
     for step in range(1, 6):
         store.write(make(step), {"batch": step})
         tree, progress = StateStore(tmp_path).read(make(0))
         assert progress == {"batch": step}
         assert_same(tree, make(step))
     assert len(os.listdir(store.path)) == 2
+    store.remove()
+    assert os.listdir(tmp_path) == [] and store.read(make(0)) is None
+    store.write(make(1), 1)
+    assert StateStore(tmp_path).read(make(0))[1] == 1
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate"])
