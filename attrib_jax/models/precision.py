@@ -8,12 +8,13 @@ import jax.numpy as jnp
 from attrib_jax.core.checks import check_choice
 from attrib_jax.core.weights import merge_weights, select_weights
 
-# bfloat16: every weight but the cross-attention keys and values, which unlearning moves by less than a bfloat16 step.
+# bfloat16: every weight but the cross-attention keys and values, which unlearning moves by less than a bfloat16 step;
+# these and the text that they project stay float32. bfloat16-all: those too.
 PRECISIONS = ("float32", "tensorfloat32", "bfloat16", "bfloat16-all")
 
 
 def compute_dtype(precision: str) -> Any:
-    """The dtype that latents and text enter the UNet in, None to leave them as they are."""
+    """The dtype of the UNet's activations: None for that of the arrays as given."""
     check_choice("precision", precision, PRECISIONS)
     return jnp.bfloat16 if precision.startswith("bfloat16") else None
 
@@ -37,3 +38,14 @@ def cast_params(params: Any, precision: str) -> Any:
         return cast(params)
     kept, rest = select_weights(params, "cross-attn-kv")
     return merge_weights(kept, cast(rest))
+
+
+def cast_inputs(noisy_latents: jax.Array, text: jax.Array, precision: str) -> tuple[jax.Array, jax.Array]:
+    """Noisy latents and text states in the dtypes that the UNet takes them in; unchanged for the float32 precisions.
+
+    The loss is not to be rounded, so cast what the UNet reads and not what noise and target are made from.
+    """
+    dtype = compute_dtype(precision)
+    if dtype is None:
+        return noisy_latents, text
+    return noisy_latents.astype(dtype), text.astype(dtype) if precision == "bfloat16-all" else text

@@ -1,0 +1,285 @@
+"""What lower compute precision does to scores: bfloat16, and TensorFloat-32 on a GPU, against float32.
+
+python -m benchmarks.precision --model=models/openmoji --workdir=runs/precision                 # both models
+python -m benchmarks.precision --models=mscoco --workdir=runs/precision --mscoco_rows=1000      # on an accelerator
+
+Two scores of every picture: the exact one, its loss under the unlearned weights less that before, both losses in the
+precision that is judged; and the linearised one, the derivative of the loss along the weight change. Weights are
+unlearned in float32 once for all, so only the scoring differs. `openmoji` is the shipped model, its queries pictures
+that it generates from captions of scored pictures; `mscoco` the UNet of the paper with random weights, its pictures
+synthetic latents in clusters, its queries further members of them. Prints a markdown table a model. Resumable query by
+query and precision by precision; more queries go on from fewer.
+"""
+
+import functools
+import json
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.stats
+from absl import flags
+
+from attrib_jax.attribution.influence import influence_scores
+from attrib_jax.attribution.scores import example_loss
+from attrib_jax.convert.configs import MSCOCO
+from attrib_jax.core.checks import check_choice
+from attrib_jax.core.weights import flatten_names, merge_weights, select_weights, unflatten_names
+from attrib_jax.diffusion.schedule import NoiseSchedule
+from attrib_jax.models.precision import PRECISIONS, cast_params, matmul_precision
+from attrib_jax.models.unet import UNet2DConditionModel, UNetConfig, predictor
+from attrib_jax.runtime.files import write_json
+from attrib_jax.runtime.stages import lock
+from attrib_jax.stages.attribute import Attributor
+from attrib_jax.stages.config import AttributeConfig
+from attrib_jax.stages.encoded import EncodedDataset
+from attrib_jax.stages.fisher import fit_fisher
+from attrib_jax.stages.gradient import GradientProgram
+from attrib_jax.stages.losses import ExampleProgram, LossProgram, dataset_values
+from attrib_jax.stages.query import PreparedQuery, Query, prepare_query
+from attrib_jax.stages.root import StageRoot
+from attrib_jax.stages.unlearn import unlearn_query
+from launch import common
+
+_MODELS = flags.DEFINE_list("models", ["openmoji", "mscoco"], "Models to study.")
+_ROWS = flags.DEFINE_integer("rows", 1000, "openmoji: random training pictures to score.", lower_bound=20)
+_QUERIES = flags.DEFINE_integer("queries", 4, "openmoji: queries.", lower_bound=1)
+_STRIDE = flags.DEFINE_integer("stride", 100, "openmoji: timesteps of the scores.", lower_bound=1)
+_MSCOCO_ROWS = flags.DEFINE_integer("mscoco_rows", 64, "mscoco: synthetic pictures to score.", lower_bound=20)
+_MSCOCO_QUERIES = flags.DEFINE_integer("mscoco_queries", 1, "mscoco: queries.", lower_bound=1)
+_MSCOCO_STRIDE = flags.DEFINE_integer("mscoco_stride", 250, "mscoco: timesteps of the scores.", lower_bound=1)
+
+# What a precision has to keep of the float32 scores (issue "Scale and speed") to be the documented choice.
+_SPEARMAN, _OVERLAP = 0.999, 0.98
+_TOP = 100
+
+# mscoco: captions as long as SD 2's encoder has them, and the paper's N.
+_TEXT_LENGTH, _NUM_EXAMPLES = 77, 118_287
+_CLUSTERS = 8
+_FISHER_SAMPLES, _QUERY_DRAWS = 256, 160
+
+
+class Case(NamedTuple):
+    """A model and what it scores.
+
+    Attributes:
+      unet, params, schedule: the model, float32.
+      data: pictures, of which those at the positions `rows` (N,) are scored.
+      rows: positions.
+      moved: for each query, the selected weights after unlearning it, float32.
+      stride: of the scores' timesteps.
+    """
+
+    unet: UNet2DConditionModel
+    params: Any
+    schedule: NoiseSchedule
+    data: EncodedDataset
+    rows: np.ndarray
+    moved: list[Any]
+    stride: int
+
+
+class Scored(NamedTuple):
+    """Scores (queries, N), and pictures a second of a pass over the data; None where no pass was timed."""
+
+    scores: np.ndarray
+    rate: float | None
+
+
+def main():
+    common.require(workdir=common.WORKDIR.value)
+    studies = {"openmoji": _study_openmoji, "mscoco": _study_mscoco}
+    for name in _MODELS.value:
+        check_choice("models", name, studies)
+    print(f"device: {len(jax.devices())} x {jax.devices()[0].device_kind}")
+    for name in _MODELS.value:
+        workdir = Path(common.WORKDIR.value) / name
+        with lock(workdir):
+            studies[name](workdir)
+
+
+def _study_openmoji(workdir: Path) -> None:
+    pipeline, dataset = common.load_model(), common.load_dataset()
+    root = StageRoot(workdir, common.shipped_stages())
+    attributor, config = Attributor(pipeline, dataset, root), AttributeConfig(stride=_STRIDE.value)
+    rows = np.random.default_rng(0).permutation(len(dataset))[: _ROWS.value]
+    settings = {"rows": len(rows), **config.settings()}
+    with root.stage("precision", settings, attributor.inputs) as stage:
+        moved = []
+        for index, row in enumerate(rows[: _QUERIES.value]):
+            query = Query(prompt=dataset.captions(int(row))[0], seed=index, guidance_scale=2.0)
+            prepared = prepare_query(pipeline, attributor.predict, query)
+            moved.append(attributor.unlearned(stage.path / f"query{index}", prepared, config)[0])
+        params, schedule = pipeline.params["unet"], pipeline.schedule
+        case = Case(pipeline.unet, params, schedule, attributor.data, np.sort(rows), moved, config.stride)
+        _study("openmoji", stage.path, case)
+
+
+def _study_mscoco(workdir: Path) -> None:
+    unet = UNet2DConditionModel(UNetConfig.from_dict(MSCOCO.unet))
+    schedule = NoiseSchedule.from_config(MSCOCO.scheduler)
+    params = _random_params(unet, seed=0)
+    count, size = _MSCOCO_ROWS.value + _MSCOCO_QUERIES.value, unet.config.sample_size
+    latents = _clustered(count, (size, size, unet.config.in_channels), (0.0, 0.8, 0.6), seed=1)
+    text = _clustered(count, (_TEXT_LENGTH, unet.config.cross_attention_dim), (0.7, 0.6, 0.4), seed=2)
+    scored, queries = slice(_MSCOCO_ROWS.value), slice(_MSCOCO_ROWS.value, None)
+    both = np.stack([latents[scored], latents[scored, :, ::-1]], axis=1)
+    ids = np.arange(_MSCOCO_ROWS.value, dtype=np.int32)
+    data = EncodedDataset(ids, both, text[scored], np.arange(len(ids) + 1))
+    config = AttributeConfig(query_draws=_QUERY_DRAWS, fisher_samples=_FISHER_SAMPLES, stride=_MSCOCO_STRIDE.value)
+
+    settings = {"rows": len(ids), **config.settings()}
+    with StageRoot(workdir).stage("precision", settings, {}) as stage:
+        predict = predictor(unet)
+        selected, rest = select_weights(params, config.weights)
+        fisher = fit_fisher(stage.path, predict, schedule, selected, rest, data, _FISHER_SAMPLES, config.loss_seed)
+        program, moved = GradientProgram(predict, schedule), []
+        for index, (query_latents, query_text) in enumerate(zip(latents[queries], text[queries])):
+            path = stage.path / f"query{index}"
+            path.mkdir(exist_ok=True)
+            prepared = PreparedQuery(np.zeros((1, 1, 3), np.uint8), query_latents, query_text, ())
+            of_query = (program, schedule, selected, rest, prepared, config, fisher, _NUM_EXAMPLES, None)
+            moved.append(unlearn_query(path, *of_query)[0])
+        case = Case(unet, params, schedule, data, ids, moved, config.stride)
+        _study("mscoco", stage.path, case)
+
+
+def _random_params(unet: UNet2DConditionModel, seed: int) -> Any:
+    """Parameters that keep the size of activations: matrices of variance 1 / fan-in, norms near the identity."""
+    generator = np.random.default_rng(seed)
+    size, config = unet.config.sample_size, unet.config
+    latents, text = (1, size, size, config.in_channels), (1, _TEXT_LENGTH, config.cross_attention_dim)
+    shapes = jax.eval_shape(unet.init, jax.random.key(0), jnp.zeros(latents), 0, jnp.zeros(text))["params"]
+    params = {}
+    for name, leaf in flatten_names(shapes).items():
+        noise = generator.standard_normal(leaf.shape, np.float32)
+        if name.endswith("/kernel"):
+            params[name] = noise / np.float32(np.sqrt(np.prod(leaf.shape[:-1])))
+        else:
+            params[name] = np.float32(0.1) * noise + np.float32(name.endswith("/scale"))
+    return unflatten_names(params)
+
+
+def _clustered(count: int, shape: tuple[int, ...], parts: tuple[float, float, float], seed: int) -> np.ndarray:
+    """(count, *shape) float32: `parts` of what all share, what a cluster shares and what each has alone.
+
+    More are the same first ones, and others.
+    """
+    generator = np.random.default_rng(seed)
+    shared, of_cluster, own = (generator.standard_normal((n, *shape), np.float32) for n in (1, _CLUSTERS, count))
+    of_all, of_some, of_one = (np.float32(part) for part in parts)
+    return of_all * shared + of_some * of_cluster[np.arange(count) % _CLUSTERS] + of_one * own
+
+
+def _study(name: str, path: Path, case: Case) -> None:
+    """Scores in every precision, kept in `path`, and their comparison, printed."""
+    # On a CPU the products of float32 numbers are float32 ones in either mode.
+    precisions = [p for p in PRECISIONS if p != "tensorfloat32" or jax.default_backend() != "cpu"]
+    exact = {precision: _exact_scores(path, case, precision) for precision in precisions}
+    linear = {precision: _linear_scores(path, case, precision) for precision in precisions}
+    top = min(_TOP, len(case.rows) // 10)
+    print(f"\n{name}: {len(case.rows)} pictures, {len(case.moved)} queries, stride {case.stride}, K = {top}.")
+    print("Means over the queries, the worst in brackets; error: root mean square, over the scores' deviation.\n")
+    print(f"| score | precision | against | Spearman | overlap@{top} | error | pictures/s | passes |")
+    print("|---|---|---|---|---|---|---|---|")
+    for kind, scored in (("exact", exact), ("linearised", linear)):
+        for precision in precisions:
+            _print_row(kind, precision, f"{kind}, float32", scored[precision], scored["float32"].scores, top)
+    for precision in precisions:
+        _print_row("linearised", precision, "exact, float32", linear[precision], exact["float32"].scores, top)
+    for kind, scored in (("exact", exact), ("linearised", linear)):
+        reference = scored["float32"].scores
+        passing = [p for p in precisions[1:] if _passes(*_agreement(scored[p].scores, reference, top)[:2])]
+        print(f"\n{kind} score, Spearman >= {_SPEARMAN} and overlap >= {_OVERLAP}: {', '.join(passing) or 'none'}")
+
+
+def _print_row(kind: str, precision: str, against: str, scored: Scored, reference: np.ndarray, top: int) -> None:
+    spearman, overlap, error = _agreement(scored.scores, reference, top)
+    rate = "" if scored.rate is None else f"{scored.rate:.3g}"
+    cells = [f"{spearman.mean():.5f} ({spearman.min():.5f})", f"{overlap.mean():.3f} ({overlap.min():.2f})"]
+    cells += [f"{error.mean():.2g}", rate, "yes" if _passes(spearman, overlap) else "no"]
+    print(f"| {kind} | {precision} | {against} | {' | '.join(cells)} |", flush=True)
+
+
+def _agreement(scores: np.ndarray, reference: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Spearman correlation, overlap of the `top` best and relative error of each query's scores, each (queries,)."""
+    spearman = [scipy.stats.spearmanr(mine, theirs).statistic for mine, theirs in zip(scores, reference)]
+    best, expected = (np.argsort(-array, axis=1, kind="stable")[:, :top] for array in (scores, reference))
+    overlap = [len(np.intersect1d(mine, theirs)) / top for mine, theirs in zip(best, expected)]
+    error = np.sqrt(np.mean((scores - reference) ** 2, axis=1)) / reference.std(axis=1)
+    return np.array(spearman), np.array(overlap), error
+
+
+def _passes(spearman: np.ndarray, overlap: np.ndarray) -> bool:
+    return bool(spearman.mean() >= _SPEARMAN and overlap.mean() >= _OVERLAP)
+
+
+def _exact_scores(path: Path, case: Case, precision: str) -> Scored:
+    """Losses under each query's unlearned weights less those before, all in `precision`."""
+    predict = predictor(case.unet, precision)
+    program = LossProgram(predict, case.schedule, 0, case.stride, matmul_precision=matmul_precision(precision))
+    selected, rest = select_weights(case.params, "cross-attn-kv")
+    losses, rates = [], []
+    for index, tree in enumerate([selected, *case.moved]):
+        folder = path / f"exact-{precision}" / (f"query{index - 1}" if index else "before")
+        values, rate = _pass(folder, program, cast_params(merge_weights(tree, rest), precision), case)
+        losses.append(values)
+        rates.append(rate)
+    return Scored(np.stack(losses[1:]) - losses[0], _best(rates))
+
+
+def _linear_scores(path: Path, case: Case, precision: str) -> Scored:
+    """The derivatives of the losses along each query's weight change, in `precision`; the change is float32's."""
+    function = functools.partial(_derivatives, predictor(case.unet, precision))
+    options = {"matmul_precision": matmul_precision(precision)}
+    program = ExampleProgram(function, case.schedule, 0, case.stride, **options)
+    params = cast_params(case.params, precision)
+    before, _ = select_weights(case.params, "cross-attn-kv")
+    selected, rest = select_weights(params, "cross-attn-kv")
+    scores, rates = [], []
+    for index, tree in enumerate(case.moved):
+        change = jax.tree.map(lambda new, old, like: jnp.asarray(new - old, like.dtype), tree, before, selected)
+        folder = path / f"linear-{precision}" / f"query{index}"
+        values, rate = _pass(folder, program, (selected, rest, change), case)
+        scores.append(values)
+        rates.append(rate)
+    return Scored(np.stack(scores), _best(rates))
+
+
+def _derivatives(predict, schedule, key, timesteps, weights, batch) -> jax.Array:
+    selected, rest, change = weights
+
+    def loss_fn(selected, rest, example):
+        return example_loss(predict, schedule, merge_weights(selected, rest), key, example, timesteps)
+
+    return influence_scores(loss_fn, selected, rest, batch, change, batch.mask)
+
+
+def _pass(folder: Path, program: ExampleProgram, weights: Any, case: Case) -> tuple[np.ndarray, float | None]:
+    """One pass over the pictures, kept in `folder` -> their values (N,), and pictures a second if not resumed."""
+    timing, fresh = folder / "timing.json", not folder.exists()
+    weights = program.place(weights)
+    if fresh:
+        # Compiles, which is not to be timed.
+        program(weights, case.data, case.rows[:1], 1, "first", lambda count: None)
+    began = time.perf_counter()
+    description = f"{folder.parent.name} {folder.name}"
+    values = dataset_values(folder, program, weights, case.data, 1, "first", description, case.rows)
+    if fresh:
+        write_json(timing, {"pictures_per_second": len(case.rows) / (time.perf_counter() - began)})
+    return values[:, 0], _read_rate(timing)
+
+
+def _read_rate(timing: Path) -> float | None:
+    return json.loads(timing.read_bytes())["pictures_per_second"] if timing.exists() else None
+
+
+def _best(rates: list[float | None]) -> float | None:
+    return max((rate for rate in rates if rate is not None), default=None)
+
+
+if __name__ == "__main__":
+    common.run(main)
