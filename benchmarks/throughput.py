@@ -1,0 +1,227 @@
+"""Our stages against the plain method in PyTorch (torch_reference.py): speed, memory and agreement.
+
+    python -m benchmarks.throughput                          # the MSCOCO model: ten minutes on two cores
+    python -m benchmarks.throughput --quick --parts=losses   # two minutes
+    python -m benchmarks.throughput --platform=cuda          # also TF32 and bfloat16, and the time of the full pass
+
+Both sides hold the same random weights, each in a process of its own, and take turns; their results are compared once,
+on the same noise. A rate is the median over the turns, and a ratio the median over pairs of neighbouring turns. FLOPs
+are XLA's count for our side (which projects the text once for all timesteps) and PyTorch's for the other; the share is
+of the higher of the two rates of matrix products. Memory is anonymous memory of the process (on a GPU, that of the
+device), the most from loading to the last turn, compilation included, over that with the model loaded; so our second
+copy of the weights on a CPU counts. The last column is how much of a core the waiting side used, which should be about
+0, as should the cores that other processes used: on a busy machine PyTorch's threads, which wait for each other after
+every operation, lose most.
+Exits with 1 if a limit is missed or the sides disagree.
+"""
+
+import contextlib
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import app, flags
+
+from benchmarks.sizes import Size, size_of
+from benchmarks.workers import Worker, busy_seconds
+
+FLAGS = flags.FLAGS
+
+PARTS = ("losses", "fisher", "fisher-kv", "gradient")
+
+# What a turn has at least, rounded up to whole tiles and batches: forwards, samples or draws.
+_UNITS = {
+    "cpu": {"losses": 400, "fisher": 96, "fisher-kv": 96, "gradient": 128},
+    "cuda": {"losses": 20000, "fisher": 512, "fisher-kv": 512, "gradient": 2048},
+}
+_QUICK_UNITS = {"losses": 100, "fisher": 16, "fisher-kv": 16, "gradient": 32}
+_UNIT_NAMES = {"losses": "forwards", "fisher": "samples", "fisher-kv": "samples", "gradient": "draws"}
+# At least this ratio of the rates, on a CPU, and at most this much memory of ours.
+RATIO_LIMITS = {"losses": 1.3, "fisher": 4.0, "gradient": 1.2}
+MEMORY_LIMITS = {"fisher": 3 * 2**30}
+# The largest difference over the largest absolute value of an array. Rounded products differ by more.
+ERROR_LIMITS = {"float32": 1e-4, "tensorfloat32": 2e-2, "bfloat16": 1e-1, "bfloat16-all": 1e-1}
+# All losses of the MSCOCO model: pictures, flips, captions, timesteps.
+_FULL_PASS = 118287 * 2 * 5 * 20
+
+
+@contextlib.contextmanager
+def both_sides(size: Size, device: str, precision: str, devices: int, threads: int) -> Iterator[dict[str, Worker]]:
+    """Starts the two processes with one set of random weights -> {"ours": ..., "torch": ...}.
+
+    Args:
+      size: of the model.
+      device: "cpu" or "cuda".
+      precision: of `attrib_jax.models.precision`.
+      devices: that our side splits a CPU into.
+      threads: of PyTorch on a CPU.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        file = os.path.join(folder, "weights.safetensors")
+        with (
+            Worker("benchmarks.torch_reference:TorchSide", size, file, device, precision, threads) as torch_side,
+            Worker("benchmarks.our_side:OurSide", size, file, device, precision, devices) as our_side,
+        ):
+            yield {"ours": our_side, "torch": torch_side}
+
+
+def take_turns(workers: dict[str, Worker], part: str, device: str, units: int, repeats: int) -> dict[str, Any]:
+    """Compares the results of one of `PARTS` and times it on both sides, in turns.
+
+    Args:
+      workers: from `both_sides`, best fresh ones: memory that an earlier part left counts.
+      part: in float32, but for "losses".
+      device: "cpu" or "cuda".
+      units: least number of forwards, samples or draws in a turn.
+      repeats: turns of each side.
+
+    Returns:
+      A row: `part`, `error`, `ratio` (median, lowest, highest of neighbouring turns), `others` (cores that other
+      processes used meanwhile), and under "ours" and "torch" `rate` (1/s), `flops` of a unit, `matmul` (FLOP/s),
+      `batch`, `memory` (bytes) and `idle` (cores used while the other ran).
+    """
+    parts = {"ours": part.removesuffix("-kv"), "torch": part}
+    before = {side: _memory(worker, device) for side, worker in workers.items()}
+    row = {side: {"batch": worker.call("prepare", parts[side], units)} for side, worker in workers.items()}
+    inputs, expected = workers["ours"].call("check", parts["ours"])
+    error = largest_error(workers["torch"].call("check", part, inputs), expected)
+    rates, waited, others = {side: [] for side in workers}, dict.fromkeys(workers, 0.0), []
+    for _ in range(repeats):
+        for side, waiting in (("ours", "torch"), ("torch", "ours")):
+            used = {name: worker.cpu_seconds() for name, worker in workers.items()}
+            busy, began = busy_seconds(), time.monotonic()
+            done, seconds = workers[side].call("turn", parts[side])
+            rates[side].append(done / seconds)
+            wall = time.monotonic() - began
+            used = {name: worker.cpu_seconds() - used[name] for name, worker in workers.items()}
+            waited[waiting] += used[waiting] / wall / repeats
+            others.append((busy_seconds() - busy - sum(used.values())) / wall)
+    for side, worker in workers.items():
+        row[side] |= {
+            "rate": float(np.median(rates[side])),
+            "memory": _memory(worker, device, peak=True) - before[side],
+            "idle": waited[side],
+            "flops": worker.call("flops", parts[side]),
+            "matmul": worker.call("matmul_rate"),
+        }
+    ratios = np.divide(rates["ours"], rates["torch"])
+    ratio = [float(np.median(ratios)), float(ratios.min()), float(ratios.max())]
+    return {"part": part, "error": error, "ratio": ratio, "others": float(np.mean(others))} | row
+
+
+def misses(row: dict[str, Any], device: str) -> list[str]:
+    """The limits that a row misses, in words."""
+    found = []
+    ratio, memory = RATIO_LIMITS.get(row["part"], 0), MEMORY_LIMITS.get(row["part"], np.inf)
+    if device == "cpu" and row["ratio"][0] < ratio:
+        found.append(f"ratio {row['ratio'][0]:.2f} below {ratio}")
+    if device == "cpu" and row["ours"]["memory"] >= memory:
+        found.append(f"{row['ours']['memory'] / 2**30:.2f} GiB not under {memory / 2**30:.0f}")
+    if not row["error"] <= ERROR_LIMITS[row["precision"]]:
+        found.append(f"the sides differ by {row['error']:.1e}, more than {ERROR_LIMITS[row['precision']]}")
+    return found
+
+
+def table(row: dict[str, Any], device: str) -> str:
+    """A row for people."""
+    unit = _UNIT_NAMES[row["part"]]
+    machine = max(row[side]["matmul"] for side in ("ours", "torch"))
+    low, high = row["ratio"][1:]
+    lines = [
+        f"{row['part']}, {row['precision']}: ratio {row['ratio'][0]:.2f} ({low:.2f} to {high:.2f}), "
+        f"largest difference {row['error']:.1e}, other processes {row['others']:.2f} cores: "
+        + ("; ".join(misses(row, device)) or "pass"),
+        f"  {'':8}{unit + '/s':>12}{'GFLOP/' + unit[:-1]:>16}{'GFLOP/s':>10}{'share':>7}{'matmul':>10}"
+        f"{'GiB':>7}{'batch':>7}{'idle':>7}",
+    ]
+    for side, name in (("ours", "ours"), ("torch", "PyTorch")):
+        values = row[side]
+        speed = values["rate"] * values["flops"]
+        lines.append(
+            f"  {name:8}{values['rate']:12.2f}{values['flops'] / 1e9:16.3f}{speed / 1e9:10.1f}{speed / machine:7.2f}"
+            f"{values['matmul'] / 1e9:10.1f}{values['memory'] / 2**30:7.2f}{values['batch']:7d}{values['idle']:7.2f}"
+        )
+    return "\n".join(lines)
+
+
+def largest_error(actual: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> float:
+    """The largest difference of two arrays of one name, over the largest absolute value of the expected one.
+
+    Raises ValueError where names or shapes differ or a number is not finite.
+    """
+    shapes = [{name: v.shape for name, v in side.items()} for side in (actual, expected)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(f"the sides return arrays of shapes {shapes[0]} and {shapes[1]}; expected the same")
+    broken = [name for side in (actual, expected) for name, v in side.items() if not np.isfinite(v).all()]
+    if broken:
+        raise ValueError(f"{broken[0]} holds a NaN or an infinity")
+    return max(float(np.abs(actual[name] - v).max() / np.abs(v).max()) for name, v in expected.items())
+
+
+def _memory(worker: Worker, device: str, peak: bool = False) -> int:
+    if device == "cuda":
+        return worker.call("device_memory", peak)
+    if not peak:
+        worker.peak = 0
+        return worker.memory()
+    return worker.peak
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected argument {argv[1]!r}; flags start with --")
+    unknown = sorted(set(FLAGS.parts) - set(PARTS))
+    if unknown:
+        raise app.UsageError(f"parts has {unknown}; expected some of {', '.join(PARTS)}")
+    device = FLAGS.platform
+    precisions = FLAGS.precisions
+    if precisions is None:
+        precisions = ["float32"] if device == "cpu" else ["float32", "tensorfloat32", "bfloat16"]
+    # Both sides share the GPU: neither may take all of its memory beforehand.
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+    repeats = min(2, FLAGS.repeats) if FLAGS.quick else FLAGS.repeats
+    cores = len(os.sched_getaffinity(0))
+    devices, threads = FLAGS.cpu_devices or cores, FLAGS.threads or cores
+    rows, missed = [], False
+    for part in FLAGS.parts:
+        units = _QUICK_UNITS[part] if FLAGS.quick or FLAGS.size == "tiny" else _UNITS[device][part]
+        for precision in precisions if part == "losses" else ["float32"]:
+            with both_sides(size_of(FLAGS.size), device, precision, devices, threads) as workers:
+                row = take_turns(workers, part, device, units, repeats) | {"precision": precision}
+            print(table(row, device), flush=True)
+            if part == "losses" and FLAGS.size == "mscoco":
+                hours = {side: _FULL_PASS / row[side]["rate"] / 3600 for side in ("ours", "torch")}
+                print(f"  all {_FULL_PASS / 1e6:.1f} M forwards: {hours['ours']:.2f} h, PyTorch {hours['torch']:.2f} h")
+            rows.append(row)
+            missed |= bool(misses(row, device))
+    if FLAGS.output:
+        Path(FLAGS.output).write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    sys.exit(int(missed))
+
+
+def define_flags() -> None:
+    """Of the command; not on import, as benchmarks share names of flags and tests import several."""
+    flags.DEFINE_list("parts", list(PARTS), "Of: losses, fisher, fisher-kv (PyTorch's restricted too), gradient.")
+    flags.DEFINE_integer("repeats", 5, "Turns of each side.", lower_bound=1)
+    flags.DEFINE_boolean("quick", False, "Short turns, two of each.")
+    flags.DEFINE_string("size", "mscoco", "`mscoco`, `tiny`, or a pipeline folder whose UNet is built.")
+    flags.DEFINE_enum("platform", "cpu", ["cpu", "cuda"], "Where both sides run.")
+    flags.DEFINE_list(
+        "precisions",
+        None,
+        "Of the losses: float32, tensorfloat32, bfloat16, bfloat16-all (default: what the platform has).",
+    )
+    flags.DEFINE_integer("cpu_devices", None, "Devices that our side splits a CPU into (default: one a core).")
+    flags.DEFINE_integer("threads", None, "Threads of PyTorch on a CPU (default: one a core).")
+    flags.DEFINE_string("output", None, "Json file for the rows.")
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(main)
