@@ -7,7 +7,8 @@ importing this package is fast and starts no device.
 import importlib
 
 _MODULES = {
-    "attribution.scores": ("combine_scores", "score_dataset", "strided_losses"),
+    "attribution.influence": ("influence_matrix", "influence_scores"),
+    "attribution.scores": ("combine_flips", "combine_scores", "score_dataset", "strided_losses"),
     "attribution.unlearn": ("newton_step", "query_gradient", "scale_by_newton", "sgd_step", "unlearn"),
     "convert.assemble": ("ModelSource", "load_model"),
     "convert.pipeline": ("Pipeline", "load_pipeline", "load_unet", "save_pipeline"),
@@ -27,6 +28,7 @@ _MODULES = {
     "stages.attribute": ("Attributor", "attribute"),
     "stages.config": ("AttributeConfig",),
     "stages.encode": ("EncodeConfig", "encode"),
+    "stages.queries": ("read_queries",),
     "stages.query": ("Query",),
     "stages.root": ("StageRoot",),
     "stages.score_files": ("read_scores", "write_scores"),

@@ -8,6 +8,7 @@ minute a query on two cores. The linearised score, the derivative of the loss al
 all queries in one pass. Prints a markdown table and writes the ranks to the workdir; resumable query by query.
 """
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -15,22 +16,18 @@ import jax
 import numpy as np
 from absl import flags
 
-from attrib_jax.attribution.influence import influence_matrix
-from attrib_jax.attribution.scores import example_loss
+from attrib_jax.attribution.scores import combine_flips, combine_scores
 from attrib_jax.attribution.unlearn import newton_step, sgd_step
 from attrib_jax.convert.pipeline import load_pipeline
-from attrib_jax.core.keys import loss_key, purpose_key
-from attrib_jax.core.types import Batch
-from attrib_jax.core.weights import flatten_names, merge_weights, select_weights, unflatten_names
+from attrib_jax.core.keys import purpose_key
+from attrib_jax.core.weights import flatten_names, select_weights, unflatten_names
 from attrib_jax.data.sources import open_dataset
-from attrib_jax.diffusion.schedule import strided_timesteps
-from attrib_jax.runtime.chunks import ChunkStore
 from attrib_jax.runtime.files import read_arrays, write_arrays, write_json
-from attrib_jax.runtime.mesh import padded_tiles, replicate, shard_batch, tile_map
 from attrib_jax.runtime.progress import progress
 from attrib_jax.runtime.stages import lock
 from attrib_jax.stages.attribute import Attributor
 from attrib_jax.stages.config import AttributeConfig
+from attrib_jax.stages.queries import query_values
 from attrib_jax.stages.root import StageRoot
 from launch import common
 
@@ -48,8 +45,6 @@ _DRAWS = flags.DEFINE_integer("query_draws", 2048, "Draws of the query's gradien
 _FISHER_SAMPLES = flags.DEFINE_integer("fisher_samples", 16384, "Samples of the Fisher information.")
 _WEIGHTS = flags.DEFINE_string("weights", "cross-attn-kv", "Weights that move.")
 _DAMPING = flags.DEFINE_float("damping", 0.0, "Added to the Fisher information.")
-_TILE = 8
-_ROWS_PER_CHUNK = 256
 
 
 def main():
@@ -77,7 +72,7 @@ def main():
         folder = f"self-attribution-{_SPLIT.value}"
         with root.stage(folder, settings, attributor.inputs) as stage:
             moved = _unlearn_all(attributor, stage.path / "moved", rows, configs)
-            linear = _linear_scores(attributor, stage.path, moved, configs["newton"])
+            linear = _linear_scores(attributor, stage.path / "linear-scores", rows, moved, configs["newton"])
         results = {f"{name}, linearised": _summary(dataset, rows, scores) for name, scores in linear.items()}
         random = np.random.default_rng(0).random((len(rows), len(dataset)))
         results["random"] = _summary(dataset, rows, random)
@@ -129,56 +124,21 @@ def _unlearn_all(attributor, folder: Path, rows, configs) -> dict[str, list]:
     return moved
 
 
-def _linear_scores(attributor, path: Path, moved, config) -> dict[str, np.ndarray]:
+def _linear_scores(attributor, path: Path, rows, moved, config) -> dict[str, np.ndarray]:
     """The linearised scores (queries, N) of every method's weight changes, in one pass over the data set."""
-    data, program, flips = attributor.data, attributor.loss_program(config), config.num_flips
-    schedule = attributor.pipeline.schedule
-    selected, rest = select_weights(attributor.pipeline.params["unet"], config.weights)
-    changes = [jax.tree.map(np.subtract, tree, selected) for trees in moved.values() for tree in trees]
-    directions = jax.tree.map(lambda *leaves: np.stack(leaves), *changes)
-    timesteps = strided_timesteps(config.stride, schedule.num_train_timesteps)
-
-    def tile(shared, batch):
-        selected, rest, schedule, key, timesteps, directions = shared
-
-        def loss_fn(selected, rest, example):
-            return example_loss(attributor.predict, schedule, merge_weights(selected, rest), key, example, timesteps)
-
-        return influence_matrix(loss_fn, selected, rest, batch, directions)
-
-    mesh = program.mesh
-    run = tile_map(mesh, tile)
-    shared = replicate(mesh, (selected, rest, schedule, loss_key(config.loss_seed), timesteps, directions))
-    store = ChunkStore(path, {"score": ((flips, len(changes)), np.float32)}, len(data), _ROWS_PER_CHUNK, "linear")
-    missing = list(store.missing())
-    with progress(flips * len(data), "linearised scores", "example") as bar:
-        for chunk in range(store.num_chunks):
-            rows = np.arange(len(data))[store.rows(chunk)]
-            if chunk in missing:
-                row, flip = np.repeat(rows, flips), np.tile(np.arange(flips), len(rows)).astype(np.int32)
-                values = []
-                for members, mask in zip(*padded_tiles(len(row), _TILE * mesh.size)):
-                    latents, text = data.inputs(row[members], flip[members], 0)
-                    batch = Batch(
-                        latents=latents,
-                        text=text,
-                        row_id=data.row_ids[row[members]],
-                        flip=flip[members],
-                        caption=np.zeros(len(members), np.int32),
-                        mask=mask.astype(np.float32),
-                    )
-                    values.append(np.asarray(run(shared, shard_batch(mesh, batch)))[mask])
-                store.write(chunk, {"score": np.concatenate(values).reshape(len(rows), flips, -1)})
-            bar.update(flips * len(rows))
-    scores = store.read_all()["score"].max(axis=1).T
+    paths = [path / name / str(row) for name in moved for row in rows]
+    trees = [tree for queries in moved.values() for tree in queries]
+    linear = dataclasses.replace(config, score="linear")
+    values = query_values(paths, trees, linear, attributor.programs, attributor.data, "linearised scores")
+    scores = np.stack([combine_flips(each, config.flips)[0] for each in values])
     return dict(zip(moved, np.split(scores, len(moved))))
 
 
 def _exact_scores(attributor, path: Path, config, selected, before: np.ndarray) -> np.ndarray:
     """The scores (N,) of all training pictures under unlearned weights, their losses kept in `path`."""
-    _, rest = select_weights(attributor.pipeline.params["unet"], config.weights)
-    after = attributor.losses(path, merge_weights(selected, rest), config, f"scores of row {path.name}")
-    return (after - before).max(axis=1)
+    description = f"scores of row {path.name}"
+    (after,) = query_values([path], [selected], config, attributor.programs, attributor.data, description)
+    return combine_scores(before, after, config.flips)[0]
 
 
 def _summary(dataset, rows, scores) -> dict:

@@ -38,7 +38,12 @@ def influence_scores(
 
 
 def influence_matrix(
-    loss_fn: Callable[[Any, Any, Any], jax.Array], selected: Any, rest: Any, batch: Any, directions: Any
+    loss_fn: Callable[[Any, Any, Any], jax.Array],
+    selected: Any,
+    rest: Any,
+    batch: Any,
+    directions: Any,
+    examples_at_once: int | None = None,
 ) -> jax.Array:
     """`influence_scores` of B examples along Q directions at once -> (B, Q).
 
@@ -48,6 +53,7 @@ def influence_matrix(
     Args:
         loss_fn, selected, rest, batch: as in `influence_scores`; padding is the caller's to drop.
         directions: nested dict in the layout of `selected`, every leaf with a leading axis Q.
+        examples_at_once: how many gradients, and activations to compute them from, are held at a time; all if None.
     """
 
     def row(example):
@@ -55,4 +61,6 @@ def influence_matrix(
         products = jax.tree.map(lambda g, d: d.reshape(d.shape[0], -1) @ g.reshape(-1), gradient, directions)
         return sum(jax.tree.leaves(products))
 
-    return jax.vmap(row)(batch)
+    if examples_at_once is None:
+        return jax.vmap(row)(batch)
+    return jax.lax.map(row, batch, batch_size=examples_at_once)

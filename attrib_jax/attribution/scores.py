@@ -75,11 +75,17 @@ def combine_scores(loss_before: np.ndarray, loss_after: np.ndarray, how: str = "
             f"loss_before and loss_after have shapes {np.shape(loss_before)} and {np.shape(loss_after)}; "
             "expected the same (N, flips)."
         )
-    difference = np.asarray(loss_after, np.float64) - np.asarray(loss_before, np.float64)
+    return combine_flips(np.asarray(loss_after, np.float64) - np.asarray(loss_before, np.float64), how)
+
+
+def combine_flips(values: np.ndarray, how: str = "max") -> tuple[np.ndarray, np.ndarray]:
+    """Scores from numbers of each image's flips (N, flips), such as linearised scores; the rest as `combine_scores`."""
+    check_choice("flips", how, FLIP_RULES)
+    values = np.asarray(values, np.float64)
     if how == "none":
-        difference = difference[:, :1]
-    flip = difference.argmax(axis=1).astype(np.int32)
-    return difference.mean(axis=1) if how == "mean" else difference.max(axis=1), flip
+        values = values[:, :1]
+    flip = values.argmax(axis=1).astype(np.int32)
+    return values.mean(axis=1) if how == "mean" else values.max(axis=1), flip
 
 
 def dataset_losses(

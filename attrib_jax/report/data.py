@@ -45,6 +45,7 @@ class ReportData:
       top_k: how many pictures to show from the top; more than N means all.
       least_k: how many to show from the bottom, never one that is already at the top.
       timings: stage -> Timing, in the order run.
+      num_pictures: pictures of the training set, where only the most promising of them were scored; None for all.
       region: (x0, y0, x1, y1) in query pixels, x1 and y1 exclusive, when only that box was attributed.
       warnings: sentences that the reader should see first, such as a prompt that was cut.
       explanation: how to read the scores; None for a text that fits `method`.
@@ -73,6 +74,7 @@ class ReportData:
     top_k: int = 24
     least_k: int = 6
     timings: Mapping[str, Timing] = field(default_factory=dict)
+    num_pictures: int | None = None
     region: tuple[int, int, int, int] | None = None
     warnings: Sequence[str] = ()
     explanation: str | None = None
@@ -106,10 +108,22 @@ class ReportData:
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}: expected at least {least}")
         self._check_region()
+        if self.num_pictures is not None and self.num_pictures < row_id.size:
+            raise ValueError(
+                f"num_pictures is {self.num_pictures}: expected at least {row_id.size}, the number of scored pictures"
+            )
         for name in ("model_credit", "dataset_credit"):
             credit = getattr(self, name)
             if credit and credit.url is not None and urlsplit(credit.url).scheme not in ("http", "https"):
                 raise ValueError(f"{name}.url is {credit.url!r}: expected an http or https address, or None")
+
+    @property
+    def scored(self) -> str:
+        """How many pictures the scores are of, in words."""
+        count = len(self.row_id)
+        if self.num_pictures in (None, count):
+            return f"{count:,} picture{'s' if count > 1 else ''} scored"
+        return f"{count:,} of {self.num_pictures:,} pictures scored at the full setting"
 
     def _check_flips(self, num_rows: int) -> None:
         if (self.loss_before is None) != (self.loss_after is None):

@@ -15,10 +15,17 @@ from attrib_jax.data.pictures import UnreadableRowError
 from attrib_jax.data.sources import Dataset
 from attrib_jax.report import Credit, ReportData, Timing, write_contact_sheet, write_report
 from attrib_jax.runtime.files import write_bytes, write_json
+from attrib_jax.runtime.hosts import from_first_host
 from attrib_jax.runtime.stages import load_stage
 from attrib_jax.stages.attribute import Attributed
 from attrib_jax.stages.config import AttributeConfig
 from attrib_jax.stages.query import Query
+
+_LINEAR_EXPLANATION = (
+    "The model was nudged to unlearn this picture, and a training picture's score is how fast its own loss begins to "
+    "rise along that way, times the length of the way: the limit of the loss change for a small nudge. Pictures that "
+    "the model needed for this query come first; unrelated ones stay near zero."
+)
 
 
 def write_outputs(
@@ -34,6 +41,8 @@ def write_outputs(
 ) -> None:
     """Writes everything but scores.npz into the query's folder, replacing what an earlier run wrote there.
 
+    With several hosts all call it, and host 0 writes.
+
     Args:
       result: see `Attributor.attribute`.
       dataset, query, config: what it was made from.
@@ -42,7 +51,15 @@ def write_outputs(
       top_k: pictures shown, and rows of top.csv.
       record: further JSON values for manifest.json, such as the flags of the run.
     """
+    from_first_host(
+        lambda: _write_outputs(result, dataset, query, config, model_name, model_credit, top_k, record or {})
+    )
+
+
+def _write_outputs(result, dataset, query, config, model_name, model_credit, top_k, record) -> None:
     folder = result.folder
+    cascade = bool(config.method == "unlearn" and config.cascade)
+    linear = config.method == "unlearn" and config.score == "linear"
     position = {int(row): index for index, row in enumerate(dataset.row_ids)}
     png = io.BytesIO()
     Image.fromarray(result.query.image).save(png, format="png")
@@ -68,6 +85,10 @@ def write_outputs(
         loss_before=result.scores.loss_before,
         loss_after=result.scores.loss_after,
         top_k=top_k,
+        # The lowest finalists are not the least influential pictures.
+        least_k=0 if cascade else 6,
+        num_pictures=len(dataset) if cascade else None,
+        explanation=_LINEAR_EXPLANATION if linear else None,
         timings={stage: Timing(seconds, reused) for stage, (seconds, reused) in result.timings.items()},
         region=config.region,
         warnings=result.query.notes,
@@ -90,7 +111,9 @@ def write_outputs(
             "reused": [name for name, (_, reused) in result.timings.items() if reused],
             "query_loss": list(result.query_loss),
             "notes": list(result.query.notes),
-            **(record or {}),
+            "scored": report.scored,
+            "queries_together": result.together,
+            **record,
         },
     )
 
@@ -139,6 +162,15 @@ def _method_settings(config: AttributeConfig, size: int) -> dict[str, str]:
         "flips": config.flips,
         "loss seed": str(config.loss_seed),
     }
+    if config.score == "linear":
+        settings["score"] = "linearised"
+    if config.precision != "float32":
+        settings["precision"] = config.precision
+    if config.cascade:
+        settings["cascade"] = (
+            f"all at every {config.cascade_stride} timesteps, then the best {config.cascade:g} of them, and at least "
+            f"{config.cascade_min:,}"
+        )
     if config.update == "newton":
         settings |= {
             "Fisher samples": str(config.fisher_samples),

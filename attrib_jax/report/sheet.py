@@ -77,7 +77,7 @@ def _draw_query(sheet, draw, report: ReportData, scale: ScoreScale, any_mirrored
         draw.text((_MARGIN, y), line, _INK, _font(24, "Serif"))
         y += 32
     facts = [", ".join(f"{name} {value}" for name, value in report.query_settings.items())]
-    facts += [f"{report.method}: {len(report.score):,} pictures scored", f"scores {scale.unit}" if scale.unit else ""]
+    facts += [f"{report.method}: {report.scored}", f"scores {scale.unit}" if scale.unit else ""]
     facts += [f"{_MIRRORED} the mirror image scored higher, and is shown"] if any_mirrored else []
     facts += [f"Pictures: {report.dataset_credit.text}"] if report.dataset_credit else []
     for fact in facts:

@@ -1,47 +1,49 @@
-"""The main job: run the stages that are missing, unlearn the query, score every training picture."""
+"""The main job: run the stages that are missing, unlearn the queries, score every training picture."""
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
 import os
-import re
 import tempfile
 import time
 import zipfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from attrib_jax.attribution.regions import region_mask
-from attrib_jax.attribution.scores import EXAMPLES_PER_TILE, combine_scores
 from attrib_jax.convert.pipeline import Pipeline
-from attrib_jax.core.checks import check_finite
-from attrib_jax.core.fingerprint import params_fingerprint
+from attrib_jax.core.checks import check_finite, check_range
 from attrib_jax.core.types import Scores
-from attrib_jax.core.weights import merge_weights, select_weights
+from attrib_jax.core.weights import select_weights
 from attrib_jax.curvature.diagonal import Diagonal
 from attrib_jax.data.sources import Dataset
 from attrib_jax.diffusion.schedule import strided_timesteps
 from attrib_jax.models.unet import predictor
 from attrib_jax.runtime.files import write_npz
-from attrib_jax.runtime.stages import lock
+from attrib_jax.runtime.hosts import from_first_host, num_hosts
+from attrib_jax.runtime.stages import Stage, lock
+from attrib_jax.stages.base_losses import BaseLosses
 from attrib_jax.stages.config import AttributeConfig
 from attrib_jax.stages.encode import EncodeConfig, encode, stage_names
 from attrib_jax.stages.encoded import EncodedDataset
 from attrib_jax.stages.fisher import fisher_file, fit_fisher, load_fisher
 from attrib_jax.stages.gradient import GradientProgram
-from attrib_jax.stages.losses import LossProgram, dataset_values
+from attrib_jax.stages.identity import check_query_name, model_fingerprint, query_name, query_settings
+from attrib_jax.stages.losses import LossProgram
+from attrib_jax.stages.programs import ScorePrograms
+from attrib_jax.stages.queries import queries_in_pass
 from attrib_jax.stages.query import PreparedQuery, Query, prepare_query
 from attrib_jax.stages.root import StageRoot
+from attrib_jax.stages.scoring import Scorer
 from attrib_jax.stages.unlearn import unlearn_query
 
 _log = logging.getLogger(__name__)
-
-# Relative difference of base losses between devices that are taken to be of one kind.
-_LOSS_TOLERANCE = 1e-6
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -51,10 +53,11 @@ class Attributed:
     Attributes:
       name: of the query's folder.
       folder: where its files are.
-      scores: of every training picture.
+      scores: of every training picture; with a cascade, of its finalists alone.
       query_loss: the query's loss before each unlearning step; empty for methods without one.
       query: picture and UNet inputs.
-      timings: stage -> (seconds, whether it was reused).
+      timings: stage -> (seconds, whether it was reused), of all queries that were attributed together.
+      together: how many queries that was.
     """
 
     name: str
@@ -63,6 +66,20 @@ class Attributed:
     query_loss: tuple[float, ...]
     query: PreparedQuery
     timings: dict[str, tuple[float, bool]]
+    together: int = 1
+
+
+class _Job(NamedTuple):
+    """A query on its way."""
+
+    name: str
+    settings: dict[str, Any]
+    prepared: PreparedQuery
+    stage: Stage
+
+    @property
+    def folder(self) -> Path:
+        return self.stage.path
 
 
 def attribute(
@@ -81,7 +98,7 @@ def attribute(
       dataset: its training pictures, see `open_dataset`.
       query: a prompt to generate from, or a picture with its prompt.
       config: see `AttributeConfig`.
-      workdir: keeps the stages for further queries; a temporary folder if None.
+      workdir: keeps the stages for further queries; a temporary folder if None, on one host.
       shipped: folder of finished stages that came with the model, such as `models/openmoji/stages`.
       encode_config: how pictures and captions are encoded.
 
@@ -91,6 +108,8 @@ def attribute(
     """
     with contextlib.ExitStack() as stack:
         if workdir is None:
+            if num_hosts() > 1:
+                raise ValueError("workdir is None; several hosts need a folder that all of them share")
             workdir = stack.enter_context(tempfile.TemporaryDirectory())
         stack.enter_context(lock(workdir))
         attributor = Attributor(pipeline, dataset, StageRoot(workdir, shipped), encode_config)
@@ -117,7 +136,8 @@ class Attributor:
         }
         root.claim(self.inputs)
         self._data: EncodedDataset | None = None
-        self._programs: dict[tuple, LossProgram] = {}
+        self.programs = ScorePrograms(pipeline)
+        self._base = BaseLosses(root, self.inputs, self.programs, lambda: self.data, self._timed)
         self.gradient_program = GradientProgram(self.predict, pipeline.schedule)
 
     @property
@@ -145,50 +165,34 @@ class Attributor:
 
     def base_losses(self, config: AttributeConfig) -> np.ndarray:
         """Losses of all pictures under the model's own weights (N, flips), computed or reused."""
-        stage = self._loss_stage(config)
-        if config.flips == "none":
-            both = self._loss_stage(dataclasses.replace(config, flips="max"))
-            if self.root.is_finished(*both):
-                # The losses of the pictures as they are, to the bit.
-                return self.base_losses(dataclasses.replace(config, flips="max"))[:, :1]
-        params = self.pipeline.params["unet"]
-        reused = self.root.is_finished(*stage)
-        with self._timed("base losses", reused):
-            with self.root.stage(*stage) as opened:
-                losses = self.losses(opened.path, params, config, "losses before")
-            if reused and not self._reproduces(losses, params, config):
-                _log.warning("the stored base losses are of another kind of device: computing them anew")
-                self.root.discard(stage[0])
-                with self.root.stage(*stage) as opened:
-                    losses = self.losses(opened.path, params, config, "losses before")
-        return losses
+        return self._base.losses(config)
 
-    def _loss_stage(self, config: AttributeConfig) -> tuple[str, dict[str, Any], dict[str, str]]:
-        settings = {name: getattr(config, name) for name in ("loss_seed", "stride", "captions", "num_flips")}
-        name = f"losses/stride{config.stride}-{config.captions}-flips{config.num_flips}-seed{config.loss_seed}"
-        return name, settings, self.inputs
+    def loss_program(self, config: AttributeConfig) -> LossProgram:
+        """The compiled losses for a seed, stride and precision, made once."""
+        return self.programs.losses(config)
 
-    def _reproduces(self, losses: np.ndarray, params: Any, config: AttributeConfig) -> bool:
-        """Whether this machine gives the stored losses of the first rows.
+    def scorer(self) -> Scorer:
+        """What scores unlearned queries over the data set."""
+        return Scorer(self.programs, self.data, self._base, self._timed)
 
-        Kinds of devices differ in rounding. A score is the difference of two losses, so losses before and after have
-        to come from devices that agree far better than the scores are small.
+    def curvature(self, config: AttributeConfig) -> Diagonal | None:
+        """F of the Newton step, fitted, reused or from elsewhere; None where the rule has none."""
+        if config.update != "newton":
+            return None
+        if config.fisher is not None:
+            return load_fisher(fisher_file(config.fisher), self.programs.selected(config))
+        return self.fisher(config.weights, config.fisher_samples, config.loss_seed)
+
+    def unlearned(
+        self, path: Path, query: PreparedQuery, config: AttributeConfig, curvature: Diagonal | None = None
+    ) -> tuple[Any, tuple[float, ...]]:
+        """The selected weights after unlearning the query, and the query's loss before each step, kept in `path`.
+
+        `curvature` is that of `config`, where the caller has it.
         """
-        program = self.loss_program(config)
-        rows = np.arange(min(EXAMPLES_PER_TILE, len(losses)))
-        again = program(program.place(params), self.data, rows, config.num_flips, config.captions, lambda count: None)
-        return bool(np.allclose(again, losses[rows], rtol=_LOSS_TOLERANCE, atol=0))
-
-    def unlearned(self, path: Path, query: PreparedQuery, config: AttributeConfig) -> tuple[Any, tuple[float, ...]]:
-        """The selected weights after unlearning the query, and the query's loss before each step, kept in `path`."""
         selected, rest = select_weights(self.pipeline.params["unet"], config.weights)
-        newton = config.update == "newton"
-        curvature = None
-        if newton and config.fisher is not None:
-            curvature = load_fisher(fisher_file(config.fisher), selected)
-        elif newton:
-            curvature = self.fisher(config.weights, config.fisher_samples, config.loss_seed)
-        num_examples = (config.num_examples or len(self.data)) if newton else None
+        curvature = curvature or self.curvature(config)
+        num_examples = None if curvature is None else config.num_examples or len(self.data)
         with self._timed("unlearn"):
             return unlearn_query(
                 path,
@@ -203,71 +207,134 @@ class Attributor:
                 _mask(query, config),
             )
 
-    def attribute(self, query: Query, config: AttributeConfig, name: str | None = None) -> Attributed:
+    def attribute(
+        self, query: Query, config: AttributeConfig = AttributeConfig(), name: str | None = None
+    ) -> Attributed:
         """Attributes one query, resuming it or reusing its scores where its folder has them."""
-        strided_timesteps(config.stride, self.pipeline.schedule.num_train_timesteps)
-        if name is not None and not re.fullmatch(r"[\w.-]*\w[\w.-]*", name):
-            raise ValueError(f"query_name is {name!r}; expected letters, digits, '.', '_' and '-', as in a file name")
+        return self.attribute_many([query], config, [name])[0]
+
+    def attribute_many(
+        self,
+        queries: Sequence[Query],
+        config: AttributeConfig = AttributeConfig(),
+        names: Sequence[str | None] | None = None,
+    ) -> list[Attributed]:
+        """Attributes queries together: each is unlearned, then one pass over the data set scores all of them.
+
+        Every query has a folder of its own, the same as if it were attributed alone, and is resumed or reused there
+        whichever others came with it. Exact scores are to the bit those of the query alone; linearised ones of several
+        queries are computed in another way than one's and agree with it up to rounding.
+
+        Args:
+          queries: at least one.
+          config: how to attribute all of them.
+          names: of their folders, None for one made from the query and the settings; None for that throughout.
+
+        Raises:
+          ValueError: there is no query, or two have one name; whatever is wrong with a query.
+        """
+        self._check_timesteps(config)
+        names = [None] * len(queries) if names is None else list(names)
+        if not queries or len(names) != len(queries):
+            raise ValueError(f"queries has {len(queries)} and names {len(names)}; expected at least one, and as many")
+        for name in names:
+            if name is not None:
+                check_query_name(name)
         self.timings = {}
         with self._timed("query"):
-            prepared = prepare_query(self.pipeline, self.predict, query)
+            prepared = [prepare_query(self.pipeline, self.predict, query) for query in queries]
         # Before anything is stored: a wrong region should leave nothing behind.
-        _mask(prepared, config)
-        settings = {"query": _query_settings(query), **config.settings()}
-        name = name or query_name(query, settings)
-        with self.root.stage(f"attribution/{name}", settings, self.inputs) as stage:
-            stored = _stored_scores(stage.path) if stage.finished else None
-            if stored is not None:
-                return Attributed(name, stage.path, *stored, prepared, dict(self.timings))
-            if config.method == "random":
-                scores, losses = Scores(self.dataset.row_ids, _random_scores(self.dataset.row_ids, settings)), ()
-            else:
-                scores, losses = self._score_by_unlearning(stage.path, prepared, config)
-            arrays = {field.name: getattr(scores, field.name) for field in dataclasses.fields(scores)}
-            arrays["query_loss"] = np.array(losses)
-            write_npz(stage.path / "scores.npz", {key: value for key, value in arrays.items() if value is not None})
-        return Attributed(name, stage.path, scores, losses, prepared, dict(self.timings))
+        for each in prepared:
+            _mask(each, config)
+        settings = [{"query": query_settings(query), **config.settings()} for query in queries]
+        names = [name or query_name(query, own) for name, query, own in zip(names, queries, settings)]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            places = [place for place, name in enumerate(names, start=1) if name == twice[0]]
+            raise ValueError(
+                f"queries number {', '.join(map(str, places))} have one name, {twice[0]!r}; expected a name for each. "
+                "Name them, or leave out the repeated ones."
+            )
+        with contextlib.ExitStack() as stack:
+            jobs = []
+            for name, own, each in zip(names, settings, prepared):
+                stage = stack.enter_context(self.root.stage(f"attribution/{name}", own, self.inputs))
+                jobs.append(_Job(name, own, each, stage))
+            results = {}
+            for job in jobs:
+                stored = _stored_scores(job.folder) if job.stage.finished else None
+                if stored is not None:
+                    results[job.name] = self._attributed(job, *stored, len(jobs))
+            left = [job for job in jobs if job.name not in results]
+            size = queries_in_pass(config, self.programs.selected(config))
+            for first in range(0, len(left), size):
+                group = left[first : first + size]
+                for job, (scores, losses) in zip(group, self._score(group, config)):
+                    _store_scores(job.folder, scores, losses)
+                    job.stage.finish()
+                    results[job.name] = self._attributed(job, scores, losses, len(jobs))
+        return [results[job.name] for job in jobs]
 
-    def _score_by_unlearning(self, folder: Path, query: PreparedQuery, config: AttributeConfig):
+    def _attributed(self, job: _Job, scores: Scores, losses: tuple[float, ...], together: int) -> Attributed:
+        return Attributed(job.name, job.folder, scores, losses, job.prepared, dict(self.timings), together)
+
+    def _score(self, jobs: Sequence[_Job], config: AttributeConfig) -> list[tuple[Scores, tuple[float, ...]]]:
+        """The scores and query losses of one pass."""
+        if config.method == "random":
+            row_ids = self.dataset.row_ids
+            return [(Scores(row_ids, _random_scores(row_ids, job.settings)), ()) for job in jobs]
         if self._data is None:
             self.prepare()
-        selected, losses = self.unlearned(folder, query, config)
-        before = self.base_losses(config)
-        _, rest = select_weights(self.pipeline.params["unet"], config.weights)
-        with self._timed("losses after"):
-            after = self.losses(folder, merge_weights(selected, rest), config, "losses after")
-        score, flip = combine_scores(before, after, config.flips)
-        scores = Scores(self.data.row_ids, score, before, after, None if config.flips == "mean" else flip)
-        return scores, tuple(losses)
+        curvature = self.curvature(config)
+        unlearned = []
+        for job in jobs:
+            try:
+                unlearned.append(self.unlearned(job.folder, job.prepared, config, curvature))
+            except ValueError as error:
+                raise ValueError(f"query {job.name!r}: {error}") from error
+        moved, losses = zip(*unlearned)
+        return list(zip(self.scorer().scores([job.folder for job in jobs], moved, config), losses))
 
-    def losses(self, path: Path, params: Any, config: AttributeConfig, description: str) -> np.ndarray:
-        """Losses of all pictures under any UNet parameters (N, flips), kept in chunks in `path` and resumed there."""
-        program = self.loss_program(config)
-        return dataset_values(path, program, params, self.data, config.num_flips, config.captions, description)
-
-    def loss_program(self, config: AttributeConfig) -> LossProgram:
-        """The compiled losses for a seed and stride, made once."""
-        key = (config.loss_seed, config.stride, config.batch_size)
-        if key not in self._programs:
-            self._programs[key] = LossProgram(self.predict, self.pipeline.schedule, *key)
-        return self._programs[key]
+    def _check_timesteps(self, config: AttributeConfig) -> None:
+        steps = self.pipeline.schedule.num_train_timesteps
+        strided_timesteps(config.stride, steps)
+        if config.cascade:
+            check_range("cascade_stride", config.cascade_stride, 1, steps, integer=True)
 
     @contextlib.contextmanager
-    def _timed(self, stage: str, reused: bool = False):
+    def _timed(self, stage: str, reused: bool = False) -> Iterator[None]:
         began = time.monotonic()
         yield
-        self.timings[stage] = (round(time.monotonic() - began, 2), reused)
+        before, was_reused = self.timings.get(stage, (0.0, True))
+        self.timings[stage] = (round(before + time.monotonic() - began, 2), reused and was_reused)
+
+
+def _store_scores(folder: Path, scores: Scores, query_loss: Sequence[float]) -> None:
+    arrays = {field.name: getattr(scores, field.name) for field in dataclasses.fields(scores)}
+    arrays["query_loss"] = np.array(query_loss)
+    arrays = {name: array for name, array in arrays.items() if array is not None}
+    from_first_host(functools.partial(write_npz, folder / "scores.npz", arrays))
 
 
 def _stored_scores(folder: Path) -> tuple[Scores, tuple[float, ...]] | None:
     """Scores and query losses of a finished attribution; None where they are absent or damaged."""
+    arrays = from_first_host(lambda: _read_npz(folder / "scores.npz"))
     try:
-        with np.load(folder / "scores.npz") as stored:
-            arrays = {name: stored[name] for name in stored.files}
-        query_loss = tuple(arrays.pop("query_loss").tolist())
-        return Scores(**arrays), query_loss
-    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
-        _log.warning("%s cannot be read (%s): it will be computed again", folder / "scores.npz", error)
+        if arrays is None:
+            return None
+        losses = tuple(arrays.pop("query_loss").tolist())
+        return Scores(**arrays), losses
+    except (ValueError, KeyError, TypeError) as error:
+        _log.warning("%s cannot be used (%s): it will be computed again", folder / "scores.npz", error)
+        return None
+
+
+def _read_npz(file: Path) -> dict[str, np.ndarray] | None:
+    try:
+        with np.load(file) as stored:
+            return {name: stored[name] for name in stored.files}
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        _log.warning("%s cannot be read (%s): it will be computed again", file, error)
         return None
 
 
@@ -277,47 +344,8 @@ def _mask(query: PreparedQuery, config: AttributeConfig) -> np.ndarray | None:
     return region_mask(config.region, query.image.shape[:2], query.latents.shape[:2])
 
 
-def model_fingerprint(pipeline: Pipeline) -> str:
-    """sha256 of all that decides what a model computes: weights, configs, schedule and tokenizer."""
-    backend = json.loads(pipeline.tokenizer.backend_tokenizer.to_str())
-    configs = {
-        "unet": pipeline.unet.config.to_dict(),
-        "vae": pipeline.vae.config.to_dict(),
-        "text_encoder": pipeline.text_encoder.config.to_dict(),
-        "schedule": pipeline.schedule.to_config(),
-        "tokenizer": {part: backend[part] for part in ("model", "normalizer", "pre_tokenizer", "post_processor")},
-        "max_tokens": pipeline.tokenizer.model_max_length,
-    }
-    # Added tokens have no place in the vocabulary; a model without them keeps the fingerprint that it had.
-    added = {token["content"]: token["id"] for token in backend["added_tokens"] if not token["special"]}
-    if added:
-        configs["added_tokens"] = added
-    text = params_fingerprint(pipeline.params) + json.dumps(configs, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def query_name(query: Query, settings: dict[str, Any]) -> str:
-    """Folder name of a query: its prompt, its seed if generated, and a digest of every setting."""
-    slug = re.sub(r"[^a-z0-9]+", "-", query.prompt.lower()).strip("-")[:40] or "empty-prompt"
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
-    origin = "latents" if query.latents is not None else f"seed{query.seed}" if query.image is None else "picture"
-    return f"{slug}-{origin}-{digest}"
-
-
 def _random_scores(row_ids: np.ndarray, settings: dict[str, Any]) -> np.ndarray:
     """Uniform scores, a function of the query's settings and the row id alone."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).digest()
     generator = np.random.Generator(np.random.Philox(key=np.frombuffer(digest[:16], np.uint64)))
     return generator.random(int(row_ids.max()) + 1)[row_ids]
-
-
-def _query_settings(query: Query) -> dict[str, Any]:
-    settings = {field.name: getattr(query, field.name) for field in dataclasses.fields(query)}
-    given = {name: value for name in ("image", "latents", "text") if (value := settings.pop(name)) is not None}
-    if not {"image", "latents"} & given.keys():
-        return settings
-    content = {
-        name: np.ascontiguousarray(value).tobytes() if isinstance(value, np.ndarray) else Path(value).read_bytes()
-        for name, value in given.items()
-    }
-    return {"prompt": query.prompt} | {name: hashlib.sha256(value).hexdigest() for name, value in content.items()}

@@ -2,16 +2,21 @@
 
 import dataclasses
 import hashlib
+import math
 from typing import Any
 
 from attrib_jax.attribution.scores import FLIP_RULES
 from attrib_jax.attribution.unlearn import METHODS as UPDATES
 from attrib_jax.core.checks import check_choice, check_positive, check_range
 from attrib_jax.core.weights import WEIGHT_SUBSETS
+from attrib_jax.models.precision import PRECISIONS
 from attrib_jax.stages.fisher import fisher_file
 
 METHODS = ("unlearn", "random")
+SCORES = ("exact", "linear")
 CAPTIONS = ("first", "all")
+# What changes speed and memory only.
+_PERFORMANCE = ("batch_size", "queries_per_pass")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,12 +35,22 @@ class AttributeConfig:
       num_examples: N of the Newton step; None for the size of the data set.
       fisher_samples: (picture, flip, caption, t, noise) samples that F is fitted on.
       fisher: file or stage folder of an F fitted elsewhere, as on the base of a customised model; None fits it here.
+      score: `exact`, the difference of two losses (METHOD.md section 4), or `linear`, the derivative of the loss along
+        the weight change: no base losses, and many queries cost little more than one.
       stride: of the strided loss sum over timesteps.
       captions: `first` or `all` captions of a picture, their losses averaged.
       flips: `max` or `mean` of the two mirror images' scores, or `none` for the picture as is.
       loss_seed: of the noise of the scores, of F and of the query's draws: another query reuses the base losses.
       region: (x0, y0, x1, y1) in query pixels; only these count in the query's loss. None for all.
+      precision: of the scores' losses, see `PRECISIONS`; F and unlearning are float32 always. `bfloat16` keeps the
+        cross-attention keys and values in float32 and rounds all other weights, moved ones too. `bfloat16-all` rounds
+        every weight, and with it most of the change that an exact score measures: it is there to be studied.
+      cascade: coarse to fine: all pictures are scored at `cascade_stride` with their first caption, then this share of
+        them, the best, at the full setting; 0 scores all at the full setting.
+      cascade_stride: stride of the coarse scores, no finer than `stride`.
+      cascade_min: the least number of pictures that a cascade scores at the full setting.
       batch_size: examples in flight; changes speed and memory only. 0 is automatic.
+      queries_per_pass: queries scored in one pass over the data set; changes memory and speed only. 0 is automatic.
     """
 
     method: str = "unlearn"
@@ -49,38 +64,71 @@ class AttributeConfig:
     num_examples: int | None = None
     fisher_samples: int = 16384
     fisher: str | None = None
+    score: str = "exact"
     stride: int = 100
     captions: str = "first"
     flips: str = "max"
     loss_seed: int = 0
     region: tuple[int, int, int, int] | None = None
+    precision: str = "float32"
+    cascade: float = 0.0
+    cascade_stride: int = 250
+    cascade_min: int = 1000
     batch_size: int = 0
+    queries_per_pass: int = 0
 
     def __post_init__(self):
         check_choice("method", self.method, METHODS)
         check_choice("weights", self.weights, WEIGHT_SUBSETS)
         check_choice("update", self.update, UPDATES)
+        check_choice("score", self.score, SCORES)
         check_choice("captions", self.captions, CAPTIONS)
         check_choice("flips", self.flips, FLIP_RULES)
-        for name in ("steps", "query_draws", "fisher_samples", "stride"):
+        check_choice("precision", self.precision, PRECISIONS)
+        for name in ("steps", "query_draws", "fisher_samples", "stride", "cascade_stride", "cascade_min"):
             check_positive(name, getattr(self, name), integer=True)
         check_positive("step_size", self.step_size)
         check_range("damping", self.damping, 0.0)
-        check_range("batch_size", self.batch_size, 0, integer=True)
+        for name in _PERFORMANCE:
+            check_range(name, getattr(self, name), 0, integer=True)
         check_range("loss_seed", self.loss_seed, 0, 2**32 - 1, integer=True)
         if self.num_examples is not None:
             check_positive("num_examples", self.num_examples, integer=True)
         if self.update == "sgd" and (self.damping or self.keep_ewc_gradient):
             raise ValueError("damping and keep_ewc_gradient belong to update='newton'; 'sgd' has no F")
+        check_range("cascade", self.cascade, 0.0, 1.0)
+        if self.cascade and self.cascade_stride < self.stride:
+            raise ValueError(
+                f"cascade_stride is {self.cascade_stride}, finer than stride {self.stride}: expected at least the "
+                "stride, so that the coarse scores are the cheaper ones. Change cascade_stride."
+            )
 
     @property
     def num_flips(self) -> int:
         return 1 if self.flips == "none" else 2
 
+    def coarse(self) -> "AttributeConfig":
+        """The setting of the coarse scores of a cascade."""
+        return dataclasses.replace(self, stride=self.cascade_stride, captions="first", cascade=0.0)
+
+    def num_finalists(self, size: int) -> int:
+        """How many of `size` pictures a cascade scores at the full setting."""
+        return min(size, max(math.ceil(self.cascade * size), self.cascade_min))
+
     def settings(self) -> dict[str, Any]:
-        """What decides the scores: everything but the batch size, and of an F from elsewhere its content."""
+        """What decides the scores: not what only changes speed, and of an F from elsewhere its content.
+
+        `score`, `precision` and the cascade are absent where they are off, so that results from before there were such
+        settings still fit.
+        """
         settings = dataclasses.asdict(self)
-        del settings["batch_size"]
+        for name in _PERFORMANCE:
+            del settings[name]
+        if not self.cascade:
+            del settings["cascade_stride"], settings["cascade_min"]
+        for field in dataclasses.fields(self):
+            if field.name in ("score", "precision", "cascade") and settings[field.name] == field.default:
+                del settings[field.name]
         if self.fisher is not None:
             with open(fisher_file(self.fisher), "rb") as file:
                 settings["fisher"] = hashlib.file_digest(file, "sha256").hexdigest()

@@ -81,7 +81,9 @@ def test_influence_of_many_queries_at_once_is_that_of_each():
         examples = {"latents": latents[:, 0], "text": text[:, 0], "row_id": row_id}
         rng = np.random.default_rng(1)
         directions = jax.tree.map(lambda leaf: rng.normal(size=(3, *leaf.shape)), selected)
-        together = jax.jit(influence_matrix, static_argnums=0)(strided_loss, selected, rest, examples, directions)
+        run = jax.jit(influence_matrix, static_argnums=0, static_argnames="examples_at_once")
+        together = run(strided_loss, selected, rest, examples, directions)
+        in_groups = run(strided_loss, selected, rest, examples, directions, examples_at_once=4)
         each = [
             influence_scores(
                 strided_loss, selected, rest, examples, jax.tree.map(lambda leaf, q=q: leaf[q], directions)
@@ -89,3 +91,4 @@ def test_influence_of_many_queries_at_once_is_that_of_each():
             for q in range(3)
         ]
     np.testing.assert_allclose(together, np.stack(each, axis=1), rtol=1e-10, atol=1e-14)
+    np.testing.assert_allclose(in_groups, together, rtol=1e-10, atol=1e-14)

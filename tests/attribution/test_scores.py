@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attrib_jax.attribution import combine_scores, score_dataset, strided_losses
+from attrib_jax.attribution import combine_flips, combine_scores, score_dataset, strided_losses
 from attrib_jax.attribution.scores import dataset_losses
 from attrib_jax.core.keys import example_noise, loss_key
 from attrib_jax.core.types import Batch
@@ -53,6 +53,16 @@ def test_combining_flips():
         combine_scores(before, after, "maximum")
     with pytest.raises(ValueError, match="expected the same"):
         combine_scores(before, after[:2])
+
+
+def test_numbers_of_flips_become_scores_as_differences_do():
+    values = np.array([[1.0, 3.0], [2.0, -5.0]])
+    for how, expected, winner in (("max", [3, 2], [1, 0]), ("mean", [2, -1.5], [1, 0]), ("none", [1, 2], [0, 0])):
+        score, flip = combine_flips(values, how)
+        np.testing.assert_array_equal(score, expected)
+        np.testing.assert_array_equal(flip, winner)
+    with pytest.raises(ValueError, match="flips"):
+        combine_flips(values, "both")
 
 
 def test_captions_are_averaged_and_padded_ones_left_out():

@@ -81,6 +81,13 @@ def _results(workdir):
         (["--query=nowhere.png"], "nowhere.png"),
         (["--flips=both"], "flips"),
         (["--query_draws=0"], "query_draws"),
+        (["--score=exakt"], "did you mean 'exact'"),
+        (["--precision=half"], "unknown precision 'half'"),
+        (["--cascade=1.5"], "cascade is 1.5"),
+        (["--cascade=-1"], "cascade is -1"),
+        (["--cascade=0.1", "--cascade_stride=499"], "cascade_stride is 499, finer than stride 500"),
+        (["--cascade=0.1", "--cascade_stride=2000"], "cascade_stride is 2000"),
+        (["--cascade_min=0"], "cascade_min is 0"),
     ],
 )
 def test_wrong_input_is_one_clear_line_and_costs_nothing(command, workdir, arguments, message):
@@ -120,6 +127,63 @@ def test_workdir_of_another_model_is_refused(command, tmp_path):
     code, output = command(f"--model={tmp_path / 'other'}")
     assert code == 1 and "model: stored" in output.err and "--workdir" in output.err
     assert command()[0] == 0
+
+
+@pytest.fixture
+def queries(tmp_path):
+    def write(*lines):
+        file = tmp_path / "queries.jsonl"
+        file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return f"--queries={file}"
+
+    return write
+
+
+def test_a_file_of_queries_gives_a_report_for_each(command, workdir, queries, tmp_path):
+    Image.fromarray(np.full((40, 30, 3), 90, np.uint8)).save(tmp_path / "picture.png")
+    several = queries(
+        {"prompt": "red heart", "name": "line-1"}, {"prompt": "hat", "image": "picture.png", "name": "line-2"}
+    )
+    code, output = command(several, settings=SETTINGS[1:])
+    assert code == 0, output.err
+    for name, prompt in (("line-1", "red heart"), ("line-2", "hat")):
+        folder = workdir / "attribution" / name
+        assert f"{prompt} ({name})" in output.out and str(folder / "report.html") in output.out
+        assert prompt in (folder / "report.html").read_text()
+        assert json.loads((folder / "manifest.json").read_text())["queries_together"] == 2
+    code, output = command("--query_name=line-1-alone")
+    assert code == 0, output.err
+    one, many = (np.load(workdir / "attribution" / name / "scores.npz") for name in ("line-1-alone", "line-1"))
+    np.testing.assert_array_equal(one["score"], many["score"])
+
+
+def test_linear_scores_and_a_cascade(command, workdir):
+    code, output = command(
+        "--query_name=fast", "--score=linear", "--cascade=0.1", "--cascade_stride=500", "--cascade_min=4", "--top_k=9"
+    )
+    assert code == 0, output.err
+    folder = workdir / "attribution" / "fast"
+    # No picture is shown that has no full score.
+    assert len(np.load(folder / "scores.npz")["score"]) == 9
+    assert "9 of 37 pictures scored at the full setting" in (folder / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("lines", "arguments", "message"),
+    [
+        ([], (), "has no queries"),
+        ([{"prompt": "hat", "name": "a"}, {"prompt": "flag", "name": "a"}], (), "line 2: name 'a' is that of line 1"),
+        ([{"prompt": "hat"}, {"prompt": "hat"}], (), "number 1, 2 have one name"),
+        ([{"prompt": "hat", "image": "nowhere.png"}], (), "line 1: picture"),
+        ([{"prompt": "hat"}], ("--prompt=hat",), "--prompt given beside --queries"),
+        ([{"prompt": "hat"}], ("--query=x.png", "--query_name=x"), "--query, --query_name given beside --queries"),
+    ],
+)
+def test_wrong_files_of_queries_cost_nothing(command, workdir, queries, lines, arguments, message):
+    before = _results(workdir)
+    code, output = command(queries(*lines), *arguments, settings=SETTINGS[1:])
+    assert code == 1 and message in output.err and output.err.startswith("error:")
+    assert _results(workdir) == before
 
 
 def test_region_gives_other_scores_than_the_whole(command, workdir):

@@ -112,6 +112,7 @@ def test_a_subset_of_the_data_set_has_the_scores_of_the_whole(finished, pipeline
 def test_interrupted_run_resumes_to_the_same_bits(finished, pipeline, dataset, tmp_path, monkeypatch):
     _, _, result = finished
     monkeypatch.setattr(losses_stage, "_ROWS_PER_CHUNK", 8)
+    monkeypatch.setattr(losses_stage, "_TILES_PER_CHUNK", 0)
     write, count = ChunkStore.write, 0
 
     def failing(self, index, arrays):
