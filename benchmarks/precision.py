@@ -31,7 +31,7 @@ from attrib_jax.core.weights import flatten_names, merge_weights, select_weights
 from attrib_jax.diffusion.schedule import NoiseSchedule
 from attrib_jax.models.precision import PRECISIONS, cast_params, matmul_precision
 from attrib_jax.models.unet import UNet2DConditionModel, UNetConfig, predictor
-from attrib_jax.runtime.files import write_json
+from attrib_jax.runtime.files import make_folder, write_json
 from attrib_jax.runtime.stages import lock
 from attrib_jax.stages.attribute import Attributor
 from attrib_jax.stages.config import AttributeConfig
@@ -112,7 +112,7 @@ def _study_openmoji(workdir: Path) -> None:
         for index, row in enumerate(rows[: _QUERIES.value]):
             query = Query(prompt=dataset.captions(int(row))[0], seed=index, guidance_scale=2.0)
             prepared = prepare_query(pipeline, attributor.predict, query)
-            moved.append(attributor.unlearned(stage.path / f"query{index}", prepared, config)[0])
+            moved.append(attributor.unlearned(make_folder(stage.path / f"query{index}"), prepared, config)[0])
         params, schedule = pipeline.params["unet"], pipeline.schedule
         case = Case(pipeline.unet, params, schedule, attributor.data, np.sort(rows), moved, config.stride)
         _study("openmoji", stage.path, case)
@@ -138,8 +138,7 @@ def _study_mscoco(workdir: Path) -> None:
         fisher = fit_fisher(stage.path, predict, schedule, selected, rest, data, _FISHER_SAMPLES, config.loss_seed)
         program, moved = GradientProgram(predict, schedule), []
         for index, (query_latents, query_text) in enumerate(zip(latents[queries], text[queries])):
-            path = stage.path / f"query{index}"
-            path.mkdir(exist_ok=True)
+            path = make_folder(stage.path / f"query{index}")
             prepared = PreparedQuery(np.zeros((1, 1, 3), np.uint8), query_latents, query_text, ())
             of_query = (program, schedule, selected, rest, prepared, config, fisher, _NUM_EXAMPLES, None)
             moved.append(unlearn_query(path, *of_query)[0])

@@ -85,10 +85,8 @@ def misses(rows: list[dict[str, Any]]) -> list[str]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as a Markdown table."""
-    lines = [
-        "| examples | ms an example | memory, MiB | reading / step | saved by inputs in memory |",
-        "|---|---|---|---|---|",
-    ]
+    columns = "examples", "ms an example", "CPU ms", "memory, MiB", "reading / step", "saved by inputs in memory"
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     lines += [
         f"| {row['examples']} | {1e3 * row['seconds']:.3f} | {1e3 * row['cpu']:.3f} "
         f"| {row['memory'] / 2**20:.0f} | {row['read']:.1%} | {row['waited']:.1%} |"
