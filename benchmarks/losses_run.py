@@ -1,5 +1,6 @@
 """The losses stage on a `latents:` data set, in a process of its own: what benchmarks/scaling.py measures."""
 
+import ctypes
 import functools
 import tempfile
 import time
@@ -39,6 +40,7 @@ class LossesRun:
         self._params = self._program.place(params)
         stored = open_latents(folder)
         self._data = EncodedDataset(stored.row_ids, stored.latents, stored.text, stored.first_caption, stored.positions)
+        self._libc = ctypes.CDLL(None)
         self._tile = EXAMPLES_PER_TILE * self.mesh.size
         # Until it neither compiles nor fills caches.
         self._losses(self._data, np.arange(min(len(self._data), 4 * self._tile)))
@@ -49,6 +51,11 @@ class LossesRun:
             began = time.perf_counter()
             dataset_values(Path(folder) / "base", self._program, self._params, self._data, 2, "first", "losses")
             return time.perf_counter() - began
+
+    def trim(self) -> None:
+        """Has glibc give back to the system what it keeps for reuse; nothing on systems without it."""
+        if hasattr(self._libc, "malloc_trim"):
+            self._libc.malloc_trim(0)
 
     def input_share(self, tiles: int) -> tuple[float, float]:
         """The input pipeline's part of a step's time, in two ways.

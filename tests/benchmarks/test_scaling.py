@@ -44,14 +44,15 @@ def test_cached_data_set_gives_the_same_and_reads_once(tmp_path):
         ({}, []),
         ({"seconds": 0.0111}, ["time per example changes by +11% from 100 to 400"]),
         ({"seconds": 0.0089}, ["time per example changes by -11% from 100 to 400"]),
-        ({"memory": 45 * 2**20}, ["memory grows by 35 MiB from 100 to 400"]),
+        ({"left": 27 * 2**20}, ["memory grows by 17 MiB from 100 to 400"]),
     ],
 )
 def test_limits(changes, missed):
-    row = {"examples": 100, "seconds": 0.01, "cpu": 0.02, "memory": 10 * 2**20, "read": 0.01, "waited": 0.02}
+    row = {"examples": 100, "seconds": 0.01, "cpu": 0.02, "peak": 30 * 2**20, "left": 10 * 2**20}
+    row |= {"read": 0.01, "waited": 0.02}
     rows = [row, row | {"examples": 400} | changes]
     assert scaling.misses(rows) == missed
-    assert scaling.table(rows).splitlines()[2] == "| 100 | 10.000 | 20.000 | 10 | 1.0% | 2.0% |"
+    assert scaling.table(rows).splitlines()[2] == "| 100 | 10.000 | 20.000 | 30 | 10 | 1.0% | 2.0% |"
 
 
 def test_command(tmp_path):
@@ -62,5 +63,5 @@ def test_command(tmp_path):
     assert [row["examples"] for row in rows] == [24, 48]
     assert done.returncode == bool(scaling.misses(rows)), done.stderr
     for row in rows:
-        assert row["seconds"] > 0 and row["cpu"] > 0 and 0 <= row["memory"] < 2**30
+        assert row["seconds"] > 0 and row["cpu"] > 0 and row["left"] <= row["peak"] < 2**30
         assert 0 < row["read"] and row["waited"] < 1

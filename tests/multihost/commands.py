@@ -15,11 +15,11 @@ import attrib_jax.stages.fill
 import attrib_jax.stages.fisher
 import attrib_jax.stages.losses
 import tests.conftest  # noqa: F401 the tests' compilation cache
-from attrib_jax.runtime.chunks import ChunkStore
+from attrib_jax.runtime.state import StateStore
 from launch import attribute, common
 
 _DOUBLE = flags.DEFINE_boolean("then_float64", False, "Run again in float64, in <workdir>/float64.")
-_PAUSE = flags.DEFINE_float("pause", 0.0, "Seconds that storing a chunk of losses takes, to be killed in.")
+_PAUSE = flags.DEFINE_float("pause", 0.0, "Seconds that storing a state of the Fisher sum takes, to be killed in.")
 
 
 def main():
@@ -41,8 +41,7 @@ def main():
 def _slow(write):
     def wrapped(self, *arguments):
         write(self, *arguments)
-        if self.path.name == "losses":
-            time.sleep(_PAUSE.value)
+        time.sleep(_PAUSE.value)
 
     return wrapped
 
@@ -52,7 +51,7 @@ if __name__ == "__main__":
     attrib_jax.stages.losses._ROWS_PER_CHUNK = 4
     attrib_jax.stages.losses._TILES_PER_CHUNK = 0
     attrib_jax.stages.fisher._TILES_PER_CHECKPOINT = 1
-    ChunkStore.write = _slow(ChunkStore.write)
+    StateStore.write = _slow(StateStore.write)
     # The cache is the one that tests.conftest has set.
     common.enable_compilation_cache = lambda: None
     common.run(main)
