@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 from absl import app, flags
 
+import launch  # noqa: F401  (both sides run with huge pages)
 from benchmarks.sizes import Size, size_of
 from benchmarks.workers import Worker, busy_seconds
 

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from attrib_jax.core.checks import check_choice
 from attrib_jax.models.layers import (
     Conv,
     Downsample,
@@ -26,6 +27,7 @@ from attrib_jax.models.layers import (
     attention,
     pointwise_conv,
 )
+from attrib_jax.models.precision import PRECISIONS, cast_inputs
 
 # Whether a block of this class attends to the text.
 _DOWN_BLOCKS = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
@@ -389,11 +391,14 @@ def predictor(unet: UNet2DConditionModel, precision: str = "float32") -> Callabl
     """Returns `predict(params, noisy_latents, timestep, text)` for one example without a batch axis.
 
     noisy_latents (h, w, c), timestep () and text (L, d) -> (h, w, out_channels). Map it with `jax.vmap`; over several
-    timesteps of one caption leave `text` unmapped, and its key and value projections are computed once. The same
-    function comes back for equal modules, so what was compiled for it is found again.
+    timesteps of one caption leave `text` unmapped, and its key and value projections are computed once. `precision`
+    (models/precision.py) is that of the UNet's activations; weights go through its `cast_params` first. The same
+    function comes back for equal arguments, so what was compiled for it is found again.
     """
+    check_choice("precision", precision, PRECISIONS)
 
     def predict(params, noisy_latents, timestep, text):
+        noisy_latents, text = cast_inputs(noisy_latents, text, precision)
         return unet.apply({"params": params}, noisy_latents[None], timestep, text[None])[0]
 
     return predict

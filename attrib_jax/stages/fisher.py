@@ -30,8 +30,7 @@ from attrib_jax.stages.fisher_files import read_fisher_file
 _log = logging.getLogger(__name__)
 
 # Samples that one device takes at once: a core is as fast with few, in less memory; an accelerator has to be filled.
-_SAMPLES_PER_TILE = {"cpu": 8}
-_SAMPLES_PER_ACCELERATOR = 64
+_SAMPLES_PER_CPU, _SAMPLES_PER_ACCELERATOR = 8, 64
 # The memory that the gradients of a tile may fill.
 _GRADIENT_BYTES = 2**30
 _TILES_PER_CHECKPOINT = 64
@@ -181,7 +180,7 @@ def _pair(part: FisherSum) -> Pair:
 
 def samples_per_tile(mesh: Mesh) -> int:
     """Samples that each device of `mesh` takes at once."""
-    return _SAMPLES_PER_TILE.get(mesh.devices.flat[0].platform, _SAMPLES_PER_ACCELERATOR)
+    return _SAMPLES_PER_CPU if mesh.devices.flat[0].platform == "cpu" else _SAMPLES_PER_ACCELERATOR
 
 
 def _microbatch(selected: Any, tile: int) -> int:

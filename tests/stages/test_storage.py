@@ -18,10 +18,12 @@ from attrib_jax.runtime import files
 from attrib_jax.runtime.checkpoints import TrainingCheckpoints
 from attrib_jax.runtime.chunks import ChunkStore
 from attrib_jax.runtime.files import StorageError, read_arrays
+from attrib_jax.runtime.mesh import data_mesh
 from attrib_jax.runtime.state import StateStore
 from attrib_jax.stages.attribute import Attributor
 from attrib_jax.stages.config import AttributeConfig
 from attrib_jax.stages.encode import encode
+from attrib_jax.stages.fisher import samples_per_tile
 from attrib_jax.stages.fit import FitConfig, fit
 from attrib_jax.stages.query import Query
 from attrib_jax.stages.root import StageRoot
@@ -44,9 +46,14 @@ STORED = (
 )
 
 
+def store_after_64_samples(patch):
+    mesh = data_mesh()
+    patch.setattr(attrib_jax.stages.fisher, "_TILES_PER_CHECKPOINT", 64 // (samples_per_tile(mesh) * mesh.size))
+
+
 @pytest.fixture(autouse=True)
-def _state_after_every_tile_and_step(monkeypatch):
-    monkeypatch.setattr(attrib_jax.stages.fisher, "_TILES_PER_CHECKPOINT", 1)
+def _state_after_64_samples_and_every_step(monkeypatch):
+    store_after_64_samples(monkeypatch)
     monkeypatch.setattr(attrib_jax.stages.unlearn, "_SECONDS_BETWEEN_STATES", 0.0)
     monkeypatch.setattr(attrib_jax.stages.unlearn, "_STORING_SHARE", np.inf)
 
@@ -55,7 +62,7 @@ def _state_after_every_tile_and_step(monkeypatch):
 def finished(pipeline, dataset, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("finished")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attrib_jax.stages.fisher, "_TILES_PER_CHECKPOINT", 1)
+        store_after_64_samples(patch)
         run(pipeline, dataset, workdir)
     return workdir
 
@@ -127,7 +134,7 @@ def test_damaged_states_of_interrupted_sums_cost_one_step(finished, pipeline, da
         spoil(folder / "state-1.safetensors", "flip")
     run(pipeline, dataset, tmp_path)
     assert caplog.text.count("going on from the state before it") >= 2
-    # Four tiles of 64 Fisher samples and four unlearning steps, the last of which needs no state.
+    # Fisher samples, and four unlearning steps, the last of which needs no state.
     assert done == [64, 128, 128, 192, 200, 1, 2, 2, 3]
     assert_same_results(tmp_path, finished)
 
