@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from attrib_jax.core.compensated import add_pairs
 from attrib_jax.curvature.diagonal import GRADIENT_SCALE, Diagonal
 
 
@@ -30,7 +31,7 @@ class FisherSum(NamedTuple):
         if not isinstance(other, FisherSum):
             return NotImplemented
         # (total, low-order part) of each leaf, with the two parts taken out of the leaves again.
-        pairs = jax.tree.map(_add_pairs, self.sum, self.compensation, other.sum, other.compensation)
+        pairs = jax.tree.map(add_pairs, self.sum, self.compensation, other.sum, other.compensation)
         total, compensation = jax.tree.transpose(jax.tree.structure(self.sum), jax.tree.structure((0, 0)), pairs)
         return FisherSum(total, self.count + other.count, compensation)
 
@@ -111,11 +112,3 @@ def fisher_diagonal(
     # A microbatch takes every (size / microbatch)-th example, so that a batch sharded over devices stays sharded.
     split = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(microbatch, -1, *x.shape[1:]), 0, 1), (batch, mask))
     return jax.lax.scan(add_microbatch, empty, split)[0]
-
-
-def _add_pairs(high, low, other_high, other_low):
-    """Adds two unevaluated sums high + low; the rounding error of the high parts' sum is recovered exactly."""
-    total = high + other_high
-    share = total - high
-    error = (high - (total - share)) + (other_high - share)
-    return total, error + (low + other_low)

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from attrib_jax.core.compensated import add_pairs
+
 _DATA = PartitionSpec("data")
 
 
@@ -31,14 +33,6 @@ class Pair(NamedTuple):
     def value(self) -> Any:
         """The sum, rounded once."""
         return jax.tree.map(jnp.add, self.high, self.low)
-
-
-def add_pairs(high: Any, low: Any, other_high: Any, other_low: Any) -> tuple[Any, Any]:
-    """(high + low) + (other_high + other_low) as a pair; the rounding error of the high parts is recovered exactly."""
-    total = high + other_high
-    share = total - high
-    error = (high - (total - share)) + (other_high - share)
-    return total, error + (low + other_low)
 
 
 class DeviceSums:

@@ -154,6 +154,14 @@ class LossProgram(ExampleProgram):
         super().__init__(losses, schedule, loss_seed, stride, batch_size, mesh, (), matmul_precision)
 
 
+def value_store(path: Path, rows: int, shape: tuple[int, ...], mesh: Mesh) -> ChunkStore:
+    """Opens or makes the chunks of one float64 array of `shape` for each of `rows` pictures, on all hosts."""
+    # Many devices take many rows at once: a chunk should fill them several times.
+    rows_per_chunk = max(_ROWS_PER_CHUNK, _TILES_PER_CHUNK * EXAMPLES_PER_TILE * mesh.size // shape[0])
+    fields = {"loss": (shape, np.float64)}
+    return first_host_first(lambda: ChunkStore(path, fields, rows, rows_per_chunk, name="losses"))
+
+
 def dataset_values(
     path: Path,
     program: ExampleProgram,
@@ -171,10 +179,7 @@ def dataset_values(
     and writes.
     """
     rows = np.arange(len(data)) if rows is None else np.asarray(rows)
-    fields = {"loss": ((flips, *program.result_shape), np.float64)}
-    # Many devices take many rows at once: a chunk should fill them several times.
-    rows_per_chunk = max(_ROWS_PER_CHUNK, _TILES_PER_CHUNK * EXAMPLES_PER_TILE * program.mesh.size // flips)
-    store = first_host_first(lambda: ChunkStore(path, fields, len(rows), rows_per_chunk, name="losses"))
+    store = value_store(path, len(rows), (flips, *program.result_shape), program.mesh)
     missing = from_first_host(lambda: list(store.missing()))
     if missing:
         counts = data.num_captions[rows] if captions == "all" else np.ones(len(rows), np.int64)

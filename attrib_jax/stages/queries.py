@@ -12,21 +12,16 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from attrib_jax.attribution.scores import EXAMPLES_PER_TILE
 from attrib_jax.core.weights import merge_weights
 from attrib_jax.models.precision import cast_params
-from attrib_jax.runtime.chunks import ChunkStore
-from attrib_jax.runtime.hosts import first_host_first, from_first_host
+from attrib_jax.runtime.hosts import from_first_host
 from attrib_jax.runtime.progress import progress
 from attrib_jax.stages.config import AttributeConfig
 from attrib_jax.stages.encoded import EncodedDataset
 from attrib_jax.stages.identity import check_query_name
-from attrib_jax.stages.losses import dataset_values
+from attrib_jax.stages.losses import dataset_values, value_store
 from attrib_jax.stages.programs import ScorePrograms
 from attrib_jax.stages.query import Query
-
-_ROWS_PER_CHUNK = 512
-_TILES_PER_CHUNK = 8
 
 # Bytes of moved weights that lie on a device in one pass, where the number of queries is not given.
 _BYTES_PER_PASS = 2**31
@@ -145,12 +140,7 @@ def query_values(
         return [dataset_values(paths[0], program, weights, data, flips, config.captions, description, rows)]
     rows = np.arange(len(data)) if rows is None else np.asarray(rows)
     program, run = (_linear_pass if linear else _exact_pass)(moved, config, programs, data)
-    rows_per_chunk = max(_ROWS_PER_CHUNK, _TILES_PER_CHUNK * EXAMPLES_PER_TILE * program.mesh.size // flips)
-    fields = {"loss": ((flips,), np.float64)}
-    stores = [
-        first_host_first(functools.partial(ChunkStore, path, fields, len(rows), rows_per_chunk, name="losses"))
-        for path in paths
-    ]
+    stores = [value_store(path, len(rows), (flips,), program.mesh) for path in paths]
     missing = from_first_host(lambda: [list(store.missing()) for store in stores])
     # Row range -> the (query, chunk) that lack it: queries may come from earlier runs, and with chunks of other sizes.
     lacking: dict[tuple[int, int], list[tuple[int, int]]] = collections.defaultdict(list)

@@ -25,6 +25,7 @@ from attrib_jax.stages.gradient import GradientProgram
 from attrib_jax.stages.losses import LossProgram
 from attrib_jax.stages.query import Query, generate
 from attrib_jax.stages.root import StageRoot
+from tests.failures import interrupt_writes, until_done
 from tests.tiny_dataset import make_dataset
 
 QUERY = Query(prompt="red heart", seed=3, sampler_steps=3)
@@ -113,23 +114,8 @@ def test_interrupted_run_resumes_to_the_same_bits(finished, pipeline, dataset, t
     _, _, result = finished
     monkeypatch.setattr(losses_stage, "_ROWS_PER_CHUNK", 8)
     monkeypatch.setattr(losses_stage, "_TILES_PER_CHUNK", 0)
-    write, count = ChunkStore.write, 0
-
-    def failing(self, index, arrays):
-        nonlocal count
-        count += 1
-        if count % 4 == 0:
-            raise KeyboardInterrupt
-        write(self, index, arrays)
-
-    monkeypatch.setattr(ChunkStore, "write", failing)
-    interruptions = 0
-    while True:
-        try:
-            scores = attribute(pipeline, dataset, QUERY, CONFIG, workdir=tmp_path)
-            break
-        except KeyboardInterrupt:
-            interruptions += 1
+    interrupt_writes(monkeypatch, every=4)
+    scores, interruptions = until_done(lambda: attribute(pipeline, dataset, QUERY, CONFIG, workdir=tmp_path))
     assert interruptions >= 2
     np.testing.assert_array_equal(scores.score, result.scores.score)
 

@@ -11,6 +11,7 @@ from attrib_jax.stages.config import AttributeConfig
 from attrib_jax.stages.losses import ExampleProgram
 from attrib_jax.stages.query import Query
 from attrib_jax.stages.root import StageRoot
+from tests.failures import interrupt_writes, until_done
 
 QUERIES = [Query(prompt=prompt, seed=seed, sampler_steps=2) for seed, prompt in enumerate(("red heart", "hat"))]
 FULL = AttributeConfig(query_draws=32, fisher_samples=96, stride=300, captions="all")
@@ -91,25 +92,9 @@ def test_base_losses_of_finalists_alone_where_there_are_no_others(full, pipeline
 
 
 def test_an_interrupted_cascade_resumes_to_the_same_bits(full, pipeline, dataset, tmp_path, monkeypatch):
-    from attrib_jax.runtime.chunks import ChunkStore
-
     attributor = Attributor(pipeline, dataset, StageRoot(tmp_path, shipped=full[0]))
-    write, writes = ChunkStore.write, []
-
-    def failing(self, index, arrays):
-        writes.append(self.path)
-        if len(writes) % 2 == 0:
-            raise KeyboardInterrupt
-        write(self, index, arrays)
-
-    monkeypatch.setattr(ChunkStore, "write", failing)
-    interruptions = 0
-    while True:
-        try:
-            results = attributor.attribute_many(QUERIES, CASCADE)
-            break
-        except KeyboardInterrupt:
-            interruptions += 1
+    interrupt_writes(monkeypatch, every=2)
+    results, interruptions = until_done(lambda: attributor.attribute_many(QUERIES, CASCADE))
     assert interruptions >= 3
     for result, expected in zip(results, full[1]["exact"]):
         assert_finalists(result, expected, CASCADE, exact=True)

@@ -19,30 +19,15 @@ from attrib_jax.stages.config import AttributeConfig
 from attrib_jax.stages.encode import EncodeConfig, encode, read_skipped
 from attrib_jax.stages.query import Query, prepare_query, read_stored_query
 from attrib_jax.stages.root import StageRoot
+from tests.failures import UnreadablePictures
 from tests.tiny_dataset import make_dataset
 
 QUERY = Query(prompt="red heart", seed=3, sampler_steps=3)
 CONFIG = AttributeConfig(query_draws=32, fisher_samples=64, stride=300)
 
 
-class Damaged:
-    """A data set of which some pictures cannot be read."""
-
-    def __init__(self, dataset, rows):
-        self._dataset, self._rows = dataset, rows
-
-    def __getattr__(self, name):
-        if name.startswith("_"):
-            raise AttributeError(name)
-        return getattr(self._dataset, name)
-
-    def __len__(self):
-        return len(self._dataset)
-
-    def __getitem__(self, index):
-        if index in self._rows:
-            raise UnreadableRowError(f"picture {index}.png is cut off")
-        return self._dataset[index]
+def damaged_pictures(dataset, rows):
+    return UnreadablePictures(dataset, rows, lambda row: UnreadableRowError(f"picture {row}.png is cut off"))
 
 
 def encoded(path, pipeline, dataset, config=EncodeConfig()):  # noqa: B008
@@ -113,7 +98,7 @@ def test_worker_processes_change_nothing(plain, pipeline, dataset, tmp_path):
 
 
 def test_unreadable_pictures_are_left_out_counted_and_listed(plain, pipeline, dataset, tmp_path, caplog):
-    damaged = encoded(tmp_path, pipeline, Damaged(dataset, {0, 17}))
+    damaged = encoded(tmp_path, pipeline, damaged_pictures(dataset, {0, 17}))
     kept = np.delete(np.arange(len(dataset)), [0, 17])
     np.testing.assert_array_equal(damaged.row_ids, np.asarray(dataset.row_ids)[kept])
     assert "2 of 37 pictures" in caplog.text and "picture 17.png is cut off" in caplog.text
@@ -127,7 +112,9 @@ def test_unreadable_pictures_are_left_out_counted_and_listed(plain, pipeline, da
 def test_scores_of_the_readable_pictures_do_not_depend_on_the_others(pipeline, dataset, tmp_path):
     config = AttributeConfig(query_draws=32, update="sgd", stride=300)
     whole = Attributor(pipeline, dataset, StageRoot(tmp_path / "a")).attribute(QUERY, config).scores
-    damaged = Attributor(pipeline, Damaged(dataset, {3}), StageRoot(tmp_path / "b")).attribute(QUERY, config).scores
+    damaged = (
+        Attributor(pipeline, damaged_pictures(dataset, {3}), StageRoot(tmp_path / "b")).attribute(QUERY, config).scores
+    )
     kept = np.delete(np.arange(len(dataset)), 3)
     np.testing.assert_array_equal(damaged.row_id, whole.row_id[kept])
     np.testing.assert_array_equal(damaged.score, whole.score[kept])
@@ -135,11 +122,11 @@ def test_scores_of_the_readable_pictures_do_not_depend_on_the_others(pipeline, d
 
 def test_a_data_set_without_a_readable_picture(pipeline, dataset, tmp_path):
     with pytest.raises(ValueError, match=r"no picture that can be read \(the first: picture 0.png is cut off\)"):
-        encoded(tmp_path, pipeline, Damaged(dataset, set(range(len(dataset)))))
+        encoded(tmp_path, pipeline, damaged_pictures(dataset, set(range(len(dataset)))))
 
 
 def test_a_deleted_chunk_is_encoded_again_to_the_same_bits(pipeline, dataset, tmp_path):
-    first = np.asarray(encoded(tmp_path, pipeline, Damaged(dataset, {2})).latents)
+    first = np.asarray(encoded(tmp_path, pipeline, damaged_pictures(dataset, {2})).latents)
     (file,) = (tmp_path / "latents" / "latents").glob("chunk-*")
     file.unlink()
     # The picture has been mended meanwhile.
@@ -240,7 +227,7 @@ def test_query_from_numpy_files(plain, pipeline, dataset, tmp_path):
 
 
 def test_an_encoded_workdir_is_a_data_set(pipeline, dataset, tmp_path):
-    damaged = Damaged(dataset, {5})
+    damaged = damaged_pictures(dataset, {5})
     stored = encoded(tmp_path / "a", pipeline, damaged)
     reopened = open_latents(tmp_path / "a", images=dataset)
     again = encoded(tmp_path / "b", pipeline, reopened)

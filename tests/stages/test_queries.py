@@ -8,19 +8,19 @@ import jax
 import numpy as np
 import pytest
 
-import attrib_jax.stages.queries as queries_stage
+import attrib_jax.stages.losses as losses_stage
 from attrib_jax.attribution.scores import example_loss
 from attrib_jax.core.keys import loss_key
 from attrib_jax.core.types import Batch
 from attrib_jax.core.weights import flatten_names, merge_weights, select_weights
 from attrib_jax.models.unet import predictor
-from attrib_jax.runtime.chunks import ChunkStore
 from attrib_jax.stages.attribute import Attributor
 from attrib_jax.stages.config import AttributeConfig
 from attrib_jax.stages.losses import ExampleProgram
 from attrib_jax.stages.queries import queries_in_pass, read_queries
 from attrib_jax.stages.query import Query
 from attrib_jax.stages.root import StageRoot
+from tests.failures import interrupt_writes
 
 QUERIES = [Query(prompt=prompt, seed=seed, sampler_steps=2) for seed, prompt in enumerate(("red heart", "hat", "flag"))]
 CONFIG = AttributeConfig(query_draws=32, fisher_samples=96, stride=300)
@@ -72,23 +72,14 @@ def test_queries_together_have_the_scores_of_each_alone_to_the_bit(alone, attrib
 
 
 def test_a_killed_pass_resumes_with_other_queries_beside(alone, attributor, monkeypatch, passes):
-    monkeypatch.setattr(queries_stage, "_ROWS_PER_CHUNK", 16)
-    monkeypatch.setattr(queries_stage, "_TILES_PER_CHUNK", 0)
-    write, count = ChunkStore.write, 0
-
-    def failing(self, index, arrays):
-        nonlocal count
-        count += 1
-        if count == 6:
-            raise KeyboardInterrupt
-        write(self, index, arrays)
-
+    monkeypatch.setattr(losses_stage, "_ROWS_PER_CHUNK", 16)
+    monkeypatch.setattr(losses_stage, "_TILES_PER_CHUNK", 0)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(ChunkStore, "write", failing)
+        interrupt_writes(patch, every=6)
         attributor.attribute_many(QUERIES[:2], CONFIG)
     # Five of the six chunks are stored; the third query has none, and chunks of another size.
     passes.clear()
-    monkeypatch.setattr(queries_stage, "_ROWS_PER_CHUNK", 24)
+    monkeypatch.setattr(losses_stage, "_ROWS_PER_CHUNK", 24)
     results = attributor.attribute_many(QUERIES[::-1], CONFIG)
     assert_same(results, alone[1][::-1])
     base_check = 8

@@ -28,6 +28,7 @@ from attrib_jax.stages.fit import FitConfig, fit
 from attrib_jax.stages.query import Query
 from attrib_jax.stages.root import StageRoot
 from launch import common
+from tests.failures import UnreadablePictures
 from tests.tiny_dataset import make_dataset
 
 QUERY = Query(prompt="red heart", seed=3, sampler_steps=2)
@@ -216,31 +217,15 @@ def test_a_disk_that_refuses_a_write_stops_the_run_with_a_message_and_loses_noth
     assert_same_results(tmp_path, finished)
 
 
-class FailingDisk:
-    """A data set one of whose pictures lies on a bad sector."""
-
-    def __init__(self, dataset, row):
-        self._dataset, self._row = dataset, row
-
-    def __getattr__(self, name):
-        if name.startswith("_"):
-            raise AttributeError(name)
-        return getattr(self._dataset, name)
-
-    def __len__(self):
-        return len(self._dataset)
-
-    def __getitem__(self, index):
-        if index == self._row:
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return self._dataset[index]
-
-
 def test_a_reader_that_fails_keeps_the_chunks_before_it(pipeline, dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(attrib_jax.stages.fill, "_MAX_ROWS_PER_CHUNK", 16)
     root, inputs = StageRoot(tmp_path), {"dataset": dataset.fingerprint()}
+
+    def bad_sector(row):
+        return OSError(errno.EIO, os.strerror(errno.EIO))
+
     with pytest.raises(OSError, match="Input/output error"):
-        encode(root, pipeline, inputs, FailingDisk(dataset, 36))
+        encode(root, pipeline, inputs, UnreadablePictures(dataset, {36}, bad_sector))
     kept = snapshot(tmp_path / "latents" / "latents")
     assert len(kept) > 1
     written, write = [], ChunkStore.write
