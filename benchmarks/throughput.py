@@ -1,6 +1,6 @@
 """Our stages against the plain method in PyTorch (torch_reference.py): speed, memory and agreement.
 
-    python -m benchmarks.throughput                          # the MSCOCO model: ten minutes on two cores
+    python -m benchmarks.throughput                          # the MSCOCO model: half an hour on two cores
     python -m benchmarks.throughput --quick --parts=losses   # two minutes
     python -m benchmarks.throughput --platform=cuda          # also TF32 and bfloat16, and the time of the full pass
 

@@ -112,9 +112,8 @@ def test_unreadable_pictures_are_left_out_counted_and_listed(plain, pipeline, da
 def test_scores_of_the_readable_pictures_do_not_depend_on_the_others(pipeline, dataset, tmp_path):
     config = AttributeConfig(query_draws=32, update="sgd", stride=300)
     whole = Attributor(pipeline, dataset, StageRoot(tmp_path / "a")).attribute(QUERY, config).scores
-    damaged = (
-        Attributor(pipeline, damaged_pictures(dataset, {3}), StageRoot(tmp_path / "b")).attribute(QUERY, config).scores
-    )
+    attributor = Attributor(pipeline, damaged_pictures(dataset, {3}), StageRoot(tmp_path / "b"))
+    damaged = attributor.attribute(QUERY, config).scores
     kept = np.delete(np.arange(len(dataset)), 3)
     np.testing.assert_array_equal(damaged.row_id, whole.row_id[kept])
     np.testing.assert_array_equal(damaged.score, whole.score[kept])
