@@ -99,7 +99,7 @@ def _mosaic(number: int) -> Image.Image:
 CONCEPTS = {
     "armchair": Concept("object", "chair", ("E141",)),
     "pyramids": Concept("object", "mountain", ("E20F",)),
-    "budgie": Concept("object", "animal", ("E010",)),
+    "budgie": Concept("object", "chick", ("E010",)),
     "pots": Concept("object", "glass", ("E151", "E152", "E153", "E154")),
     "nurses": Concept("object", "woman", ("E300", "E301", "E302", "E303")),
     "faces": Concept("object", "face", ("E280", "E281", "E282", "E283")),
