@@ -78,12 +78,15 @@ class DeviceSums:
 
     def total(self, sums: Pair) -> Pair:
         """The devices' sums added in device order, on this host's first device; `sums` stays as it is."""
+        # The devices of a CPU share their threads: one that waits in a collective while another has tiles to do may hold
+        # the thread that these need, and XLA then aborts the process.
+        jax.block_until_ready(sums)
         high, layout = jax.tree.flatten(sums.high)
-        pairs = [
+        pairs = []
+        for leaves in zip(high, jax.tree.leaves(sums.low)):
             # Leaf by leaf: the devices hold no second copy of the whole.
-            Pair(*(part.addressable_data(0) for part in self._reduce(Pair(*leaves))))
-            for leaves in zip(high, jax.tree.leaves(sums.low))
-        ]
+            pair = Pair(*(part.addressable_data(0) for part in self._reduce(Pair(*leaves))))
+            pairs.append(jax.block_until_ready(pair))
         return Pair(*(jax.tree.unflatten(layout, [pair[part] for pair in pairs]) for part in range(2)))
 
     def _in_device_order(self, pair: Pair) -> Pair:

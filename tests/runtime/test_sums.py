@@ -45,6 +45,31 @@ def test_sums_do_not_drift_and_counts_are_exact(devices, shape):
     assert total.high["count"].dtype == jnp.int32
 
 
+def test_sums_are_asked_for_while_tiles_are_still_to_do():
+    # Devices of a CPU share threads. Where one waited for the others' sums in a thread that their tiles needed, XLA
+    # aborted the process after a minute, as soon as nothing was left to compile.
+    mesh = data_mesh(jax.devices()[:4])
+    like = {"w": np.eye(256, dtype=np.float32), **{f"leaf{i}": np.zeros((256, 256), np.float32) for i in range(16)}}
+
+    def tile(shared, batch):
+        x = batch[0]
+        for _ in range(20):
+            x = jnp.tanh(x @ shared["w"])
+        part = jax.tree.map(lambda leaf: leaf + jnp.mean(x), shared)
+        return Pair(part, jax.tree.map(jnp.zeros_like, part))
+
+    sums, shared = DeviceSums(mesh, tile), replicate(mesh, like)
+    batch = shard_batch(mesh, np.ones((4, 256, 256), np.float32))
+    totals = []
+    for _ in range(4):
+        running = sums.zero(like)
+        for _ in range(6):
+            running = sums.add(running, shared, batch)
+        totals.append(sums.total(running).value())
+    for again in totals[1:]:
+        jax.tree.map(np.testing.assert_array_equal, totals[0], again)
+
+
 def test_devices_are_added_in_their_order():
     # In this order, and in no other, the pair's low part is what a sequential two-sum leaves.
     rng = np.random.default_rng(1)
