@@ -3,8 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import hashlib
-import json
 import logging
 import os
 import tempfile
@@ -12,7 +10,7 @@ import time
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -27,7 +25,7 @@ from attrib_jax.diffusion.schedule import strided_timesteps
 from attrib_jax.models.unet import predictor
 from attrib_jax.runtime.files import write_npz
 from attrib_jax.runtime.hosts import from_first_host, num_hosts
-from attrib_jax.runtime.stages import Stage, lock
+from attrib_jax.runtime.stages import lock
 from attrib_jax.stages.base_losses import BaseLosses
 from attrib_jax.stages.config import AttributeConfig
 from attrib_jax.stages.encode import EncodeConfig, encode, stage_names
@@ -36,6 +34,7 @@ from attrib_jax.stages.fisher import fisher_file, fit_fisher, load_fisher
 from attrib_jax.stages.gradient import GradientProgram
 from attrib_jax.stages.identity import check_query_name, model_fingerprint, query_name, query_settings
 from attrib_jax.stages.losses import LossProgram
+from attrib_jax.stages.methods import Job, score
 from attrib_jax.stages.programs import ScorePrograms
 from attrib_jax.stages.queries import queries_in_pass
 from attrib_jax.stages.query import PreparedQuery, Query, prepare_query
@@ -67,19 +66,6 @@ class Attributed:
     query: PreparedQuery
     timings: dict[str, tuple[float, bool]]
     together: int = 1
-
-
-class _Job(NamedTuple):
-    """A query on its way."""
-
-    name: str
-    settings: dict[str, Any]
-    prepared: PreparedQuery
-    stage: Stage
-
-    @property
-    def folder(self) -> Path:
-        return self.stage.path
 
 
 def attribute(
@@ -137,7 +123,7 @@ class Attributor:
         root.claim(self.inputs)
         self._data: EncodedDataset | None = None
         self.programs = ScorePrograms(pipeline)
-        self._base = BaseLosses(root, self.inputs, self.programs, lambda: self.data, self._timed)
+        self._base = BaseLosses(root, self.inputs, self.programs, lambda: self.data, self.timed)
         self.gradient_program = GradientProgram(self.predict, pipeline.schedule)
 
     @property
@@ -151,7 +137,7 @@ class Attributor:
         """Encodes the data set, or reads it; ahead of other work it is timed by itself."""
         config = self.encode_config
         reused = all(self.root.is_finished(name, {}, self.inputs) for name in stage_names(self.dataset))
-        with self._timed("encode", reused):
+        with self.timed("encode", reused):
             self._data = encode(self.root, self.pipeline, self.inputs, self.dataset, config)
 
     def fisher(self, weights: str, samples: int, seed: int) -> Diagonal:
@@ -160,7 +146,7 @@ class Attributor:
         settings = {"weights": weights, "samples": samples, "seed": seed}
         stage = (f"fisher/{weights}-{samples}-seed{seed}", settings, self.inputs)
         data = self.data
-        with self._timed("fisher", self.root.is_finished(*stage)), self.root.stage(*stage) as opened:
+        with self.timed("fisher", self.root.is_finished(*stage)), self.root.stage(*stage) as opened:
             return fit_fisher(opened.path, self.predict, self.pipeline.schedule, selected, rest, data, samples, seed)
 
     def base_losses(self, config: AttributeConfig) -> np.ndarray:
@@ -173,7 +159,7 @@ class Attributor:
 
     def scorer(self) -> Scorer:
         """What scores unlearned queries over the data set."""
-        return Scorer(self.programs, self.data, self._base, self._timed)
+        return Scorer(self.programs, self.data, self._base, self.timed)
 
     def curvature(self, config: AttributeConfig) -> Diagonal | None:
         """F of the Newton step, fitted, reused or from elsewhere; None where the rule has none."""
@@ -193,7 +179,7 @@ class Attributor:
         selected, rest = select_weights(self.pipeline.params["unet"], config.weights)
         curvature = curvature or self.curvature(config)
         num_examples = None if curvature is None else config.num_examples or len(self.data)
-        with self._timed("unlearn"):
+        with self.timed("unlearn"):
             return unlearn_query(
                 path,
                 self.gradient_program,
@@ -241,7 +227,7 @@ class Attributor:
             if name is not None:
                 check_query_name(name)
         self.timings = {}
-        with self._timed("query"):
+        with self.timed("query"):
             prepared = [prepare_query(self.pipeline, self.predict, query) for query in queries]
         # Before anything is stored: a wrong region should leave nothing behind.
         for each in prepared:
@@ -259,7 +245,7 @@ class Attributor:
             jobs = []
             for name, own, each in zip(names, settings, prepared):
                 stage = stack.enter_context(self.root.stage(f"attribution/{name}", own, self.inputs))
-                jobs.append(_Job(name, own, each, stage))
+                jobs.append(Job(name, own, each, stage))
             results = {}
             for job in jobs:
                 stored = _stored_scores(job.folder) if job.stage.finished else None
@@ -269,31 +255,14 @@ class Attributor:
             size = queries_in_pass(config, self.programs.selected(config))
             for first in range(0, len(left), size):
                 group = left[first : first + size]
-                for job, (scores, losses) in zip(group, self._score(group, config)):
+                for job, (scores, losses) in zip(group, score(self, group, config)):
                     _store_scores(job.folder, scores, losses)
                     job.stage.finish()
                     results[job.name] = self._attributed(job, scores, losses, len(jobs))
         return [results[job.name] for job in jobs]
 
-    def _attributed(self, job: _Job, scores: Scores, losses: tuple[float, ...], together: int) -> Attributed:
+    def _attributed(self, job: Job, scores: Scores, losses: tuple[float, ...], together: int) -> Attributed:
         return Attributed(job.name, job.folder, scores, losses, job.prepared, dict(self.timings), together)
-
-    def _score(self, jobs: Sequence[_Job], config: AttributeConfig) -> list[tuple[Scores, tuple[float, ...]]]:
-        """The scores and query losses of one pass."""
-        if config.method == "random":
-            row_ids = self.dataset.row_ids
-            return [(Scores(row_ids, _random_scores(row_ids, job.settings)), ()) for job in jobs]
-        if self._data is None:
-            self.prepare()
-        curvature = self.curvature(config)
-        unlearned = []
-        for job in jobs:
-            try:
-                unlearned.append(self.unlearned(job.folder, job.prepared, config, curvature))
-            except ValueError as error:
-                raise ValueError(f"query {job.name!r}: {error}") from error
-        moved, losses = zip(*unlearned)
-        return list(zip(self.scorer().scores([job.folder for job in jobs], moved, config), losses))
 
     def _check_timesteps(self, config: AttributeConfig) -> None:
         steps = self.pipeline.schedule.num_train_timesteps
@@ -302,7 +271,8 @@ class Attributor:
             check_range("cascade_stride", config.cascade_stride, 1, steps, integer=True)
 
     @contextlib.contextmanager
-    def _timed(self, stage: str, reused: bool = False) -> Iterator[None]:
+    def timed(self, stage: str, reused: bool = False) -> Iterator[None]:
+        """A context that adds its seconds to `timings`; `reused` where it only reads what was stored."""
         began = time.monotonic()
         yield
         before, was_reused = self.timings.get(stage, (0.0, True))
@@ -342,10 +312,3 @@ def _mask(query: PreparedQuery, config: AttributeConfig) -> np.ndarray | None:
     if config.region is None:
         return None
     return region_mask(config.region, query.image.shape[:2], query.latents.shape[:2])
-
-
-def _random_scores(row_ids: np.ndarray, settings: dict[str, Any]) -> np.ndarray:
-    """Uniform scores, a function of the query's settings and the row id alone."""
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).digest()
-    generator = np.random.Generator(np.random.Philox(key=np.frombuffer(digest[:16], np.uint64)))
-    return generator.random(int(row_ids.max()) + 1)[row_ids]
