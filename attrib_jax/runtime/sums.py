@@ -78,8 +78,8 @@ class DeviceSums:
 
     def total(self, sums: Pair) -> Pair:
         """The devices' sums added in device order, on this host's first device; `sums` stays as it is."""
-        # The devices of a CPU share their threads: one that waits in a collective while another has tiles to do may hold
-        # the thread that these need, and XLA then aborts the process.
+        # The devices of a CPU share their threads: one that waits in a collective while another has tiles to do may
+        # hold the thread that these need, and XLA then aborts the process.
         jax.block_until_ready(sums)
         high, layout = jax.tree.flatten(sums.high)
         pairs = []

@@ -166,7 +166,7 @@ _add = jax.jit(operator.add)
 
 @functools.lru_cache(maxsize=4)
 def _program(predict: Predict, mesh: Mesh, microbatch: int) -> DeviceSums:
-    """The compiled sum over tiles: fitting again with the same model, as benchmarks and studies do, compiles nothing."""
+    """The compiled sum over tiles, made once: fitting again with the same model compiles nothing."""
     return DeviceSums(mesh, functools.partial(_tile_sum, predict, microbatch))
 
 

@@ -26,7 +26,8 @@ print(json.dumps({{
 
 @pytest.fixture(scope="module")
 def study():
-    return json.loads(subprocess.run([sys.executable, "-c", _SCRIPT], check=True, capture_output=True, text=True).stdout)
+    command = [sys.executable, "-c", _SCRIPT]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
 def test_every_token_starts_from_one_word_of_the_shipped_model(study):
