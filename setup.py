@@ -40,6 +40,7 @@ setup(
         "cuda12": ["jax[cuda12]>=0.10"],
         "tpu": ["jax[tpu]>=0.10"],
         "torch": ["torch"],  # to read .bin, .pt and .ckpt files
-        "dev": ["diffusers", "hypothesis", "pytest", "pytest-xdist", "ruff", "torch==2.13.0"],
+        "studies": ["scikit-learn"],  # the digits, and the metrics of benchmarks/ and launch.evaluate
+        "dev": ["diffusers", "hypothesis", "pytest", "pytest-xdist", "ruff", "scikit-learn", "torch==2.13.0"],
     },
 )
