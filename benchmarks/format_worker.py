@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import torch  # noqa: F401 readers of .bin files import it
 import transformers
 
 from attrib_jax.convert.assemble import ModelSource, load_model

@@ -1,6 +1,7 @@
 """Stable Diffusion checkpoints in one file, in the original latent-diffusion naming, both ways."""
 
 import dataclasses
+import json
 import logging
 import os
 from collections.abc import Mapping
@@ -29,7 +30,7 @@ from attrib_jax.convert.state_dicts import load_params, state_dict_of
 from attrib_jax.convert.tensors import Tensor
 from attrib_jax.convert.tokenizer import load_tokenizer
 from attrib_jax.convert.torch_files import open_torch
-from attrib_jax.convert.weight_files import open_weights, write_weights
+from attrib_jax.convert.weight_files import open_weights, safetensors_layout, write_weights
 from attrib_jax.diffusion.schedule import NoiseSchedule
 from attrib_jax.models.clip import CLIPTextConfig, CLIPTextModel
 from attrib_jax.models.unet import UNet2DConditionModel, UNetConfig
@@ -39,6 +40,8 @@ _log = logging.getLogger(__name__)
 
 _TABLES = {"unet": unet_table, "vae": vae_table, "text_encoder": text_table}
 _ABSTRACT = {"unet": abstract_unet_params, "vae": abstract_vae_params, "text_encoder": abstract_text_params}
+# Where the header of our files has what the shapes do not tell.
+_METADATA_KEY = "attrib_jax_config"
 _SCHEDULER = {
     "_class_name": "DDIMScheduler",
     "beta_schedule": "scaled_linear",
@@ -80,7 +83,7 @@ def load_single_file(
       dtype: of the loaded parameters, whatever the file holds.
       config: what the shapes do not tell of a model that is none of the published ones, as entries of the json files
         of a diffusers folder: {"unet": {...}, "vae": {...}, "text_encoder": {...}, "scheduler": {...}}. A scheduler
-        with a `_class_name` is taken whole. `untold_config` makes it.
+        with a `_class_name` is taken whole. None takes what the header of a file by `save_single_file` says.
 
     Raises:
       FileNotFoundError: the file or the tokenizer is missing.
@@ -88,8 +91,8 @@ def load_single_file(
         listed), a noise schedule that is not the usual one, or a prediction type that nothing tells.
     """
     path = os.fspath(path)
-    given = _check_config(config)
     state = _with_text_model(open_weights(path))
+    given = _check_config(_stored_config(path) if config is None else config)
     shapes = {name: tensor.shape for name, tensor in state.items()}
     _check_family(shapes, path)
     tokenizer = load_tokenizer(_tokenizer_folder(tokenizer, path))
@@ -117,8 +120,8 @@ def save_single_file(pipeline: Pipeline, path: str, dtype: Any = None) -> None:
     """Writes one safetensors file in the original naming, tensor by tensor.
 
     A text encoder with the exact GELU is written under open_clip's names, as Stable Diffusion 2 has it; it then has
-    only the layers that are used, 23 of the published 24. The file holds no tokenizer and no noise schedule; what its
-    shapes leave open is logged, see `untold_config`.
+    only the layers that are used, 23 of the published 24. The file holds no tokenizer. What its shapes leave open is in
+    its header, for `load_single_file`; another program has to be told it, so it is logged, see `untold_config`.
 
     Args:
       pipeline: what to write.
@@ -132,16 +135,18 @@ def save_single_file(pipeline: Pipeline, path: str, dtype: Any = None) -> None:
     tensors = {}
     for part, table in _tables(_modules_of(pipeline)).items():
         tensors |= pack(state_dict_of(pipeline.params[part]), table)
-    write_weights(tensors, path, dtype)
     untold = untold_config(pipeline)
+    prediction = {"prediction_type": pipeline.schedule.prediction_type}
+    config = untold | {"scheduler": prediction | untold.get("scheduler", {})}
+    write_weights(tensors, path, dtype, {_METADATA_KEY: json.dumps(config)})
     if untold:
-        _log.warning("%s does not tell all of the model; load it with config=%r", path, untold)
+        _log.warning("%s: other programs than this have to be told %r of the model", path, untold)
 
 
 def untold_config(pipeline: Pipeline) -> dict[str, dict[str, Any]]:
-    """The `config` that `load_single_file` needs, beside `save_single_file`'s file, to give the same pipeline.
+    """What the tensors of `save_single_file`'s file do not tell of the pipeline, as `config` of `load_single_file`.
 
-    Empty for a published model. Whatever this says, a Stable Diffusion 2 file needs its `prediction_type`.
+    Empty for a published model, but for the `prediction_type` of Stable Diffusion 2, which is never in it.
     """
     modules = _modules_of(pipeline)
     shapes = {}
@@ -163,6 +168,25 @@ def untold_config(pipeline: Pipeline) -> dict[str, dict[str, Any]]:
     if not _same_schedule(schedule, usual) or (schedule.prediction_type != "epsilon" and not may_predict_v):
         untold["scheduler"] = {"_class_name": "DDIMScheduler"} | schedule.to_config()
     return untold
+
+
+def _stored_config(path: str) -> dict[str, dict[str, Any]] | None:
+    """The config in the header of a file of ours; None for any other."""
+    if not path.endswith(".safetensors"):
+        return None
+    metadata = safetensors_layout(path)[0]
+    stored = metadata.get(_METADATA_KEY) if isinstance(metadata, dict) else None
+    if stored is None:
+        return None
+    try:
+        config = json.loads(stored)
+        if not all(isinstance(entries, dict) for entries in config.values()):
+            raise ValueError("a part is no object")
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(
+            f"{path}: the entry {_METADATA_KEY} of its header is damaged ({error}); give config={{...}}"
+        ) from error
+    return config
 
 
 def _check_config(config: Mapping[str, Mapping[str, Any]] | None) -> dict[str, dict[str, Any]]:

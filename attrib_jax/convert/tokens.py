@@ -2,10 +2,12 @@
 
 import copy
 import dataclasses
+import functools
 import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -117,15 +119,21 @@ def add_tokens(pipeline: Pipeline, tokens: Mapping[str, Any]) -> Pipeline:
     _check_found(tokenizer)
     ids = tokenizer.convert_tokens_to_ids(list(tokens))
     size = max(config.vocab_size, max(ids) + 1)
-    grown = np.zeros((size, config.hidden_size), table.dtype)
-    grown[: config.vocab_size] = table
-    grown[ids] = np.stack([np.asarray(vector) for vector in tokens.values()])
+    vectors = np.stack([np.asarray(vector) for vector in tokens.values()]).astype(table.dtype)
+    grown = _with_rows(table, np.array(ids), vectors, size)
     return dataclasses.replace(
         pipeline,
         tokenizer=tokenizer,
         text_encoder=pipeline.text_encoder.clone(config=dataclasses.replace(config, vocab_size=size)),
-        params=pipeline.params | {"text_encoder": unflatten_names({**flat, _EMBEDDING: jnp.asarray(grown)})},
+        params=pipeline.params | {"text_encoder": unflatten_names({**flat, _EMBEDDING: grown})},
     )
+
+
+@functools.partial(jax.jit, static_argnames="size")
+def _with_rows(table, ids, vectors, size: int) -> jax.Array:
+    """The table (n, d) grown to `size` rows, with `vectors` at the rows `ids`; compiled, so that it is copied once."""
+    grown = jnp.pad(table, ((0, size - len(table)), (0, 0)))
+    return grown.at[ids].set(vectors)
 
 
 def _check_found(tokenizer: Any) -> None:

@@ -196,7 +196,12 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names[:_LISTED]) + more
 
 
-def write_weights(tensors: Mapping[str, Tensor], path: str | os.PathLike, dtype: Any = None) -> None:
+def write_weights(
+    tensors: Mapping[str, Tensor],
+    path: str | os.PathLike,
+    dtype: Any = None,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
     """Writes a safetensors file that PyTorch's loaders accept, one tensor in memory at a time.
 
     The file takes its name only when it is complete, so it may replace the one that `tensors` come from.
@@ -205,6 +210,7 @@ def write_weights(tensors: Mapping[str, Tensor], path: str | os.PathLike, dtype:
       tensors: names and arrays, LazyTensors or both.
       path: the file; its folder exists.
       dtype: of the floating-point tensors in the file; None keeps theirs. Integers are never cast.
+      metadata: further entries of the header's metadata.
 
     Raises:
       ValueError: a tensor holds a NaN or an infinity (after the cast), or has a type that safetensors does not have.
@@ -223,7 +229,7 @@ def write_weights(tensors: Mapping[str, Tensor], path: str | os.PathLike, dtype:
     temporary = os.path.join(folder, f".{os.path.basename(path)}.{secrets.token_hex(4)}.partial")
     try:
         with open(temporary, "xb") as file:
-            file.write(_header(lazy, order))
+            file.write(_header(lazy, order, metadata or {}))
             for name in order:
                 file.write(_finite(name, lazy[name].read()).reshape(-1).view(np.uint8).data)
             file.flush()
@@ -251,8 +257,8 @@ def _finite(name: str, array: np.ndarray) -> np.ndarray:
     return array
 
 
-def _header(tensors: dict[str, LazyTensor], order: list[str]) -> bytes:
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+def _header(tensors: dict[str, LazyTensor], order: list[str], metadata: Mapping[str, str]) -> bytes:
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     position = 0
     for name in order:
         tensor = tensors[name]

@@ -135,8 +135,7 @@ def test_saved_file_opens_in_diffusers_with_the_same_weights(model):
 def test_saved_file_loads_to_the_bit(request, family, caplog):
     model = request.getfixturevalue(family)
     caplog.set_level(logging.INFO)
-    told = {} if family == "sd1" else {"prediction_type": "v_prediction"}
-    assert_same(model.load(**told), model.ours)
+    assert_same(model.load(), model.ours)
     assert untold_config(model.ours) == {}
     assert caplog.messages == []
 
@@ -231,7 +230,10 @@ def test_ckpt_of_the_second_family_tells_its_prediction_by_its_step(sd2, tmp_pat
 
 @pytest.mark.parametrize("step", [None, 0, 3000])
 def test_second_family_asks_for_the_prediction_type(sd2, tmp_path, step):
-    path = sd2.file if step is None else save_ckpt(load_file(sd2.file), tmp_path / "model.ckpt", step)
+    if step is None:
+        path = rewrite(sd2.file, tmp_path / "model.safetensors", lambda state: state)
+    else:
+        path = save_ckpt(load_file(sd2.file), tmp_path / "model.ckpt", step)
     with pytest.raises(ValueError, match=rf"training step: {step}\); give prediction_type='epsilon' .*'v_prediction'"):
         sd2.load(path)
     assert sd2.load(path, prediction_type="epsilon").schedule.prediction_type == "epsilon"
@@ -282,12 +284,23 @@ def test_what_the_shapes_do_not_tell_is_said_and_taken(tmp_path, caplog):
     assert config["unet"] == {"sample_size": 8, "norm_num_groups": 8, "attention_head_dim": 4}
     assert config["vae"] == {"norm_num_groups": 8}
     assert config["text_encoder"] == {"num_attention_heads": 4}
-    assert f"{path} does not tell all of the model; load it with config={config!r}" in caplog.messages
-    assert_same(load_single_file(path, str(tmp_path / "folder"), config=config), ours)
+    assert f"{path}: other programs than this have to be told {config!r} of the model" in caplog.messages
+    assert_same(load_single_file(path, str(tmp_path / "folder")), ours)
+    bare = rewrite(path, tmp_path / "bare.safetensors", lambda state: state)
+    assert_same(load_single_file(bare, str(tmp_path / "folder"), config=config), ours)
     with pytest.raises(ValueError, match="text_encoder do not tell its num_attention_heads.*give what its shapes do"):
-        load_single_file(path, str(tmp_path / "folder"))
+        load_single_file(bare, str(tmp_path / "folder"))
     with pytest.raises(ValueError, match="config has the parts text; expected some of unet, vae, text_encoder, sched"):
         load_single_file(path, str(tmp_path / "folder"), config={"text": {}})
+
+
+@pytest.mark.parametrize("stored", ["{", "[]", '{"unet": 1}', "[" * 100_000])
+def test_a_damaged_config_in_the_header_is_named(sd1, tmp_path, stored):
+    path = str(tmp_path / "x.safetensors")
+    save_file(load_file(sd1.file), path, metadata={"attrib_jax_config": stored})
+    with pytest.raises(ValueError, match="x.safetensors: the entry attrib_jax_config of its header is damaged"):
+        sd1.load(path)
+    assert_same(sd1.load(path, config={}), sd1.ours)
 
 
 def test_scale_factor_of_the_file_is_taken(sd1, tmp_path):
