@@ -1,6 +1,7 @@
-"""Trains a small text-to-image pipeline from scratch, or teaches a pipeline a new word from a few pictures.
+"""Trains a small text-to-image pipeline or its UNet from scratch, or teaches a pipeline a new word from a few pictures.
 
 python -m launch.train --flagfile=configs/train_openmoji.cfg
+python -m launch.train --flagfile=configs/train_digits.cfg
 python -m launch.train --flagfile=configs/customize_openmoji.cfg
 """
 
@@ -10,6 +11,8 @@ from absl import flags
 
 from attrib_jax.convert.adapters import apply_custom_diffusion
 from attrib_jax.convert.pipeline import save_pipeline
+from attrib_jax.evaluation.retrain import Recipe
+from attrib_jax.evaluation.small_models import SmallUNet, pixel_pipeline, replace_unet_architecture, train_small
 from attrib_jax.runtime.stages import lock
 from attrib_jax.stages.customize import CustomizeConfig, customize
 from attrib_jax.stages.encode import picture_resolution
@@ -18,13 +21,17 @@ from attrib_jax.stages.train import TrainConfig, train
 from launch import common
 
 _MODE = flags.DEFINE_enum(
-    "mode", "scratch", ["scratch", "customize"], "Train from scratch on --dataset, or fine-tune --model on --exemplars."
+    "mode",
+    "scratch",
+    ["scratch", "unet", "customize"],
+    "Train a pipeline from scratch on --dataset; or only a UNet, on the fixed encoders of --model or on pixels, as "
+    "launch.evaluate trains it; or fine-tune --model on --exemplars.",
 )
-# Both modes; where the defaults differ, the first is that of --mode=scratch.
-_STEPS = flags.DEFINE_integer("train_steps", None, "Steps of UNet and text (default: 3000; 300).", lower_bound=1)
-_BATCH = flags.DEFINE_integer("train_batch_size", None, "Pictures a step (default: 128; 8).", lower_bound=1)
+# All modes; where the defaults differ, in their order.
+_STEPS = flags.DEFINE_integer("train_steps", None, "Steps of the UNet (default: 3000; 600; 300).", lower_bound=1)
+_BATCH = flags.DEFINE_integer("train_batch_size", None, "Pictures a step (default: 128; 64; 8).", lower_bound=1)
 _RATE = flags.DEFINE_float(
-    "learning_rate", None, "Peak rate (default: 1e-3), or the constant one of customising (1e-5).", lower_bound=0
+    "learning_rate", None, "Peak rate (default: 1e-3; 2e-3), or the constant one of customising (1e-5).", lower_bound=0
 )
 _SEED = flags.DEFINE_integer("train_seed", 0, "Seed of weights, batches and noise.", lower_bound=0)
 _EVERY = flags.DEFINE_integer("checkpoint_every", 250, "Steps between checkpoints.", lower_bound=1)
@@ -49,9 +56,12 @@ _PRIOR_WEIGHT = flags.DEFINE_float("prior_weight", 1.0, "Of their loss beside th
 _FLIPS = flags.DEFINE_boolean("random_flips", False, "Mirror half of the pictures that are drawn.")
 _SAVE = flags.DEFINE_boolean("save_pipeline", False, "Also write the whole fine-tuned pipeline to <workdir>/model.")
 
-# Flags that the other mode has no use for: given there, they show a mistake.
+_CHANNELS = flags.DEFINE_list("unet_channels", ["48"], "Channels of each level of --mode=unet's UNet.")
+
+# Flags that the other modes have no use for: given there, they show a mistake.
 _ONLY = {
     "scratch": ("dataset", "vae_steps", "vae_batch_size", "vae_learning_rate", "caption_dropout", "weights_dtype"),
+    "unet": ("dataset", "model", "unet_channels", "caption_dropout", "random_flips"),
     "customize": (
         "model",
         "exemplars",
@@ -69,7 +79,7 @@ _ONLY = {
 def main():
     common.require(workdir=common.WORKDIR.value)
     _refuse_flags_of_another_mode()
-    (_customize if _MODE.value == "customize" else _scratch)()
+    {"scratch": _scratch, "unet": _unet, "customize": _customize}[_MODE.value]()
 
 
 def _scratch():
@@ -97,6 +107,28 @@ def _scratch():
     dataset = common.load_dataset()
     with lock(common.WORKDIR.value):
         model = train(common.WORKDIR.value, dataset, config, _DTYPE.value)
+    print(f"model: {model}")
+
+
+def _unet():
+    unet = SmallUNet(channels=tuple(map(int, _CHANNELS.value)))
+    steps = _given(_STEPS, 600)
+    recipe = Recipe(
+        steps=steps,
+        batch_size=_given(_BATCH, 64),
+        learning_rate=_given(_RATE, 2e-3),
+        warmup_steps=min(50, steps // 10),
+        caption_dropout=_DROPOUT.value,
+        random_flips=_FLIPS.value,
+    )
+    if common.MODEL.value is None:
+        dataset = common.load_dataset()
+        untrained = pixel_pipeline(dataset, unet)
+    else:
+        untrained = replace_unet_architecture(common.load_model(), unet)
+        dataset = common.load_dataset(picture_resolution(untrained))
+    with lock(common.WORKDIR.value):
+        model = train_small(common.WORKDIR.value, dataset, untrained, recipe, _SEED.value)
     print(f"model: {model}")
 
 
@@ -133,13 +165,17 @@ def _given(flag: flags.FlagHolder, default: float) -> float:
 
 
 def _refuse_flags_of_another_mode() -> None:
-    (other,) = (mode for mode in _ONLY if mode != _MODE.value)
+    others = dict.fromkeys(name for names in _ONLY.values() for name in names if name not in _ONLY[_MODE.value])
     # `present` counts how often a flag was given, in a flagfile or after it.
-    wrong = [f"--{name}" for name in _ONLY[other] if flags.FLAGS[name].present]
+    wrong = [name for name in others if flags.FLAGS[name].present]
     if _MODE.value == "customize" and _PRIOR.value is None and flags.FLAGS["prior_weight"].present:
         raise ValueError("--prior_weight is given without --prior_dataset; give both or neither")
     if wrong:
-        raise ValueError(f"{', '.join(wrong)} belong to --mode={other}, but the mode is {_MODE.value}; leave them out")
+        modes = [mode for mode, names in _ONLY.items() if set(wrong) <= set(names)] or ["other modes"]
+        raise ValueError(
+            f"{', '.join(f'--{name}' for name in wrong)} belong to --mode={' or '.join(modes)}, but the mode is "
+            f"{_MODE.value}; leave them out"
+        )
 
 
 if __name__ == "__main__":

@@ -91,9 +91,7 @@ class Lds(NamedTuple):
     high: float
 
 
-def lds(
-    scores: np.ndarray, kept: np.ndarray, losses: np.ndarray, resamples: int = 1000, seed: int = 0
-) -> Lds:
+def lds(scores: np.ndarray, kept: np.ndarray, losses: np.ndarray, resamples: int = 1000, seed: int = 0) -> Lds:
     """Linear datamodeling score of an attribution (METHOD.md section 8; Park et al., TRAK, 2023, section 2).
 
     Of each query: Spearman's correlation, over models that were trained on subsets, between the sum of the scores of a

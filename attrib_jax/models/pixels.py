@@ -70,7 +70,7 @@ class PixelAutoencoderConfig:
 
 
 class PixelAutoencoder(nn.Module):
-    """Images (B, H, W, 3) in [-1, 1] <-> latents (B, H/p, W/p, c): a reordering, lossless for pictures of its colours."""
+    """Images (B, H, W, 3) in [-1, 1] <-> latents (B, H/p, W/p, c): lossless for grey pictures, or in colour."""
 
     config: PixelAutoencoderConfig
 
