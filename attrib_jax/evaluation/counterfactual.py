@@ -156,7 +156,7 @@ class Counterfactuals:
 
 
 def _measure(unet, sampler_steps: int, guidance_scale: float, shared, params):
-    """Losses (models, Q) of the queries, squared errors (models, Q) and latents of their regeneration, for each model."""
+    """For each model: the queries' losses (Q,), and squared errors (Q,) and latents of their regeneration."""
     latents, text, empty, initial, key_data, timesteps, schedule = shared
     key = jax.random.wrap_key_data(key_data, impl="threefry2x32")
     predict = predictor(unet)

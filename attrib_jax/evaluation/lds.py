@@ -1,4 +1,4 @@
-"""The linear datamodeling score of methods: do summed scores predict the losses of models trained on half of the data?"""
+"""The linear datamodeling score: do summed scores predict the losses of models trained on half of the data?"""
 
 import dataclasses
 from collections.abc import Mapping

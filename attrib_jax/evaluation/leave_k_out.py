@@ -50,8 +50,8 @@ class LeaveKOutConfig:
         largest = max(*self.counts, *self.curve, 0)
         if largest >= size:
             raise ValueError(
-                f"{largest} pictures are to be removed from a data set of {size}; expected fewer, so that some are left "
-                "to train on"
+                f"{largest} pictures are to be removed from a data set of {size}; expected fewer, so that some are "
+                "left to train on"
             )
 
 

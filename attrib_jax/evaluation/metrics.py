@@ -1,4 +1,4 @@
-"""What the evaluation reports, as pure functions of numpy arrays: retrieval, rank correlation, and their uncertainty."""
+"""What the evaluation reports, as pure functions of numpy arrays: retrieval, rank correlation, uncertainty."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -131,7 +131,7 @@ def lds(scores: np.ndarray, kept: np.ndarray, losses: np.ndarray, resamples: int
 
 
 def half_subsets(size: int, count: int, share: float = 0.5, seed: int = 0) -> np.ndarray:
-    """(count, size) bool: random subsets of round(share * size) of `size` rows; subset i is a function of seed and i."""
+    """(count, size) bool: random subsets of round(share * size) of `size` rows; subset i is of (seed, i)."""
     check_range("share", share, 0.0, 1.0)
     kept = np.zeros((count, size), bool)
     for index in range(count):
