@@ -8,6 +8,7 @@ python -m launch.evaluate --flagfile=configs/evaluate_self.cfg
 from absl import flags
 
 from attrib_jax.evaluation.counterfactual import Counterfactuals, MeasureConfig
+from attrib_jax.evaluation.customized import CustomizedConfig, random_rows, read_cases, run_customized
 from attrib_jax.evaluation.lds import LdsConfig, run_lds
 from attrib_jax.evaluation.leave_k_out import LeaveKOutConfig, run_leave_k_out
 from attrib_jax.evaluation.named import SPLITS, QuerySet, read_methods
@@ -21,7 +22,9 @@ from attrib_jax.stages.query import Query, prepare_query
 from attrib_jax.stages.root import StageRoot
 from launch import common
 
-_PROTOCOL = flags.DEFINE_enum("protocol", None, ["leave-k-out", "lds", "self"], "What to do with the methods.")
+_PROTOCOL = flags.DEFINE_enum(
+    "protocol", None, ["leave-k-out", "lds", "customized", "self"], "What to do with the methods."
+)
 _METHODS = flags.DEFINE_string("methods", None, "JSON file: name -> settings that differ from the defaults.")
 _ONLY = flags.DEFINE_list("only", [], "Names of methods in that file, separated by commas; all if not given.")
 _SPLIT = flags.DEFINE_enum(
@@ -52,12 +55,19 @@ _SHARE = flags.DEFINE_float("lds_share", 0.5, "lds: share of the pictures that a
 _SUBSET_SEED = flags.DEFINE_integer("lds_seed", 0, "lds: of the subsets.", lower_bound=0)
 
 _QUERIES = flags.DEFINE_integer("self_queries", 50, "self: training pictures to query with.", lower_bound=1)
+_CASES = flags.DEFINE_string("cases", None, "customized: task list in the layout of the Customized-Model benchmark.")
+_CASES_ROOT = flags.DEFINE_string("cases_root", None, "customized: folder that its paths are relative to; its own.")
+_TOKEN = flags.DEFINE_string("token", "<new1>", "customized: the new word V*, left out in the second form of a prompt.")
+_ROWS = flags.DEFINE_integer(
+    "rows", 0, "customized: random pictures of --dataset to hide exemplars among; 0 for all.", 0
+)
 _SHIPPED = flags.DEFINE_boolean("use_shipped_stages", True, "Reuse the finished stages that came with the model.")
 
 # Flags of one protocol: given with another, they show a mistake.
 _OF = {
     "leave-k-out": ("remove", "curve", "random_sets", "train_seeds"),
     "lds": ("lds_models", "lds_share", "lds_seed"),
+    "customized": ("cases", "cases_root", "token", "rows"),
     "self": ("self_queries",),
 }
 
@@ -70,6 +80,12 @@ def main():
     methods = read_methods(_METHODS.value, _ONLY.value)
     pipeline = common.load_model()
     dataset = common.load_dataset(picture_resolution(pipeline))
+    if _PROTOCOL.value == "customized":
+        common.require(cases=_CASES.value)
+        cases, rest = read_cases(_CASES.value, _CASES_ROOT.value), random_rows(dataset, _ROWS.value)
+        with lock(common.WORKDIR.value):
+            print(run_customized(common.WORKDIR.value, pipeline, rest, cases, methods, CustomizedConfig(_TOKEN.value)))
+        return
     root = StageRoot(common.WORKDIR.value, common.shipped_stages() if _SHIPPED.value else None)
     with lock(common.WORKDIR.value):
         attributor = Attributor(pipeline, dataset, root, common.encode_config())
