@@ -30,14 +30,15 @@ from attrib_jax.runtime.state import StateStore
 from attrib_jax.stages.encode import EncodeConfig, encode
 from attrib_jax.stages.root import StageRoot
 
-# The betas of denoising diffusion in pixels (arXiv 2006.11239).
+# The betas of denoising diffusion in pixels (arXiv 2006.11239). v prediction (arXiv 2202.00512), because a small model
+# that predicts the noise does so too coarsely where there is almost nothing else: its samples stay noise.
 _PIXEL_SCHEDULER = {
     "_class_name": "DDIMScheduler",
     "beta_start": 1e-4,
     "beta_end": 0.02,
     "beta_schedule": "linear",
     "num_train_timesteps": 1000,
-    "prediction_type": "epsilon",
+    "prediction_type": "v_prediction",
     "clip_sample": False,
     "set_alpha_to_one": False,
     "steps_offset": 1,
