@@ -35,9 +35,9 @@ _REPORTED = flags.DEFINE_string("reported_queries", None, "Another one, of other
 _GUIDANCE = flags.DEFINE_float("guidance_scale", 2.0, "Classifier-free guidance of the queries.", lower_bound=0)
 _SAMPLER_STEPS = flags.DEFINE_integer("sampler_steps", 50, "DDIM steps of the queries.", lower_bound=1)
 
-_STEPS = flags.DEFINE_integer("train_steps", 600, "Steps of a training.", lower_bound=1)
+_STEPS = flags.DEFINE_integer("train_steps", 400, "Steps of a training.", lower_bound=1)
 _BATCH = flags.DEFINE_integer("train_batch_size", 64, "Pictures a step.", lower_bound=1)
-_RATE = flags.DEFINE_float("learning_rate", 2e-3, "Peak rate.", lower_bound=0)
+_RATE = flags.DEFINE_float("learning_rate", 3e-3, "Peak rate.", lower_bound=0)
 _DROPOUT = flags.DEFINE_float("caption_dropout", 0.1, "Share of empty captions.", lower_bound=0, upper_bound=1)
 _FLIPS = flags.DEFINE_boolean("random_flips", False, "Mirror half of the pictures that are drawn.")
 _PER_DEVICE = flags.DEFINE_integer(

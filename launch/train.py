@@ -28,10 +28,10 @@ _MODE = flags.DEFINE_enum(
     "launch.evaluate trains it; or fine-tune --model on --exemplars.",
 )
 # All modes; where the defaults differ, in their order.
-_STEPS = flags.DEFINE_integer("train_steps", None, "Steps of the UNet (default: 3000; 600; 300).", lower_bound=1)
+_STEPS = flags.DEFINE_integer("train_steps", None, "Steps of the UNet (default: 3000; 400; 300).", lower_bound=1)
 _BATCH = flags.DEFINE_integer("train_batch_size", None, "Pictures a step (default: 128; 64; 8).", lower_bound=1)
 _RATE = flags.DEFINE_float(
-    "learning_rate", None, "Peak rate (default: 1e-3; 2e-3), or the constant one of customising (1e-5).", lower_bound=0
+    "learning_rate", None, "Peak rate (default: 1e-3; 3e-3), or the constant one of customising (1e-5).", lower_bound=0
 )
 _SEED = flags.DEFINE_integer("train_seed", 0, "Seed of weights, batches and noise.", lower_bound=0)
 _EVERY = flags.DEFINE_integer("checkpoint_every", 250, "Steps between checkpoints.", lower_bound=1)
@@ -56,7 +56,7 @@ _PRIOR_WEIGHT = flags.DEFINE_float("prior_weight", 1.0, "Of their loss beside th
 _FLIPS = flags.DEFINE_boolean("random_flips", False, "Mirror half of the pictures that are drawn.")
 _SAVE = flags.DEFINE_boolean("save_pipeline", False, "Also write the whole fine-tuned pipeline to <workdir>/model.")
 
-_CHANNELS = flags.DEFINE_list("unet_channels", ["48"], "Channels of each level of --mode=unet's UNet.")
+_CHANNELS = flags.DEFINE_list("unet_channels", ["32"], "Channels of each level of --mode=unet's UNet.")
 
 # Flags that the other modes have no use for: given there, they show a mistake.
 _ONLY = {
@@ -112,11 +112,11 @@ def _scratch():
 
 def _unet():
     unet = SmallUNet(channels=tuple(map(int, _CHANNELS.value)))
-    steps = _given(_STEPS, 600)
+    steps = _given(_STEPS, 400)
     recipe = Recipe(
         steps=steps,
         batch_size=_given(_BATCH, 64),
-        learning_rate=_given(_RATE, 2e-3),
+        learning_rate=_given(_RATE, 3e-3),
         warmup_steps=min(50, steps // 10),
         caption_dropout=_DROPOUT.value,
         random_flips=_FLIPS.value,

@@ -56,9 +56,9 @@ def run_lds(
     attributor, positions = counterfactuals.attributor, queries.split(split)
     kept, trainings = config.subsets(len(attributor.data))
     # Attributions first: what is wrong with a method shows before hours of training.
-    scores = {name: method_scores(attributor, name, each, queries.queries) for name, each in methods.items()}
+    scores = {name: method_scores(attributor, name, each, queries.of(split)) for name, each in methods.items()}
     losses = counterfactuals.results(trainings, "train on subsets")["loss"]
-    results = {name: lds(each[positions], kept, losses[:, positions]) for name, each in scores.items()}
+    results = {name: lds(each, kept, losses[:, positions]) for name, each in scores.items()}
     rows = [
         {
             "method": name,

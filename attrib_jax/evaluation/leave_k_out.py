@@ -103,7 +103,7 @@ def run_leave_k_out(
     attributor, positions = counterfactuals.attributor, queries.split(split)
     size, row_ids = len(attributor.data), attributor.data.row_ids
     config.check_size(size)
-    scores = {name: method_scores(attributor, name, each, queries.queries) for name, each in methods.items()}
+    scores = {name: method_scores(attributor, name, each, queries.of(split)) for name, each in methods.items()}
     effects = Effects(counterfactuals, config.seeds)
 
     all_counts = sorted({*config.counts, *config.curve})
@@ -120,7 +120,7 @@ def run_leave_k_out(
         base = {name: each[all_counts.index(count)] for name, each in random.items()}
         rows.append(_row("random", count, {name: each.mean(0) for name, each in base.items()}, None, curve))
         for name, each in scores.items():
-            removed = [top_positions(each[query], row_ids, count) for query in positions]
+            removed = [top_positions(query, row_ids, count) for query in each]
             found = effects.of(removed, f"train without the top {count} of {name}")
             # Each query under the model that lacks its own pictures.
             own = {kind: values[np.arange(len(positions)), positions] for kind, values in found.items()}

@@ -85,6 +85,10 @@ class QuerySet:
             raise ValueError(f"split is {name!r}, but there are no {name} queries; give --{name}_queries")
         return positions
 
+    def of(self, name: str) -> list[Query]:
+        """The queries of one split."""
+        return [self.queries[position] for position in self.split(name)]
+
 
 def method_scores(attributor: Attributor, name: str, config: AttributeConfig, queries: Sequence[Query]) -> np.ndarray:
     """The scores (Q, N) float32 of one method, larger is more influential; columns as `attributor.data`.

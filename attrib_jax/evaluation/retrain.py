@@ -46,9 +46,9 @@ class Recipe:
       random_flips: mirror half of the pictures that are drawn.
     """
 
-    steps: int = 600
+    steps: int = 400
     batch_size: int = 64
-    learning_rate: float = 2e-3
+    learning_rate: float = 3e-3
     warmup_steps: int = 50
     ema_decay: float = 0.99
     caption_dropout: float = 0.1

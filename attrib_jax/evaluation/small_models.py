@@ -56,7 +56,7 @@ class SmallUNet:
       heads, groups: attention heads of every level, and norm_num_groups.
     """
 
-    channels: tuple[int, ...] = (48,)
+    channels: tuple[int, ...] = (32,)
     heads: int = 4
     groups: int = 8
 
