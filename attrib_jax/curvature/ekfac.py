@@ -125,8 +125,8 @@ def linear_layers(loss_fn: LossFn, selected: Any, rest: Any, example: Any) -> tu
     def visit(name, x, y):
         if name in layers:
             raise ValueError(
-                f"the linear layer {name!r} runs more than once in an example; EKFAC takes each layer's inputs from one "
-                "run. Use the diagonal curvature for it."
+                f"the linear layer {name!r} runs more than once in an example; EKFAC takes each layer's inputs from "
+                "one run. Use the diagonal curvature for it."
             )
         # The arrays are kept alive by `sources`, so that their ids stay theirs.
         source, _ = sources.setdefault(id(x), (name, x))
@@ -182,8 +182,11 @@ def factor_sums(
 
     outputs, inputs = jax.vmap(gradients_and_inputs)(batch)
 
+    # Inputs may be float32 in a float64 model.
+    dtype = jnp.result_type(jnp.float32, *(layer.dtype for layer in layers))
+
     def outer(rows, scale=1.0):
-        rows = rows.astype(jnp.promote_types(rows.dtype, jnp.float32)) * scale
+        rows = rows.astype(dtype) * scale
         if mask is not None:
             rows = jnp.where(mask.astype(bool).reshape(-1, *(1,) * (rows.ndim - 1)), rows, 0)
         rows = rows.reshape(-1, rows.shape[-1])
