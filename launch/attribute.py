@@ -66,6 +66,9 @@ _CAPTIONS = flags.DEFINE_string("captions", "first", f"Captions of a training pi
 _FLIPS = flags.DEFINE_string("flips", "max", f"Over a picture and its mirror image: {', '.join(FLIP_RULES)}.")
 _LOSS_SEED = flags.DEFINE_integer("loss_seed", 0, "Seeds the noise of losses, Fisher information and unlearning.")
 _REGION = flags.DEFINE_list("region", None, "x0,y0,x1,y1 in query pixels: attribute this box only.")
+_REGION_MASK = flags.DEFINE_string(
+    "region_mask", None, "PNG file of the query's size: attribute the pixels that are not black, instead of a box."
+)
 _PRECISION = flags.DEFINE_string("precision", "float32", f"Of the scores' losses: {', '.join(PRECISIONS)}.")
 _CASCADE = flags.DEFINE_float("cascade", 0.0, "Share of the pictures scored at the full setting, by coarse scores.")
 _CASCADE_STRIDE = flags.DEFINE_integer("cascade_stride", 250, "Timesteps of the coarse scores.")
@@ -101,6 +104,7 @@ def main():
         flips=_FLIPS.value,
         loss_seed=_LOSS_SEED.value,
         region=_region(),
+        region_mask=_REGION_MASK.value,
         precision=_PRECISION.value,
         cascade=_CASCADE.value,
         cascade_stride=_CASCADE_STRIDE.value,

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import math
+import os
 from typing import Any
 
 from attrib_jax.attribution.scores import FLIP_RULES
@@ -47,6 +48,7 @@ class AttributeConfig:
       flips: `max` or `mean` of the two mirror images' scores, or `none` for the picture as is.
       loss_seed: of the noise of the scores, of F and of the query's draws: another query reuses the base losses.
       region: (x0, y0, x1, y1) in query pixels; only these count in the query's loss. None for all.
+      region_mask: PNG file as large as the query's picture, instead of a box: only pixels that are not black count.
       precision: of the scores' losses, see `PRECISIONS`; F and unlearning are float32 always. `bfloat16` keeps the
         cross-attention keys and values in float32 and rounds all other weights, moved ones too. `bfloat16-all` rounds
         every weight, and with it most of the change that an exact score measures: it is there to be studied.
@@ -77,6 +79,7 @@ class AttributeConfig:
     flips: str = "max"
     loss_seed: int = 0
     region: tuple[int, int, int, int] | None = None
+    region_mask: str | None = None
     precision: str = "float32"
     cascade: float = 0.0
     cascade_stride: int = 250
@@ -111,6 +114,8 @@ class AttributeConfig:
                 f"method='influence' is the limit of one Newton step, but update is {self.update!r}, steps "
                 f"{self.steps} and keep_ewc_gradient {self.keep_ewc_gradient}; leave these at 'newton', 1 and False"
             )
+        if self.region is not None and self.region_mask is not None:
+            raise ValueError(f"region is {self.region} and region_mask {self.region_mask!r}; give one of them")
         check_range("cascade", self.cascade, 0.0, 1.0)
         if self.cascade and self.cascade_stride < self.stride:
             raise ValueError(
@@ -147,10 +152,10 @@ class AttributeConfig:
         return min(size, max(math.ceil(self.cascade * size), self.cascade_min))
 
     def settings(self) -> dict[str, Any]:
-        """What decides the scores: not what only changes speed, and of an F from elsewhere its content.
+        """What decides the scores: not what only changes speed, and of files their content.
 
-        `score`, `precision`, `curvature` and the cascade are absent where they are off, so that results from before
-        there were such settings still fit.
+        `score`, `precision`, `curvature`, `region_mask` and the cascade are absent where they are off, so that results
+        from before there were such settings still fit.
         """
         settings = dataclasses.asdict(self)
         for name in _PERFORMANCE:
@@ -160,9 +165,19 @@ class AttributeConfig:
         if self.curvature == "diagonal":
             del settings["ekfac_damping"]
         for field in dataclasses.fields(self):
-            if field.name in ("score", "precision", "curvature", "cascade") and settings[field.name] == field.default:
+            if (
+                field.name in ("score", "precision", "curvature", "region_mask", "cascade")
+                and settings[field.name] == field.default
+            ):
                 del settings[field.name]
         if self.fisher is not None:
-            with open(fisher_file(self.fisher), "rb") as file:
-                settings["fisher"] = hashlib.file_digest(file, "sha256").hexdigest()
+            settings["fisher"] = _digest(fisher_file(self.fisher))
+        if self.region_mask is not None:
+            settings["region_mask"] = _digest(self.region_mask)
         return settings
+
+
+def _digest(file: str | os.PathLike) -> str:
+    """sha256 of a file's content."""
+    with open(file, "rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
