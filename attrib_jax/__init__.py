@@ -17,6 +17,7 @@ _MODULES = {
     "core.types": ("Batch", "Scores"),
     "core.weights": ("merge_weights", "select_weights"),
     "curvature.diagonal": ("Diagonal",),
+    "curvature.ekfac": ("EKFAC", "fisher_ekfac"),
     "curvature.fisher": ("FisherSum", "fisher_diagonal"),
     "data.concat": ("concatenate",),
     "data.latents": ("open_latents",),

@@ -14,6 +14,7 @@ from absl import flags
 from attrib_jax.attribution.scores import FLIP_RULES
 from attrib_jax.attribution.unlearn import METHODS as UPDATES
 from attrib_jax.core.weights import WEIGHT_SUBSETS
+from attrib_jax.curvature.ekfac import RELATIVE_DAMPING
 from attrib_jax.data.sources import Dataset
 from attrib_jax.diffusion.samplers import SAMPLERS
 from attrib_jax.models.precision import PRECISIONS
@@ -21,7 +22,7 @@ from attrib_jax.report.outputs import write_outputs
 from attrib_jax.runtime.hosts import is_first_host
 from attrib_jax.runtime.stages import lock
 from attrib_jax.stages.attribute import Attributed, Attributor
-from attrib_jax.stages.config import CAPTIONS, METHODS, SCORES, AttributeConfig
+from attrib_jax.stages.config import CAPTIONS, CURVATURES, METHODS, SCORES, AttributeConfig
 from attrib_jax.stages.encode import picture_resolution
 from attrib_jax.stages.queries import read_queries
 from attrib_jax.stages.query import Query, read_stored_query
@@ -47,6 +48,10 @@ _UPDATE = flags.DEFINE_string("update", "newton", f"Unlearning rule: {', '.join(
 _STEP_SIZE = flags.DEFINE_float("step_size", 0.01, "alpha of an unlearning step.")
 _STEPS = flags.DEFINE_integer("steps", 1, "Unlearning steps.")
 _DRAWS = flags.DEFINE_integer("query_draws", 2048, "(t, noise) draws averaged into the gradient of each step.")
+_CURVATURE = flags.DEFINE_string("curvature", "diagonal", f"F of the Newton step: {', '.join(CURVATURES)}.")
+_EKFAC_DAMPING = flags.DEFINE_float(
+    "ekfac_damping", RELATIVE_DAMPING, "With --curvature=ekfac: share of a layer's mean eigenvalue added to all."
+)
 _DAMPING = flags.DEFINE_float("damping", 0.0, "Added to the Fisher information.")
 _KEEP_EWC = flags.DEFINE_boolean("keep_ewc_gradient", False, "Keep the pull towards the first weights.")
 _NUM_EXAMPLES = flags.DEFINE_integer("num_examples", None, "N of the Newton step; the data set's size if not given.")
@@ -61,6 +66,9 @@ _CAPTIONS = flags.DEFINE_string("captions", "first", f"Captions of a training pi
 _FLIPS = flags.DEFINE_string("flips", "max", f"Over a picture and its mirror image: {', '.join(FLIP_RULES)}.")
 _LOSS_SEED = flags.DEFINE_integer("loss_seed", 0, "Seeds the noise of losses, Fisher information and unlearning.")
 _REGION = flags.DEFINE_list("region", None, "x0,y0,x1,y1 in query pixels: attribute this box only.")
+_REGION_MASK = flags.DEFINE_string(
+    "region_mask", None, "PNG file of the query's size: attribute the pixels that are not black, instead of a box."
+)
 _PRECISION = flags.DEFINE_string("precision", "float32", f"Of the scores' losses: {', '.join(PRECISIONS)}.")
 _CASCADE = flags.DEFINE_float("cascade", 0.0, "Share of the pictures scored at the full setting, by coarse scores.")
 _CASCADE_STRIDE = flags.DEFINE_integer("cascade_stride", 250, "Timesteps of the coarse scores.")
@@ -83,7 +91,9 @@ def main():
         step_size=_STEP_SIZE.value,
         steps=_STEPS.value,
         query_draws=_DRAWS.value,
+        curvature=_CURVATURE.value,
         damping=_DAMPING.value,
+        ekfac_damping=_EKFAC_DAMPING.value,
         keep_ewc_gradient=_KEEP_EWC.value,
         num_examples=_NUM_EXAMPLES.value,
         fisher_samples=_FISHER_SAMPLES.value,
@@ -94,6 +104,7 @@ def main():
         flips=_FLIPS.value,
         loss_seed=_LOSS_SEED.value,
         region=_region(),
+        region_mask=_REGION_MASK.value,
         precision=_PRECISION.value,
         cascade=_CASCADE.value,
         cascade_stride=_CASCADE_STRIDE.value,

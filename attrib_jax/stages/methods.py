@@ -73,6 +73,7 @@ def random_scores(attributor: "Attributor", jobs: Sequence[Job], config: Attribu
 
 _HOME = {
     "unlearn": f"{__name__}:unlearning_scores",
+    "influence": "attrib_jax.stages.influence:influence_scores",
     "random": f"{__name__}:random_scores",
 }
 assert _HOME.keys() == set(METHODS)

@@ -7,7 +7,7 @@ from attrib_jax.core.weights import merge_weights, select_weights
 from attrib_jax.models.precision import cast_params, matmul_precision
 from attrib_jax.models.unet import predictor
 from attrib_jax.stages.config import AttributeConfig
-from attrib_jax.stages.linear import LinearProgram, weight_change
+from attrib_jax.stages.linear import LinearProgram
 from attrib_jax.stages.losses import LossProgram
 
 
@@ -41,10 +41,9 @@ class ScorePrograms:
         """The UNet's parameters in the precision of the scores, given the weights that move."""
         return merge_weights(cast_params(selected, config.precision), self.rest(config))
 
-    def linear_weights(self, config: AttributeConfig, moved: Any) -> tuple[Any, Any, Any]:
-        """The weights of `linear` for the moved weights of one query, or for those of several along a leading axis."""
-        selected = self.selected(config)
-        return selected, self.rest(config), weight_change(moved, selected)
+    def linear_weights(self, config: AttributeConfig, change: Any) -> tuple[Any, Any, Any]:
+        """The weights of `linear` for the weight change of one query, or for those of several along a leading axis."""
+        return self.selected(config), self.rest(config), change
 
     def selected(self, config: AttributeConfig) -> Any:
         """The weights that move, as the model has them."""
