@@ -12,6 +12,7 @@ import numpy as np
 from attrib_jax.core.types import Scores
 from attrib_jax.runtime.stages import Stage
 from attrib_jax.stages.config import METHODS, AttributeConfig
+from attrib_jax.stages.gradient_settings import PROJECTED_METHODS
 from attrib_jax.stages.query import PreparedQuery
 
 if TYPE_CHECKING:
@@ -74,5 +75,6 @@ def random_scores(attributor: "Attributor", jobs: Sequence[Job], config: Attribu
 _HOME = {
     "unlearn": f"{__name__}:unlearning_scores",
     "random": f"{__name__}:random_scores",
+    **dict.fromkeys(PROJECTED_METHODS, "attrib_jax.stages.projected:projected_scores"),
 }
 assert _HOME.keys() == set(METHODS)
