@@ -61,7 +61,7 @@ class ExampleProgram:
         self.mesh = mesh or data_mesh()
         self.loss_seed, self.stride, self.result_shape = loss_seed, stride, tuple(result_shape)
         strided = strided_timesteps(stride, schedule.num_train_timesteps)
-        self._timesteps, self._tile = strided if timesteps is None else timesteps, tile
+        self._timesteps, self.tile = strided if timesteps is None else timesteps, tile
         self._shared = replicate(self.mesh, (schedule, loss_key(loss_seed), self._timesteps))
         self._tiles_in_flight = max(2, -(-batch_size // (tile * self.mesh.size)))
 
@@ -114,7 +114,7 @@ class ExampleProgram:
             values[members] = fetch(result)[: len(members)]
             advance(len(members))
 
-        size = self._tile * self.mesh.size
+        size = self.tile * self.mesh.size
         share = host_share(self.mesh, size)
         for members, mask in zip(*padded_tiles(len(picture), size)):
             mine = members[share]
