@@ -30,7 +30,7 @@ from attrib_jax.stages.query import PreparedQuery
 from attrib_jax.stages.root import StageRoot
 from launch import common
 
-_METHODS = flags.DEFINE_list("methods", PROJECTED_METHODS, "To run.")
+_METHODS = flags.DEFINE_list("methods", list(PROJECTED_METHODS), "To run.")
 _QUERIES = flags.DEFINE_integer("queries", 20, "Training pictures to query with.", lower_bound=1)
 _SPLIT = flags.DEFINE_enum("split", "reported", ["reported", "tuning"], "Two disjoint sets of queries.")
 _REGULARISATIONS = flags.DEFINE_list("regularisations", ["0.001", "0.01", "0.1", "1", "10"], "See GradientSettings.")
