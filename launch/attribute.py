@@ -13,6 +13,7 @@ from absl import flags
 
 from attrib_jax.attribution.scores import FLIP_RULES
 from attrib_jax.attribution.unlearn import METHODS as UPDATES
+from attrib_jax.baselines.projection import PROJECTIONS
 from attrib_jax.core.weights import WEIGHT_SUBSETS
 from attrib_jax.curvature.ekfac import RELATIVE_DAMPING
 from attrib_jax.data.sources import Dataset
@@ -24,6 +25,7 @@ from attrib_jax.runtime.stages import lock
 from attrib_jax.stages.attribute import Attributed, Attributor
 from attrib_jax.stages.config import CAPTIONS, CURVATURES, METHODS, SCORES, AttributeConfig
 from attrib_jax.stages.encode import picture_resolution
+from attrib_jax.stages.gradient_settings import PROJECTED_METHODS, GradientSettings
 from attrib_jax.stages.queries import read_queries
 from attrib_jax.stages.query import Query, read_stored_query
 from attrib_jax.stages.root import StageRoot
@@ -73,6 +75,17 @@ _PRECISION = flags.DEFINE_string("precision", "float32", f"Of the scores' losses
 _CASCADE = flags.DEFINE_float("cascade", 0.0, "Share of the pictures scored at the full setting, by coarse scores.")
 _CASCADE_STRIDE = flags.DEFINE_integer("cascade_stride", 250, "Timesteps of the coarse scores.")
 _CASCADE_MIN = flags.DEFINE_integer("cascade_min", 1000, "Least number of pictures scored at the full setting.")
+_PROJECTION = flags.DEFINE_string(
+    "projection", "sparse", f"Of gradients, in trak and its kin: {', '.join(PROJECTIONS)}."
+)
+_PROJECTION_DIM = flags.DEFINE_integer("projection_dim", 2048, "Numbers kept of each gradient.")
+_PROJECTION_SEED = flags.DEFINE_integer("projection_seed", 0, "Seed of the random projection.")
+_REGULARISATION = flags.DEFINE_float("regularisation", 0.1, "lambda, in units of the kernel's mean eigenvalue.")
+_JOURNEY_TIMESTEP = flags.DEFINE_integer("journey_timestep", 400, "Timestep of the query's loss in journey-trak.")
+_DAS_LEVERAGE = flags.DEFINE_boolean("das_leverage", False, "das: divide by 1 - leverage of each training example.")
+_ENSEMBLE = flags.DEFINE_list(
+    "ensemble", [], "Folders of further models whose scores are averaged, in trak and its kin."
+)
 _TOP_K = flags.DEFINE_integer("top_k", 24, "Pictures shown in the report and rows of top.csv.", lower_bound=1)
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 0, "Examples in flight; changes speed and memory only.")
 _QUERIES_PER_PASS = flags.DEFINE_integer("queries_per_pass", 0, "Changes memory and speed only; 0 is automatic.")
@@ -110,6 +123,7 @@ def main():
         cascade_stride=_CASCADE_STRIDE.value,
         # Every picture that is shown has its full score.
         cascade_min=max(_CASCADE_MIN.value, _TOP_K.value) if _CASCADE_MIN.value > 0 else _CASCADE_MIN.value,
+        gradients=_gradients(),
         batch_size=_BATCH_SIZE.value,
         queries_per_pass=_QUERIES_PER_PASS.value,
     )
@@ -179,6 +193,26 @@ def _stored_query() -> dict[str, Any]:
             raise ValueError(f"query_text is {_QUERY_TEXT.value!r} but query_latents is not given; give both")
         return {}
     return read_stored_query(_QUERY_LATENTS.value, _QUERY_TEXT.value, _QUERY_INDEX.value)
+
+
+def _gradients() -> GradientSettings:
+    given = {
+        "projection": _PROJECTION,
+        "projection_dim": _PROJECTION_DIM,
+        "projection_seed": _PROJECTION_SEED,
+        "regularisation": _REGULARISATION,
+        "journey_timestep": _JOURNEY_TIMESTEP,
+        "das_leverage": _DAS_LEVERAGE,
+        "ensemble": _ENSEMBLE,
+    }
+    if _METHOD.value not in PROJECTED_METHODS:
+        changed = [f"--{name}" for name, flag in given.items() if flag.value != flag.default]
+        if changed:
+            raise ValueError(
+                f"{', '.join(changed)} given with --method={_METHOD.value}; expected one of "
+                f"{', '.join(PROJECTED_METHODS)}. Leave out the flags, or change the method."
+            )
+    return GradientSettings(**{name: flag.value for name, flag in given.items()})
 
 
 def _region() -> tuple[int, int, int, int] | None:

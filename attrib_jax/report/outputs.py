@@ -19,6 +19,7 @@ from attrib_jax.runtime.hosts import from_first_host
 from attrib_jax.runtime.stages import load_stage
 from attrib_jax.stages.attribute import Attributed
 from attrib_jax.stages.config import AttributeConfig
+from attrib_jax.stages.gradient_settings import PROJECTED_METHODS
 from attrib_jax.stages.query import Query
 from attrib_jax.stages.regions import read_region_mask
 
@@ -157,7 +158,32 @@ def _query_settings(query: Query) -> dict[str, str]:
     }
 
 
+def _projected_settings(config: AttributeConfig) -> dict[str, str]:
+    gradients = config.gradients
+    settings = {
+        "weights": config.weights,
+        "projection": f"{gradients.projection}, {gradients.projection_dim} numbers, seed {gradients.projection_seed}",
+        "regularisation": f"{gradients.regularisation:g} x mean eigenvalue",
+        "query draws": str(config.query_draws),
+        "timesteps": f"every {config.stride}",
+        "captions": config.captions,
+        "flips": config.flips,
+        "loss seed": str(config.loss_seed),
+    }
+    if config.precision != "float32":
+        settings["precision"] = config.precision
+    if config.method == "journey-trak":
+        settings["query's timestep"] = str(gradients.journey_timestep)
+    if config.method == "das" and gradients.das_leverage:
+        settings["leverage"] = "divided by 1 - h"
+    if gradients.ensemble:
+        settings["models"] = str(1 + len(gradients.ensemble))
+    return settings
+
+
 def _method_settings(config: AttributeConfig, size: int) -> dict[str, str]:
+    if config.method in PROJECTED_METHODS:
+        return _projected_settings(config)
     if config.method not in _GRADIENT_METHODS:
         return {}
     curvature = {"diagonal": "diagonal Fisher", "ekfac": "EKFAC"}[config.curvature]

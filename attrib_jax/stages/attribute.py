@@ -245,7 +245,8 @@ class Attributor:
         # Before anything is stored: a wrong region should leave nothing behind.
         for each in prepared:
             query_mask(each, config)
-        settings = [{"query": query_settings(query), **config.settings()} for query in queries]
+        shared = config.settings()
+        settings = [{"query": query_settings(query), **shared} for query in queries]
         names = [name or query_name(query, own) for name, query, own in zip(names, queries, settings)]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
@@ -282,6 +283,8 @@ class Attributor:
         strided_timesteps(config.stride, steps)
         if config.cascade:
             check_range("cascade_stride", config.cascade_stride, 1, steps, integer=True)
+        if config.method == "journey-trak":
+            check_range("journey_timestep", config.gradients.journey_timestep, 0, steps - 1, integer=True)
 
     @contextlib.contextmanager
     def timed(self, stage: str, reused: bool = False) -> Iterator[None]:

@@ -13,13 +13,16 @@ from attrib_jax.core.weights import WEIGHT_SUBSETS
 from attrib_jax.curvature.ekfac import RELATIVE_DAMPING
 from attrib_jax.models.precision import PRECISIONS
 from attrib_jax.stages.fisher import fisher_file
+from attrib_jax.stages.gradient_settings import PROJECTED_METHODS, GradientSettings
 
-METHODS = ("unlearn", "influence", "random")
+METHODS = ("unlearn", "influence", "random", *PROJECTED_METHODS)
 CURVATURES = ("diagonal", "ekfac")
 SCORES = ("exact", "linear")
 CAPTIONS = ("first", "all")
 # What changes speed and memory only.
 _PERFORMANCE = ("batch_size", "queries_per_pass")
+# What the projected methods take beside `gradients`.
+_PROJECTED = ("method", "weights", "query_draws", "stride", "captions", "flips", "loss_seed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,8 +30,10 @@ class AttributeConfig:
     """How to attribute; METHOD.md sections 3 to 6.
 
     Attributes:
-      method: `unlearn`, `influence` (what one infinitesimal Newton step scores), or `random` (uniform scores, the floor
-        that a method has to beat).
+      method: `unlearn`, `influence` (what one infinitesimal Newton step scores), `random` (uniform scores, the floor
+        that a method has to beat), or one of the projected methods `trak`, `journey-trak`, `d-trak`, `das` (METHOD.md
+        sections 7 and 10). The projected take weights, query_draws, stride, captions, flips, loss_seed, precision and
+        `gradients`, and refuse what would restrict unlearning.
       weights: the subset that moves, see `WEIGHT_SUBSETS`.
       update: `newton` (eq. 5) or `sgd` (plain ascent without F).
       step_size: alpha of a step.
@@ -56,6 +61,7 @@ class AttributeConfig:
         them, the best, at the full setting; 0 scores all at the full setting.
       cascade_stride: stride of the coarse scores, no finer than `stride`.
       cascade_min: the least number of pictures that a cascade scores at the full setting.
+      gradients: of the projected methods, see `GradientSettings`.
       batch_size: examples in flight; changes speed and memory only. 0 is automatic.
       queries_per_pass: queries scored in one pass over the data set; changes memory and speed only. 0 is automatic.
     """
@@ -84,6 +90,7 @@ class AttributeConfig:
     cascade: float = 0.0
     cascade_stride: int = 250
     cascade_min: int = 1000
+    gradients: GradientSettings = GradientSettings()
     batch_size: int = 0
     queries_per_pass: int = 0
 
@@ -122,6 +129,21 @@ class AttributeConfig:
                 f"cascade_stride is {self.cascade_stride}, finer than stride {self.stride}: expected at least the "
                 "stride, so that the coarse scores are the cheaper ones. Change cascade_stride."
             )
+        if self.method in PROJECTED_METHODS:
+            self._check_projected()
+
+    def _check_projected(self) -> None:
+        given = {
+            "region": self.region is not None,
+            "cascade": self.cascade > 0,
+            "score": self.score != "exact",
+            "fisher": self.fisher is not None,
+        }
+        for name in (name for name, is_given in given.items() if is_given):
+            raise ValueError(
+                f"{name} is {getattr(self, name)!r}, but method={self.method!r} has no use for it: it belongs to "
+                f"method='unlearn'. Leave out {name}, or change the method."
+            )
 
     def _check_curvature(self) -> None:
         if self.curvature == "diagonal":
@@ -157,8 +179,13 @@ class AttributeConfig:
         `score`, `precision`, `curvature`, `region_mask` and the cascade are absent where they are off, so that results
         from before there were such settings still fit.
         """
+        if self.method in PROJECTED_METHODS:
+            settings = {name: getattr(self, name) for name in _PROJECTED}
+            if self.precision != "float32":
+                settings["precision"] = self.precision
+            return settings | {"gradients": self.gradients.settings(self.method)}
         settings = dataclasses.asdict(self)
-        for name in _PERFORMANCE:
+        for name in (*_PERFORMANCE, "gradients"):
             del settings[name]
         if not self.cascade:
             del settings["cascade_stride"], settings["cascade_min"]

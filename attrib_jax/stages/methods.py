@@ -12,6 +12,7 @@ import numpy as np
 from attrib_jax.core.types import Scores
 from attrib_jax.runtime.stages import Stage
 from attrib_jax.stages.config import METHODS, AttributeConfig
+from attrib_jax.stages.gradient_settings import PROJECTED_METHODS
 from attrib_jax.stages.query import PreparedQuery
 
 if TYPE_CHECKING:
@@ -75,5 +76,6 @@ _HOME = {
     "unlearn": f"{__name__}:unlearning_scores",
     "influence": "attrib_jax.stages.influence:influence_scores",
     "random": f"{__name__}:random_scores",
+    **dict.fromkeys(PROJECTED_METHODS, "attrib_jax.stages.projected:projected_scores"),
 }
 assert _HOME.keys() == set(METHODS)

@@ -3,10 +3,11 @@
 from typing import Any
 
 from attrib_jax.convert.pipeline import Pipeline
-from attrib_jax.core.weights import merge_weights, select_weights
+from attrib_jax.core.weights import count_weights, merge_weights, select_weights
 from attrib_jax.models.precision import cast_params, matmul_precision
 from attrib_jax.models.unet import predictor
 from attrib_jax.stages.config import AttributeConfig
+from attrib_jax.stages.features import FeatureProgram
 from attrib_jax.stages.linear import LinearProgram
 from attrib_jax.stages.losses import LossProgram
 
@@ -34,6 +35,26 @@ class ScorePrograms:
         if key not in self._made:
             self._made[key] = LinearProgram(
                 self._unet, self._schedule, seed, stride, batch_size, precision=precision, num_queries=num_queries
+            )
+        return self._made[key]
+
+    def features(self, config: AttributeConfig, timestep: int | None = None) -> FeatureProgram:
+        """The projected gradients of `config.method`'s output, at one timestep alone if it is given."""
+        gradients = config.gradients
+        shape = gradients.projection, gradients.projection_dim
+        key = (*_key(config), config.weights, gradients.output(config.method), *shape, timestep)
+        if key not in self._made:
+            self._made[key] = FeatureProgram(
+                self._unet,
+                self._schedule,
+                gradients.output(config.method),
+                *shape,
+                count_weights(self.selected(config)).values,
+                config.loss_seed,
+                config.stride,
+                config.batch_size,
+                precision=config.precision,
+                timestep=timestep,
             )
         return self._made[key]
 
