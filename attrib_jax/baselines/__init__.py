@@ -1,0 +1,1 @@
+"""Attribution by similarity, to compare unlearning with, and the towers whose features it takes."""
