@@ -62,6 +62,18 @@ def text_encoder_names(state_dict: dict[str, np.ndarray]) -> dict[str, np.ndarra
     return renamed
 
 
+def tower_names(state_dict: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """A feature tower's state dict without what a feature does not need: poolers, mask tokens and buffers.
+
+    Files of a classifier have the whole model below `vit.` or `dinov2_with_registers.`.
+    """
+    prefixes = ("vit.", "dinov2_with_registers.")
+    below = {name: x for name, x in state_dict.items() if name.startswith(prefixes)}
+    renamed = {name.split(".", 1)[1]: x for name, x in below.items()} or state_dict
+    unused = re.compile(r"pooler\..*|embeddings\.mask_token|.*\.position_ids")
+    return {name: x for name, x in renamed.items() if not unused.fullmatch(name)}
+
+
 def vae_names(state_dict: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """An autoencoder state dict with the attention names that diffusers uses since 0.15: older files say `query`."""
     renames = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}

@@ -72,8 +72,9 @@ class CLIPConfig:
         if model_type == "clip_vision_model":
             _check_projection(config, "CLIPVisionModelWithProjection")
             return cls(None, CLIPVisionConfig.from_dict(_plain(config)), width)
-        raise ValueError(f"config has model_type={model_type!r}; expected 'clip', 'clip_text_model' or "
-                         "'clip_vision_model'")
+        raise ValueError(
+            f"config has model_type={model_type!r}; expected 'clip', 'clip_text_model' or 'clip_vision_model'"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The config.json that transformers' CLIPModel reads; of a model with both towers."""
