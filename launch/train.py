@@ -24,7 +24,7 @@ _MODE = flags.DEFINE_enum(
     "mode",
     "scratch",
     ["scratch", "customize", "tower"],
-    "Train from scratch on --dataset, fine-tune --model on --exemplars, or train a small CLIP for the feature baselines.",
+    "Train from scratch on --dataset, fine-tune --model on --exemplars, or train a small CLIP for feature baselines.",
 )
 # All modes; where the defaults differ, they are those of scratch, customize and tower.
 _STEPS = flags.DEFINE_integer("train_steps", None, "Steps of the run (default: 3000; 300; 1000).", lower_bound=1)

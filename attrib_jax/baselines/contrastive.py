@@ -1,8 +1,8 @@
 """Training a small CLIP on captioned pictures: the symmetric contrastive loss with several right answers, and recall.
 
-The loss is CLIP's (Radford et al., Learning Transferable Visual Models From Natural Language Supervision, 2021) with the
-targets of supervised contrastive learning (Khosla et al., 2020): a caption that belongs to several pictures of a batch is
-right for each of them.
+The loss is CLIP's (Radford et al., Learning Transferable Visual Models From Natural Language Supervision, 2021) with
+the targets of supervised contrastive learning (Khosla et al., 2020): a caption that belongs to several pictures of a
+batch is right for each of them.
 """
 
 import math
@@ -74,7 +74,7 @@ def tower_loss(
     """The contrastive loss of a batch, each picture with one caption drawn from its own.
 
     Pictures are mirrored at random and shifted by up to `largest_shift` pixels. Skin-tone variants of one picture have
-    captions that tell the tone, so they count as different pictures; a text that several pictures share is right for all.
+    captions that tell the tone, so they count as different pictures; a text that several share is right for all.
     """
     flip_key, shift_key, caption_key = jax.random.split(key, 3)
     images = random_shifts(shift_key, random_flips(flip_key, batch.images), largest_shift)

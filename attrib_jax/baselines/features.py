@@ -1,7 +1,6 @@
 """Features of pictures and texts in a tower, AbC's mapping of them, and their cosine similarities."""
 
 import functools
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +9,6 @@ import numpy as np
 
 from attrib_jax.convert.tokenizer import tokenize_prompts
 from attrib_jax.convert.tower import Tower
-from attrib_jax.convert.weight_files import open_weights
 from attrib_jax.runtime.mesh import padded_tiles
 
 # Pictures, and texts, in a compiled call. Fixed, so that a feature does not depend on how many are asked for.

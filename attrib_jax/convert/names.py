@@ -44,12 +44,12 @@ def torch_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def to_torch(path: str, array: np.ndarray) -> np.ndarray:
     """A Flax parameter in PyTorch's layout, contiguous."""
-    return np.ascontiguousarray(np.transpose(array, torch_axes(path, array.ndim)))
+    return np.asarray(np.transpose(array, torch_axes(path, array.ndim)), order="C")
 
 
 def from_torch(path: str, array: np.ndarray) -> np.ndarray:
     """The inverse of `to_torch`."""
-    return np.ascontiguousarray(np.transpose(array, np.argsort(torch_axes(path, array.ndim))))
+    return np.asarray(np.transpose(array, np.argsort(torch_axes(path, array.ndim))), order="C")
 
 
 def text_encoder_names(state_dict: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

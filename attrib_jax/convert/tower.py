@@ -21,7 +21,7 @@ from attrib_jax.convert.tensors import Tensor
 from attrib_jax.convert.tokenizer import load_tokenizer, save_tokenizer
 from attrib_jax.convert.weight_files import open_weights, write_weights
 from attrib_jax.models.clip_towers import CLIPConfig, CLIPModel
-from attrib_jax.models.vit import Dinov2Config, ViTConfig, VisionTransformer
+from attrib_jax.models.vit import Dinov2Config, VisionTransformer, ViTConfig
 
 _STEM = "model"
 
@@ -68,8 +68,8 @@ def load_tower(path: str | os.PathLike, family: str | None = None, dtype: Any = 
 
     Raises:
       FileNotFoundError: there is no such folder, or files in it are missing.
-      ValueError: a model of another family or with options that this library lacks, a tensor that is missing, unexpected
-        or misshaped, or a damaged file.
+      ValueError: a model of another family or with options that this library lacks, a tensor that is missing,
+        unexpected or misshaped, or a damaged file.
     """
     path = resolve_tower(path)
     config = read_config(path)

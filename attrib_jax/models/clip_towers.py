@@ -1,7 +1,7 @@
 """CLIP: the text and vision towers with their projections, transformers' CLIPModel as a Flax module.
 
-Also either half alone, CLIPVisionModelWithProjection and CLIPTextModelWithProjection. Parameter names and initial values
-follow transformers'.
+Also either half alone, CLIPVisionModelWithProjection and CLIPTextModelWithProjection. Parameter names and initial
+values follow transformers'.
 """
 
 import dataclasses
