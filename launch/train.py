@@ -27,7 +27,7 @@ _MODE = flags.DEFINE_enum(
     "Train from scratch on --dataset, fine-tune --model on --exemplars, or train a small CLIP for feature baselines.",
 )
 # All modes; where the defaults differ, they are those of scratch, customize and tower.
-_STEPS = flags.DEFINE_integer("train_steps", None, "Steps of the run (default: 3000; 300; 1000).", lower_bound=1)
+_STEPS = flags.DEFINE_integer("train_steps", None, "Steps of the run (default: 3000; 300; 1500).", lower_bound=1)
 _BATCH = flags.DEFINE_integer("train_batch_size", None, "Pictures a step (default: 128; 8; 128).", lower_bound=1)
 _RATE = flags.DEFINE_float(
     "learning_rate", None, "Peak rate (default: 1e-3), or the constant one of customising (1e-5).", lower_bound=0
@@ -113,7 +113,7 @@ def _scratch():
 
 def _tower():
     common.require(tokenizer=common.TOKENIZER.value)
-    steps = _given(_STEPS, 1000)
+    steps = _given(_STEPS, 1500)
     config = TowerConfig(
         run=FitConfig(
             steps=steps,

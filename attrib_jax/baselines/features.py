@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from attrib_jax.baselines.head import FeatureHead
 from attrib_jax.convert.tokenizer import tokenize_prompts
 from attrib_jax.convert.tower import Tower
 from attrib_jax.runtime.mesh import padded_tiles
@@ -14,6 +15,7 @@ from attrib_jax.runtime.mesh import padded_tiles
 # Pictures, and texts, in a compiled call. Fixed, so that a feature does not depend on how many are asked for.
 IMAGE_TILE = 16
 TEXT_TILE = 64
+_BLOCK = 4096
 
 
 def image_features(tower: Tower, images: Any) -> np.ndarray:
@@ -76,3 +78,23 @@ def normalise_rows(features: np.ndarray) -> np.ndarray:
     features = np.asarray(features, np.float64)
     length = np.linalg.norm(features, axis=-1, keepdims=True)
     return features / np.where(length > 0, length, 1)
+
+
+def cosine_similarities(features: Any, queries: np.ndarray, head: FeatureHead | None = None) -> list[np.ndarray]:
+    """Cosine similarities of N pictures' features with each of J queries' -> J arrays (N, views) float64.
+
+    Args:
+      features: (N, views, d), in memory or on disk, of which a block is read at a time.
+      queries: (J, d).
+      head: maps features and queries first; None compares them as they are.
+    """
+    queries = normalise_rows(queries if head is None else head(queries))
+    results = [np.empty(features.shape[:2]) for _ in queries]
+    for start in range(0, len(features), _BLOCK):
+        rows = slice(start, start + _BLOCK)
+        block = np.asarray(features[rows])
+        block = normalise_rows(block if head is None else head(block))
+        for result, query in zip(results, queries):
+            # Not a product of matrices, whose last digits would depend on the number of queries and rows.
+            result[rows] = np.einsum("nvd,d->nv", block, query)
+    return results

@@ -10,9 +10,10 @@ from attrib_jax.attribution.unlearn import METHODS as UPDATES
 from attrib_jax.core.checks import check_choice, check_positive, check_range
 from attrib_jax.core.weights import WEIGHT_SUBSETS
 from attrib_jax.models.precision import PRECISIONS
+from attrib_jax.stages.feature_settings import SIMILARITIES, FeatureSettings
 from attrib_jax.stages.fisher import fisher_file
 
-METHODS = ("unlearn", "random")
+METHODS = ("unlearn", "random", *SIMILARITIES)
 SCORES = ("exact", "linear")
 CAPTIONS = ("first", "all")
 # What changes speed and memory only.
@@ -24,7 +25,7 @@ class AttributeConfig:
     """How to attribute; METHOD.md sections 3 to 6.
 
     Attributes:
-      method: `unlearn`, or `random` (uniform scores, the floor that a method has to beat).
+      method: `unlearn`; `random` (uniform scores, the floor that a method has to beat); or one of `SIMILARITIES`.
       weights: the subset that moves, see `WEIGHT_SUBSETS`.
       update: `newton` (eq. 5) or `sgd` (plain ascent without F).
       step_size: alpha of a step.
@@ -50,6 +51,7 @@ class AttributeConfig:
       cascade_stride: stride of the coarse scores, no finer than `stride`.
       cascade_min: the least number of pictures that a cascade scores at the full setting.
       batch_size: examples in flight; changes speed and memory only. 0 is automatic.
+      features: the tower of the similarities.
       queries_per_pass: queries scored in one pass over the data set; changes memory and speed only. 0 is automatic.
     """
 
@@ -76,6 +78,7 @@ class AttributeConfig:
     cascade_min: int = 1000
     batch_size: int = 0
     queries_per_pass: int = 0
+    features: FeatureSettings = FeatureSettings()
 
     def __post_init__(self):
         check_choice("method", self.method, METHODS)
@@ -92,6 +95,7 @@ class AttributeConfig:
         for name in _PERFORMANCE:
             check_range(name, getattr(self, name), 0, integer=True)
         check_range("loss_seed", self.loss_seed, 0, 2**32 - 1, integer=True)
+        self.features.check(self.method)
         if self.num_examples is not None:
             check_positive("num_examples", self.num_examples, integer=True)
         if self.update == "sgd" and (self.damping or self.keep_ewc_gradient):
@@ -124,6 +128,9 @@ class AttributeConfig:
         settings = dataclasses.asdict(self)
         for name in _PERFORMANCE:
             del settings[name]
+        del settings["features"]
+        if self.method in SIMILARITIES:
+            settings |= self.features.describe(self.method)
         if not self.cascade:
             del settings["cascade_stride"], settings["cascade_min"]
         for field in dataclasses.fields(self):

@@ -42,10 +42,10 @@ class TowerConfig:
     """
 
     run: FitConfig
-    width: int = 96
+    width: int = 128
     layers: int = 4
     heads: int = 4
-    patch_size: int = 8
+    patch_size: int = 16
     text_width: int = 128
     text_layers: int = 2
     text_heads: int = 4
