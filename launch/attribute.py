@@ -25,6 +25,7 @@ from attrib_jax.runtime.stages import lock
 from attrib_jax.stages.attribute import Attributed, Attributor
 from attrib_jax.stages.config import CAPTIONS, CURVATURES, METHODS, SCORES, AttributeConfig
 from attrib_jax.stages.encode import picture_resolution
+from attrib_jax.stages.feature_settings import TOWER_METHODS, FeatureSettings, default_tower
 from attrib_jax.stages.gradient_settings import PROJECTED_METHODS, GradientSettings
 from attrib_jax.stages.queries import read_queries
 from attrib_jax.stages.query import Query, read_stored_query
@@ -90,6 +91,10 @@ _TOP_K = flags.DEFINE_integer("top_k", 24, "Pictures shown in the report and row
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 0, "Examples in flight; changes speed and memory only.")
 _QUERIES_PER_PASS = flags.DEFINE_integer("queries_per_pass", 0, "Changes memory and speed only; 0 is automatic.")
 _NAME = flags.DEFINE_string("query_name", None, "Folder name of the result; made from the prompt if not given.")
+_TOWER = flags.DEFINE_string(
+    "tower", None, "Of the similarity methods: transformers folder or Hugging Face id; the shipped one for OpenMoji."
+)
+_HEAD = flags.DEFINE_string("feature_head", None, "File of the linear mapping of clip-abc and dino-abc.")
 _SHIPPED = flags.DEFINE_boolean("use_shipped_stages", True, "Reuse the finished stages that came with the model.")
 
 
@@ -126,6 +131,7 @@ def main():
         gradients=_gradients(),
         batch_size=_BATCH_SIZE.value,
         queries_per_pass=_QUERIES_PER_PASS.value,
+        features=_features(),
     )
     pipeline = common.load_model()
     if not common.LATENTS_SCALED.value:
@@ -213,6 +219,15 @@ def _gradients() -> GradientSettings:
                 f"{', '.join(PROJECTED_METHODS)}. Leave out the flags, or change the method."
             )
     return GradientSettings(**{name: flag.value for name, flag in given.items()})
+
+
+def _features() -> FeatureSettings:
+    method = TOWER_METHODS.get(_METHOD.value)
+    unused = {"tower": method is None and _TOWER.value, "feature_head": not (method and method.mapped) and _HEAD.value}
+    given = [f"--{name}" for name, value in unused.items() if value]
+    if given:
+        raise ValueError(f"{' and '.join(given)} given, which method {_METHOD.value!r} does not use; leave out")
+    return FeatureSettings(_TOWER.value or default_tower(_METHOD.value, common.DATASET.value), _HEAD.value)
 
 
 def _region() -> tuple[int, int, int, int] | None:

@@ -1,8 +1,9 @@
-"""Trains a small text-to-image pipeline or its UNet from scratch, or teaches a pipeline a new word from a few pictures.
+"""Trains a small text-to-image pipeline, a UNet alone or a tower, or teaches a pipeline a new word from a few pictures.
 
 python -m launch.train --flagfile=configs/train_openmoji.cfg
 python -m launch.train --flagfile=configs/train_digits.cfg
 python -m launch.train --flagfile=configs/customize_openmoji.cfg
+python -m launch.train --flagfile=configs/train_tower.cfg
 """
 
 import functools
@@ -11,6 +12,7 @@ from absl import flags
 
 from attrib_jax.convert.adapters import apply_custom_diffusion
 from attrib_jax.convert.pipeline import save_pipeline
+from attrib_jax.convert.tokenizer import load_tokenizer
 from attrib_jax.evaluation.retrain import Recipe
 from attrib_jax.evaluation.small_models import SmallUNet, pixel_pipeline, replace_unet_architecture, train_small
 from attrib_jax.runtime.stages import lock
@@ -18,18 +20,19 @@ from attrib_jax.stages.customize import CustomizeConfig, customize
 from attrib_jax.stages.encode import picture_resolution
 from attrib_jax.stages.fit import FitConfig
 from attrib_jax.stages.train import TrainConfig, train
+from attrib_jax.stages.train_tower import TowerConfig, train_tower
 from launch import common
 
 _MODE = flags.DEFINE_enum(
     "mode",
     "scratch",
-    ["scratch", "unet", "customize"],
+    ["scratch", "unet", "customize", "tower"],
     "Train a pipeline from scratch on --dataset; or only a UNet, on the fixed encoders of --model or on pixels, as "
-    "launch.evaluate trains it; or fine-tune --model on --exemplars.",
+    "launch.evaluate trains it; or fine-tune --model on --exemplars; or train a small CLIP for feature baselines.",
 )
-# All modes; where the defaults differ, in their order.
-_STEPS = flags.DEFINE_integer("train_steps", None, "Steps of the UNet (default: 3000; 400; 300).", lower_bound=1)
-_BATCH = flags.DEFINE_integer("train_batch_size", None, "Pictures a step (default: 128; 64; 8).", lower_bound=1)
+# All modes; where the defaults differ, they are those of scratch, unet, customize and tower.
+_STEPS = flags.DEFINE_integer("train_steps", None, "Steps (default: 3000; 400; 300; 1500).", lower_bound=1)
+_BATCH = flags.DEFINE_integer("train_batch_size", None, "Pictures a step (default: 128; 64; 8; 128).", lower_bound=1)
 _RATE = flags.DEFINE_float(
     "learning_rate", None, "Peak rate (default: 1e-3; 3e-3), or the constant one of customising (1e-5).", lower_bound=0
 )
@@ -57,11 +60,15 @@ _FLIPS = flags.DEFINE_boolean("random_flips", False, "Mirror half of the picture
 _SAVE = flags.DEFINE_boolean("save_pipeline", False, "Also write the whole fine-tuned pipeline to <workdir>/model.")
 
 _CHANNELS = flags.DEFINE_list("unet_channels", ["32"], "Channels of each level of --mode=unet's UNet.")
+_HOLDOUT = flags.DEFINE_float(
+    "holdout", 0.05, "Share of near-duplicate groups that a tower is tested and never trained on.", lower_bound=0
+)
 
 # Flags that the other modes have no use for: given there, they show a mistake.
 _ONLY = {
     "scratch": ("dataset", "vae_steps", "vae_batch_size", "vae_learning_rate", "caption_dropout", "weights_dtype"),
     "unet": ("dataset", "model", "unet_channels", "caption_dropout", "random_flips"),
+    "tower": ("dataset", "tokenizer", "holdout", "weights_dtype"),
     "customize": (
         "model",
         "exemplars",
@@ -79,7 +86,7 @@ _ONLY = {
 def main():
     common.require(workdir=common.WORKDIR.value)
     _refuse_flags_of_another_mode()
-    {"scratch": _scratch, "unet": _unet, "customize": _customize}[_MODE.value]()
+    {"scratch": _scratch, "unet": _unet, "customize": _customize, "tower": _tower}[_MODE.value]()
 
 
 def _scratch():
@@ -130,6 +137,31 @@ def _unet():
     with lock(common.WORKDIR.value):
         model = train_small(common.WORKDIR.value, dataset, untrained, recipe, _SEED.value)
     print(f"model: {model}")
+
+
+def _tower():
+    common.require(tokenizer=common.TOKENIZER.value)
+    steps = _given(_STEPS, 1500)
+    config = TowerConfig(
+        run=FitConfig(
+            steps=steps,
+            batch_size=_given(_BATCH, 128),
+            learning_rate=_given(_RATE, 1e-3),
+            warmup_steps=min(100, steps // 10),
+            ema_decay=0.99,
+            weight_decay=0.1,
+            seed=_SEED.value,
+            checkpoint_every=_EVERY.value,
+            log_every=10,
+        ),
+        holdout=_HOLDOUT.value,
+    )
+    dataset, tokenizer = common.load_dataset(), load_tokenizer(common.TOKENIZER.value)
+    with lock(common.WORKDIR.value):
+        folder, results = train_tower(common.WORKDIR.value, dataset, tokenizer, config, _DTYPE.value)
+    for name, value in results.items():
+        print(f"{name}: {value:g}")
+    print(f"tower: {folder}")
 
 
 def _customize():

@@ -15,6 +15,8 @@ from attrib_jax.core.checks import check_choice
 from attrib_jax.runtime.files import DamagedFileError, read_arrays, write_arrays
 from attrib_jax.stages.attribute import Attributor
 from attrib_jax.stages.config import AttributeConfig
+from attrib_jax.stages.feature_settings import FeatureSettings
+from attrib_jax.stages.gradient_settings import GradientSettings
 from attrib_jax.stages.identity import check_query_name, query_settings
 from attrib_jax.stages.query import Query
 
@@ -56,12 +58,19 @@ def read_methods(file: str | os.PathLike, only: Sequence[str] = ()) -> dict[str,
         if only and name not in only:
             continue
         try:
-            configs[name] = AttributeConfig(**{**shared, **values})
+            configs[name] = _config({**shared, **values})
         except (ValueError, TypeError) as error:
             raise ValueError(f"method {name!r} of {file}: {error}") from error
     for name in only:
         check_choice("method", name, content)
     return {name: configs[name] for name in only or configs}
+
+
+def _config(values: dict[str, Any]) -> AttributeConfig:
+    """A config from JSON values: lists are tuples there, and objects the nested records."""
+    nested = {"gradients": GradientSettings, "features": FeatureSettings}
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    return AttributeConfig(**{name: nested[name](**v) if name in nested else v for name, v in values.items()})
 
 
 @dataclasses.dataclass(frozen=True)

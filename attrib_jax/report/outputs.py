@@ -19,6 +19,7 @@ from attrib_jax.runtime.hosts import from_first_host
 from attrib_jax.runtime.stages import load_stage
 from attrib_jax.stages.attribute import Attributed
 from attrib_jax.stages.config import AttributeConfig
+from attrib_jax.stages.feature_settings import SIMILARITIES, TOWER_METHODS
 from attrib_jax.stages.gradient_settings import PROJECTED_METHODS
 from attrib_jax.stages.query import Query
 from attrib_jax.stages.regions import read_region_mask
@@ -158,6 +159,16 @@ def _query_settings(query: Query) -> dict[str, str]:
     }
 
 
+def _similarity_settings(config: AttributeConfig) -> dict[str, str]:
+    method = TOWER_METHODS.get(config.method)
+    settings = {} if method is None else {"tower": Path(config.features.tower).name}
+    if method is not None and method.mapped:
+        settings["mapping"] = Path(config.features.head).name
+    if method is not None and method.text:
+        return settings | {"captions": config.captions}
+    return settings | {"flips": config.flips}
+
+
 def _projected_settings(config: AttributeConfig) -> dict[str, str]:
     gradients = config.gradients
     settings = {
@@ -182,6 +193,8 @@ def _projected_settings(config: AttributeConfig) -> dict[str, str]:
 
 
 def _method_settings(config: AttributeConfig, size: int) -> dict[str, str]:
+    if config.method in SIMILARITIES:
+        return _similarity_settings(config)
     if config.method in PROJECTED_METHODS:
         return _projected_settings(config)
     if config.method not in _GRADIENT_METHODS:

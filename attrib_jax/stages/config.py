@@ -12,10 +12,11 @@ from attrib_jax.core.checks import check_choice, check_positive, check_range
 from attrib_jax.core.weights import WEIGHT_SUBSETS
 from attrib_jax.curvature.ekfac import RELATIVE_DAMPING
 from attrib_jax.models.precision import PRECISIONS
+from attrib_jax.stages.feature_settings import SIMILARITIES, FeatureSettings
 from attrib_jax.stages.fisher import fisher_file
 from attrib_jax.stages.gradient_settings import PROJECTED_METHODS, GradientSettings
 
-METHODS = ("unlearn", "influence", "random", *PROJECTED_METHODS)
+METHODS = ("unlearn", "influence", "random", *PROJECTED_METHODS, *SIMILARITIES)
 CURVATURES = ("diagonal", "ekfac")
 SCORES = ("exact", "linear")
 CAPTIONS = ("first", "all")
@@ -31,9 +32,9 @@ class AttributeConfig:
 
     Attributes:
       method: `unlearn`, `influence` (what one infinitesimal Newton step scores), `random` (uniform scores, the floor
-        that a method has to beat), or one of the projected methods `trak`, `journey-trak`, `d-trak`, `das` (METHOD.md
-        sections 7 and 10). The projected take weights, query_draws, stride, captions, flips, loss_seed, precision and
-        `gradients`, and refuse what would restrict unlearning.
+        that a method has to beat), one of `SIMILARITIES`, or one of the projected methods `trak`, `journey-trak`,
+        `d-trak`, `das` (METHOD.md sections 7 and 10). The projected take weights, query_draws, stride, captions, flips,
+        loss_seed, precision and `gradients`, and refuse what would restrict unlearning.
       weights: the subset that moves, see `WEIGHT_SUBSETS`.
       update: `newton` (eq. 5) or `sgd` (plain ascent without F).
       step_size: alpha of a step.
@@ -63,6 +64,7 @@ class AttributeConfig:
       cascade_min: the least number of pictures that a cascade scores at the full setting.
       gradients: of the projected methods, see `GradientSettings`.
       batch_size: examples in flight; changes speed and memory only. 0 is automatic.
+      features: the tower of the similarities.
       queries_per_pass: queries scored in one pass over the data set; changes memory and speed only. 0 is automatic.
     """
 
@@ -93,6 +95,7 @@ class AttributeConfig:
     gradients: GradientSettings = GradientSettings()
     batch_size: int = 0
     queries_per_pass: int = 0
+    features: FeatureSettings = FeatureSettings()
 
     def __post_init__(self):
         check_choice("method", self.method, METHODS)
@@ -111,6 +114,7 @@ class AttributeConfig:
         for name in _PERFORMANCE:
             check_range(name, getattr(self, name), 0, integer=True)
         check_range("loss_seed", self.loss_seed, 0, 2**32 - 1, integer=True)
+        self.features.check(self.method)
         if self.num_examples is not None:
             check_positive("num_examples", self.num_examples, integer=True)
         if self.update == "sgd" and (self.damping or self.keep_ewc_gradient):
@@ -187,6 +191,9 @@ class AttributeConfig:
         settings = dataclasses.asdict(self)
         for name in (*_PERFORMANCE, "gradients"):
             del settings[name]
+        del settings["features"]
+        if self.method in SIMILARITIES:
+            settings |= self.features.describe(self.method)
         if not self.cascade:
             del settings["cascade_stride"], settings["cascade_min"]
         if self.curvature == "diagonal":

@@ -1,140 +1,163 @@
-"""Projected per-example gradients of a data set: computed on all devices, kept on disk and resumed there."""
+"""Attribution by the similarity of features (METHOD.md section 7): a tower's features of a data set, stored once."""
 
-import functools
-from pathlib import Path
-from typing import Any
+import threading
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
-from attrib_jax.baselines.outputs import output_gradient
-from attrib_jax.baselines.projection import project
-from attrib_jax.core.weights import merge_weights
-from attrib_jax.diffusion.schedule import NoiseSchedule, strided_timesteps
-from attrib_jax.models.precision import cast_params, matmul_precision
-from attrib_jax.models.unet import UNet2DConditionModel, predictor
-from attrib_jax.runtime.chunks import ChunkStore
-from attrib_jax.runtime.hosts import first_host_first, from_first_host
-from attrib_jax.runtime.mesh import data_mesh
-from attrib_jax.stages.encoded import EncodedDataset
-from attrib_jax.stages.losses import ExampleProgram, fill_chunks
+from attrib_jax.baselines.features import (
+    IMAGE_TILE,
+    TEXT_TILE,
+    cosine_similarities,
+    encode_pictures,
+    encode_texts,
+    pixel_features,
+    text_features,
+)
+from attrib_jax.baselines.head import load_head
+from attrib_jax.convert.tokenizer import tokenize_prompts
+from attrib_jax.convert.tower import Tower, load_tower, tower_fingerprint
+from attrib_jax.core.types import Scores
+from attrib_jax.data.concat import ConcatDataset
+from attrib_jax.data.latents import LatentsDataset
+from attrib_jax.data.sources import Dataset
+from attrib_jax.runtime.hosts import from_first_host
+from attrib_jax.runtime.joined import JoinedArray
+from attrib_jax.stages.config import AttributeConfig
+from attrib_jax.stages.feature_settings import TOWER_METHODS
+from attrib_jax.stages.fill import fill, make_store
+from attrib_jax.stages.pictures import PictureReader
+from attrib_jax.stages.root import StageRoot
+from attrib_jax.stages.scoring import make_scores
+from attrib_jax.stages.skipped import SkippedRows, read_skipped
 
-# UNet forwards whose activations a device holds at once: a core is as fast with few; an accelerator has to be filled.
-_FORWARDS_PER_CPU, _FORWARDS_PER_ACCELERATOR = 40, 320
-# The memory that the gradients of a tile may fill.
-_GRADIENT_BYTES = 2**30
-_MAX_ROWS_PER_CHUNK = 256
-_CHUNK_BYTES = 2**26
-# Stores up to this size are checked whole whenever they are opened; chunks of larger ones when they are first used.
-_CHECKED_BYTES = 2**31
+if TYPE_CHECKING:
+    from attrib_jax.stages.attribute import Attributor
+    from attrib_jax.stages.methods import Job, Scored
 
 
-class FeatureProgram(ExampleProgram):
-    """The compiled projected gradients of one output of a model; its weights are `(selected, rest, projection key)`.
+def feature_scores(attributor: "Attributor", jobs: Sequence["Job"], config: AttributeConfig) -> list["Scored"]:
+    """Cosine similarities of a tower's features of the query and of each training picture.
 
-    Results are (rows, flips, k), and (rows, flips, k + 1) for the output `mean`, whose last number is the residual.
+    Pictures are compared as they are and mirrored, and `config.flips` says what to make of the two. `clip-text`
+    compares the query's prompt with the first caption of each picture, or with all, the largest counting, as
+    `config.captions` says. The features are a stage of the workdir, of one tower and the data set.
     """
-
-    def __init__(
-        self,
-        unet: UNet2DConditionModel,
-        schedule: NoiseSchedule,
-        output: str,
-        projection: str,
-        projection_dim: int,
-        num_weights: int,
-        loss_seed: int,
-        stride: int,
-        batch_size: int = 0,
-        mesh: Mesh | None = None,
-        precision: str = "float32",
-        timestep: int | None = None,
-    ):
-        """Compiles when first called.
-
-        Args:
-          unet: the model.
-          output: see `output_gradient`.
-          projection, projection_dim: see `project`.
-          num_weights: numbers in a gradient; it decides how many examples a device takes at once.
-          schedule, loss_seed, stride, batch_size, mesh: as in `ExampleProgram`.
-          precision: of the forward pass, see `PRECISIONS`; gradients are taken by float32 weights.
-          timestep: the only one, instead of the strided ones.
-        """
-        predict, with_residual = predictor(unet, precision), output == "mean"
-        self.projection_dim = projection_dim
-
-        def features(schedule, key, timesteps, weights, batch):
-            selected, rest, projection_key = weights
-
-            def merge(selected):
-                return cast_params(merge_weights(selected, rest), precision)
-
-            gradients, residuals = jax.vmap(
-                lambda example: output_gradient(output, predict, schedule, merge, selected, key, example, timesteps)
-            )(batch)
-            projected = project(gradients, projection_key, projection, projection_dim)
-            if not with_residual:
-                return projected
-            return jnp.concatenate([projected, residuals[:, None].astype(projected.dtype)], axis=1)
-
-        mesh = mesh or data_mesh()
-        if timestep is None:
-            timesteps = strided_timesteps(stride, schedule.num_train_timesteps)
-        else:
-            timesteps = np.array([timestep], np.int32)
-        # For `mean` every timestep has a gradient of its own.
-        numbers = num_weights * (len(timesteps) if with_residual else 1)
-        super().__init__(
-            features,
-            schedule,
-            loss_seed,
-            stride,
-            batch_size,
-            mesh,
-            (projection_dim + with_residual,),
-            matmul_precision(precision),
-            timesteps,
-            _examples_per_tile(mesh, len(timesteps), numbers),
-        )
-
-
-def _examples_per_tile(mesh: Mesh, num_timesteps: int, numbers: int) -> int:
-    on_cpu = mesh.devices.flat[0].platform == "cpu"
-    forwards = _FORWARDS_PER_CPU if on_cpu else _FORWARDS_PER_ACCELERATOR
-    return max(1, min(forwards // num_timesteps, _GRADIENT_BYTES // (4 * numbers)))
-
-
-def dataset_features(
-    path: Path, program: FeatureProgram, weights: Any, data: EncodedDataset, flips: int, captions: str, description: str
-) -> tuple[Any, np.ndarray | None]:
-    """A program's results on a data set, kept in chunks under `path` and resumed there.
-
-    Returns features (N, flips, k) float32, an array on disk that takes slices, and the residuals (N, flips) float32 in
-    memory, None for outputs without. With several hosts, host 0 decides what is missing and writes.
-
-    Raises ValueError where a feature is NaN or infinite.
-    """
-    dim = program.projection_dim
-    fields = {"features": ((flips, dim), np.float32)}
-    with_residual = program.result_shape[0] > dim
-    if with_residual:
-        fields["residual"] = ((flips,), np.float32)
-    rows_per_chunk = max(1, min(_MAX_ROWS_PER_CHUNK, _CHUNK_BYTES // (4 * flips * dim)))
-    store = first_host_first(lambda: ChunkStore(path, fields, len(data), rows_per_chunk, name="features"))
-    small = 4 * len(data) * flips * dim <= _CHECKED_BYTES
-    missing = from_first_host(lambda: list(store.missing()) if small else store.absent())
-    pack = functools.partial(_pack, dim, with_residual)
-    fill_chunks(store, missing, program, weights, data, flips, captions, description, pack, np.arange(len(data)))
-    return store.array("features"), np.asarray(store.array("residual")) if with_residual else None
-
-
-def _pack(dim: int, with_residual: bool, values: np.ndarray) -> dict[str, np.ndarray]:
-    if not np.isfinite(values).all():
+    method, dataset = TOWER_METHODS[config.method], attributor.dataset
+    check_pictures(dataset, config.method)
+    tower = load_tower(config.features.tower, method.family)
+    if (tower.tokenizer if method.text else tower.processor) is None:
+        half = "text" if method.text else "vision"
         raise ValueError(
-            "projected gradients are NaN or infinite: look for a damaged model, or keep precision='float32'"
+            f"method {config.method!r}: tower {config.features.tower!r} lacks its {half} half; give a whole model such "
+            f"as {method.example}"
         )
-    values = values.astype(np.float32)
-    return {"features": values[..., :dim]} | ({"residual": values[..., dim]} if with_residual else {})
+    head = load_head(config.features.head, tower.module.feature_width()) if method.mapped else None
+    fingerprint = tower_fingerprint(config.features.tower)
+    inputs = {"dataset": attributor.inputs["dataset"], "tower": fingerprint}
+    name = f"features/{'captions' if method.text else 'pictures'}-{fingerprint[:12]}"
+    reused = attributor.root.is_finished(name, {}, inputs)
+    if method.text:
+        with attributor.timed("features", reused):
+            features = caption_features(attributor.root, name, inputs, dataset, tower)
+            queries = text_features(tower, [job.prepared.prompt for job in jobs])
+        return [(scores, ()) for scores in _text_scores(dataset, features, queries, config)]
+    with attributor.timed("features", reused):
+        workers = attributor.encode_config.workers
+        features, kept = picture_features(attributor.root, name, inputs, dataset, tower, workers)
+        queries = pixel_features(tower, np.stack([job.prepared.image for job in jobs]))
+    values = cosine_similarities(features, queries, head)
+    return [(make_scores(dataset.row_ids[kept], each[kept], None, config), ()) for each in values]
+
+
+def _text_scores(dataset, features, queries, config: AttributeConfig) -> list[Scores]:
+    first = _first_captions(dataset)
+    results = []
+    for values in cosine_similarities(features, queries):
+        values = values[:, 0]
+        score = values[first[:-1]] if config.captions == "first" else np.maximum.reduceat(values, first[:-1])
+        results.append(Scores(dataset.row_ids, score))
+    return results
+
+
+def check_pictures(dataset: Dataset, method: str) -> None:
+    """Raises ValueError where a data set holds latents alone."""
+    if isinstance(dataset, ConcatDataset):
+        check_pictures(dataset.first, method)
+        check_pictures(dataset.second, method)
+    elif isinstance(dataset, LatentsDataset) and dataset.images is None:
+        raise ValueError(
+            f"method {method!r} compares pictures or captions, and {dataset.name!r} holds latents alone; give the data "
+            "set that has them with --images"
+        )
+
+
+def picture_features(
+    root: StageRoot, name: str, inputs: dict[str, str], dataset: Dataset, tower: Tower, workers: int = 0
+) -> tuple[JoinedArray, np.ndarray]:
+    """Features of every picture and of its mirror image, computed, resumed or reused.
+
+    Args:
+      root: where the stage `name` is kept.
+      inputs: fingerprints of data set and tower.
+      dataset: its pictures are resized and cropped as the tower's image processor does.
+      tower: with a vision half.
+      workers: processes that read pictures, see `fill`.
+
+    Returns:
+      (N, 2, d) float32, on disk, [:, 1] of the mirrored pictures, and the positions of the pictures that could be read.
+    """
+    module, processor = tower.module, tower.processor
+
+    def encode_tile(params, batch):
+        images, _ = batch
+        both = [encode_pictures(module, processor, params, views) for views in (images, images[:, :, ::-1])]
+        return jnp.stack(both, axis=1)
+
+    with root.stage(name, {}, inputs) as stage:
+        skipped = SkippedRows(stage.path)
+        features = fill(
+            make_store(stage.path, "features", (2, module.feature_width()), "float32", len(dataset)),
+            encode_tile,
+            tower.params,
+            PictureReader(dataset, (processor.side, processor.side), processor.fit),
+            IMAGE_TILE,
+            "features of pictures",
+            "image",
+            workers=workers,
+            store_skipped=skipped.store,
+        )
+        skipped.join()
+        left_out = dict(from_first_host(lambda: list(read_skipped(stage.path).items())))
+    return features, np.setdiff1d(np.arange(len(dataset)), list(left_out))
+
+
+def caption_features(root: StageRoot, name: str, inputs: dict[str, str], dataset: Dataset, tower: Tower) -> JoinedArray:
+    """Features of every caption, one picture's after another's -> (M, 1, d) float32; as in `picture_features`."""
+    captions = [text for index in range(len(dataset)) for text in dataset.captions(index)]
+    module, lock = tower.module, threading.Lock()
+
+    def read(rows):
+        with lock:  # a tokenizer's padding is state that two threads must not set at once
+            return tokenize_prompts(tower.tokenizer, [captions[row] for row in rows]), {}
+
+    def encode_tile(params, input_ids):
+        return encode_texts(module, params, input_ids)[:, None]
+
+    with root.stage(name, {}, inputs) as stage:
+        return fill(
+            make_store(stage.path, "features", (1, module.feature_width()), "float32", len(captions)),
+            encode_tile,
+            tower.params,
+            read,
+            TEXT_TILE,
+            "features of captions",
+            "caption",
+        )
+
+
+def _first_captions(dataset: Dataset) -> np.ndarray:
+    """(N + 1,) where each picture's captions begin among all captions."""
+    return np.concatenate([[0], np.cumsum([len(dataset.captions(index)) for index in range(len(dataset))])])

@@ -12,6 +12,7 @@ import numpy as np
 from attrib_jax.core.types import Scores
 from attrib_jax.runtime.stages import Stage
 from attrib_jax.stages.config import METHODS, AttributeConfig
+from attrib_jax.stages.feature_settings import TOWER_METHODS
 from attrib_jax.stages.gradient_settings import PROJECTED_METHODS
 from attrib_jax.stages.query import PreparedQuery
 
@@ -77,5 +78,7 @@ _HOME = {
     "influence": "attrib_jax.stages.influence:influence_scores",
     "random": f"{__name__}:random_scores",
     **dict.fromkeys(PROJECTED_METHODS, "attrib_jax.stages.projected:projected_scores"),
+    "pixel": "attrib_jax.stages.pixels:pixel_scores",
+    **dict.fromkeys(TOWER_METHODS, "attrib_jax.stages.features:feature_scores"),
 }
 assert _HOME.keys() == set(METHODS)

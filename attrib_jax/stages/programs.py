@@ -7,9 +7,9 @@ from attrib_jax.core.weights import count_weights, merge_weights, select_weights
 from attrib_jax.models.precision import cast_params, matmul_precision
 from attrib_jax.models.unet import predictor
 from attrib_jax.stages.config import AttributeConfig
-from attrib_jax.stages.features import FeatureProgram
 from attrib_jax.stages.linear import LinearProgram
 from attrib_jax.stages.losses import LossProgram
+from attrib_jax.stages.projections import FeatureProgram
 
 
 class ScorePrograms:

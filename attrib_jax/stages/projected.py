@@ -37,10 +37,10 @@ from attrib_jax.runtime.hosts import from_first_host
 from attrib_jax.runtime.progress import progress
 from attrib_jax.stages.config import AttributeConfig
 from attrib_jax.stages.encoded import EncodedDataset
-from attrib_jax.stages.features import dataset_features
 from attrib_jax.stages.gradient_settings import unet_folder
 from attrib_jax.stages.identity import model_fingerprint
 from attrib_jax.stages.methods import Job, Scored
+from attrib_jax.stages.projections import dataset_features
 from attrib_jax.stages.query import PreparedQuery
 
 if TYPE_CHECKING:
