@@ -31,6 +31,7 @@ from attrib_jax.stages.encoded import EncodedDataset
 
 # Steps whose batches are drawn on the host and sent to the devices together.
 _STEPS_PER_DRAW = 100
+_STEPS_IN_FLIGHT = 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,9 +183,13 @@ class Retrainer:
                 for step in range(stop - start):
                     batch = shard_batch(self.mesh, Draws(*(leaf[:, step] for leaf in draws)))
                     state, loss = self._step(shared, (state, batch, keys))
-                    # Steps that run ahead would hold the devices' queues when the run is to be stopped.
-                    jax.block_until_ready(loss)
-                    bar.update()
+                    # Some steps may wait in the devices' queues, so that no device waits for the host, but not so many
+                    # that stopping takes long.
+                    if (step + 1) % _STEPS_IN_FLIGHT == 0:
+                        jax.block_until_ready(loss)
+                        bar.update(_STEPS_IN_FLIGHT)
+                jax.block_until_ready(loss)
+                bar.update((stop - start) % _STEPS_IN_FLIGHT)
                 start = stop
                 if not np.isfinite(np.asarray(loss)).all():
                     raise ValueError(
