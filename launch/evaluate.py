@@ -46,6 +46,7 @@ _PER_DEVICE = flags.DEFINE_integer(
 _MEASURE_STRIDE = flags.DEFINE_integer("measure_stride", 5, "Timesteps of the queries' own losses.", lower_bound=1)
 _MEASURE_SEED = flags.DEFINE_integer("measure_seed", 0, "Of the noise of these losses.", lower_bound=0)
 
+_PICTURES = flags.DEFINE_boolean("pictures", False, "leave-k-out: also show the queries as retrained models draw them.")
 _REMOVE = flags.DEFINE_list("remove", ["0.05"], "leave-k-out: pictures removed, as numbers or as shares below 1.")
 _CURVE = flags.DEFINE_list("curve", [], "leave-k-out: further numbers or shares of random pictures.")
 _RANDOM_SETS = flags.DEFINE_integer("random_sets", 10, "leave-k-out: random sets of each number.", lower_bound=1)
@@ -65,7 +66,7 @@ _SHIPPED = flags.DEFINE_boolean("use_shipped_stages", True, "Reuse the finished 
 
 # Flags of one protocol: given with another, they show a mistake.
 _OF = {
-    "leave-k-out": ("remove", "curve", "random_sets", "train_seeds"),
+    "leave-k-out": ("remove", "curve", "random_sets", "train_seeds", "pictures"),
     "lds": ("lds_models", "lds_share", "lds_seed"),
     "customized": ("cases", "cases_root", "token", "rows"),
     "self": ("self_queries",),
@@ -113,7 +114,7 @@ def _counterfactual(attributor: Attributor, methods) -> str:
         queries.queries,
         prepared,
         recipe,
-        MeasureConfig(_MEASURE_STRIDE.value, _MEASURE_SEED.value),
+        MeasureConfig(_MEASURE_STRIDE.value, _MEASURE_SEED.value, _PICTURES.value),
         _PER_DEVICE.value,
     )
     if config is not None:

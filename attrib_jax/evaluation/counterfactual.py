@@ -31,7 +31,6 @@ from attrib_jax.stages.identity import query_settings
 from attrib_jax.stages.query import PreparedQuery, Query, initial_noise
 
 _TABLE = "models.safetensors"
-_FIELDS = ("loss", "mse")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,14 +40,20 @@ class MeasureConfig:
     Attributes:
       stride: of the strided sum over timesteps of a query's loss (METHOD.md section 2).
       seed: of its noise, one draw for each query and timestep, the same for every model.
+      pictures: also keep the latents of the regenerated queries.
     """
 
     stride: int = 5
     seed: int = 0
+    pictures: bool = False
 
     def __post_init__(self):
         check_positive("stride", self.stride, integer=True)
-        check_range("loss_seed", self.seed, 0, 2**32 - 1, integer=True)
+        check_range("measure_seed", self.seed, 0, 2**32 - 1, integer=True)
+
+    def settings(self) -> dict[str, Any]:
+        """What decides the result, as JSON values."""
+        return {"stride": self.stride, "seed": self.seed} | ({"pictures": True} if self.pictures else {})
 
 
 def training_key(training: Training) -> str:
@@ -81,10 +86,10 @@ class Counterfactuals:
         if len({(q.guidance_scale, q.sampler_steps) for q in queries}) != 1:
             raise ValueError("queries differ in guidance_scale or sampler_steps; expected one for all")
         self.attributor, self.queries, self.recipe, self.measure = attributor, list(queries), recipe, measure
-        self._prepared = list(prepared)
+        self.prepared = list(prepared)
         self.settings = {
             "recipe": recipe.settings(),
-            "measure": dataclasses.asdict(measure),
+            "measure": measure.settings(),
             "queries": [query_settings(query) for query in queries],
         }
         self._retrainer = Retrainer(attributor.pipeline, attributor.data, recipe, per_device)
@@ -97,9 +102,10 @@ class Counterfactuals:
           loss: (M, Q) strided loss of each query.
           mse: (M, Q) mean squared difference, over latent values, between a query's latents and those that the model
             draws from the same noise.
+          latents: (M, Q, h, w, c) of these regenerations, where `measure.pictures`.
         """
         with self.attributor.root.stage(self.name, self.settings, self.attributor.inputs) as stage:
-            table = ResultTable(stage.path / _TABLE, {name: (len(self.queries),) for name in _FIELDS})
+            table = ResultTable(stage.path / _TABLE, self._fields)
             states = StateStore(stage.path)
             todo = {training_key(training): training for training in trainings}
             todo = {key: training for key, training in todo.items() if key not in table}
@@ -112,11 +118,11 @@ class Counterfactuals:
                     [todo[key] for key in group], states, description=f"{description}: {done} of {len(keys)} models"
                 )
                 measured = self._measured(params, len(group))
-                rows = {key: {n: measured[n][place] for n in _FIELDS} for place, key in enumerate(group)}
+                rows = {key: {n: measured[n][place] for n in self._fields} for place, key in enumerate(group)}
                 table.add(rows)
                 states.remove()
             wanted = [training_key(training) for training in trainings]
-            return {name: table.get(name, wanted) for name in _FIELDS}
+            return {name: table.get(name, wanted) for name in self._fields}
 
     @property
     def name(self) -> str:
@@ -124,10 +130,11 @@ class Counterfactuals:
         digest = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:8]
         return f"evaluation/retrained-{digest}"
 
-    def pictures(self, training: Training) -> np.ndarray:
-        """The queries' latents (Q, h, w, c) as a retrained model draws them; it is trained for that, and not kept."""
-        params = self._retrainer.train([training], description="retrain for pictures")
-        return self._measured(params, 1)["latents"][0]
+    @property
+    def _fields(self) -> dict[str, tuple[int, ...]]:
+        count = len(self.queries)
+        fields = {"loss": (count,), "mse": (count,)}
+        return fields | ({"latents": (count, *self.prepared[0].latents.shape)} if self.measure.pictures else {})
 
     def _measured(self, params: Any, count: int) -> dict[str, np.ndarray]:
         mesh, pipeline = self._retrainer.mesh, self.attributor.pipeline
@@ -145,8 +152,8 @@ class Counterfactuals:
     def _inputs(self, pipeline: Pipeline) -> tuple:
         empty = encode_text(pipeline.text_encoder, pipeline.params["text_encoder"], tokenize(pipeline, [""]))[0]
         return (
-            np.stack([query.latents for query in self._prepared]),
-            np.stack([query.text for query in self._prepared]),
+            np.stack([query.latents for query in self.prepared]),
+            np.stack([query.text for query in self.prepared]),
             np.asarray(empty),
             np.stack([initial_noise(pipeline, query.seed) for query in self.queries]),
             jax.random.key_data(loss_key(self.measure.seed)),

@@ -14,8 +14,9 @@ from attrib_jax.evaluation.counterfactual import Counterfactuals
 from attrib_jax.evaluation.metrics import RemovalCurve, mean_and_error, paired_difference
 from attrib_jax.evaluation.named import QuerySet, method_scores
 from attrib_jax.evaluation.retrain import Training
-from attrib_jax.evaluation.tables import curve_plot, write_table
+from attrib_jax.evaluation.tables import curve_plot, picture_grid, write_table
 from attrib_jax.stages.config import AttributeConfig
+from attrib_jax.stages.query import decode
 
 _NOTHING = np.array([], np.int64)
 
@@ -141,6 +142,8 @@ def run_leave_k_out(
     folder = _write(attributor, split, rows, per_query)
     title = f"{len(positions)} {split} queries, {len(config.seeds)} training seed(s), {size} training pictures"
     curve_plot(folder / "leave_k_out.png", title, curve, points)
+    if counterfactuals.measure.pictures:
+        _write_pictures(folder / "pictures.png", counterfactuals, scores, positions, config)
     return rows, f"{title}\n\n{(folder / 'leave_k_out.md').read_text(encoding='utf-8')}"
 
 
@@ -167,3 +170,18 @@ def _write(attributor, split: str, rows: list[dict], per_query: list[dict]):
     if per_query:
         write_table(folder, "queries", per_query)
     return folder
+
+
+def _write_pictures(file, counterfactuals: Counterfactuals, scores, positions: np.ndarray, config: LeaveKOutConfig):
+    """A row for each query: itself, as the model retrained on all draws it, and as those without pictures do."""
+    attributor, count = counterfactuals.attributor, config.counts[0]
+    row_ids, size = attributor.data.row_ids, len(attributor.data)
+    removed = {"trained on all": [_NOTHING] * len(positions)}
+    removed |= {name: [top_positions(query, row_ids, count) for query in each] for name, each in scores.items()}
+    removed["random pictures"] = [random_positions(size, count, 0)] * len(positions)
+    columns = {"query": np.stack([counterfactuals.prepared[place].image for place in positions])}
+    for name, sets in removed.items():
+        found = counterfactuals.results([Training(positions, config.seeds[0]) for positions in sets])["latents"]
+        own = found[np.arange(len(positions)), positions].astype(np.float32)
+        columns[name] = decode(attributor.pipeline, own)
+    picture_grid(file, f"{count} pictures removed", [counterfactuals.queries[p].prompt for p in positions], columns)

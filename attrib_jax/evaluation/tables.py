@@ -79,6 +79,23 @@ def curve_plot(
     _save(figure, file)
 
 
+def picture_grid(file: str | os.PathLike, title: str, rows: Sequence[str], columns: Mapping[str, np.ndarray]) -> None:
+    """Pictures, column name -> (rows, H, W, 3) uint8, side by side as a PNG."""
+    figure, axes = _figure(1.0 * len(rows) + 0.8)
+    axes.remove()
+    grid = figure.subplots(len(rows), len(columns), squeeze=False)
+    for column, (name, pictures) in enumerate(columns.items()):
+        grid[0, column].set_title(name, fontsize=6)
+        for row, picture in enumerate(pictures):
+            grid[row, column].imshow(picture, interpolation="nearest")
+            grid[row, column].set_xticks([])
+            grid[row, column].set_yticks([])
+    for row, name in enumerate(rows):
+        grid[row, 0].set_ylabel(name, fontsize=5)
+    figure.suptitle(title, fontsize=9)
+    _save(figure, file)
+
+
 def _figure(height: float):
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # without a global state of figures
     from matplotlib.figure import Figure

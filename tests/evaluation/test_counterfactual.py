@@ -149,6 +149,19 @@ def test_leave_k_out_averages_over_training_seeds(counterfactuals):
     assert changes[2] == pytest.approx(np.mean(changes[:2])) and changes[0] != changes[1]
 
 
+def test_pictures_of_retrained_models(attributor):
+    counterfactuals = make(attributor, measure=MeasureConfig(stride=250, pictures=True))
+    config = LeaveKOutConfig((2,), random_sets=1)
+    run_leave_k_out(counterfactuals, {"random": METHODS["random"]}, SET, "reported", config)
+    folder = attributor.root.workdir / "evaluation" / "leave-k-out-reported"
+    assert (folder / "pictures.png").read_bytes().startswith(b"\x89PNG")
+    results = counterfactuals.results([Training(np.array([], np.int64))])
+    original = np.stack([query.latents for query in counterfactuals.prepared])
+    np.testing.assert_allclose(
+        results["mse"], np.mean(np.square(results["latents"] - original), axis=(2, 3, 4)), rtol=1e-4
+    )
+
+
 def test_top_positions_break_ties_by_row_id():
     np.testing.assert_array_equal(top_positions(np.array([1.0, 5.0, 1.0, 1.0]), np.array([9, 4, 2, 7]), 3), [1, 2, 3])
 
