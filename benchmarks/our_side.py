@@ -21,8 +21,9 @@ from attrib_jax.models.precision import cast_params, matmul_precision
 from attrib_jax.models.unet import predictor
 from attrib_jax.runtime.cache import enable_compilation_cache
 from attrib_jax.runtime.mesh import data_mesh, replicate, shard_batch, tile_map
+from attrib_jax.stages.draws import fisher_draws, samples_per_tile
 from attrib_jax.stages.encoded import EncodedDataset
-from attrib_jax.stages.fisher import fisher_draws, fit_fisher, samples_per_tile
+from attrib_jax.stages.fisher import fit_fisher
 from attrib_jax.stages.gradient import GradientProgram
 from attrib_jax.stages.losses import LossProgram
 from benchmarks.sizes import Size

@@ -13,7 +13,9 @@ from absl import flags
 
 from attrib_jax.attribution.scores import FLIP_RULES
 from attrib_jax.attribution.unlearn import METHODS as UPDATES
+from attrib_jax.baselines.projection import PROJECTIONS
 from attrib_jax.core.weights import WEIGHT_SUBSETS
+from attrib_jax.curvature.ekfac import RELATIVE_DAMPING
 from attrib_jax.data.sources import Dataset
 from attrib_jax.diffusion.samplers import SAMPLERS
 from attrib_jax.models.precision import PRECISIONS
@@ -21,8 +23,10 @@ from attrib_jax.report.outputs import write_outputs
 from attrib_jax.runtime.hosts import is_first_host
 from attrib_jax.runtime.stages import lock
 from attrib_jax.stages.attribute import Attributed, Attributor
-from attrib_jax.stages.config import CAPTIONS, METHODS, SCORES, AttributeConfig
+from attrib_jax.stages.config import CAPTIONS, CURVATURES, METHODS, SCORES, AttributeConfig
 from attrib_jax.stages.encode import picture_resolution
+from attrib_jax.stages.feature_settings import TOWER_METHODS, FeatureSettings, default_tower
+from attrib_jax.stages.gradient_settings import PROJECTED_METHODS, GradientSettings
 from attrib_jax.stages.queries import read_queries
 from attrib_jax.stages.query import Query, read_stored_query
 from attrib_jax.stages.root import StageRoot
@@ -47,6 +51,10 @@ _UPDATE = flags.DEFINE_string("update", "newton", f"Unlearning rule: {', '.join(
 _STEP_SIZE = flags.DEFINE_float("step_size", 0.01, "alpha of an unlearning step.")
 _STEPS = flags.DEFINE_integer("steps", 1, "Unlearning steps.")
 _DRAWS = flags.DEFINE_integer("query_draws", 2048, "(t, noise) draws averaged into the gradient of each step.")
+_CURVATURE = flags.DEFINE_string("curvature", "diagonal", f"F of the Newton step: {', '.join(CURVATURES)}.")
+_EKFAC_DAMPING = flags.DEFINE_float(
+    "ekfac_damping", RELATIVE_DAMPING, "With --curvature=ekfac: share of a layer's mean eigenvalue added to all."
+)
 _DAMPING = flags.DEFINE_float("damping", 0.0, "Added to the Fisher information.")
 _KEEP_EWC = flags.DEFINE_boolean("keep_ewc_gradient", False, "Keep the pull towards the first weights.")
 _NUM_EXAMPLES = flags.DEFINE_integer("num_examples", None, "N of the Newton step; the data set's size if not given.")
@@ -61,14 +69,32 @@ _CAPTIONS = flags.DEFINE_string("captions", "first", f"Captions of a training pi
 _FLIPS = flags.DEFINE_string("flips", "max", f"Over a picture and its mirror image: {', '.join(FLIP_RULES)}.")
 _LOSS_SEED = flags.DEFINE_integer("loss_seed", 0, "Seeds the noise of losses, Fisher information and unlearning.")
 _REGION = flags.DEFINE_list("region", None, "x0,y0,x1,y1 in query pixels: attribute this box only.")
+_REGION_MASK = flags.DEFINE_string(
+    "region_mask", None, "PNG file of the query's size: attribute the pixels that are not black, instead of a box."
+)
 _PRECISION = flags.DEFINE_string("precision", "float32", f"Of the scores' losses: {', '.join(PRECISIONS)}.")
 _CASCADE = flags.DEFINE_float("cascade", 0.0, "Share of the pictures scored at the full setting, by coarse scores.")
 _CASCADE_STRIDE = flags.DEFINE_integer("cascade_stride", 250, "Timesteps of the coarse scores.")
 _CASCADE_MIN = flags.DEFINE_integer("cascade_min", 1000, "Least number of pictures scored at the full setting.")
+_PROJECTION = flags.DEFINE_string(
+    "projection", "sparse", f"Of gradients, in trak and its kin: {', '.join(PROJECTIONS)}."
+)
+_PROJECTION_DIM = flags.DEFINE_integer("projection_dim", 2048, "Numbers kept of each gradient.")
+_PROJECTION_SEED = flags.DEFINE_integer("projection_seed", 0, "Seed of the random projection.")
+_REGULARISATION = flags.DEFINE_float("regularisation", 0.1, "lambda, in units of the kernel's mean eigenvalue.")
+_JOURNEY_TIMESTEP = flags.DEFINE_integer("journey_timestep", 400, "Timestep of the query's loss in journey-trak.")
+_DAS_LEVERAGE = flags.DEFINE_boolean("das_leverage", False, "das: divide by 1 - leverage of each training example.")
+_ENSEMBLE = flags.DEFINE_list(
+    "ensemble", [], "Folders of further models whose scores are averaged, in trak and its kin."
+)
 _TOP_K = flags.DEFINE_integer("top_k", 24, "Pictures shown in the report and rows of top.csv.", lower_bound=1)
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 0, "Examples in flight; changes speed and memory only.")
 _QUERIES_PER_PASS = flags.DEFINE_integer("queries_per_pass", 0, "Changes memory and speed only; 0 is automatic.")
 _NAME = flags.DEFINE_string("query_name", None, "Folder name of the result; made from the prompt if not given.")
+_TOWER = flags.DEFINE_string(
+    "tower", None, "Of the similarity methods: transformers folder or Hugging Face id; the shipped one for OpenMoji."
+)
+_HEAD = flags.DEFINE_string("feature_head", None, "File of the linear mapping of clip-abc and dino-abc.")
 _SHIPPED = flags.DEFINE_boolean("use_shipped_stages", True, "Reuse the finished stages that came with the model.")
 
 
@@ -83,7 +109,9 @@ def main():
         step_size=_STEP_SIZE.value,
         steps=_STEPS.value,
         query_draws=_DRAWS.value,
+        curvature=_CURVATURE.value,
         damping=_DAMPING.value,
+        ekfac_damping=_EKFAC_DAMPING.value,
         keep_ewc_gradient=_KEEP_EWC.value,
         num_examples=_NUM_EXAMPLES.value,
         fisher_samples=_FISHER_SAMPLES.value,
@@ -94,13 +122,16 @@ def main():
         flips=_FLIPS.value,
         loss_seed=_LOSS_SEED.value,
         region=_region(),
+        region_mask=_REGION_MASK.value,
         precision=_PRECISION.value,
         cascade=_CASCADE.value,
         cascade_stride=_CASCADE_STRIDE.value,
         # Every picture that is shown has its full score.
         cascade_min=max(_CASCADE_MIN.value, _TOP_K.value) if _CASCADE_MIN.value > 0 else _CASCADE_MIN.value,
+        gradients=_gradients(),
         batch_size=_BATCH_SIZE.value,
         queries_per_pass=_QUERIES_PER_PASS.value,
+        features=_features(),
     )
     pipeline = common.load_model()
     if not common.LATENTS_SCALED.value:
@@ -168,6 +199,35 @@ def _stored_query() -> dict[str, Any]:
             raise ValueError(f"query_text is {_QUERY_TEXT.value!r} but query_latents is not given; give both")
         return {}
     return read_stored_query(_QUERY_LATENTS.value, _QUERY_TEXT.value, _QUERY_INDEX.value)
+
+
+def _gradients() -> GradientSettings:
+    given = {
+        "projection": _PROJECTION,
+        "projection_dim": _PROJECTION_DIM,
+        "projection_seed": _PROJECTION_SEED,
+        "regularisation": _REGULARISATION,
+        "journey_timestep": _JOURNEY_TIMESTEP,
+        "das_leverage": _DAS_LEVERAGE,
+        "ensemble": _ENSEMBLE,
+    }
+    if _METHOD.value not in PROJECTED_METHODS:
+        changed = [f"--{name}" for name, flag in given.items() if flag.value != flag.default]
+        if changed:
+            raise ValueError(
+                f"{', '.join(changed)} given with --method={_METHOD.value}; expected one of "
+                f"{', '.join(PROJECTED_METHODS)}. Leave out the flags, or change the method."
+            )
+    return GradientSettings(**{name: flag.value for name, flag in given.items()})
+
+
+def _features() -> FeatureSettings:
+    method = TOWER_METHODS.get(_METHOD.value)
+    unused = {"tower": method is None and _TOWER.value, "feature_head": not (method and method.mapped) and _HEAD.value}
+    given = [f"--{name}" for name, value in unused.items() if value]
+    if given:
+        raise ValueError(f"{' and '.join(given)} given, which method {_METHOD.value!r} does not use; leave out")
+    return FeatureSettings(_TOWER.value or default_tower(_METHOD.value, common.DATASET.value), _HEAD.value)
 
 
 def _region() -> tuple[int, int, int, int] | None:

@@ -30,7 +30,9 @@ MODEL = flags.DEFINE_string(
     "model", None, "Pipeline folder in the diffusers layout, Hugging Face id, or single-file checkpoint."
 )
 _VARIANT = flags.DEFINE_string("variant", None, "Of the model's weight files, such as `fp16`.")
-_TOKENIZER = flags.DEFINE_string("tokenizer", None, "Tokenizer or pipeline folder, for a single-file checkpoint.")
+TOKENIZER = flags.DEFINE_string(
+    "tokenizer", None, "Tokenizer or pipeline folder, for a single-file checkpoint or for training a tower."
+)
 _PREDICTION = flags.DEFINE_string("prediction_type", None, "epsilon or v_prediction, for a single-file checkpoint.")
 _UNET = flags.DEFINE_string("unet", None, "UNet that replaces the model's: a folder, or a state dict's file.")
 _UNET_CONFIG = flags.DEFINE_string("unet_config", None, "Of a --unet file: `mscoco`, or a json file.")
@@ -136,7 +138,7 @@ def load_model() -> Pipeline:
     source = ModelSource(
         model=MODEL.value,
         variant=_VARIANT.value,
-        tokenizer=_TOKENIZER.value,
+        tokenizer=TOKENIZER.value,
         prediction_type=_PREDICTION.value,
         unet=_UNET.value,
         unet_config=_UNET_CONFIG.value,

@@ -1,7 +1,9 @@
-"""Trains a small text-to-image pipeline from scratch, or teaches a pipeline a new word from a few pictures.
+"""Trains a small text-to-image pipeline, a UNet alone or a tower, or teaches a pipeline a new word from a few pictures.
 
 python -m launch.train --flagfile=configs/train_openmoji.cfg
+python -m launch.train --flagfile=configs/train_digits.cfg
 python -m launch.train --flagfile=configs/customize_openmoji.cfg
+python -m launch.train --flagfile=configs/train_tower.cfg
 """
 
 import functools
@@ -10,21 +12,29 @@ from absl import flags
 
 from attrib_jax.convert.adapters import apply_custom_diffusion
 from attrib_jax.convert.pipeline import save_pipeline
+from attrib_jax.convert.tokenizer import load_tokenizer
+from attrib_jax.evaluation.retrain import Recipe
+from attrib_jax.evaluation.small_models import SmallUNet, pixel_pipeline, replace_unet_architecture, train_small
 from attrib_jax.runtime.stages import lock
 from attrib_jax.stages.customize import CustomizeConfig, customize
 from attrib_jax.stages.encode import picture_resolution
 from attrib_jax.stages.fit import FitConfig
 from attrib_jax.stages.train import TrainConfig, train
+from attrib_jax.stages.train_tower import TowerConfig, train_tower
 from launch import common
 
 _MODE = flags.DEFINE_enum(
-    "mode", "scratch", ["scratch", "customize"], "Train from scratch on --dataset, or fine-tune --model on --exemplars."
+    "mode",
+    "scratch",
+    ["scratch", "unet", "customize", "tower"],
+    "Train a pipeline from scratch on --dataset; or only a UNet, on the fixed encoders of --model or on pixels, as "
+    "launch.evaluate trains it; or fine-tune --model on --exemplars; or train a small CLIP for feature baselines.",
 )
-# Both modes; where the defaults differ, the first is that of --mode=scratch.
-_STEPS = flags.DEFINE_integer("train_steps", None, "Steps of UNet and text (default: 3000; 300).", lower_bound=1)
-_BATCH = flags.DEFINE_integer("train_batch_size", None, "Pictures a step (default: 128; 8).", lower_bound=1)
+# All modes; where the defaults differ, they are those of scratch, unet, customize and tower.
+_STEPS = flags.DEFINE_integer("train_steps", None, "Steps (default: 3000; 400; 300; 1500).", lower_bound=1)
+_BATCH = flags.DEFINE_integer("train_batch_size", None, "Pictures a step (default: 128; 64; 8; 128).", lower_bound=1)
 _RATE = flags.DEFINE_float(
-    "learning_rate", None, "Peak rate (default: 1e-3), or the constant one of customising (1e-5).", lower_bound=0
+    "learning_rate", None, "Peak rate (default: 1e-3; 3e-3), or the constant one of customising (1e-5).", lower_bound=0
 )
 _SEED = flags.DEFINE_integer("train_seed", 0, "Seed of weights, batches and noise.", lower_bound=0)
 _EVERY = flags.DEFINE_integer("checkpoint_every", 250, "Steps between checkpoints.", lower_bound=1)
@@ -49,9 +59,16 @@ _PRIOR_WEIGHT = flags.DEFINE_float("prior_weight", 1.0, "Of their loss beside th
 _FLIPS = flags.DEFINE_boolean("random_flips", False, "Mirror half of the pictures that are drawn.")
 _SAVE = flags.DEFINE_boolean("save_pipeline", False, "Also write the whole fine-tuned pipeline to <workdir>/model.")
 
-# Flags that the other mode has no use for: given there, they show a mistake.
+_CHANNELS = flags.DEFINE_list("unet_channels", ["32"], "Channels of each level of --mode=unet's UNet.")
+_HOLDOUT = flags.DEFINE_float(
+    "holdout", 0.05, "Share of near-duplicate groups that a tower is tested and never trained on.", lower_bound=0
+)
+
+# Flags that the other modes have no use for: given there, they show a mistake.
 _ONLY = {
     "scratch": ("dataset", "vae_steps", "vae_batch_size", "vae_learning_rate", "caption_dropout", "weights_dtype"),
+    "unet": ("dataset", "model", "unet_channels", "caption_dropout", "random_flips"),
+    "tower": ("dataset", "tokenizer", "holdout", "weights_dtype"),
     "customize": (
         "model",
         "exemplars",
@@ -69,7 +86,7 @@ _ONLY = {
 def main():
     common.require(workdir=common.WORKDIR.value)
     _refuse_flags_of_another_mode()
-    (_customize if _MODE.value == "customize" else _scratch)()
+    {"scratch": _scratch, "unet": _unet, "customize": _customize, "tower": _tower}[_MODE.value]()
 
 
 def _scratch():
@@ -98,6 +115,53 @@ def _scratch():
     with lock(common.WORKDIR.value):
         model = train(common.WORKDIR.value, dataset, config, _DTYPE.value)
     print(f"model: {model}")
+
+
+def _unet():
+    unet = SmallUNet(channels=tuple(map(int, _CHANNELS.value)))
+    steps = _given(_STEPS, 400)
+    recipe = Recipe(
+        steps=steps,
+        batch_size=_given(_BATCH, 64),
+        learning_rate=_given(_RATE, 3e-3),
+        warmup_steps=min(50, steps // 10),
+        caption_dropout=_DROPOUT.value,
+        random_flips=_FLIPS.value,
+    )
+    if common.MODEL.value is None:
+        dataset = common.load_dataset()
+        untrained = pixel_pipeline(dataset, unet)
+    else:
+        untrained = replace_unet_architecture(common.load_model(), unet)
+        dataset = common.load_dataset(picture_resolution(untrained))
+    with lock(common.WORKDIR.value):
+        model = train_small(common.WORKDIR.value, dataset, untrained, recipe, _SEED.value)
+    print(f"model: {model}")
+
+
+def _tower():
+    common.require(tokenizer=common.TOKENIZER.value)
+    steps = _given(_STEPS, 1500)
+    config = TowerConfig(
+        run=FitConfig(
+            steps=steps,
+            batch_size=_given(_BATCH, 128),
+            learning_rate=_given(_RATE, 1e-3),
+            warmup_steps=min(100, steps // 10),
+            ema_decay=0.99,
+            weight_decay=0.1,
+            seed=_SEED.value,
+            checkpoint_every=_EVERY.value,
+            log_every=10,
+        ),
+        holdout=_HOLDOUT.value,
+    )
+    dataset, tokenizer = common.load_dataset(), load_tokenizer(common.TOKENIZER.value)
+    with lock(common.WORKDIR.value):
+        folder, results = train_tower(common.WORKDIR.value, dataset, tokenizer, config, _DTYPE.value)
+    for name, value in results.items():
+        print(f"{name}: {value:g}")
+    print(f"tower: {folder}")
 
 
 def _customize():
@@ -133,13 +197,17 @@ def _given(flag: flags.FlagHolder, default: float) -> float:
 
 
 def _refuse_flags_of_another_mode() -> None:
-    (other,) = (mode for mode in _ONLY if mode != _MODE.value)
+    others = dict.fromkeys(name for names in _ONLY.values() for name in names if name not in _ONLY[_MODE.value])
     # `present` counts how often a flag was given, in a flagfile or after it.
-    wrong = [f"--{name}" for name in _ONLY[other] if flags.FLAGS[name].present]
+    wrong = [name for name in others if flags.FLAGS[name].present]
     if _MODE.value == "customize" and _PRIOR.value is None and flags.FLAGS["prior_weight"].present:
         raise ValueError("--prior_weight is given without --prior_dataset; give both or neither")
     if wrong:
-        raise ValueError(f"{', '.join(wrong)} belong to --mode={other}, but the mode is {_MODE.value}; leave them out")
+        modes = [mode for mode, names in _ONLY.items() if set(wrong) <= set(names)] or ["other modes"]
+        raise ValueError(
+            f"{', '.join(f'--{name}' for name in wrong)} belong to --mode={' or '.join(modes)}, but the mode is "
+            f"{_MODE.value}; leave them out"
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Region attribution (METHOD.md section 5): a box in the query's picture as a mask over its latents."""
+"""Region attribution (METHOD.md section 5): a box or a mask of the query's picture as weights of its latents."""
 
 from collections.abc import Sequence
 
@@ -31,6 +31,31 @@ def region_mask(region: Sequence[float], image_size: tuple[int, int], latent_siz
     rows = _coverage(y0 * latent_size[0] / height, y1 * latent_size[0] / height, latent_size[0])
     columns = _coverage(x0 * latent_size[1] / width, x1 * latent_size[1] / width, latent_size[1])
     return np.outer(rows, columns).astype(np.float32)
+
+
+def shape_mask(shape: np.ndarray, latent_size: tuple[int, int]) -> np.ndarray:
+    """The share of each latent pixel that a shape in the picture covers -> (h, w) float32 in [0, 1].
+
+    As `region_mask` does for a box: a latent pixel that the shape covers in part counts by its share.
+
+    Args:
+        shape: (H, W) bool, the picture pixels that count.
+        latent_size: (h, w) of the picture's latents.
+
+    Raises:
+        ValueError: no pixel counts.
+    """
+    shape = np.asarray(shape, bool)
+    if not shape.any():
+        raise ValueError(f"the region mask of {shape.shape[1]} x {shape.shape[0]} pixels is empty; mark some pixels.")
+    rows, columns = (_shares(size, latent) for size, latent in zip(shape.shape, latent_size))
+    return (rows @ shape @ columns.T).astype(np.float32)
+
+
+def _shares(size: int, latent: int) -> np.ndarray:
+    """(latent, size): the share of each latent pixel that each of `size` picture pixels covers along one axis."""
+    edges = np.arange(size + 1) * latent / size
+    return np.stack([_coverage(start, stop, latent) for start, stop in zip(edges, edges[1:])], axis=1)
 
 
 def _coverage(start: float, stop: float, size: int) -> np.ndarray:

@@ -16,6 +16,7 @@ import optax
 from attrib_jax.core.checks import check_choice, check_positive, check_range
 from attrib_jax.core.weights import merge_weights
 from attrib_jax.curvature.diagonal import Diagonal
+from attrib_jax.curvature.ekfac import EKFAC
 from attrib_jax.diffusion.losses import Predict, denoising_losses
 from attrib_jax.diffusion.schedule import NoiseSchedule
 
@@ -58,7 +59,7 @@ class NewtonState(NamedTuple):
         origin: the weights that `init` saw, theta0, if the EWC gradient is kept; else None.
     """
 
-    curvature: Diagonal
+    curvature: Diagonal | EKFAC
     origin: Any
 
 
@@ -135,14 +136,14 @@ def query_gradient(
 
 
 def newton_step(
-    selected: Any, gradient: Any, curvature: Diagonal, step_size: float, num_examples: int, damping: float = 0.0
+    selected: Any, gradient: Any, curvature: Diagonal | EKFAC, step_size: float, num_examples: int, damping: float = 0.0
 ) -> Any:
     """One Newton step, eq. 5: theta + step_size / num_examples * (F + damping)^-1 gradient.
 
     Args:
         selected: nested dict of weights.
         gradient: the query's loss gradient, in the same layout.
-        curvature: anything with `.solve(tree, damping)`, such as `Diagonal`.
+        curvature: anything with `.solve(tree, damping)`, such as `Diagonal` or `EKFAC`.
         step_size: alpha.
         num_examples: N, the number of training images.
         damping: added to F.
@@ -160,7 +161,7 @@ def sgd_step(selected: Any, gradient: Any, step_size: float) -> Any:
 
 
 def scale_by_newton(
-    curvature: Diagonal, num_examples: int, damping: float = 0.0, keep_ewc_gradient: bool = False
+    curvature: Diagonal | EKFAC, num_examples: int, damping: float = 0.0, keep_ewc_gradient: bool = False
 ) -> optax.GradientTransformation:
     """`newton_step` as an optax transformation: a gradient g becomes the ascent direction (F + damping)^-1 g / N.
 
@@ -200,7 +201,7 @@ def unlearn(
     draws: int,
     step_size: float,
     method: str = "newton",
-    curvature: Diagonal | None = None,
+    curvature: Diagonal | EKFAC | None = None,
     num_examples: int | None = None,
     steps: int = 1,
     damping: float = 0.0,

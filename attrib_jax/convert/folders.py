@@ -18,7 +18,7 @@ _log = logging.getLogger(__name__)
 # checker, feature extractor and image encoder do not take part in training or attribution.
 _SUPPORTED = {
     "unet": ("UNet2DConditionModel",),
-    "vae": ("AutoencoderKL",),
+    "vae": ("AutoencoderKL", "PixelAutoencoder"),
     "text_encoder": ("CLIPTextModel",),
     "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
 }

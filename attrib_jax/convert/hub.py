@@ -4,12 +4,13 @@ import logging
 import os
 import posixpath
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 from attrib_jax.convert.folders import INDEX, SCHEDULER_CONFIG, STEMS, choose_weights
 
 _log = logging.getLogger(__name__)
 
+_CONFIG = "config.json"
 _ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*)(@(?P<revision>[^@\s]+))?")
 _TIMEOUT = 10.0  # seconds that the hub has to answer before the cache is used
 
@@ -30,15 +31,30 @@ def resolve_model(name: str | os.PathLike, variant: str | None = None, cache_dir
       FileNotFoundError: there is no such path, and no such model on the hub or in the cache.
       ValueError: the repository holds no pipeline in the diffusers layout, or huggingface_hub is not installed.
     """
+    forms = "a folder in the diffusers layout, a single-file checkpoint"
+    return _resolve(name, forms, INDEX, lambda names: _wanted(names, variant, os.fspath(name)), cache_dir)
+
+
+def resolve_tower(name: str | os.PathLike, cache_dir: str | None = None) -> str:
+    """The local path of a feature tower in the transformers layout; as `resolve_model`, whose errors it raises."""
+    return _resolve(
+        name, "a folder in the transformers layout", _CONFIG, lambda names: _wanted_tower(names, name), cache_dir
+    )
+
+
+def _resolve(
+    name: str | os.PathLike,
+    forms: str,
+    index: str,
+    wanted_of: Callable[[Collection[str]], list[str]],
+    cache_dir: str | None,
+) -> str:
     name = os.fspath(name)
     if os.path.exists(name):
         return name
     match = _ID.fullmatch(name)
     if match is None:
-        raise FileNotFoundError(
-            f"model {name!r} does not exist; give a folder in the diffusers layout, a single-file checkpoint or a "
-            "Hugging Face id (owner/name)"
-        )
+        raise FileNotFoundError(f"model {name!r} does not exist; give {forms} or a Hugging Face id (owner/name)")
     try:
         import huggingface_hub
         from huggingface_hub.errors import HTTPError  # of its HTTP library, which differs between versions
@@ -48,8 +64,8 @@ def resolve_model(name: str | os.PathLike, variant: str | None = None, cache_dir
     try:
         info = huggingface_hub.HfApi().model_info(repo, revision=revision, timeout=_TIMEOUT)
     except (OSError, HTTPError) as error:
-        return _cached(name, repo, revision, cache_dir, error)
-    wanted = _wanted({sibling.rfilename for sibling in info.siblings or ()}, variant, name)
+        return _cached(name, repo, revision, cache_dir, index, error)
+    wanted = wanted_of({sibling.rfilename for sibling in info.siblings or ()})
     try:
         return huggingface_hub.snapshot_download(
             repo, revision=revision, cache_dir=cache_dir, allow_patterns=wanted, etag_timeout=_TIMEOUT
@@ -60,12 +76,12 @@ def resolve_model(name: str | os.PathLike, variant: str | None = None, cache_dir
         ) from error
 
 
-def _cached(name: str, repo: str, revision: str | None, cache_dir: str | None, error: Exception) -> str:
+def _cached(name: str, repo: str, revision: str | None, cache_dir: str | None, index: str, error: Exception) -> str:
     import huggingface_hub
 
     try:
         folder = huggingface_hub.snapshot_download(
-            repo, revision=revision, cache_dir=cache_dir, allow_patterns=[INDEX], local_files_only=True
+            repo, revision=revision, cache_dir=cache_dir, allow_patterns=[index], local_files_only=True
         )
     except OSError:
         raise FileNotFoundError(
@@ -98,6 +114,17 @@ def _wanted(names: Collection[str], variant: str | None, source: str) -> list[st
         wanted.append(f"{part}/{weights}")
         if weights.endswith(".json"):
             wanted += [f"{part}/{pattern}" for pattern in _shards(weights)]
+    return wanted
+
+
+def _wanted_tower(names: Collection[str], source: str | os.PathLike) -> list[str]:
+    if _CONFIG not in names:
+        raise ValueError(f"Hugging Face model {os.fspath(source)!r} has no {_CONFIG}: it is no transformers model")
+    top = [name for name in names if "/" not in name]
+    (weights,) = choose_weights({"text_encoder": top}, None, f"Hugging Face model {os.fspath(source)!r}").values()
+    wanted = ["*.json", "*.txt"]
+    if weights is not None:
+        wanted += [weights, *(_shards(weights) if weights.endswith(".json") else ())]
     return wanted
 
 

@@ -44,12 +44,12 @@ def torch_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def to_torch(path: str, array: np.ndarray) -> np.ndarray:
     """A Flax parameter in PyTorch's layout, contiguous."""
-    return np.ascontiguousarray(np.transpose(array, torch_axes(path, array.ndim)))
+    return np.asarray(np.transpose(array, torch_axes(path, array.ndim)), order="C")
 
 
 def from_torch(path: str, array: np.ndarray) -> np.ndarray:
     """The inverse of `to_torch`."""
-    return np.ascontiguousarray(np.transpose(array, np.argsort(torch_axes(path, array.ndim))))
+    return np.asarray(np.transpose(array, np.argsort(torch_axes(path, array.ndim))), order="C")
 
 
 def text_encoder_names(state_dict: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -60,6 +60,18 @@ def text_encoder_names(state_dict: dict[str, np.ndarray]) -> dict[str, np.ndarra
     renamed = {name if name.startswith("text_model.") else f"text_model.{name}": x for name, x in state_dict.items()}
     renamed.pop("text_model.embeddings.position_ids", None)
     return renamed
+
+
+def tower_names(state_dict: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """A feature tower's state dict without what a feature does not need: poolers, mask tokens and buffers.
+
+    Files of a classifier have the whole model below `vit.` or `dinov2_with_registers.`.
+    """
+    prefixes = ("vit.", "dinov2_with_registers.")
+    below = {name: x for name, x in state_dict.items() if name.startswith(prefixes)}
+    renamed = {name.split(".", 1)[1]: x for name, x in below.items()} or state_dict
+    unused = re.compile(r"pooler\..*|embeddings\.mask_token|.*\.position_ids")
+    return {name: x for name, x in renamed.items() if not unused.fullmatch(name)}
 
 
 def vae_names(state_dict: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

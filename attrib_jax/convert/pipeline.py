@@ -30,6 +30,8 @@ from attrib_jax.convert.tokenizer import PromptReport, inspect_prompt, load_toke
 from attrib_jax.convert.weight_files import open_weights, write_weights
 from attrib_jax.diffusion.schedule import NoiseSchedule
 from attrib_jax.models.clip import CLIPTextConfig, CLIPTextModel
+from attrib_jax.models.pixels import CLASS_NAME as PIXELS
+from attrib_jax.models.pixels import PixelAutoencoder, PixelAutoencoderConfig
 from attrib_jax.models.unet import UNet2DConditionModel, UNetConfig
 from attrib_jax.models.vae import AutoencoderKL, AutoencoderKLConfig
 
@@ -46,7 +48,7 @@ class Pipeline:
     """
 
     unet: UNet2DConditionModel
-    vae: AutoencoderKL
+    vae: AutoencoderKL | PixelAutoencoder
     text_encoder: CLIPTextModel
     tokenizer: Any
     schedule: NoiseSchedule
@@ -173,7 +175,11 @@ def _schedule_of(config: str | Mapping[str, Any] | None) -> NoiseSchedule | None
 
 _MODULES = {
     "unet": lambda config: UNet2DConditionModel(UNetConfig.from_dict(config)),
-    "vae": lambda config: AutoencoderKL(AutoencoderKLConfig.from_dict(config)),
+    "vae": lambda config: (
+        PixelAutoencoder(PixelAutoencoderConfig.from_dict(config))
+        if config.get("_class_name") == PIXELS
+        else AutoencoderKL(AutoencoderKLConfig.from_dict(config))
+    ),
     "text_encoder": lambda config: CLIPTextModel(CLIPTextConfig.from_dict(config)),
 }
 
@@ -198,7 +204,7 @@ def abstract_unet_params(unet: UNet2DConditionModel) -> Any:
 
 
 @functools.cache
-def abstract_vae_params(vae: AutoencoderKL) -> Any:
+def abstract_vae_params(vae: AutoencoderKL | PixelAutoencoder) -> Any:
     """The shapes of an autoencoder's parameters; no array is made."""
     side = 2 * vae.config.downscale
     return abstract_params(vae, jax.ShapeDtypeStruct((1, side, side, vae.config.in_channels), jnp.float32))
@@ -212,6 +218,8 @@ def abstract_text_params(text_encoder: CLIPTextModel) -> Any:
 
 def save_pipeline(pipeline: Pipeline, path: str, dtype: Any = None, overwrite: bool = False) -> None:
     """Writes a folder that `load_pipeline` and PyTorch diffusers' StableDiffusionPipeline open.
+
+    One with a `PixelAutoencoder`, which diffusers does not have, is for `load_pipeline` alone.
 
     The folder appears only when it is complete: it is written beside its place and then renamed.
 
@@ -251,6 +259,7 @@ def _write_parts(pipeline: Pipeline, folder: str, dtype: Any) -> None:
     save_tokenizer(pipeline.tokenizer, os.path.join(folder, "tokenizer"))
     scheduler = {"_class_name": "DDIMScheduler", **pipeline.schedule.to_config()}
     write_json(scheduler, os.path.join(folder, "scheduler", SCHEDULER_CONFIG))
+    pixels = isinstance(pipeline.vae, PixelAutoencoder)
     index = {
         "_class_name": "StableDiffusionPipeline",
         "feature_extractor": [None, None],
@@ -261,7 +270,7 @@ def _write_parts(pipeline: Pipeline, folder: str, dtype: Any) -> None:
         "text_encoder": ["transformers", "CLIPTextModel"],
         "tokenizer": ["transformers", "CLIPTokenizer"],
         "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
+        "vae": ["attrib_jax", PIXELS] if pixels else ["diffusers", "AutoencoderKL"],
     }
     write_json(index, os.path.join(folder, INDEX))
 

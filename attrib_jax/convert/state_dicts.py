@@ -14,8 +14,11 @@ from attrib_jax.core.checks import raise_problems
 
 
 def abstract_params(module: Any, *inputs: Any) -> Any:
-    """The parameter tree of a Flax module as `jax.ShapeDtypeStruct`s; `inputs` are what its `__call__` takes."""
-    return jax.eval_shape(module.init, jax.random.key(0, impl="threefry2x32"), *inputs)["params"]
+    """The parameter tree of a Flax module as `jax.ShapeDtypeStruct`s; `inputs` are what its `__call__` takes.
+
+    Of a module without parameters it is empty.
+    """
+    return jax.eval_shape(module.init, jax.random.key(0, impl="threefry2x32"), *inputs).get("params", {})
 
 
 def load_params(

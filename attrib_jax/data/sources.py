@@ -1,4 +1,4 @@
-"""`open_dataset`, and the data sets that need no files of the user's: OpenMoji, and arrays in memory."""
+"""`open_dataset`, and the data sets that need no files of the user's: OpenMoji, digits, and arrays in memory."""
 
 import os
 from collections.abc import Sequence
@@ -8,6 +8,8 @@ import numpy as np
 
 from attrib_jax.core.checks import check_choice, check_positive
 from attrib_jax.data.coco import open_coco
+from attrib_jax.data.digits import RESOLUTION as DIGITS_RESOLUTION
+from attrib_jax.data.digits import DigitsDataset
 from attrib_jax.data.folder import open_folder
 from attrib_jax.data.latents import open_latents
 from attrib_jax.data.pictures import fit_picture
@@ -15,11 +17,12 @@ from attrib_jax.data.protocol import Dataset, Row, hash_rows
 from attrib_jax.data.tfds_source import TfdsDataset, quiet_tfds
 from attrib_jax.data.webdataset import WebDataset
 
-__all__ = ["ArrayDataset", "Dataset", "OpenmojiDataset", "Row", "hash_rows", "open_dataset"]
+__all__ = ["ArrayDataset", "Dataset", "DigitsDataset", "OpenmojiDataset", "Row", "hash_rows", "open_dataset"]
 
 # Kinds of data sets, and which further arguments of `open_dataset` each takes.
 _KINDS = {
     "openmoji": (),
+    "digits": (),
     "tfds": ("split", "image_key", "caption_key"),
     "folder": ("split", "caption_key"),
     "coco": ("split",),
@@ -40,8 +43,8 @@ def open_dataset(
     """Opens, and for `openmoji` on first use prepares, a data set.
 
     Args:
-      name: `openmoji`, `tfds:NAME[:SPLIT]`, `folder:PATH`, `coco:PATH`, `webdataset:PATH` or `latents:PATH`; see
-        `TfdsDataset`, `open_folder`, `open_coco`, `WebDataset` and `open_latents`.
+      name: `openmoji`, `digits`, `tfds:NAME[:SPLIT]`, `folder:PATH`, `coco:PATH`, `webdataset:PATH` or `latents:PATH`;
+        see `DigitsDataset`, `TfdsDataset`, `open_folder`, `open_coco`, `WebDataset` and `open_latents`.
       data_dir: where prepared data sets are kept; TFDS's own default (`$TFDS_DATA_DIR` or `~/tensorflow_datasets`) if
         None.
       resolution: of the square that pictures are resized and cropped to; None leaves them as they are.
@@ -56,16 +59,21 @@ def open_dataset(
     """
     kind, colon, place = name.partition(":")
     check_choice("dataset", kind, _KINDS)
-    if kind != "openmoji" and not place:
+    whole = kind in ("openmoji", "digits")
+    if not whole and not place:
         raise ValueError(f"dataset {name!r} names no place; expected {kind}:{'NAME' if kind == 'tfds' else 'PATH'}")
-    if kind == "openmoji" and colon:
-        raise ValueError(f"dataset is {name!r}; expected openmoji, which has no parts")
+    if whole and colon:
+        raise ValueError(f"dataset is {name!r}; expected {kind}, which has no parts")
     if resolution is not None:
         check_positive("resolution", resolution, integer=True)
     given = {"split": split, "image_key": image_key, "caption_key": caption_key}
     for argument, value in given.items():
         if value is not None and argument not in _KINDS[kind]:
             raise ValueError(f"{argument} is {value!r}, which {kind} data sets do not take; leave it out")
+    if kind == "digits":
+        if resolution not in (None, DIGITS_RESOLUTION):
+            raise ValueError(f"resolution is {resolution}; digits have {DIGITS_RESOLUTION} pixels a side")
+        return DigitsDataset()
     if kind == "tfds":
         return TfdsDataset(place, data_dir, resolution, split, image_key, caption_key)
     if kind == "folder":

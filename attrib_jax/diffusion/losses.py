@@ -45,6 +45,30 @@ def denoising_losses(
     Raises:
         ValueError: shapes that do not fit each other.
     """
+    prediction, target = predictions(predict, params, schedule, latents, text, noise, timesteps)
+    dtype = jnp.promote_types(jnp.result_type(prediction, target), jnp.float32)
+    errors = jnp.square(prediction.astype(dtype) - target.astype(dtype))
+    latent_axes = tuple(range(1, errors.ndim))
+    if mask is None:
+        return jnp.mean(errors, axis=latent_axes)
+    weights = _mask_weights(mask, latents.shape).astype(dtype)
+    size = jnp.sum(weights) * latents.shape[-1]
+    return jnp.sum(weights * errors, axis=latent_axes) / jnp.where(size > 0, size, 1)
+
+
+def predictions(
+    predict: Predict,
+    params: Any,
+    schedule: NoiseSchedule,
+    latents: jax.Array,
+    text: jax.Array,
+    noise: jax.Array,
+    timesteps: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """What the model predicts for one example at each timestep, and what it should -> two arrays (S, h, w, c).
+
+    Arguments and errors as in `denoising_losses`.
+    """
     timesteps = jnp.asarray(timesteps)
     if timesteps.ndim != 1:
         raise ValueError(f"timesteps has shape {timesteps.shape}; expected (S,)")
@@ -61,15 +85,7 @@ def denoising_losses(
         prediction = jax.vmap(predict, in_axes=(None, 0, 0, None))(params, noisy, timesteps, text)
     if prediction.shape != target.shape:
         raise ValueError(f"predict returned shape {prediction.shape[1:]}; expected that of latents, {latents.shape}")
-
-    dtype = jnp.promote_types(jnp.result_type(prediction, target), jnp.float32)
-    errors = jnp.square(prediction.astype(dtype) - target.astype(dtype))
-    latent_axes = tuple(range(1, errors.ndim))
-    if mask is None:
-        return jnp.mean(errors, axis=latent_axes)
-    weights = _mask_weights(mask, latents.shape).astype(dtype)
-    size = jnp.sum(weights) * latents.shape[-1]
-    return jnp.sum(weights * errors, axis=latent_axes) / jnp.where(size > 0, size, 1)
+    return prediction, target
 
 
 def denoising_loss(

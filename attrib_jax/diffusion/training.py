@@ -126,11 +126,35 @@ def diffusion_loss(
     caption = jax.random.randint(caption_key, (size,), 0, batch.num_captions)
     dropped = jax.random.bernoulli(drop_key, caption_dropout, (size,))
     input_ids = jnp.where(dropped[:, None], empty_ids, batch.input_ids[rows, caption])
+    text = encode_text(params["text_encoder"], input_ids)
+    return denoising_batch_loss(predict, schedule, params["unet"], latents, text, order_key, time_key, noise_key), {}
+
+
+def denoising_batch_loss(
+    predict: Predict,
+    schedule: NoiseSchedule,
+    params: Any,
+    latents: jax.Array,
+    text: jax.Array,
+    order_key: jax.Array,
+    time_key: jax.Array,
+    noise_key: jax.Array,
+) -> jax.Array:
+    """The denoising loss (METHOD.md section 2) of a batch at one random (t, noise) for each example -> ().
+
+    Args:
+      predict: the unbatched UNet, see `attrib_jax.diffusion.losses.Predict`.
+      schedule: noise levels and prediction type.
+      params: of the UNet.
+      latents: (B, h, w, c), scaled.
+      text: (B, L, d) text states.
+      order_key, time_key, noise_key: of the strata, the timesteps in them, and the noise.
+    """
+    size = latents.shape[0]
     # Stratified over the batch: the same marginal distribution of t with less variance of the mean loss.
     strata = (jax.random.permutation(order_key, size) + jax.random.uniform(time_key, (size,))) / size
     timesteps = jnp.minimum((strata * schedule.num_train_timesteps).astype(jnp.int32), schedule.num_train_timesteps - 1)
     noise = jax.random.normal(noise_key, latents.shape)
     noisy = schedule.add_noise(latents, noise, timesteps)
-    text = encode_text(params["text_encoder"], input_ids)
-    prediction = jax.vmap(predict, in_axes=(None, 0, 0, 0))(params["unet"], noisy, timesteps, text)
-    return jnp.mean(jnp.square(prediction - schedule.target(latents, noise, timesteps))), {}
+    prediction = jax.vmap(predict, in_axes=(None, 0, 0, 0))(params, noisy, timesteps, text)
+    return jnp.mean(jnp.square(prediction - schedule.target(latents, noise, timesteps)))

@@ -1,5 +1,7 @@
 """The CLIP text encoder of Stable Diffusion: transformers' CLIPTextModel as a Flax module.
 
+Its encoder is the vision tower's too (clip_towers.py), whose config has the same names for the same things.
+
 Parameter names follow transformers' with the `text_model` level that published checkpoints carry, and initial values
 its standard deviations, so that an encoder can be trained from scratch.
 """
@@ -19,7 +21,7 @@ def _quick_gelu(x):
     return x * nn.sigmoid(1.702 * x)
 
 
-_ACTIVATIONS = {"quick_gelu": _quick_gelu, "gelu": functools.partial(nn.gelu, approximate=False)}
+ACTIVATIONS = {"quick_gelu": _quick_gelu, "gelu": functools.partial(nn.gelu, approximate=False)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,9 +45,9 @@ class CLIPTextConfig:
     eos_token_id: int | None = 49407
 
     def __post_init__(self):
-        if self.hidden_act not in _ACTIVATIONS:
+        if self.hidden_act not in ACTIVATIONS:
             raise ValueError(
-                f"text encoder config has hidden_act={self.hidden_act!r}; supported: {sorted(_ACTIVATIONS)}"
+                f"text encoder config has hidden_act={self.hidden_act!r}; supported: {sorted(ACTIVATIONS)}"
             )
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
@@ -95,7 +97,7 @@ class CLIPMLP(nn.Module):
         width = config.hidden_size
         out_std = (2 * width * config.num_hidden_layers) ** -0.5
         x = nn.Dense(config.intermediate_size, kernel_init=nn.initializers.normal((2 * width) ** -0.5), name="fc1")(x)
-        x = _ACTIVATIONS[config.hidden_act](x)
+        x = ACTIVATIONS[config.hidden_act](x)
         return nn.Dense(width, kernel_init=nn.initializers.normal(out_std), name="fc2")(x)
 
 

@@ -47,6 +47,7 @@ class ReportData:
       timings: stage -> Timing, in the order run.
       num_pictures: pictures of the training set, where only the most promising of them were scored; None for all.
       region: (x0, y0, x1, y1) in query pixels, x1 and y1 exclusive, when only that box was attributed.
+      region_mask: (H, W) bool, the query pixels that were attributed, when they are no box.
       warnings: sentences that the reader should see first, such as a prompt that was cut.
       explanation: how to read the scores; None for a text that fits `method`.
       model_credit, dataset_credit: attribution lines for the foot of the page.
@@ -76,6 +77,7 @@ class ReportData:
     timings: Mapping[str, Timing] = field(default_factory=dict)
     num_pictures: int | None = None
     region: tuple[int, int, int, int] | None = None
+    region_mask: np.ndarray | None = None
     warnings: Sequence[str] = ()
     explanation: str | None = None
     model_credit: Credit | None = None
@@ -147,9 +149,15 @@ class ReportData:
             )
 
     def _check_region(self) -> None:
+        size = self.query_image.shape[:2]
+        mask = self.region_mask
+        if mask is not None and (np.shape(mask) != size or mask.dtype != bool or not mask.any()):
+            raise ValueError(
+                f"region_mask has shape {np.shape(mask)}: expected {size} of bool, some of them True, as the query has"
+            )
         if self.region is None:
             return
-        height, width = self.query_image.shape[:2]
+        height, width = size
         x0, y0, x1, y1 = self.region
         if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
             raise ValueError(

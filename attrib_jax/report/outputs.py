@@ -19,7 +19,13 @@ from attrib_jax.runtime.hosts import from_first_host
 from attrib_jax.runtime.stages import load_stage
 from attrib_jax.stages.attribute import Attributed
 from attrib_jax.stages.config import AttributeConfig
+from attrib_jax.stages.feature_settings import SIMILARITIES, TOWER_METHODS
+from attrib_jax.stages.gradient_settings import PROJECTED_METHODS
 from attrib_jax.stages.query import Query
+from attrib_jax.stages.regions import read_region_mask
+
+# Methods that take gradients of the model's own loss, whose settings are those of `AttributeConfig`.
+_GRADIENT_METHODS = ("unlearn", "influence")
 
 _LINEAR_EXPLANATION = (
     "The model was nudged to unlearn this picture, and a training picture's score is how fast its own loss begins to "
@@ -58,7 +64,7 @@ def write_outputs(
 
 def _write_outputs(result, dataset, query, config, model_name, model_credit, top_k, record) -> None:
     folder = result.folder
-    cascade = bool(config.method == "unlearn" and config.cascade)
+    cascade = bool(config.method in _GRADIENT_METHODS and config.cascade)
     linear = config.method == "unlearn" and config.score == "linear"
     position = {int(row): index for index, row in enumerate(dataset.row_ids)}
     png = io.BytesIO()
@@ -91,6 +97,7 @@ def _write_outputs(result, dataset, query, config, model_name, model_credit, top
         explanation=_LINEAR_EXPLANATION if linear else None,
         timings={stage: Timing(seconds, reused) for stage, (seconds, reused) in result.timings.items()},
         region=config.region,
+        region_mask=_region_mask(config, result.query.image),
         warnings=result.query.notes,
         model_credit=None if model_credit is None else Credit(model_credit),
         dataset_credit=None if dataset.credit is None else Credit(dataset.credit, dataset.credit_url),
@@ -116,6 +123,10 @@ def _write_outputs(result, dataset, query, config, model_name, model_credit, top
             **record,
         },
     )
+
+
+def _region_mask(config: AttributeConfig, image: np.ndarray) -> np.ndarray | None:
+    return None if config.region_mask is None else read_region_mask(config.region_mask, image.shape[:2])
 
 
 def _picture(dataset: Dataset, index: int) -> np.ndarray | None:
@@ -148,21 +159,64 @@ def _query_settings(query: Query) -> dict[str, str]:
     }
 
 
-def _method_settings(config: AttributeConfig, size: int) -> dict[str, str]:
-    if config.method != "unlearn":
-        return {}
+def _similarity_settings(config: AttributeConfig) -> dict[str, str]:
+    method = TOWER_METHODS.get(config.method)
+    settings = {} if method is None else {"tower": Path(config.features.tower).name}
+    if method is not None and method.mapped:
+        settings["mapping"] = Path(config.features.head).name
+    if method is not None and method.text:
+        return settings | {"captions": config.captions}
+    return settings | {"flips": config.flips}
+
+
+def _projected_settings(config: AttributeConfig) -> dict[str, str]:
+    gradients = config.gradients
     settings = {
         "weights": config.weights,
-        "update": "Newton, diagonal Fisher" if config.update == "newton" else "gradient ascent",
-        "step size": f"{config.step_size:g}",
-        "steps": str(config.steps),
+        "projection": f"{gradients.projection}, {gradients.projection_dim} numbers, seed {gradients.projection_seed}",
+        "regularisation": f"{gradients.regularisation:g} x mean eigenvalue",
         "query draws": str(config.query_draws),
         "timesteps": f"every {config.stride}",
         "captions": config.captions,
         "flips": config.flips,
         "loss seed": str(config.loss_seed),
     }
-    if config.score == "linear":
+    if config.precision != "float32":
+        settings["precision"] = config.precision
+    if config.method == "journey-trak":
+        settings["query's timestep"] = str(gradients.journey_timestep)
+    if config.method == "das" and gradients.das_leverage:
+        settings["leverage"] = "divided by 1 - h"
+    if gradients.ensemble:
+        settings["models"] = str(1 + len(gradients.ensemble))
+    return settings
+
+
+def _method_settings(config: AttributeConfig, size: int) -> dict[str, str]:
+    if config.method in SIMILARITIES:
+        return _similarity_settings(config)
+    if config.method in PROJECTED_METHODS:
+        return _projected_settings(config)
+    if config.method not in _GRADIENT_METHODS:
+        return {}
+    curvature = {"diagonal": "diagonal Fisher", "ekfac": "EKFAC"}[config.curvature]
+    settings = {"weights": config.weights}
+    if config.method == "unlearn":
+        settings |= {
+            "update": f"Newton, {curvature}" if config.update == "newton" else "gradient ascent",
+            "step size": f"{config.step_size:g}",
+            "steps": str(config.steps),
+        }
+    else:
+        settings["curvature"] = curvature
+    settings |= {
+        "query draws": str(config.query_draws),
+        "timesteps": f"every {config.stride}",
+        "captions": config.captions,
+        "flips": config.flips,
+        "loss seed": str(config.loss_seed),
+    }
+    if config.method == "unlearn" and config.score == "linear":
         settings["score"] = "linearised"
     if config.precision != "float32":
         settings["precision"] = config.precision
@@ -175,8 +229,13 @@ def _method_settings(config: AttributeConfig, size: int) -> dict[str, str]:
         settings |= {
             "Fisher samples": str(config.fisher_samples),
             "damping": f"{config.damping:g}",
-            "N": str(config.num_examples or size),
         }
+        if config.curvature == "ekfac":
+            settings["EKFAC damping"] = f"{config.ekfac_damping:g} of each layer's mean eigenvalue"
+        if config.method == "unlearn":
+            settings["N"] = str(config.num_examples or size)
     if config.region is not None:
         settings["region"] = ", ".join(map(str, config.region))
+    if config.region_mask is not None:
+        settings["region mask"] = Path(config.region_mask).name
     return settings

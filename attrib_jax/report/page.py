@@ -9,7 +9,7 @@ import numpy as np
 from attrib_jax.report.cards import ScoreScale, distinct_cards, least_cards, score_scale, top_cards
 from attrib_jax.report.data import ReportData
 from attrib_jax.report.histogram import lay_out
-from attrib_jax.report.pictures import card_uri, query_uri, write_whole
+from attrib_jax.report.pictures import card_uri, overlay_uri, query_uri, write_whole
 
 # Text in an SVG shrinks with it, so narrow screens get a drawing of their own.
 _HISTOGRAM_SIZES = {"wide": (1040, 330), "narrow": (400, 300)}
@@ -21,6 +21,11 @@ _EXPLANATIONS = {
     "unlearn": (
         "The model was nudged to unlearn this picture, and a training picture's score is how much its own loss "
         "rose because of that. Pictures that the model needed for this query come first; unrelated ones stay near zero."
+    ),
+    "influence": (
+        "A training picture's score says how fast its own loss begins to rise as the model starts to unlearn this "
+        "picture, steps being measured by the curvature of the training loss. Pictures that the model needed for this "
+        "query come first; unrelated ones stay near zero."
     ),
     "random": "These scores are drawn at random. They are what a method that knows nothing would answer.",
 }
@@ -72,7 +77,7 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(card_uri=card_uri, query_uri=query_uri, duration=_duration)
+    environment.filters.update(card_uri=card_uri, query_uri=query_uri, overlay_uri=overlay_uri, duration=_duration)
     return environment
 
 

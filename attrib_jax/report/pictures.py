@@ -11,6 +11,9 @@ from PIL import Image
 # A card is at most about 200 CSS pixels wide: twice that is sharp on dense screens, more only makes the file heavy.
 _CARD_PIXELS = 400
 _QUERY_PIXELS = 1024
+_OVERLAY_PIXELS = 768
+# Of a region's outline, in pixels and RGBA, and of the veil over all else.
+_OUTLINE, _OUTLINE_COLOUR, _VEIL = 4, (178, 58, 30, 255), (246, 243, 236, 150)
 
 
 def fit(picture: np.ndarray, size: int) -> Image.Image:
@@ -24,6 +27,10 @@ def data_uri(picture: np.ndarray, size: int) -> str:
     """(H, W, 3) uint8 -> a data: address with the picture as PNG, the very pixels where they fit `size`."""
     buffer = io.BytesIO()
     fit(picture, size).save(buffer, format="PNG", optimize=True)
+    return _png_uri(buffer)
+
+
+def _png_uri(buffer: io.BytesIO) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
@@ -35,6 +42,29 @@ def card_uri(picture: np.ndarray) -> str:
 def query_uri(picture: np.ndarray) -> str:
     """The data address of the query picture."""
     return data_uri(picture, _QUERY_PIXELS)
+
+
+def region_overlay(region: np.ndarray, width: int, height: int) -> Image.Image:
+    """(H, W) bool -> an RGBA image of the given size to lay over the picture: all else veiled, the region outlined."""
+    marked = Image.fromarray(np.asarray(region, bool)).resize((width, height), Image.Resampling.NEAREST)
+    marked = np.asarray(marked)
+    inner = np.pad(marked, _OUTLINE)
+    for axis in (0, 1):
+        shifted = [np.roll(inner, step, axis) for step in range(-_OUTLINE, _OUTLINE + 1)]
+        inner = np.logical_and.reduce(shifted)
+    inner = inner[_OUTLINE:-_OUTLINE, _OUTLINE:-_OUTLINE]
+    pixels = np.where(marked[..., None], np.uint8(0), np.array(_VEIL, np.uint8))
+    pixels[marked & ~inner] = _OUTLINE_COLOUR
+    return Image.fromarray(pixels)
+
+
+def overlay_uri(region: np.ndarray) -> str:
+    """The data address of `region_overlay`, large enough for the query picture on the page."""
+    height, width = region.shape
+    factor = max(1, round(_OVERLAY_PIXELS / max(height, width)))
+    buffer = io.BytesIO()
+    region_overlay(region, width * factor, height * factor).save(buffer, format="PNG", optimize=True)
+    return _png_uri(buffer)
 
 
 def write_whole(path: str | os.PathLike, content: bytes) -> None:

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from attrib_jax.report.cards import Card, ScoreScale, score_scale, top_cards
 from attrib_jax.report.data import ReportData
-from attrib_jax.report.pictures import write_whole
+from attrib_jax.report.pictures import region_overlay, write_whole
 
 _MARGIN, _GAP = 36, 16
 _QUERY, _CELL, _CELL_TEXT = 384, 128, 66
@@ -72,6 +72,9 @@ def _draw_query(sheet, draw, report: ReportData, scale: ScoreScale, any_mirrored
         x0, y0, x1, y1 = report.region
         corners = (box[0] + x0 * across, box[1] + y0 * down, box[0] + x1 * across - 1, box[1] + y1 * down - 1)
         draw.rectangle(corners, outline=_ACCENT, width=3)
+    if report.region_mask is not None:
+        overlay = region_overlay(report.region_mask, box[2] - box[0], box[3] - box[1])
+        sheet.paste(overlay, box[:2], overlay)
     y = _MARGIN + _QUERY + 18
     for line in _wrap(report.prompt or report.query_name, _font(24, "Serif"), _QUERY, max_lines=3):
         draw.text((_MARGIN, y), line, _INK, _font(24, "Serif"))

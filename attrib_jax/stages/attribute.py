@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from attrib_jax.attribution.regions import region_mask
 from attrib_jax.convert.pipeline import Pipeline
 from attrib_jax.core.checks import check_finite, check_range
 from attrib_jax.core.types import Scores
 from attrib_jax.core.weights import select_weights
 from attrib_jax.curvature.diagonal import Diagonal
+from attrib_jax.curvature.ekfac import EKFAC, RELATIVE_DAMPING
 from attrib_jax.data.sources import Dataset
 from attrib_jax.diffusion.schedule import strided_timesteps
 from attrib_jax.models.unet import predictor
@@ -28,6 +28,7 @@ from attrib_jax.runtime.hosts import from_first_host, num_hosts
 from attrib_jax.runtime.stages import lock
 from attrib_jax.stages.base_losses import BaseLosses
 from attrib_jax.stages.config import AttributeConfig
+from attrib_jax.stages.ekfac import fit_ekfac
 from attrib_jax.stages.encode import EncodeConfig, encode, stage_names
 from attrib_jax.stages.encoded import EncodedDataset
 from attrib_jax.stages.fisher import fisher_file, fit_fisher, load_fisher
@@ -38,6 +39,7 @@ from attrib_jax.stages.methods import Job, score
 from attrib_jax.stages.programs import ScorePrograms
 from attrib_jax.stages.queries import queries_in_pass
 from attrib_jax.stages.query import PreparedQuery, Query, prepare_query
+from attrib_jax.stages.regions import query_mask
 from attrib_jax.stages.root import StageRoot
 from attrib_jax.stages.scoring import Scorer
 from attrib_jax.stages.unlearn import unlearn_query
@@ -149,6 +151,15 @@ class Attributor:
         with self.timed("fisher", self.root.is_finished(*stage)), self.root.stage(*stage) as opened:
             return fit_fisher(opened.path, self.predict, self.pipeline.schedule, selected, rest, data, samples, seed)
 
+    def ekfac(self, weights: str, samples: int, seed: int, relative_damping: float = RELATIVE_DAMPING) -> EKFAC:
+        """EKFAC of a weight subset on the same draws, fitted or reused; `relative_damping` see there."""
+        selected, rest = select_weights(self.pipeline.params["unet"], weights)
+        settings = {"weights": weights, "samples": samples, "seed": seed}
+        stage = (f"ekfac/{weights}-{samples}-seed{seed}", settings, self.inputs)
+        fixed = (self.predict, self.pipeline.schedule, selected, rest, self.data, samples, seed, relative_damping)
+        with self.timed("ekfac", self.root.is_finished(*stage)), self.root.stage(*stage) as opened:
+            return fit_ekfac(opened.path, *fixed)
+
     def base_losses(self, config: AttributeConfig) -> np.ndarray:
         """Losses of all pictures under the model's own weights (N, flips), computed or reused."""
         return self._base.losses(config)
@@ -161,16 +172,18 @@ class Attributor:
         """What scores unlearned queries over the data set."""
         return Scorer(self.programs, self.data, self._base, self.timed)
 
-    def curvature(self, config: AttributeConfig) -> Diagonal | None:
+    def curvature(self, config: AttributeConfig) -> Diagonal | EKFAC | None:
         """F of the Newton step, fitted, reused or from elsewhere; None where the rule has none."""
         if config.update != "newton":
             return None
+        if config.curvature == "ekfac":
+            return self.ekfac(config.weights, config.fisher_samples, config.loss_seed, config.ekfac_damping)
         if config.fisher is not None:
             return load_fisher(fisher_file(config.fisher), self.programs.selected(config))
         return self.fisher(config.weights, config.fisher_samples, config.loss_seed)
 
     def unlearned(
-        self, path: Path, query: PreparedQuery, config: AttributeConfig, curvature: Diagonal | None = None
+        self, path: Path, query: PreparedQuery, config: AttributeConfig, curvature: Diagonal | EKFAC | None = None
     ) -> tuple[Any, tuple[float, ...]]:
         """The selected weights after unlearning the query, and the query's loss before each step, kept in `path`.
 
@@ -190,7 +203,7 @@ class Attributor:
                 config,
                 curvature,
                 num_examples,
-                _mask(query, config),
+                query_mask(query, config),
             )
 
     def attribute(
@@ -231,8 +244,9 @@ class Attributor:
             prepared = [prepare_query(self.pipeline, self.predict, query) for query in queries]
         # Before anything is stored: a wrong region should leave nothing behind.
         for each in prepared:
-            _mask(each, config)
-        settings = [{"query": query_settings(query), **config.settings()} for query in queries]
+            query_mask(each, config)
+        shared = config.settings()
+        settings = [{"query": query_settings(query), **shared} for query in queries]
         names = [name or query_name(query, own) for name, query, own in zip(names, queries, settings)]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
@@ -269,6 +283,8 @@ class Attributor:
         strided_timesteps(config.stride, steps)
         if config.cascade:
             check_range("cascade_stride", config.cascade_stride, 1, steps, integer=True)
+        if config.method == "journey-trak":
+            check_range("journey_timestep", config.gradients.journey_timestep, 0, steps - 1, integer=True)
 
     @contextlib.contextmanager
     def timed(self, stage: str, reused: bool = False) -> Iterator[None]:
@@ -306,9 +322,3 @@ def _read_npz(file: Path) -> dict[str, np.ndarray] | None:
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         _log.warning("%s cannot be read (%s): it will be computed again", file, error)
         return None
-
-
-def _mask(query: PreparedQuery, config: AttributeConfig) -> np.ndarray | None:
-    if config.region is None:
-        return None
-    return region_mask(config.region, query.image.shape[:2], query.latents.shape[:2])

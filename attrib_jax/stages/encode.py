@@ -20,13 +20,13 @@ from attrib_jax.core.keys import purpose_key
 from attrib_jax.core.weights import flatten_names
 from attrib_jax.data.concat import ConcatDataset
 from attrib_jax.data.latents import ROWS_FILE, LatentsDataset
-from attrib_jax.data.pictures import UnreadableRowError
 from attrib_jax.data.sources import Dataset
 from attrib_jax.runtime.files import write_arrays
 from attrib_jax.runtime.hosts import from_first_host, is_first_host
 from attrib_jax.runtime.joined import JoinedArray, ScaledArray
 from attrib_jax.stages.encoded import EncodedDataset, join
 from attrib_jax.stages.fill import fill, make_store
+from attrib_jax.stages.pictures import PictureReader
 from attrib_jax.stages.root import StageRoot
 from attrib_jax.stages.skipped import SKIPPED, SkippedRows, read_skipped
 
@@ -252,7 +252,7 @@ def encode_images(
         make_store(path, "latents", shape, config.dtype, len(dataset)),
         encode_tile,
         (params, key),
-        _ReadPictures(dataset, size),
+        PictureReader(dataset, size),
         IMAGE_TILE,
         "encode pictures",
         "image",
@@ -283,28 +283,3 @@ def _encode_captions(path, pipeline: Pipeline, captions: Sequence[str], config: 
         "encode captions",
         "caption",
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class _ReadPictures:
-    """Rows -> (pictures, row ids) and the reasons of those that cannot be read; picklable, for worker processes."""
-
-    dataset: Dataset
-    size: tuple[int, int]
-
-    def __call__(self, rows: np.ndarray) -> tuple[tuple[np.ndarray, np.ndarray], dict[int, str]]:
-        images, reasons = np.zeros((len(rows), *self.size, 3), np.uint8), {}
-        for place, row in enumerate(rows.tolist()):
-            try:
-                image = self.dataset[row].image
-            except UnreadableRowError as error:
-                reasons[row] = str(error)
-                continue
-            if image.shape != images.shape[1:]:
-                raise ValueError(
-                    f"dataset {self.dataset.name!r} has a picture of {image.shape[:2]} pixels (height, width) at "
-                    f"position {row}; the model was trained on {self.size}. Open the data set with "
-                    f"resolution={self.size[0]}."
-                )
-            images[place] = image
-        return (images, self.dataset.row_ids[rows]), reasons

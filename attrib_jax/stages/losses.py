@@ -41,6 +41,8 @@ class ExampleProgram:
         mesh: Mesh | None = None,
         result_shape: tuple[int, ...] = (),
         matmul_precision: str = "highest",
+        timesteps: np.ndarray | None = None,
+        tile: int = EXAMPLES_PER_TILE,
     ):
         """Compiles when first called.
 
@@ -53,18 +55,21 @@ class ExampleProgram:
           mesh: all devices if None.
           result_shape: of one example's result.
           matmul_precision: of float32 products, see `tile_map`.
+          timesteps: (S,) int32 instead of the strided ones.
+          tile: examples that a device takes at once; another number changes rounding.
         """
         self.mesh = mesh or data_mesh()
         self.loss_seed, self.stride, self.result_shape = loss_seed, stride, tuple(result_shape)
-        self._timesteps = strided_timesteps(stride, schedule.num_train_timesteps)
+        strided = strided_timesteps(stride, schedule.num_train_timesteps)
+        self._timesteps, self.tile = strided if timesteps is None else timesteps, tile
         self._shared = replicate(self.mesh, (schedule, loss_key(loss_seed), self._timesteps))
-        self._tiles_in_flight = max(2, -(-batch_size // (EXAMPLES_PER_TILE * self.mesh.size)))
+        self._tiles_in_flight = max(2, -(-batch_size // (tile * self.mesh.size)))
 
-        def tile(shared, batch):
+        def run(shared, batch):
             (schedule, key, timesteps), weights = shared
             return function(schedule, key, timesteps, weights, batch)
 
-        self._run = tile_map(self.mesh, tile, matmul_precision)
+        self._run = tile_map(self.mesh, run, matmul_precision)
 
     @property
     def num_timesteps(self) -> int:
@@ -109,7 +114,7 @@ class ExampleProgram:
             values[members] = fetch(result)[: len(members)]
             advance(len(members))
 
-        size = EXAMPLES_PER_TILE * self.mesh.size
+        size = self.tile * self.mesh.size
         share = host_share(self.mesh, size)
         for members, mask in zip(*padded_tiles(len(picture), size)):
             mine = members[share]
@@ -181,15 +186,36 @@ def dataset_values(
     rows = np.arange(len(data)) if rows is None else np.asarray(rows)
     store = value_store(path, len(rows), (flips, *program.result_shape), program.mesh)
     missing = from_first_host(lambda: list(store.missing()))
-    if missing:
-        counts = data.num_captions[rows] if captions == "all" else np.ones(len(rows), np.int64)
-        forwards = flips * program.num_timesteps
-        left = sum(int(counts[store.rows(index)].sum()) for index in missing)
-        total = int(counts.sum())
-        weights = program.place(weights)
-        with progress(total * forwards, description, "forward", initial=(total - left) * forwards) as bar:
-            for index in missing:
-                part = rows[store.rows(index)]
-                values = program(weights, data, part, flips, captions, lambda n: bar.update(n * program.num_timesteps))
-                from_first_host(functools.partial(store.write, index, {"loss": values}))
+    fill_chunks(store, missing, program, weights, data, flips, captions, description, lambda x: {"loss": x}, rows)
     return store.read_all()["loss"]
+
+
+def fill_chunks(
+    store: ChunkStore,
+    missing: list[int],
+    program: ExampleProgram,
+    weights: Any,
+    data: EncodedDataset,
+    flips: int,
+    captions: str,
+    description: str,
+    pack: Callable[[np.ndarray], dict[str, np.ndarray]],
+    rows: np.ndarray,
+) -> None:
+    """Computes the `missing` chunks of a program's results on a data set.
+
+    `pack` makes the store's fields of the results (rows, flips, *result_shape) of a chunk. `rows` are the positions in
+    the data set of the store's rows. Weights need no `place`; of several hosts, host 0 writes.
+    """
+    if not missing:
+        return
+    counts = data.num_captions[rows] if captions == "all" else np.ones(len(rows), np.int64)
+    forwards = flips * program.num_timesteps
+    left = sum(int(counts[store.rows(index)].sum()) for index in missing)
+    total = int(counts.sum())
+    weights = program.place(weights)
+    with progress(total * forwards, description, "forward", initial=(total - left) * forwards) as bar:
+        for index in missing:
+            part = rows[store.rows(index)]
+            values = program(weights, data, part, flips, captions, lambda n: bar.update(n * program.num_timesteps))
+            from_first_host(functools.partial(store.write, index, pack(values)))

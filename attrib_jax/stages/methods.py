@@ -12,6 +12,8 @@ import numpy as np
 from attrib_jax.core.types import Scores
 from attrib_jax.runtime.stages import Stage
 from attrib_jax.stages.config import METHODS, AttributeConfig
+from attrib_jax.stages.feature_settings import TOWER_METHODS
+from attrib_jax.stages.gradient_settings import PROJECTED_METHODS
 from attrib_jax.stages.query import PreparedQuery
 
 if TYPE_CHECKING:
@@ -73,6 +75,10 @@ def random_scores(attributor: "Attributor", jobs: Sequence[Job], config: Attribu
 
 _HOME = {
     "unlearn": f"{__name__}:unlearning_scores",
+    "influence": "attrib_jax.stages.influence:influence_scores",
     "random": f"{__name__}:random_scores",
+    **dict.fromkeys(PROJECTED_METHODS, "attrib_jax.stages.projected:projected_scores"),
+    "pixel": "attrib_jax.stages.pixels:pixel_scores",
+    **dict.fromkeys(TOWER_METHODS, "attrib_jax.stages.features:feature_scores"),
 }
 assert _HOME.keys() == set(METHODS)

@@ -3,12 +3,13 @@
 from typing import Any
 
 from attrib_jax.convert.pipeline import Pipeline
-from attrib_jax.core.weights import merge_weights, select_weights
+from attrib_jax.core.weights import count_weights, merge_weights, select_weights
 from attrib_jax.models.precision import cast_params, matmul_precision
 from attrib_jax.models.unet import predictor
 from attrib_jax.stages.config import AttributeConfig
-from attrib_jax.stages.linear import LinearProgram, weight_change
+from attrib_jax.stages.linear import LinearProgram
 from attrib_jax.stages.losses import LossProgram
+from attrib_jax.stages.projections import FeatureProgram
 
 
 class ScorePrograms:
@@ -37,14 +38,33 @@ class ScorePrograms:
             )
         return self._made[key]
 
+    def features(self, config: AttributeConfig, timestep: int | None = None) -> FeatureProgram:
+        """The projected gradients of `config.method`'s output, at one timestep alone if it is given."""
+        gradients = config.gradients
+        shape = gradients.projection, gradients.projection_dim
+        key = (*_key(config), config.weights, gradients.output(config.method), *shape, timestep)
+        if key not in self._made:
+            self._made[key] = FeatureProgram(
+                self._unet,
+                self._schedule,
+                gradients.output(config.method),
+                *shape,
+                count_weights(self.selected(config)).values,
+                config.loss_seed,
+                config.stride,
+                config.batch_size,
+                precision=config.precision,
+                timestep=timestep,
+            )
+        return self._made[key]
+
     def params(self, config: AttributeConfig, selected: Any) -> Any:
         """The UNet's parameters in the precision of the scores, given the weights that move."""
         return merge_weights(cast_params(selected, config.precision), self.rest(config))
 
-    def linear_weights(self, config: AttributeConfig, moved: Any) -> tuple[Any, Any, Any]:
-        """The weights of `linear` for the moved weights of one query, or for those of several along a leading axis."""
-        selected = self.selected(config)
-        return selected, self.rest(config), weight_change(moved, selected)
+    def linear_weights(self, config: AttributeConfig, change: Any) -> tuple[Any, Any, Any]:
+        """The weights of `linear` for the weight change of one query, or for those of several along a leading axis."""
+        return self.selected(config), self.rest(config), change
 
     def selected(self, config: AttributeConfig) -> Any:
         """The weights that move, as the model has them."""

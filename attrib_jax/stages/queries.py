@@ -19,6 +19,7 @@ from attrib_jax.runtime.progress import progress
 from attrib_jax.stages.config import AttributeConfig
 from attrib_jax.stages.encoded import EncodedDataset
 from attrib_jax.stages.identity import check_query_name
+from attrib_jax.stages.linear import weight_change
 from attrib_jax.stages.losses import dataset_values, value_store
 from attrib_jax.stages.programs import ScorePrograms
 from attrib_jax.stages.query import Query
@@ -118,8 +119,8 @@ def query_values(
 ) -> list[np.ndarray]:
     """Losses under the moved weights of every query, or linearised scores, as `config.score` says.
 
-    One pass over the data set. Losses are to the bit those of the query alone; linearised scores of several queries
-    are taken in reverse mode and differ from those of one in their last digits.
+    One pass over the data set. Losses are to the bit those of the query alone; for linearised scores see
+    `linear_values`.
 
     Args:
       paths: a folder for each query; results are kept there in chunks, as `dataset_values` has them, and resumed.
@@ -133,13 +134,40 @@ def query_values(
     Returns:
       (N, flips) float64 for each query.
     """
+    if config.score == "linear":
+        selected = programs.selected(config)
+        changes = [weight_change(tree, selected) for tree in moved]
+        return linear_values(paths, changes, config, programs, data, description, rows)
+    return _values(paths, moved, config, programs, data, description, rows)
+
+
+def linear_values(
+    paths: Sequence[Path],
+    changes: Sequence[Any],
+    config: AttributeConfig,
+    programs: ScorePrograms,
+    data: EncodedDataset,
+    description: str,
+    rows: np.ndarray | None = None,
+) -> list[np.ndarray]:
+    """The derivatives of all losses along the weight change of every query; `config.score` has to be `linear`.
+
+    One pass over the data set. Those of several queries are taken in reverse mode and differ from those of one in their
+    last digits. `changes` are nested dicts like the selected weights; other arguments and results as in
+    `query_values`.
+    """
+    return _values(paths, changes, config, programs, data, description, rows)
+
+
+def _values(paths, weights, config: AttributeConfig, programs, data, description, rows) -> list[np.ndarray]:
+    """`weights` are moved ones for exact scores, changes for linear ones."""
     linear, flips = config.score == "linear", config.num_flips
     if len(paths) == 1:
         program = programs.linear(config) if linear else programs.losses(config)
-        weights = programs.linear_weights(config, moved[0]) if linear else programs.params(config, moved[0])
+        weights = (programs.linear_weights if linear else programs.params)(config, weights[0])
         return [dataset_values(paths[0], program, weights, data, flips, config.captions, description, rows)]
     rows = np.arange(len(data)) if rows is None else np.asarray(rows)
-    program, run = (_linear_pass if linear else _exact_pass)(moved, config, programs, data)
+    program, run = (_linear_pass if linear else _exact_pass)(weights, config, programs, data)
     stores = [value_store(path, len(rows), (flips,), program.mesh) for path in paths]
     missing = from_first_host(lambda: [list(store.missing()) for store in stores])
     # Row range -> the (query, chunk) that lack it: queries may come from earlier runs, and with chunks of other sizes.
@@ -178,9 +206,9 @@ def _exact_pass(moved, config, programs, data) -> tuple[Any, _Run]:
     return program, run
 
 
-def _linear_pass(moved, config, programs, data) -> tuple[Any, _Run]:
-    program = programs.linear(config, len(moved))
-    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *moved)
+def _linear_pass(changes, config, programs, data) -> tuple[Any, _Run]:
+    program = programs.linear(config, len(changes))
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *changes)
     weights = program.place(programs.linear_weights(config, stacked))
 
     def run(rows, queries, advance):

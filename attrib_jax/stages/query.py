@@ -66,12 +66,14 @@ class PreparedQuery:
       latents: (h, w, c) float32, multiplied by the scaling factor.
       text: (L, d) float32.
       notes: what a user should know of how the prompt or picture was read.
+      prompt: its caption.
     """
 
     image: np.ndarray
     latents: np.ndarray
     text: np.ndarray
     notes: tuple[str, ...]
+    prompt: str = ""
 
 
 def prepare_query(pipeline: Pipeline, predict: Predict, query: Query) -> PreparedQuery:
@@ -97,7 +99,7 @@ def prepare_query(pipeline: Pipeline, predict: Predict, query: Query) -> Prepare
         text = _given("text", query.text, (None, pipeline.unet.config.cross_attention_dim))
     else:
         text = _text_states(pipeline, [query.prompt])[0]
-    return PreparedQuery(image, np.asarray(latents[0]), np.asarray(text), notes)
+    return PreparedQuery(image, np.asarray(latents[0]), np.asarray(text), notes, query.prompt)
 
 
 def _given(name: str, array: Any, shape: tuple[int | None, ...]) -> np.ndarray:

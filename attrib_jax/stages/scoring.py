@@ -15,8 +15,9 @@ from attrib_jax.runtime.hosts import from_first_host
 from attrib_jax.stages.base_losses import BaseLosses
 from attrib_jax.stages.config import AttributeConfig
 from attrib_jax.stages.encoded import EncodedDataset
+from attrib_jax.stages.linear import weight_change
 from attrib_jax.stages.programs import ScorePrograms
-from attrib_jax.stages.queries import query_values
+from attrib_jax.stages.queries import linear_values, query_values
 from attrib_jax.stages.score_files import write_scores
 
 COARSE_FILE = "coarse.npz"
@@ -42,29 +43,44 @@ class Scorer:
         With a cascade they are of its finalists alone, and the coarse scores of all pictures are in `coarse.npz` in
         the query's folder.
         """
+        if config.score == "linear":
+            selected = self._programs.selected(config)
+            return self.linear_scores(folders, [weight_change(tree, selected) for tree in moved], config)
+        return self._scores(folders, moved, config)
+
+    def linear_scores(self, folders: Sequence[Path], changes: Sequence[Any], config: AttributeConfig) -> list[Scores]:
+        """`scores` given each query's weight change, a nested dict like the selected weights, of any size.
+
+        `config.score` has to be `linear`.
+        """
+        return self._scores(folders, changes, config)
+
+    def _scores(self, folders, weights, config: AttributeConfig) -> list[Scores]:
+        """`weights` are moved ones for exact scores, changes for linear ones; so they are in all that follows."""
         if config.cascade:
-            return self._cascade(folders, moved, config)
+            return self._cascade(folders, weights, config)
         before = self._base.losses(config) if config.score == "exact" else None
-        values = self._values(folders, moved, config)
+        values = self._values(folders, weights, config)
         return [make_scores(self._data.row_ids, each, before, config) for each in values]
 
-    def _values(self, folders, moved, config, rows=None, prefix: str = "") -> list[np.ndarray]:
+    def _values(self, folders, weights, config, rows=None, prefix: str = "") -> list[np.ndarray]:
         label = prefix + _LABELS[config.score]
+        run = linear_values if config.score == "linear" else query_values
         with self._timed(label):
-            return query_values(folders, moved, config, self._programs, self._data, label, rows)
+            return run(folders, weights, config, self._programs, self._data, label, rows)
 
-    def _cascade(self, folders, moved, config: AttributeConfig) -> list[Scores]:
+    def _cascade(self, folders, weights, config: AttributeConfig) -> list[Scores]:
         coarse = config.coarse()
         before = self._base.losses(coarse) if config.score == "exact" else None
-        values = self._values([folder / "coarse" for folder in folders], moved, coarse, prefix="coarse ")
+        values = self._values([folder / "coarse" for folder in folders], weights, coarse, prefix="coarse ")
         finalists = []
         for folder, each in zip(folders, values):
             scores = make_scores(self._data.row_ids, each, before, coarse)
             from_first_host(functools.partial(write_scores, scores, folder / COARSE_FILE))
             finalists.append(best_positions(scores, config.num_finalists(len(scores))))
         if config.score == "linear":
-            return self._linear_finals(folders, moved, finalists, config)
-        return [self._exact_finals(*query, config, len(folders)) for query in zip(folders, moved, finalists)]
+            return self._linear_finals(folders, weights, finalists, config)
+        return [self._exact_finals(*query, config, len(folders)) for query in zip(folders, weights, finalists)]
 
     def _exact_finals(self, folder: Path, moved: Any, rows: np.ndarray, config, num_queries: int) -> Scores:
         path = _finals_folder(folder, rows)
@@ -72,10 +88,10 @@ class Scorer:
         (after,) = self._values([path], [moved], config, rows)
         return make_scores(self._data.row_ids[rows], after, before, config)
 
-    def _linear_finals(self, folders, moved, finalists: Sequence[np.ndarray], config) -> list[Scores]:
+    def _linear_finals(self, folders, changes, finalists: Sequence[np.ndarray], config) -> list[Scores]:
         # One pass over the finalists of any query: another query costs little in it.
         rows = np.unique(np.concatenate(finalists))
-        values = self._values([_finals_folder(folder, rows) for folder in folders], moved, config, rows)
+        values = self._values([_finals_folder(folder, rows) for folder in folders], changes, config, rows)
         return [
             make_scores(self._data.row_ids[own], each[np.searchsorted(rows, own)], None, config)
             for own, each in zip(finalists, values)

@@ -11,6 +11,7 @@ from attrib_jax.attribution.unlearn import Unlearned, unlearn
 from attrib_jax.core.keys import purpose_key
 from attrib_jax.core.weights import flatten_names, unflatten_names
 from attrib_jax.curvature.diagonal import Diagonal
+from attrib_jax.curvature.ekfac import EKFAC
 from attrib_jax.diffusion.schedule import NoiseSchedule
 from attrib_jax.runtime.files import DamagedFileError, read_arrays, write_arrays
 from attrib_jax.runtime.hosts import from_first_host
@@ -39,7 +40,7 @@ def unlearn_query(
     rest: Any,
     query: PreparedQuery,
     config: AttributeConfig,
-    curvature: Diagonal | None,
+    curvature: Diagonal | EKFAC | None,
     num_examples: int | None,
     mask: np.ndarray | None,
 ) -> tuple[Any, tuple[float, ...]]:

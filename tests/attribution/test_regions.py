@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from attrib_jax.attribution import region_mask
+from attrib_jax.attribution import region_mask, shape_mask
 
 
 def test_box_on_the_grid_selects_whole_latent_pixels():
@@ -40,3 +40,19 @@ def test_cut_pixels_count_by_their_share(box):
 def test_bad_boxes_are_refused(box, problem):
     with pytest.raises(ValueError, match=problem):
         region_mask(box, (64, 48), (8, 6))
+
+
+@pytest.mark.parametrize("latent_size", [(8, 6), (64, 48), (5, 7)])
+def test_a_shape_that_is_a_box_has_the_mask_of_the_box(latent_size):
+    shape = np.zeros((64, 48), bool)
+    shape[9:40, 3:30] = True
+    expected = region_mask((3, 9, 30, 40), (64, 48), latent_size)
+    np.testing.assert_allclose(shape_mask(shape, latent_size), expected, atol=1e-6)
+
+
+def test_a_latent_pixel_counts_by_the_share_that_a_shape_covers():
+    shape = np.tri(8, dtype=bool)
+    # Blocks of 4 x 4: on the diagonal 10 of 16 pixels, below all, above none.
+    np.testing.assert_allclose(shape_mask(shape, (2, 2)), [[10 / 16, 0], [1, 10 / 16]])
+    with pytest.raises(ValueError, match="mask of 8 x 8 pixels is empty"):
+        shape_mask(np.zeros((8, 8), bool), (2, 2))

@@ -11,8 +11,8 @@ import jax
 import numpy as np
 from absl import flags
 
+import attrib_jax.stages.draws
 import attrib_jax.stages.fill
-import attrib_jax.stages.fisher
 import attrib_jax.stages.losses
 import tests.conftest  # noqa: F401 the tests' compilation cache
 from attrib_jax.runtime.state import StateStore
@@ -50,7 +50,7 @@ if __name__ == "__main__":
     attrib_jax.stages.fill._MAX_ROWS_PER_CHUNK = 4
     attrib_jax.stages.losses._ROWS_PER_CHUNK = 4
     attrib_jax.stages.losses._TILES_PER_CHUNK = 0
-    attrib_jax.stages.fisher._TILES_PER_CHECKPOINT = 1
+    attrib_jax.stages.draws._TILES_PER_CHECKPOINT = 1
     StateStore.write = _slow(StateStore.write)
     # The cache is the one that tests.conftest has set.
     common.enable_compilation_cache = lambda: None

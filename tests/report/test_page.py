@@ -179,6 +179,19 @@ def test_settings_timings_losses_region_and_warnings_are_told(make_report):
     assert {"DDIM, 50 steps", "0.01", "1 min 02 s", "stored result reused", "3.2 s"} <= set(cells)
 
 
+def test_a_region_mask_lies_over_the_query(make_report):
+    mask = np.zeros((16, 16), bool)
+    mask[4:12, 2:6] = True
+    page = read(make_report(region_mask=mask))
+    (attrs,) = [attrs for _, attrs, _ in page.tags if attrs.get("class") == "region-mask"]
+    overlay = decode(attrs["src"])
+    assert overlay.shape == (768, 768, 4)
+    clear = overlay[..., 3] == 0
+    assert clear[4 * 48 + 4 : 12 * 48 - 4, 2 * 48 + 4 : 6 * 48 - 4].all()
+    assert clear.sum() == (8 * 48 - 8) * (4 * 48 - 8)
+    assert ("the outlined pixels only: 12 % of the picture") in [text for _, text in page.find("dd")]
+
+
 def test_both_histograms_draw_every_score_once(make_report):
     page = read(make_report())
     drawings = page.find("svg")

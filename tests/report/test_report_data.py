@@ -22,6 +22,8 @@ from attrib_jax.report import Credit
         ({"least_k": -1}, r"least_k is -1"),
         ({"query_image": np.zeros((4, 4, 3))}, r"query_image has shape \(4, 4, 3\) and dtype float64"),
         ({"region": (0, 0, 17, 4)}, r"region is \(0, 0, 17, 4\).* 16 x 16"),
+        ({"region_mask": np.ones((8, 16), bool)}, r"region_mask has shape \(8, 16\): expected \(16, 16\)"),
+        ({"region_mask": np.zeros((16, 16), bool)}, "some of them True"),
         ({"region": (4, 0, 4, 4)}, r"region is \(4, 0, 4, 4\)"),
         ({"model_credit": Credit("me", "javascript:alert(1)")}, r"model_credit.url is 'javascript"),
     ],

@@ -59,6 +59,18 @@ def test_region_is_outlined_on_the_query(make_report):
     assert changed.max(axis=0).tolist() == [36 + 8 + 8 * 46 - 1, 36 + 8 + 6 * 46 - 1]
 
 
+def test_a_region_of_any_shape_is_outlined_and_all_else_veiled(make_report):
+    mask = np.zeros((16, 16), bool)
+    mask[4:12, 2:6] = mask[8:12, 2:14] = True
+    image = np.full((16, 16, 3), (90, 10, 120), np.uint8)
+    sheet = np.asarray(draw_contact_sheet(make_report(query_image=image, region_mask=mask)))
+    # 368 pixels of picture inside the mat: 23 for each pixel of the query.
+    at = [tuple(sheet[44 + int(23 * y), 44 + int(23 * x)]) for y, x in ((6, 4), (10, 12), (4.1, 4), (6, 10))]
+    inside, also_inside, edge, outside = at
+    assert inside == also_inside == (90, 10, 120) and edge == (178, 58, 30)
+    assert min(outside) > 100
+
+
 @pytest.mark.parametrize(
     "changes",
     [

@@ -121,12 +121,13 @@ def test_interrupted_run_resumes_to_the_same_bits(finished, pipeline, dataset, t
 
 
 def test_fisher_resumes_to_the_same_bits_and_is_close_on_other_devices(finished, pipeline, tmp_path, monkeypatch):
+    import attrib_jax.stages.draws as draws_stage
     import attrib_jax.stages.fisher as fisher_stage
     from attrib_jax.runtime.state import StateStore
 
     _, attributor, _ = finished
     selected, rest = select_weights(pipeline.params["unet"], "cross-attn-kv")
-    monkeypatch.setattr(fisher_stage, "_TILES_PER_CHECKPOINT", 1)
+    monkeypatch.setattr(draws_stage, "_TILES_PER_CHECKPOINT", 1)
     write, count = StateStore.write, 0
 
     def failing(self, tree, progress):

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import attrib_jax.stages.draws
 import attrib_jax.stages.fill
-import attrib_jax.stages.fisher
 import attrib_jax.stages.losses
 import attrib_jax.stages.unlearn
 from attrib_jax.convert.pipeline import load_pipeline, save_pipeline
@@ -34,7 +34,7 @@ _SOURCE = np.random.default_rng(0).normal(size=(20, 3)).astype(np.float32)
 def store_often(setattr=setattr) -> None:
     """Small chunks, and a state after every tile and step."""
     setattr(attrib_jax.stages.fill, "_MAX_ROWS_PER_CHUNK", 16)
-    setattr(attrib_jax.stages.fisher, "_TILES_PER_CHECKPOINT", 1)
+    setattr(attrib_jax.stages.draws, "_TILES_PER_CHECKPOINT", 1)
     setattr(attrib_jax.stages.losses, "_ROWS_PER_CHUNK", 4)
     setattr(attrib_jax.stages.losses, "_TILES_PER_CHUNK", 1)
     setattr(attrib_jax.stages.unlearn, "_SECONDS_BETWEEN_STATES", 0.0)

@@ -10,8 +10,8 @@ import jax
 import numpy as np
 import pytest
 
+import attrib_jax.stages.draws
 import attrib_jax.stages.fill
-import attrib_jax.stages.fisher
 import attrib_jax.stages.unlearn
 from attrib_jax.data.sources import ArrayDataset
 from attrib_jax.runtime import files
@@ -22,8 +22,8 @@ from attrib_jax.runtime.mesh import data_mesh
 from attrib_jax.runtime.state import StateStore
 from attrib_jax.stages.attribute import Attributor
 from attrib_jax.stages.config import AttributeConfig
+from attrib_jax.stages.draws import samples_per_tile
 from attrib_jax.stages.encode import encode
-from attrib_jax.stages.fisher import samples_per_tile
 from attrib_jax.stages.fit import FitConfig, fit
 from attrib_jax.stages.query import Query
 from attrib_jax.stages.root import StageRoot
@@ -49,7 +49,7 @@ STORED = (
 
 def store_after_64_samples(patch):
     mesh = data_mesh()
-    patch.setattr(attrib_jax.stages.fisher, "_TILES_PER_CHECKPOINT", 64 // (samples_per_tile(mesh) * mesh.size))
+    patch.setattr(attrib_jax.stages.draws, "_TILES_PER_CHECKPOINT", 64 // (samples_per_tile(mesh) * mesh.size))
 
 
 @pytest.fixture(autouse=True)

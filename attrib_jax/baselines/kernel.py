@@ -1,0 +1,85 @@
+"""Scores from projected gradients: tau = phi(z_hat)^T (Phi^T Phi + lambda I)^-1 phi(z_i) (TRAK, Park et al. 2023).
+
+All on the host in float64, block by block: features may lie on disk. One eigendecomposition of Phi^T Phi serves every
+lambda, so that an evaluation can choose it on held-out queries.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from attrib_jax.core.checks import check_positive
+
+_ROWS_AT_ONCE = 1024
+
+
+class Kernel(NamedTuple):
+    """Phi^T Phi = V diag(w) V^T of features Phi, k numbers a row.
+
+    Attributes:
+      eigenvalues: (k,) float64, not negative.
+      eigenvectors: (k, k) float64, V, one a column.
+    """
+
+    eigenvalues: np.ndarray
+    eigenvectors: np.ndarray
+
+    def damped(self, regularisation: float) -> np.ndarray:
+        """w + lambda (k,), with lambda = regularisation x mean(w)."""
+        check_positive("regularisation", regularisation)
+        return self.eigenvalues + regularisation * self.eigenvalues.mean()
+
+
+def fit_kernel(features: Any) -> Kernel:
+    """The kernel of features (N, ..., k), an array or one on disk that takes slices; every (k,) in it is a row of Phi.
+
+    Raises ValueError where they are all zero: there is then no scale for lambda.
+    """
+    width = features.shape[-1]
+    gram = np.zeros((width, width))
+    for block in _blocks(features):
+        gram += block.T @ block
+    if not np.trace(gram) > 0:
+        raise ValueError(
+            f"the features of all {features.shape[0]} examples are zero: the gradients vanish or underflow. Select "
+            "other weights, or look for a damaged model."
+        )
+    eigenvalues, eigenvectors = np.linalg.eigh(gram)
+    # Rounding leaves the smallest of a singular matrix a little below zero.
+    return Kernel(np.maximum(eigenvalues, 0), eigenvectors)
+
+
+def kernel_scores(
+    features: Any, query_features: np.ndarray, regularisations: Sequence[float], kernel: Kernel | None = None
+) -> np.ndarray:
+    """tau of every row and query for a list of regularisations -> (len(regularisations), Q, N, ...) float64.
+
+    Args:
+      features: (N, ..., k), each (k,) a row of Phi.
+      query_features: (Q, k), phi(z_hat) a row.
+      regularisations: each lambda in units of the mean eigenvalue of Phi^T Phi. An absolute lambda, as the papers give
+        it (5e2 for D-TRAK), depends on k, on the number of examples and on the scale of the gradients; this one does
+        not: scores keep their order when all features are multiplied by one number.
+      kernel: of `features`, where the caller has it.
+
+    Raises ValueError for a regularisation that is not positive, or features that are all zero.
+    """
+    kernel = fit_kernel(features) if kernel is None else kernel
+    rotated = np.asarray(query_features, np.float64) @ kernel.eigenvectors
+    solved = np.stack([rotated / kernel.damped(value) for value in regularisations]) @ kernel.eigenvectors.T
+    parts = [solved @ block.T for block in _blocks(features)]
+    return np.concatenate(parts, axis=2).reshape(*solved.shape[:2], *features.shape[:-1])
+
+
+def leverages(features: Any, kernel: Kernel, regularisation: float) -> np.ndarray:
+    """h_i = phi_i^T (Phi^T Phi + lambda I)^-1 phi_i of every row -> (N, ...) float64, from 0 to 1."""
+    weights = 1 / kernel.damped(regularisation)
+    parts = [np.square(block @ kernel.eigenvectors) @ weights for block in _blocks(features)]
+    return np.concatenate(parts).reshape(features.shape[:-1])
+
+
+def _blocks(features: Any) -> Iterator[np.ndarray]:
+    for first in range(0, features.shape[0], _ROWS_AT_ONCE):
+        block = np.asarray(features[first : first + _ROWS_AT_ONCE], np.float64)
+        yield block.reshape(-1, block.shape[-1])

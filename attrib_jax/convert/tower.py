@@ -1,0 +1,179 @@
+"""Feature towers: transformers folders of CLIP, DINO and DINOv2 with registers <-> Flax modules and parameters."""
+
+import dataclasses
+import functools
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from attrib_jax.convert.folders import find_weights, read_config, write_json
+from attrib_jax.convert.hub import resolve_tower
+from attrib_jax.convert.image_processor import ImageProcessor, load_image_processor, save_image_processor
+from attrib_jax.convert.names import tower_names
+from attrib_jax.convert.state_dicts import abstract_params, load_params, state_dict_of
+from attrib_jax.convert.tensors import Tensor
+from attrib_jax.convert.tokenizer import load_tokenizer, save_tokenizer
+from attrib_jax.convert.weight_files import open_weights, write_weights
+from attrib_jax.models.clip_towers import CLIPConfig, CLIPModel
+from attrib_jax.models.vit import Dinov2Config, VisionTransformer, ViTConfig
+
+_STEM = "model"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tower:
+    """A model whose features tell how alike pictures are, with all that it needs to read them.
+
+    Attributes:
+      family: `clip`, `dino` (a ViT) or `dinov2` (with registers).
+      module: Flax module with a method `image_features(pixels)`, and of CLIP `text_features(input_ids)`.
+      params: its parameters, a nested dict of arrays.
+      processor: makes pixels of pictures; None for a CLIP text tower alone.
+      tokenizer: of a CLIP text tower, a `transformers.CLIPTokenizer`; None for others.
+    """
+
+    family: str
+    module: Any
+    params: Any
+    processor: ImageProcessor | None
+    tokenizer: Any = None
+
+
+# model_type of config.json -> family and module.
+_FAMILIES: dict[str, tuple[str, Callable[[Mapping[str, Any]], Any]]] = {
+    "clip": ("clip", lambda config: CLIPModel(CLIPConfig.from_dict(config))),
+    "clip_vision_model": ("clip", lambda config: CLIPModel(CLIPConfig.from_dict(config))),
+    "clip_text_model": ("clip", lambda config: CLIPModel(CLIPConfig.from_dict(config))),
+    "vit": ("dino", lambda config: VisionTransformer(ViTConfig.from_dict(config))),
+    "dinov2_with_registers": ("dinov2", lambda config: VisionTransformer(Dinov2Config.from_dict(config))),
+}
+
+
+def load_tower(path: str | os.PathLike, family: str | None = None, dtype: Any = jnp.float32) -> Tower:
+    """Reads a transformers folder: CLIP (both towers, or one with its projection), ViT, or DINOv2 with registers.
+
+    Weights are read as safetensors or `.bin`, whole or in shards, the pooler and mask token of vision models left out;
+    preprocessor_config.json and, for a text tower, the tokenizer's files lie beside them.
+
+    Args:
+      path: the folder, or a Hugging Face id `owner/name[@revision]`.
+      family: `clip`, `dino` or `dinov2`, where another one would be a mistake; None takes any.
+      dtype: of the loaded parameters, whatever the files hold.
+
+    Raises:
+      FileNotFoundError: there is no such folder, or files in it are missing.
+      ValueError: a model of another family or with options that this library lacks, a tensor that is missing,
+        unexpected or misshaped, or a damaged file.
+    """
+    path = resolve_tower(path)
+    config = read_config(path)
+    found = config.get("model_type")
+    if found not in _FAMILIES:
+        raise ValueError(
+            f"tower {path!r} has model_type={found!r} in its config.json; supported: {', '.join(_FAMILIES)}"
+        )
+    own_family, make = _FAMILIES[found]
+    if family is not None and own_family != family:
+        raise ValueError(
+            f"tower {path!r} is of the family {own_family!r} (model_type={found!r}); expected {family!r}: "
+            f"{_EXAMPLES[family]}"
+        )
+    module = make(config)
+    weights = find_weights(path, _STEM)
+    params = load_params(tower_names(open_weights(weights)), abstract_tower_params(module), dtype, source=weights)
+    has_text = isinstance(module, CLIPModel) and module.config.text is not None
+    has_pictures = not isinstance(module, CLIPModel) or module.config.vision is not None
+    processor = load_image_processor(path) if has_pictures else None
+    if processor is not None:
+        _check_side(processor, module, path)
+    tokenizer = load_tokenizer(path, module.config.text.max_position_embeddings) if has_text else None
+    return Tower(own_family, module, params, processor, tokenizer)
+
+
+_EXAMPLES = {
+    "clip": "a folder like that of openai/clip-vit-base-patch32",
+    "dino": "a folder like that of facebook/dino-vitb16",
+    "dinov2": "a folder like that of facebook/dinov2-with-registers-large",
+}
+
+
+def _check_side(processor: ImageProcessor, module: Any, path: str) -> None:
+    config = module.config.vision if isinstance(module, CLIPModel) else module.config
+    fits = processor.side == config.image_size
+    if isinstance(config, Dinov2Config):
+        fits = processor.side % config.patch_size == 0
+    if not fits:
+        raise ValueError(
+            f"tower {path!r}: its image processor makes pictures of {processor.side} pixels, its model has "
+            f"image_size={config.image_size} and patch_size={config.patch_size}; take both files from one model"
+        )
+
+
+@functools.cache
+def abstract_tower_params(module: Any) -> Any:
+    """The shapes of a tower's parameters; no array is made."""
+    ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    if not isinstance(module, CLIPModel):
+        return abstract_params(module, _pictures(module.config))
+    vision = module.config.vision
+    return abstract_params(module, None if vision is None else _pictures(vision), ids)
+
+
+def _pictures(config: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((1, config.image_size, config.image_size, 3), jnp.float32)
+
+
+def tower_fingerprint(path: str | os.PathLike) -> str:
+    """sha256 of the files that `load_tower` reads: whatever decides the features."""
+    path = resolve_tower(path)
+    read_config(path)
+    weights = find_weights(path, _STEM)
+    names = sorted(os.listdir(path))
+    shards = [name for name in names if name.endswith((".safetensors", ".bin"))] if weights.endswith(".json") else []
+    texts = [name for name in names if name.endswith((".json", ".txt")) and not name.endswith(".index.json")]
+    files = [os.path.join(path, name) for name in {*texts, *shards, os.path.basename(weights)}]
+    return _digest(tuple((file, os.path.getsize(file), os.stat(file).st_mtime_ns) for file in sorted(files)))
+
+
+@functools.lru_cache(16)
+def _digest(files: tuple[tuple[str, int, int], ...]) -> str:
+    # Kept as long as no file has changed: every query of a run asks for it.
+    digest = hashlib.sha256()
+    for file, _, _ in files:
+        with open(file, "rb") as opened:
+            digest.update(f"{os.path.basename(file)} {hashlib.file_digest(opened, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+def save_tower(tower: Tower, path: str | os.PathLike, dtype: Any = None) -> None:
+    """Writes a CLIP tower of both halves as a folder that `load_tower` and transformers' CLIPModel open.
+
+    The folder takes its name when it is complete, in the place of one that was there.
+
+    Args:
+      tower: what to write.
+      path: the folder.
+      dtype: of the written weights; None keeps that of the parameters.
+    """
+    path = os.path.abspath(path)
+    parent, name = os.path.split(path)
+    os.makedirs(parent, exist_ok=True)
+    workplace = tempfile.mkdtemp(prefix=f".{name}.", dir=parent)
+    try:
+        fresh = os.path.join(workplace, "new")
+        write_json(tower.module.config.to_dict(), os.path.join(fresh, "config.json"))
+        state: dict[str, Tensor] = dict(state_dict_of(tower.params, dtype))
+        write_weights(state, os.path.join(fresh, f"{_STEM}.safetensors"))
+        save_image_processor(tower.processor, fresh)
+        save_tokenizer(tower.tokenizer, fresh)
+        if os.path.lexists(path):
+            os.rename(path, os.path.join(workplace, "old"))
+        os.rename(fresh, path)
+    finally:
+        shutil.rmtree(workplace, ignore_errors=True)

@@ -1,0 +1,182 @@
+"""Counterfactual models: what each query loses when the model is trained again without some pictures.
+
+Every model is asked about every query, and what it showed is stored under a digest of what it went without: one model
+serves all methods, protocols and later runs that remove the same pictures.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from attrib_jax.convert.pipeline import Pipeline, encode_text, tokenize
+from attrib_jax.core.checks import check_positive, check_range
+from attrib_jax.core.keys import example_noise, loss_key
+from attrib_jax.diffusion.losses import denoising_loss
+from attrib_jax.diffusion.samplers import sample
+from attrib_jax.diffusion.schedule import strided_timesteps
+from attrib_jax.evaluation.results import ResultTable
+from attrib_jax.evaluation.retrain import Recipe, Retrainer, Training
+from attrib_jax.models.unet import predictor
+from attrib_jax.runtime.mesh import replicate, shard_batch, tile_map
+from attrib_jax.runtime.state import StateStore
+from attrib_jax.stages.attribute import Attributor
+from attrib_jax.stages.identity import query_settings
+from attrib_jax.stages.query import PreparedQuery, Query, initial_noise
+
+_TABLE = "models.safetensors"
+
+
+@dataclasses.dataclass(frozen=True)
+class MeasureConfig:
+    """What is asked of a retrained model.
+
+    Attributes:
+      stride: of the strided sum over timesteps of a query's loss (METHOD.md section 2).
+      seed: of its noise, one draw for each query and timestep, the same for every model.
+      pictures: also keep the latents of the regenerated queries.
+    """
+
+    stride: int = 5
+    seed: int = 0
+    pictures: bool = False
+
+    def __post_init__(self):
+        check_positive("stride", self.stride, integer=True)
+        check_range("measure_seed", self.seed, 0, 2**32 - 1, integer=True)
+
+    def settings(self) -> dict[str, Any]:
+        """What decides the result, as JSON values."""
+        return {"stride": self.stride, "seed": self.seed} | ({"pictures": True} if self.pictures else {})
+
+
+def training_key(training: Training) -> str:
+    """The name of a training in a table: a digest of its seed and of what it goes without."""
+    content = json.dumps([int(training.seed), np.sort(training.removed).tolist()])
+    return hashlib.sha256(content.encode()).hexdigest()[:24]
+
+
+class Counterfactuals:
+    """Retrained models of one recipe and what they do to a fixed list of queries, computed once and kept.
+
+    Queries all are generated ones: a model regenerates each from its own initial noise.
+    """
+
+    def __init__(
+        self,
+        attributor: Attributor,
+        queries: Sequence[Query],
+        prepared: Sequence[PreparedQuery],
+        recipe: Recipe,
+        measure: MeasureConfig = MeasureConfig(),
+        per_device: int = 1,
+    ):
+        """`prepared` are the queries' pictures, from `prepare_query`; `per_device` models train on a device at once."""
+        for query in queries:
+            if query.image is not None or query.latents is not None:
+                raise ValueError(f"query {query.prompt!r} is a given picture; expected one that the model generates")
+            if query.sampler != "ddim":
+                raise ValueError(f"query {query.prompt!r} has sampler {query.sampler!r}; expected 'ddim'")
+        if len({(q.guidance_scale, q.sampler_steps) for q in queries}) != 1:
+            raise ValueError("queries differ in guidance_scale or sampler_steps; expected one for all")
+        self.attributor, self.queries, self.recipe, self.measure = attributor, list(queries), recipe, measure
+        self.prepared = list(prepared)
+        self.settings = {
+            "recipe": recipe.settings(),
+            "measure": measure.settings(),
+            "queries": [query_settings(query) for query in queries],
+        }
+        self._retrainer = Retrainer(attributor.pipeline, attributor.data, recipe, per_device)
+        self._program: Any = None
+
+    def results(self, trainings: Sequence[Training], description: str = "retrain") -> dict[str, np.ndarray]:
+        """What the retrained models showed, in order, trained where they are not stored.
+
+        Returns:
+          loss: (M, Q) strided loss of each query.
+          mse: (M, Q) mean squared difference, over latent values, between a query's latents and those that the model
+            draws from the same noise.
+          latents: (M, Q, h, w, c) of these regenerations, where `measure.pictures`.
+        """
+        with self.attributor.root.stage(self.name, self.settings, self.attributor.inputs) as stage:
+            table = ResultTable(stage.path / _TABLE, self._fields)
+            states = StateStore(stage.path)
+            todo = {training_key(training): training for training in trainings}
+            todo = {key: training for key, training in todo.items() if key not in table}
+            size = self._retrainer.models_at_once
+            keys, done = list(todo), 0
+            for first in range(0, len(keys), size):
+                group = keys[first : first + size]
+                done += len(group)
+                params = self._retrainer.train(
+                    [todo[key] for key in group], states, description=f"{description}: {done} of {len(keys)} models"
+                )
+                measured = self._measured(params, len(group))
+                rows = {key: {n: measured[n][place] for n in self._fields} for place, key in enumerate(group)}
+                table.add(rows)
+                states.remove()
+            wanted = [training_key(training) for training in trainings]
+            return {name: table.get(name, wanted) for name in self._fields}
+
+    @property
+    def name(self) -> str:
+        """Of the stage that keeps the results."""
+        digest = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:8]
+        return f"evaluation/retrained-{digest}"
+
+    @property
+    def _fields(self) -> dict[str, tuple[int, ...]]:
+        count = len(self.queries)
+        fields = {"loss": (count,), "mse": (count,)}
+        return fields | ({"latents": (count, *self.prepared[0].latents.shape)} if self.measure.pictures else {})
+
+    def _measured(self, params: Any, count: int) -> dict[str, np.ndarray]:
+        mesh, pipeline = self._retrainer.mesh, self.attributor.pipeline
+        if self._program is None:
+            query = self.queries[0]
+            fn = functools.partial(_measure, pipeline.unet, query.sampler_steps, query.guidance_scale)
+            self._program = tile_map(mesh, fn), replicate(mesh, self._inputs(pipeline))
+        program, shared = self._program
+        places = np.minimum(np.arange(self._retrainer.models_at_once), count - 1)
+        padded = shard_batch(mesh, jax.tree.map(lambda leaf: np.asarray(leaf)[places], params))
+        loss, mse, latents = program(shared, padded)
+        results = {"loss": loss, "mse": mse, "latents": latents}
+        return {name: np.asarray(array)[:count] for name, array in results.items()}
+
+    def _inputs(self, pipeline: Pipeline) -> tuple:
+        empty = encode_text(pipeline.text_encoder, pipeline.params["text_encoder"], tokenize(pipeline, [""]))[0]
+        return (
+            np.stack([query.latents for query in self.prepared]),
+            np.stack([query.text for query in self.prepared]),
+            np.asarray(empty),
+            np.stack([initial_noise(pipeline, query.seed) for query in self.queries]),
+            jax.random.key_data(loss_key(self.measure.seed)),
+            strided_timesteps(self.measure.stride, pipeline.schedule.num_train_timesteps),
+            pipeline.schedule,
+        )
+
+
+def _measure(unet, sampler_steps: int, guidance_scale: float, shared, params):
+    """For each model: the queries' losses (Q,), and squared errors (Q,) and latents of their regeneration."""
+    latents, text, empty, initial, key_data, timesteps, schedule = shared
+    key = jax.random.wrap_key_data(key_data, impl="threefry2x32")
+    predict = predictor(unet)
+
+    def of_model(params):
+        def of_query(query):
+            index, latent, states = query
+            noise = example_noise(key, index, 0, 0, timesteps, latent.shape)
+            return denoising_loss(predict, params, schedule, latent, states, noise, timesteps)
+
+        losses = jax.lax.map(of_query, (jnp.arange(len(latents)), latents, text))
+        drawn = sample(predict, params, schedule, text, empty, initial, sampler_steps, guidance_scale)
+        return losses, jnp.mean(jnp.square(drawn - latents), axis=(1, 2, 3)), drawn
+
+    # One model after the other: several at once would be a batch of convolutions with different kernels.
+    return jax.lax.map(of_model, params)

@@ -1,0 +1,241 @@
+"""The Customized-Model benchmark: are the pictures that a model was customised on found among many others?
+
+METHOD.md sections 6, 8 and 9. Every case is a model customised by Custom Diffusion on a few exemplars, and a picture
+that it made. The exemplars are the answer; the pictures they are hidden among are the base model's. Each case is asked
+with its prompt, and with that prompt without the new word V*.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from attrib_jax.convert.adapters import apply_custom_diffusion
+from attrib_jax.convert.pipeline import Pipeline
+from attrib_jax.core.checks import check_positive, check_range
+from attrib_jax.data.concat import concatenate
+from attrib_jax.data.pictures import read_picture
+from attrib_jax.data.sources import ArrayDataset, Dataset
+from attrib_jax.evaluation.metrics import average_precision, mean_and_error, recall_at
+from attrib_jax.evaluation.tables import write_table
+from attrib_jax.runtime.files import make_folder, write_json
+from attrib_jax.runtime.stages import lock
+from attrib_jax.stages.attribute import Attributor
+from attrib_jax.stages.config import AttributeConfig
+from attrib_jax.stages.encode import picture_resolution
+from attrib_jax.stages.query import Query
+from attrib_jax.stages.root import StageRoot
+
+_KEYS = ("model_path", "synth_image_path", "prompt", "train_prompt", "test_case", "test_case_ind", "category")
+_LISTED = 10
+
+
+class Case(NamedTuple):
+    """One query of one customised model.
+
+    Attributes:
+      model: folder or file of its Custom Diffusion weights.
+      image: the picture that it made.
+      prompt: of that picture; holds the new word.
+      train_prompt: caption of the exemplars.
+      exemplars: the pictures that the model was customised on.
+      category: such as `object` or `style`.
+    """
+
+    model: Path
+    image: Path
+    prompt: str
+    train_prompt: str
+    exemplars: tuple[Path, ...]
+    category: str
+
+
+@dataclasses.dataclass(frozen=True)
+class CustomizedConfig:
+    """How exemplars are looked for.
+
+    Attributes:
+      token: the new word V*, dropped from the prompt in the second form of each query.
+      k: of recall@k.
+    """
+
+    token: str = "<new1>"
+    k: int = 10
+
+    def __post_init__(self):
+        if not self.token:
+            raise ValueError("token is empty; expected the new word of the models, such as <new1>")
+        check_positive("k", self.k, integer=True)
+
+
+def read_cases(file: str | os.PathLike, root: str | os.PathLike | None = None) -> list[Case]:
+    """Reads a task list in the layout of the benchmark (METHOD.md section 9).
+
+    The list has entries with `model_path`, `synth_image_path`, `prompt`, `train_prompt`, `test_case` (a json file, a
+    list of cases with an `exemplar` list of picture paths), `test_case_ind` (which of them) and `category`.
+
+    Args:
+      file: the task list.
+      root: folder that its paths are relative to; its own if None.
+
+    Raises:
+      FileNotFoundError: the list, or files that it names, do not exist; the first ones are listed.
+      ValueError: it is no such list.
+    """
+    root = Path(file).parent if root is None else Path(root)
+    tasks = _read_list(file)
+    cases, lists = [], {}
+    for number, task in enumerate(tasks, start=1):
+        missing = [key for key in _KEYS if not isinstance(task, dict) or key not in task]
+        if missing:
+            raise ValueError(f"{file}: entry {number} lacks {', '.join(missing)}")
+        place = root / task["test_case"]
+        lists[place] = lists[place] if place in lists else _read_list(place)
+        try:
+            exemplars = lists[place][int(task["test_case_ind"])]["exemplar"]
+        except (IndexError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{file}: entry {number} has test_case_ind {task['test_case_ind']!r}, but {place} has no case with an "
+                f"exemplar list there ({len(lists[place])} cases)"
+            ) from error
+        cases.append(
+            Case(
+                root / task["model_path"],
+                root / task["synth_image_path"],
+                task["prompt"],
+                task["train_prompt"],
+                tuple(root / path for path in exemplars),
+                task["category"],
+            )
+        )
+    if not cases:
+        raise ValueError(f"{file} lists no case")
+    needed = dict.fromkeys(path for case in cases for path in (case.model, case.image, *case.exemplars))
+    absent = [os.fspath(path) for path in needed if not path.exists()]
+    if absent:
+        more = f" and {len(absent) - _LISTED} more" if len(absent) > _LISTED else ""
+        raise FileNotFoundError(
+            f"{file} names files that do not exist: {', '.join(absent[:_LISTED])}{more}. Paths are relative to {root}."
+        )
+    return cases
+
+
+def _read_list(file: str | os.PathLike) -> list:
+    try:
+        content = json.loads(Path(file).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged, it is no JSON ({error})") from error
+    if not isinstance(content, list):
+        raise ValueError(f"{file} holds a {type(content).__name__}; expected a list of cases")
+    return content
+
+
+def run_customized(
+    workdir: str | os.PathLike,
+    base: Pipeline,
+    rest: Dataset,
+    cases: Sequence[Case],
+    methods: Mapping[str, AttributeConfig],
+    config: CustomizedConfig = CustomizedConfig(),
+) -> str:
+    """Ranks of every case's exemplars among them and `rest`, by every method -> a markdown table.
+
+    Each model has a workdir of its own below `workdir`, resumed there. Every rank is kept in `records.json`, and means
+    with standard errors over models in `customized.csv`.
+    """
+    names = [name for name, each in methods.items() if each.update == "newton" and each.method == "unlearn"]
+    for name in names:
+        if methods[name].fisher is None:
+            raise ValueError(f"method {name!r} has no fisher; give that of the base model, which all models share")
+    folder = make_folder(Path(workdir) / "evaluation" / "customized")
+    resolution = picture_resolution(base)
+    records, table = [], ""
+    for model, members in _by_model(cases).items():
+        pipeline = apply_custom_diffusion(base, os.fspath(model))
+        first = members[0]
+        exemplars = _exemplars(first, resolution)
+        place = Path(workdir) / "models" / _name(model)
+        make_folder(place)
+        with lock(place):
+            attributor = Attributor(pipeline, concatenate(exemplars, rest), StageRoot(place))
+            for form, strip in (("with V*", False), ("without V*", True)):
+                queries = [
+                    Query(_without(case.prompt, config.token) if strip else case.prompt, image=case.image)
+                    for case in members
+                ]
+                for method, settings in methods.items():
+                    results = attributor.attribute_many(queries, settings)
+                    records += [
+                        {
+                            "model": _name(model),
+                            "category": case.category,
+                            "prompt": case.prompt,
+                            "method": method,
+                            "form": form,
+                            "ranks": [result.scores.rank_of(int(row)) for row in exemplars.row_ids],
+                        }
+                        for case, result in zip(members, results)
+                    ]
+        write_json(folder / "records.json", records)
+        table = write_table(folder, "customized", summary(records, config.k))
+    return f"{len(_by_model(cases))} models, {len(cases)} queries, among {len(rest)} other pictures\n\n{table}"
+
+
+def random_rows(dataset: Dataset, count: int, seed: int = 2024) -> Dataset:
+    """`count` random rows of a data set in its order, their row ids kept; all of it for 0."""
+    if not count:
+        return dataset
+    check_range("rows", count, 1, len(dataset), integer=True)
+    rows = np.sort(np.random.default_rng(seed).permutation(len(dataset))[:count])
+    taken = [dataset[int(row)] for row in rows]
+    return ArrayDataset(
+        np.stack([row.image for row in taken]),
+        [row.captions for row in taken],
+        row_ids=[row.row_id for row in taken],
+        groups=None if dataset.groups is None else np.asarray(dataset.groups)[rows],
+        name=f"{dataset.name} ({len(rows)} rows)",
+    )
+
+
+def summary(records: Sequence[Mapping], k: int) -> list[dict]:
+    """A row for each method and form: recall@k and mAP, means over the queries of a model, then over models."""
+    rows = []
+    for method, form in dict.fromkeys((record["method"], record["form"]) for record in records):
+        mine = [record for record in records if (record["method"], record["form"]) == (method, form)]
+        row = {"method": method, "prompt": form}
+        for name, metric in ((f"recall@{k}", lambda ranks: recall_at(ranks, k)), ("mAP", average_precision)):
+            per_model: dict[str, list[float]] = {}
+            for record in mine:
+                per_model.setdefault(record["model"], []).append(metric(record["ranks"]))
+            estimate = mean_and_error(np.array([np.mean(values) for values in per_model.values()]))
+            row |= {name: estimate.mean, f"{name} error": estimate.error}
+        rows.append(row | {"median rank": float(np.median(np.concatenate([record["ranks"] for record in mine])))})
+    return rows
+
+
+def _by_model(cases: Sequence[Case]) -> dict[Path, list[Case]]:
+    grouped: dict[Path, list[Case]] = {}
+    for case in cases:
+        grouped.setdefault(case.model, []).append(case)
+    for model, members in grouped.items():
+        if len({(case.exemplars, case.train_prompt) for case in members}) > 1:
+            raise ValueError(f"the cases of model {model} have different exemplars or train_prompts; expected one set")
+    return grouped
+
+
+def _exemplars(case: Case, resolution: int) -> Dataset:
+    images = np.stack([read_picture(path, resolution, resolution) for path in case.exemplars])
+    return ArrayDataset(images, [[case.train_prompt]] * len(images), name="exemplars")
+
+
+def _without(prompt: str, token: str) -> str:
+    return " ".join(word for word in prompt.split() if word != token)
+
+
+def _name(model: Path) -> str:
+    return f"{model.stem or 'model'}-{hashlib.sha256(os.fspath(model).encode()).hexdigest()[:6]}"

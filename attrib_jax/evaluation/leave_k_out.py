@@ -1,0 +1,187 @@
+"""Leave-K-out: retrain without a method's top K pictures, and see whether the model still makes the query.
+
+METHOD.md section 8. The higher the query's loss, and the farther its regeneration from the same noise, the more the
+pictures mattered. Random pictures are the reference: the number of them whose removal does as much.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+
+from attrib_jax.core.checks import check_positive, check_range
+from attrib_jax.evaluation.counterfactual import Counterfactuals
+from attrib_jax.evaluation.metrics import RemovalCurve, mean_and_error, paired_difference
+from attrib_jax.evaluation.named import QuerySet, method_scores
+from attrib_jax.evaluation.retrain import Training
+from attrib_jax.evaluation.tables import curve_plot, picture_grid, write_table
+from attrib_jax.stages.config import AttributeConfig
+from attrib_jax.stages.query import decode
+
+_NOTHING = np.array([], np.int64)
+
+
+@dataclasses.dataclass(frozen=True)
+class LeaveKOutConfig:
+    """What is removed.
+
+    Attributes:
+      counts: the Ks: of pictures removed, each by every method.
+      curve: further numbers of random pictures, for the reference curve.
+      random_sets: random sets of each of these numbers, the same for all queries.
+      seeds: of the trainings; each query's change is the mean over them.
+    """
+
+    counts: tuple[int, ...]
+    curve: tuple[int, ...] = ()
+    random_sets: int = 10
+    seeds: tuple[int, ...] = (0,)
+
+    def __post_init__(self):
+        if not self.counts or not self.seeds:
+            raise ValueError(f"counts is {self.counts} and seeds {self.seeds}; expected at least one of each")
+        for count in (*self.counts, *self.curve):
+            check_positive("the number of pictures removed", count, integer=True)
+        for seed in self.seeds:
+            check_range("train_seeds", seed, 0, 2**32 - 1, integer=True)
+        check_positive("random_sets", self.random_sets, integer=True)
+
+    def check_size(self, size: int) -> None:
+        """Raises ValueError where more is to be removed than a data set of `size` pictures has."""
+        largest = max(*self.counts, *self.curve, 0)
+        if largest >= size:
+            raise ValueError(
+                f"{largest} pictures are to be removed from a data set of {size}; expected fewer, so that some are "
+                "left to train on"
+            )
+
+
+def top_positions(scores: np.ndarray, row_ids: np.ndarray, count: int) -> np.ndarray:
+    """The positions of the `count` highest of the scores (N,); equal ones by rising row id, as `Scores.top`."""
+    return np.lexsort((row_ids, -scores))[:count]
+
+
+def random_positions(size: int, count: int, number: int) -> np.ndarray:
+    """Random set `number` of `count` positions."""
+    return np.random.default_rng([2**31, count, number]).permutation(size)[:count]
+
+
+class Effects:
+    """What retraining without pictures does to each query: changes against the model that lacks none."""
+
+    def __init__(self, counterfactuals: Counterfactuals, seeds: tuple[int, ...]):
+        self._counterfactuals, self._seeds = counterfactuals, seeds
+
+    def of(self, removed: list[np.ndarray], description: str) -> dict[str, np.ndarray]:
+        """For sets of positions (M): `dL` and `mse`, (M, Q), means over the seeds.
+
+        dL = L(query, retrained without) - L(query, trained with all), of one seed each; `mse` is that of the
+        regeneration.
+        """
+        trainings = [Training(positions, seed) for seed in self._seeds for positions in removed]
+        full = [Training(_NOTHING, seed) for seed in self._seeds]
+        # All at once, so that no device waits for the end of a list.
+        results = self._counterfactuals.results([*full, *trainings], description)
+        split = {name: np.split(values, [len(full)]) for name, values in results.items()}
+        changes = {
+            "dL": [split["loss"][1].reshape(len(full), len(removed), -1), split["loss"][0][:, None]],
+            "mse": [split["mse"][1].reshape(len(full), len(removed), -1), np.zeros(())],
+        }
+        return {name: np.mean(after - before, axis=0) for name, (after, before) in changes.items()}
+
+
+def run_leave_k_out(
+    counterfactuals: Counterfactuals,
+    methods: Mapping[str, AttributeConfig],
+    queries: QuerySet,
+    split: str,
+    config: LeaveKOutConfig,
+) -> tuple[list[dict], str]:
+    """Removes every method's top K of each query of one split -> table rows and a markdown table.
+
+    Tables `leave_k_out.csv` and `queries.csv` (one row for each query) and a plot for all K are kept in the workdir.
+    """
+    attributor, positions = counterfactuals.attributor, queries.split(split)
+    size, row_ids = len(attributor.data), attributor.data.row_ids
+    config.check_size(size)
+    scores = {name: method_scores(attributor, name, each, queries.of(split)) for name, each in methods.items()}
+    effects = Effects(counterfactuals, config.seeds)
+
+    all_counts = sorted({*config.counts, *config.curve})
+    sets = [random_positions(size, count, number) for count in all_counts for number in range(config.random_sets)]
+    random = effects.of(sets, "train without random pictures")
+    # (counts, sets, Q of the split)
+    random = {
+        name: each[:, positions].reshape(len(all_counts), config.random_sets, -1) for name, each in random.items()
+    }
+    curve = RemovalCurve.fit(all_counts, random["dL"].mean(axis=(1, 2)), np.full(len(all_counts), config.random_sets))
+
+    rows, per_query, points = [], [], {name: [] for name in scores}
+    for count in config.counts:
+        base = {name: each[all_counts.index(count)] for name, each in random.items()}
+        rows.append(_row("random", count, {name: each.mean(0) for name, each in base.items()}, None, curve))
+        for name, each in scores.items():
+            removed = [top_positions(query, row_ids, count) for query in each]
+            found = effects.of(removed, f"train without the top {count} of {name}")
+            # Each query under the model that lacks its own pictures.
+            own = {kind: values[np.arange(len(positions)), positions] for kind, values in found.items()}
+            rows.append(_row(name, count, own, base["dL"].mean(0), curve))
+            points[name].append((count, rows[-1]["dL"], rows[-1]["dL error"]))
+            per_query += [
+                {
+                    "method": name,
+                    "K": count,
+                    "query": queries.queries[query].prompt,
+                    "seed": queries.queries[query].seed,
+                }
+                | {kind: float(values[place]) for kind, values in own.items()}
+                | {"random dL": float(base["dL"][:, place].mean())}
+                for place, query in enumerate(positions)
+            ]
+            _write(attributor, split, rows, per_query)
+    folder = _write(attributor, split, rows, per_query)
+    title = f"{len(positions)} {split} queries, {len(config.seeds)} training seed(s), {size} training pictures"
+    curve_plot(folder / "leave_k_out.png", title, curve, points)
+    if counterfactuals.measure.pictures:
+        _write_pictures(folder / "pictures.png", counterfactuals, scores, positions, config)
+    return rows, f"{title}\n\n{(folder / 'leave_k_out.md').read_text(encoding='utf-8')}"
+
+
+def _row(name: str, count: int, own: Mapping[str, np.ndarray], random, curve: RemovalCurve) -> dict:
+    change, deviation = mean_and_error(own["dL"]), mean_and_error(own["mse"])
+    row = {"method": name, "K": count, "dL": change.mean, "dL error": change.error}
+    if random is None:
+        row |= {"over random": float("nan"), "in errors": float("nan")}
+    else:
+        difference = paired_difference(own["dL"], random)
+        row |= {"over random": difference.mean, "in errors": difference.in_errors}
+    return row | {
+        "as random pictures": curve.equivalent(change.mean),
+        "MSE": deviation.mean,
+        "MSE error": deviation.error,
+    }
+
+
+def _write(attributor, split: str, rows: list[dict], per_query: list[dict]):
+    folder = attributor.root.workdir / "evaluation" / f"leave-k-out-{split}"
+    folder.mkdir(parents=True, exist_ok=True)
+    order = sorted(rows, key=lambda row: (row["K"], -row["dL"]))
+    write_table(folder, "leave_k_out", order)
+    if per_query:
+        write_table(folder, "queries", per_query)
+    return folder
+
+
+def _write_pictures(file, counterfactuals: Counterfactuals, scores, positions: np.ndarray, config: LeaveKOutConfig):
+    """A row for each query: itself, as the model retrained on all draws it, and as those without pictures do."""
+    attributor, count = counterfactuals.attributor, config.counts[0]
+    row_ids, size = attributor.data.row_ids, len(attributor.data)
+    removed = {"trained on all": [_NOTHING] * len(positions)}
+    removed |= {name: [top_positions(query, row_ids, count) for query in each] for name, each in scores.items()}
+    removed["random pictures"] = [random_positions(size, count, 0)] * len(positions)
+    columns = {"query": np.stack([counterfactuals.prepared[place].image for place in positions])}
+    for name, sets in removed.items():
+        found = counterfactuals.results([Training(positions, config.seeds[0]) for positions in sets])["latents"]
+        own = found[np.arange(len(positions)), positions].astype(np.float32)
+        columns[name] = decode(attributor.pipeline, own)
+    picture_grid(file, f"{count} pictures removed", [counterfactuals.queries[p].prompt for p in positions], columns)

@@ -1,0 +1,192 @@
+"""What the evaluation reports, as pure functions of numpy arrays: retrieval, rank correlation, uncertainty."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from attrib_jax.core.checks import check_positive, check_range
+
+
+class Estimate(NamedTuple):
+    """A mean and its standard error; the error of a single value is NaN."""
+
+    mean: float
+    error: float
+
+    @property
+    def in_errors(self) -> float:
+        """The mean in units of its standard error: how far a difference is from nothing."""
+        return float(np.divide(self.mean, self.error))
+
+
+def mean_and_error(values: np.ndarray) -> Estimate:
+    """Mean and standard error s / sqrt(n), s with n - 1 in the denominator, of independent values (n,).
+
+    Raises ValueError where there are none.
+    """
+    values = _vector("values", values)
+    error = values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
+    return Estimate(float(values.mean()), float(error))
+
+
+def paired_difference(values: np.ndarray, others: np.ndarray) -> Estimate:
+    """Mean and standard error of values - others (n,), pair by pair: what queries have in common cancels."""
+    values, others = _vector("values", values), _vector("others", others)
+    if len(values) != len(others):
+        raise ValueError(f"values has {len(values)} and others {len(others)} entries; expected pairs")
+    return mean_and_error(values - others)
+
+
+def ranks(scores: np.ndarray) -> np.ndarray:
+    """Scores (..., N) -> ranks (..., N), 1 for the highest; equal scores by rising position, as `Scores.top`."""
+    scores = np.asarray(scores)
+    result = np.empty(scores.shape, np.int64)
+    order = np.argsort(-scores, axis=-1, kind="stable")
+    np.put_along_axis(result, order, np.broadcast_to(np.arange(1, scores.shape[-1] + 1), scores.shape), axis=-1)
+    return result
+
+
+def recall_at(relevant_ranks: Sequence[int], k: int) -> float:
+    """Share of the relevant items, given by their ranks (1 for the first), that are among the first `k`."""
+    check_positive("k", k, integer=True)
+    return float(np.mean(_vector("relevant_ranks", relevant_ranks) <= k))
+
+
+def average_precision(relevant_ranks: Sequence[int]) -> float:
+    """Mean over the relevant items of the precision at their rank; scikit-learn's, where no scores are equal."""
+    ordered = np.sort(_vector("relevant_ranks", relevant_ranks))
+    return float(np.mean(np.arange(1, len(ordered) + 1) / ordered))
+
+
+def spearman(first: np.ndarray, second: np.ndarray) -> float:
+    """Spearman's rank correlation of two vectors, ties at their mean rank; NaN where one is constant."""
+    first, second = _vector("first", first), _vector("second", second)
+    if len(first) != len(second):
+        raise ValueError(f"first has {len(first)} and second {len(second)} entries; expected pairs")
+    deviations = [rank - rank.mean() for rank in map(_mean_ranks, (first, second))]
+    norm = np.sqrt(np.prod([np.sum(rank**2) for rank in deviations]))
+    return float(np.sum(deviations[0] * deviations[1]) / norm) if norm else float("nan")
+
+
+def _mean_ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks from 1, equal values sharing the mean of theirs."""
+    _, places, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    return (last - (counts - 1) / 2)[places]
+
+
+class Lds(NamedTuple):
+    """The linear datamodeling score.
+
+    Attributes:
+      per_query: (Q,) Spearman correlation of each query.
+      mean: of them.
+      low, high: a 95 % interval of the mean, from resampling models and queries.
+    """
+
+    per_query: np.ndarray
+    mean: float
+    low: float
+    high: float
+
+
+def lds(scores: np.ndarray, kept: np.ndarray, losses: np.ndarray, resamples: int = 1000, seed: int = 0) -> Lds:
+    """Linear datamodeling score of an attribution (METHOD.md section 8; Park et al., TRAK, 2023, section 2).
+
+    Of each query: Spearman's correlation, over models that were trained on subsets, between the sum of the scores of a
+    model's training pictures and minus its loss on the query. Influential pictures lower the loss, so a good method
+    has a positive score.
+
+    Args:
+      scores: (Q, N), larger is more influential.
+      kept: (M, N) bool, which pictures each of the M models was trained on.
+      losses: (M, Q) of the queries under each model.
+      resamples: bootstrap samples of models and of queries, drawn together with replacement.
+      seed: of them.
+
+    Raises ValueError for shapes that do not fit.
+    """
+    scores, kept, losses = np.asarray(scores, np.float64), np.asarray(kept, bool), np.asarray(losses, np.float64)
+    models, queries = losses.shape
+    if kept.shape[0] != models or scores.shape != (queries, kept.shape[1]):
+        raise ValueError(
+            f"scores has shape {scores.shape}, kept {kept.shape} and losses {losses.shape}; expected (Q, N), (M, N) "
+            "and (M, Q)"
+        )
+    predicted = scores @ kept.T.astype(np.float64)  # (Q, M)
+
+    def per_query(models: np.ndarray) -> np.ndarray:
+        return np.array([spearman(predicted[q, models], -losses[models, q]) for q in range(queries)])
+
+    values = per_query(np.arange(models))
+    rng = np.random.default_rng(seed)
+    means = []
+    for _ in range(resamples):
+        # One draw of models for all queries: their losses come from the same trainings.
+        drawn = per_query(rng.integers(models, size=models))
+        means.append(np.nanmean(drawn[rng.integers(queries, size=queries)]))
+    low, high = np.quantile(means, (0.025, 0.975)) if means else (np.nan, np.nan)
+    return Lds(values, float(np.mean(values)), float(low), float(high))
+
+
+def half_subsets(size: int, count: int, share: float = 0.5, seed: int = 0) -> np.ndarray:
+    """(count, size) bool: random subsets of round(share * size) of `size` rows; subset i is of (seed, i)."""
+    check_range("share", share, 0.0, 1.0)
+    kept = np.zeros((count, size), bool)
+    for index in range(count):
+        kept[index, np.random.default_rng([seed, index]).permutation(size)[: round(share * size)]] = True
+    return kept
+
+
+class RemovalCurve(NamedTuple):
+    """What removing random pictures does: `counts` (C,) rising, from 0, and the mean effect of each (C,)."""
+
+    counts: np.ndarray
+    effects: np.ndarray
+
+    @classmethod
+    def fit(cls, counts: Sequence[float], effects: Sequence[float], weights: Sequence[float]) -> "RemovalCurve":
+        """The rising curve nearest to measured means, by weighted least squares (pool adjacent violators).
+
+        Noise can make the mean effect of more pictures the smaller one; a curve that is to be inverted must not fall.
+
+        Args:
+          counts: of pictures removed, each once; nothing removed, with effect 0, is added.
+          effects: mean effect of each count.
+          weights: how many values each mean is of.
+        """
+        counts, effects, weights = (np.asarray(array, np.float64) for array in (counts, effects, weights))
+        if len(np.unique(counts)) != len(counts) or (counts <= 0).any():
+            raise ValueError(f"counts is {counts.tolist()}; expected numbers above 0, each once")
+        order = np.argsort(counts)
+        blocks: list[list[float]] = []  # mean, weight, number of points
+        for effect, weight in zip(effects[order], weights[order]):
+            blocks.append([effect, weight, 1])
+            while len(blocks) > 1 and blocks[-2][0] >= blocks[-1][0]:
+                last, before = blocks.pop(), blocks[-1]
+                total = before[1] + last[1]
+                before[:] = [(before[0] * before[1] + last[0] * last[1]) / total, total, before[2] + last[2]]
+        fitted = np.concatenate([np.full(int(size), mean) for mean, _, size in blocks])
+        return cls(np.append(0.0, counts[order]), np.append(0.0, np.maximum(fitted, 0.0)))
+
+    def equivalent(self, effect: float) -> float:
+        """How many random pictures have to be removed for `effect`, by linear interpolation.
+
+        0 for an effect of nothing or less; infinity beyond the last point of the curve: more than was measured.
+        """
+        if effect <= 0:
+            return 0.0
+        if effect > self.effects[-1]:
+            return float("inf")
+        place = int(np.searchsorted(self.effects, effect))  # effects[place - 1] < effect <= effects[place]
+        low, high = self.effects[place - 1], self.effects[place]
+        share = (effect - low) / (high - low)
+        return float(self.counts[place - 1] + share * (self.counts[place] - self.counts[place - 1]))
+
+
+def _vector(name: str, values: Sequence[float]) -> np.ndarray:
+    values = np.asarray(values, np.float64)
+    if values.ndim != 1 or not len(values):
+        raise ValueError(f"{name} has shape {values.shape}; expected a vector with at least one entry")
+    return values

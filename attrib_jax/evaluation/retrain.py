@@ -1,0 +1,267 @@
+"""Training a model's UNet again from scratch on part of its training set, several models at once.
+
+Autoencoder and text encoder stay as they are (METHOD.md section 8). Everything that is drawn is a pure function of
+(seed, step, place in the batch): a model that lacks pictures sees, in every other place, the batches that the full one
+saw, and in their places pictures drawn from the remaining ones. So two trainings differ by what was removed and by
+nothing else, whatever was trained beside them.
+"""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from attrib_jax.convert.pipeline import Pipeline, encode_text, latent_size, tokenize
+from attrib_jax.core.checks import check_positive, check_range
+from attrib_jax.core.keys import purpose_key
+from attrib_jax.diffusion.losses import Predict
+from attrib_jax.diffusion.schedule import NoiseSchedule
+from attrib_jax.diffusion.training import denoising_batch_loss, init_state, make_optimizer, train_step
+from attrib_jax.models.unet import UNet2DConditionModel, predictor
+from attrib_jax.runtime.mesh import data_mesh, replicate, shard_batch, tile_map
+from attrib_jax.runtime.progress import progress
+from attrib_jax.runtime.state import StateStore
+from attrib_jax.stages.encoded import EncodedDataset
+
+# Steps whose batches are drawn on the host and sent to the devices together.
+_STEPS_PER_DRAW = 100
+_STEPS_IN_FLIGHT = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How a UNet is trained from scratch.
+
+    Attributes:
+      steps, batch_size: of the training.
+      learning_rate: peak of Adam's, reached after `warmup_steps`, then a cosine down to zero.
+      warmup_steps: of the linear rise.
+      ema_decay: of the averaged weights, which are the model.
+      caption_dropout: share of empty captions, for classifier-free guidance.
+      random_flips: mirror half of the pictures that are drawn.
+    """
+
+    steps: int = 400
+    batch_size: int = 64
+    learning_rate: float = 3e-3
+    warmup_steps: int = 50
+    ema_decay: float = 0.99
+    caption_dropout: float = 0.1
+    random_flips: bool = False
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size"):
+            check_positive(name, getattr(self, name), integer=True)
+        check_positive("learning_rate", self.learning_rate)
+        check_range("warmup_steps", self.warmup_steps, 0, self.steps - 1, integer=True)
+        for name in ("ema_decay", "caption_dropout"):
+            check_range(name, getattr(self, name), 0.0, 1.0)
+
+    def settings(self) -> dict[str, Any]:
+        """What decides the result, as JSON values."""
+        return dataclasses.asdict(self)
+
+
+class Training(NamedTuple):
+    """One model to train: removed (R,), positions in the data set of the pictures it goes without; and its seed."""
+
+    removed: np.ndarray
+    seed: int = 0
+
+
+class Draws(NamedTuple):
+    """What S steps train on; int32 (S, B).
+
+    Attributes:
+      row: positions in the data set.
+      flip: 1 for the mirrored picture.
+      caption: positions in the data set's text states; -1 for the empty caption.
+    """
+
+    row: np.ndarray
+    flip: np.ndarray
+    caption: np.ndarray
+
+
+def draw_batches(data: EncodedDataset, training: Training, recipe: Recipe, start: int, stop: int) -> Draws:
+    """The batches of steps `start` to `stop`.
+
+    Places in the batches go through the data set epoch by epoch, each a permutation of its own; where a removed picture
+    comes up, one of the remaining stands in, drawn by a number that belongs to the place.
+    """
+    size, batch = len(data), recipe.batch_size
+    kept = np.setdiff1d(np.arange(size), training.removed)
+    places = np.arange(start * batch, stop * batch)
+    order = np.empty(len(places), np.int64)
+    uniform = np.empty((4, len(places)))
+    for epoch in range(places[0] // size, places[-1] // size + 1):
+        here = places // size == epoch
+        rng = np.random.default_rng([training.seed, epoch])
+        permutation, numbers = rng.permutation(size), rng.random((4, size))
+        order[here], uniform[:, here] = permutation[places[here] % size], numbers[:, places[here] % size]
+    removed = np.zeros(size, bool)
+    removed[training.removed] = True
+    row = np.where(removed[order], kept[(uniform[0] * len(kept)).astype(np.int64)], order)
+    flip = (uniform[1] < 0.5) if recipe.random_flips else np.zeros(len(places), bool)
+    stored = data.positions[row]
+    caption = data.first_caption[stored] + (uniform[2] * data.num_captions[row]).astype(np.int64)
+    caption = np.where(uniform[3] < recipe.caption_dropout, -1, caption)
+    return Draws(*(array.astype(np.int32).reshape(stop - start, batch) for array in (stored, flip, caption)))
+
+
+class Retrainer:
+    """Trains the UNet of one pipeline on subsets of one data set; its programs are compiled once.
+
+    Models are spread over the devices, `per_device` on each at a time. With one each, a model's weights are to the bit
+    those that it would have alone.
+    """
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        data: EncodedDataset,
+        recipe: Recipe,
+        per_device: int = 1,
+        mesh: Mesh | None = None,
+    ):
+        """`data` is the encoded training set; `per_device` changes the speed, and weights by rounding only."""
+        check_positive("models_per_device", per_device, integer=True)
+        self.pipeline, self.data, self.recipe, self.per_device = pipeline, data, recipe, per_device
+        self.mesh = mesh or data_mesh()
+        self._optimizer = make_optimizer(recipe.learning_rate, recipe.warmup_steps, recipe.steps)
+        self._step = tile_map(self.mesh, functools.partial(_steps, pipeline.unet, self._optimizer, recipe.ema_decay))
+        self._shared: Any = None
+
+    @property
+    def models_at_once(self) -> int:
+        """How many models train together."""
+        return self.mesh.size * self.per_device
+
+    def train(
+        self,
+        trainings: Sequence[Training],
+        states: StateStore | None = None,
+        seconds_between_states: float = 60.0,
+        description: str = "train",
+    ) -> Any:
+        """Trains up to `models_at_once` models -> their averaged weights, stacked along a first axis.
+
+        Args:
+          trainings: at least one; of each the removed pictures leave at least one.
+          states: where a long training stores itself, to go on from; None for nowhere.
+          seconds_between_states: between two such states.
+          description: of the progress.
+
+        Raises ValueError where nothing would be left to train on, or a loss is not finite.
+        """
+        count = len(trainings)
+        if not 1 <= count <= self.models_at_once:
+            raise ValueError(f"trainings has {count} entries; expected 1 to {self.models_at_once}")
+        for training in trainings:
+            _check_removed(training.removed, len(self.data))
+        # Places without a model train the last one again, so that the program keeps its shape.
+        padded = [*trainings, *[trainings[-1]] * (self.models_at_once - count)]
+        keys = np.stack([_key_data(training.seed) for training in padded])
+        state = shard_batch(self.mesh, _stack([self._initial(training.seed) for training in padded]))
+        label = [[training.seed, np.sort(training.removed).tolist()] for training in padded]
+        start, steps = 0, self.recipe.steps
+        stored = None if states is None else states.read(state)
+        if stored is not None and stored[1]["trainings"] == label:
+            state, start = shard_batch(self.mesh, stored[0]), stored[1]["step"]
+        keys, shared = shard_batch(self.mesh, keys), self._on_devices()
+        written = time.monotonic()
+        with progress(steps, description, "step", initial=start) as bar:
+            while start < steps:
+                stop = min(start + _STEPS_PER_DRAW, steps)
+                draws = _stack([draw_batches(self.data, each, self.recipe, start, stop) for each in padded])
+                for step in range(stop - start):
+                    batch = shard_batch(self.mesh, Draws(*(leaf[:, step] for leaf in draws)))
+                    state, loss = self._step(shared, (state, batch, keys))
+                    # Some steps may wait in the devices' queues, so that no device waits for the host, but not so many
+                    # that stopping takes long.
+                    if (step + 1) % _STEPS_IN_FLIGHT == 0:
+                        jax.block_until_ready(loss)
+                        bar.update(_STEPS_IN_FLIGHT)
+                jax.block_until_ready(loss)
+                bar.update((stop - start) % _STEPS_IN_FLIGHT)
+                start = stop
+                if not np.isfinite(np.asarray(loss)).all():
+                    raise ValueError(
+                        f"the loss is {np.asarray(loss).tolist()} at step {stop}; retrain with a lower learning_rate "
+                        f"than {self.recipe.learning_rate}"
+                    )
+                if states is not None and start < steps and time.monotonic() > written + seconds_between_states:
+                    states.write(state, {"trainings": label, "step": start})
+                    written = time.monotonic()
+        return jax.tree.map(lambda leaf: leaf[:count], state.ema)
+
+    def _initial(self, seed: int) -> Any:
+        return jax.tree.map(np.asarray, init_state(initial_params(self.pipeline, seed), self._optimizer))
+
+    def _on_devices(self) -> Any:
+        if self._shared is None:
+            empty = encode_text(
+                self.pipeline.text_encoder, self.pipeline.params["text_encoder"], tokenize(self.pipeline, [""])
+            )
+            arrays = (np.asarray(self.data.latents), np.asarray(self.data.text), np.asarray(empty[0]))
+            self._shared = replicate(self.mesh, (*arrays, self.pipeline.schedule))
+        return self._shared
+
+
+def initial_params(pipeline: Pipeline, seed: int) -> Any:
+    """The UNet's weights before training."""
+    unet, config = pipeline.unet, pipeline.unet.config
+    latents = (1, *latent_size(pipeline), config.in_channels)
+    return _initialise(unet, purpose_key(seed, "retrain weights"), latents, pipeline.tokenizer.model_max_length)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2, 3))
+def _initialise(unet: UNet2DConditionModel, key, latents: tuple[int, ...], tokens: int) -> Any:
+    text = jnp.zeros((1, tokens, unet.config.cross_attention_dim))
+    return unet.init(key, jnp.zeros(latents), jnp.zeros((1,), jnp.int32), text)["params"]
+
+
+def _steps(unet, optimizer, ema_decay, shared, batch):
+    """One optimiser step of every model on a device; leaves of `batch` have an axis of models."""
+    step = functools.partial(_step, predictor(unet), optimizer, ema_decay, shared)
+    if len(batch[2]) == 1:
+        # Without the axis: a batch of convolutions with different kernels is slow on a CPU.
+        result = step(*jax.tree.map(lambda leaf: leaf[0], batch))
+        return jax.tree.map(lambda leaf: leaf[None], result)
+    return jax.vmap(step)(*batch)
+
+
+def _step(predict: Predict, optimizer, ema_decay: float, shared, state, draws: Draws, key_data):
+    latents, text, empty, schedule = shared
+    chosen = jnp.where((draws.caption < 0)[:, None, None], empty, text[jnp.maximum(draws.caption, 0)])
+    batch = (latents[draws.row, draws.flip].astype(jnp.float32), chosen.astype(jnp.float32))
+    loss_fn = functools.partial(_loss, predict, schedule)
+    key = jax.random.wrap_key_data(key_data, impl="threefry2x32")
+    state, metrics = train_step(loss_fn, optimizer, ema_decay, state, batch, key)
+    return state, metrics["loss"]
+
+
+def _loss(predict: Predict, schedule: NoiseSchedule, params, batch, key):
+    return denoising_batch_loss(predict, schedule, params, *batch, *jax.random.split(key, 3)), {}
+
+
+def _key_data(seed: int) -> np.ndarray:
+    return np.asarray(jax.random.key_data(purpose_key(seed, "retrain")))
+
+
+def _stack(trees: Sequence[Any]) -> Any:
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
+
+
+def _check_removed(removed: np.ndarray, size: int) -> None:
+    removed = np.asarray(removed)
+    if removed.size and (removed.min() < 0 or removed.max() >= size or len(np.unique(removed)) != len(removed)):
+        raise ValueError(f"removed has positions outside the data set of {size} pictures, or one twice")
+    if len(removed) >= size:
+        raise ValueError(f"{len(removed)} of {size} pictures removed; expected at least one to be left to train on")

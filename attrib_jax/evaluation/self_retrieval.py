@@ -1,0 +1,80 @@
+"""Querying with training pictures: a picture that the model was trained on should come out on top itself."""
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+
+from attrib_jax.core.checks import check_choice, check_positive
+from attrib_jax.evaluation.metrics import ranks, recall_at
+from attrib_jax.evaluation.named import SPLITS, method_scores
+from attrib_jax.evaluation.tables import write_table
+from attrib_jax.stages.attribute import Attributor
+from attrib_jax.stages.config import AttributeConfig
+from attrib_jax.stages.query import Query
+
+_ORDER_SEED = 2024
+
+
+@dataclasses.dataclass(frozen=True)
+class SelfConfig:
+    """Which training pictures to query with: the first `queries` of a fixed random order, or for tuning the last."""
+
+    queries: int = 50
+    split: str = "reported"
+
+    def __post_init__(self):
+        check_positive("self_queries", self.queries, integer=True)
+        check_choice("split", self.split, SPLITS)
+
+    def positions(self, size: int) -> np.ndarray:
+        """Their positions among `size` pictures; ValueError where the two splits would meet."""
+        if 2 * self.queries > size:
+            raise ValueError(f"self_queries is {self.queries}; expected at most half of the {size} training pictures")
+        order = np.random.default_rng(_ORDER_SEED).permutation(size)
+        return order[: self.queries] if self.split == "reported" else order[-self.queries :]
+
+
+def run_self(attributor: Attributor, methods: Mapping[str, AttributeConfig], config: SelfConfig) -> str:
+    """Ranks of each query itself, and of the best of its near-duplicates, by every method -> a markdown table.
+
+    Queries have their picture's latents as is and its first caption. Kept in the workdir as `self.csv`.
+    """
+    data, dataset = attributor.data, attributor.dataset
+    positions = config.positions(len(data))
+    queries = [
+        Query(dataset.captions(int(data.positions[place]))[0], latents=np.asarray(data.inputs(place, 0, 0)[0][0]))
+        for place in positions.tolist()
+    ]
+    groups = None if dataset.groups is None else np.asarray(dataset.groups)[data.positions]
+    rows = []
+    for name, method in methods.items():
+        rows.append({"method": name} | summary(method_scores(attributor, name, method, queries), positions, groups))
+        folder = attributor.root.workdir / "evaluation" / f"self-{config.split}"
+        folder.mkdir(parents=True, exist_ok=True)
+        table = write_table(folder, "self", rows)
+    return f"{len(queries)} {config.split} training pictures as queries, among {len(data)}\n\n{table}"
+
+
+def summary(scores: np.ndarray, positions: np.ndarray, groups: np.ndarray | None) -> dict[str, float]:
+    """Median rank and recall@1, @10 of each query's own picture, and of the best one of its group.
+
+    Args:
+      scores: (Q, N).
+      positions: (Q,) of the queries among the N.
+      groups: (N,) near-duplicate groups; None for none.
+    """
+    ranked = ranks(scores)
+    own = ranked[np.arange(len(positions)), positions]
+    kinds = {"own": own}
+    if groups is not None:
+        kinds["group"] = np.array([row[groups == groups[place]].min() for row, place in zip(ranked, positions)])
+    return {
+        f"{label} ({kind})": value
+        for kind, values in kinds.items()
+        for label, value in (
+            ("median rank", float(np.median(values))),
+            ("recall@1", recall_at(values, 1)),
+            ("recall@10", recall_at(values, 10)),
+        )
+    }

@@ -1,0 +1,124 @@
+"""TRAK and its kin on the shipped model: where the time goes, and whether a training picture finds itself.
+
+    python -m benchmarks.projected_gradients --model=models/openmoji --workdir=runs/projected --split=tuning
+    python -m benchmarks.projected_gradients --model=models/openmoji --workdir=runs/projected --timing
+
+Queries are training pictures with their first caption. Prints, for each method and regularisation, the median rank of
+the picture itself and how often it is among the first ten; choose the regularisation with `--split=tuning`, whose
+queries are others than the reported ones. With `--timing` it prints examples a second instead, and what a projection
+takes of that. Features are stored in the workdir and resumed there.
+"""
+
+import time
+
+import jax
+import numpy as np
+from absl import flags
+
+from attrib_jax.attribution.scores import FLIP_RULES
+from attrib_jax.baselines.projection import PROJECTIONS, project
+from attrib_jax.convert.pipeline import load_pipeline
+from attrib_jax.core.keys import purpose_key
+from attrib_jax.core.weights import select_weights
+from attrib_jax.data.sources import open_dataset
+from attrib_jax.runtime.stages import lock
+from attrib_jax.stages.attribute import Attributor
+from attrib_jax.stages.config import AttributeConfig
+from attrib_jax.stages.gradient_settings import PROJECTED_METHODS, GradientSettings
+from attrib_jax.stages.projected import scores_by_regularisation
+from attrib_jax.stages.query import PreparedQuery
+from attrib_jax.stages.root import StageRoot
+from launch import common
+
+_METHODS = flags.DEFINE_list("methods", list(PROJECTED_METHODS), "To run.")
+_QUERIES = flags.DEFINE_integer("queries", 20, "Training pictures to query with.", lower_bound=1)
+_SPLIT = flags.DEFINE_enum("split", "reported", ["reported", "tuning"], "Two disjoint sets of queries.")
+_REGULARISATIONS = flags.DEFINE_list("regularisations", ["0.001", "0.01", "0.1", "1", "10"], "See GradientSettings.")
+_PROJECTION = flags.DEFINE_enum("projection", "sparse", PROJECTIONS, "See GradientSettings.")
+_DIM = flags.DEFINE_integer("projection_dim", 2048, "See GradientSettings.")
+_STRIDE = flags.DEFINE_integer("stride", 200, "Timesteps of the features.")
+_FLIPS = flags.DEFINE_enum("flips", "none", FLIP_RULES, "Mirror images.")
+_DRAWS = flags.DEFINE_integer("query_draws", 200, "Draws of a query's gradient.")
+_TIMING = flags.DEFINE_boolean("timing", False, "Time examples and projections, and stop.")
+
+
+def main():
+    common.require(model=common.MODEL.value, workdir=common.WORKDIR.value)
+    pipeline = load_pipeline(common.MODEL.value)
+    dataset = open_dataset(common.DATASET.value, common.DATA_DIR.value)
+    gradients = GradientSettings(projection=_PROJECTION.value, projection_dim=_DIM.value)
+    with lock(common.WORKDIR.value):
+        attributor = Attributor(pipeline, dataset, StageRoot(common.WORKDIR.value, common.shipped_stages()))
+        for method in _METHODS.value:
+            config = AttributeConfig(
+                method=method,
+                query_draws=_DRAWS.value,
+                stride=_STRIDE.value,
+                flips=_FLIPS.value,
+                gradients=gradients,
+            )
+            if _TIMING.value:
+                _time(attributor, config)
+            else:
+                _ranks(attributor, config)
+
+
+def _ranks(attributor: Attributor, config: AttributeConfig) -> None:
+    data, groups = attributor.data, attributor.dataset.groups
+    order = np.random.default_rng(2024).permutation(len(data))
+    rows = order[: _QUERIES.value] if _SPLIT.value == "reported" else order[-_QUERIES.value :]
+    queries = [PreparedQuery(None, *(part[0] for part in data.inputs(row, 0, 0)), ()) for row in rows]
+    values = [float(value) for value in _REGULARISATIONS.value]
+    for value, scores in zip(values, scores_by_regularisation(attributor, queries, config, values)):
+        own, group = [], []
+        for row, each in zip(rows, scores):
+            ranks = np.empty(len(data), np.int64)
+            ranks[np.argsort(-each.score, kind="stable")] = np.arange(1, len(data) + 1)
+            own.append(ranks[row])
+            group.append(ranks[groups == groups[row]].min())
+        cells = [f"{function(ranks):g}" for ranks in (group, own) for function in (np.median, _recall_at_10)]
+        print(f"| {config.method} | {value:g} | {' | '.join(cells)} |", flush=True)
+    print({name: seconds for name, (seconds, reused) in attributor.timings.items() if not reused}, flush=True)
+
+
+def _recall_at_10(ranks: list[int]) -> float:
+    return float(np.mean(np.asarray(ranks) <= 10))
+
+
+def _time(attributor: Attributor, config: AttributeConfig, tiles: int = 4) -> None:
+    program = attributor.programs.features(config)
+    selected, rest = select_weights(attributor.pipeline.params["unet"], config.weights)
+    key = purpose_key(0, "projection")
+    weights = program.place((selected, rest, key))
+    rows = np.arange(tiles * program.tile * program.mesh.size)
+
+    def features():
+        program(weights, attributor.data, rows, 1, "first", lambda count: None)
+
+    batch = jax.tree.map(lambda leaf: jax.numpy.broadcast_to(leaf, (program.tile, *leaf.shape)), selected)
+    gradients = config.gradients
+    run = jax.jit(project, static_argnums=(2, 3))
+
+    def projection():
+        jax.block_until_ready(run(batch, key, gradients.projection, gradients.projection_dim))
+
+    whole = _median_seconds(features) / len(rows)
+    alone = _median_seconds(projection) / program.tile / program.mesh.size
+    print(
+        f"{config.method}, {gradients.projection} to {gradients.projection_dim}, {program.num_timesteps} timesteps: "
+        f"{1 / whole:.1f} examples/s, {1e3 * whole:.1f} ms each, of which the projection {1e3 * alone:.2f} ms"
+    )
+
+
+def _median_seconds(function, repeats: int = 3) -> float:
+    function()
+    seconds = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        function()
+        seconds.append(time.perf_counter() - began)
+    return float(np.median(seconds))
+
+
+if __name__ == "__main__":
+    common.run(main)

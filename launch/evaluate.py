@@ -1,0 +1,177 @@
+"""Evaluates attribution methods: by retraining without pictures, or by retrieval of pictures that are known.
+
+python -m launch.evaluate --flagfile=configs/evaluate_digits.cfg
+python -m launch.evaluate --flagfile=configs/evaluate_lds_digits.cfg --split=tuning
+python -m launch.evaluate --flagfile=configs/evaluate_self.cfg
+"""
+
+from absl import flags
+
+from attrib_jax.evaluation.counterfactual import Counterfactuals, MeasureConfig
+from attrib_jax.evaluation.customized import CustomizedConfig, random_rows, read_cases, run_customized
+from attrib_jax.evaluation.lds import LdsConfig, run_lds
+from attrib_jax.evaluation.leave_k_out import LeaveKOutConfig, run_leave_k_out
+from attrib_jax.evaluation.named import SPLITS, QuerySet, read_methods
+from attrib_jax.evaluation.retrain import Recipe
+from attrib_jax.evaluation.self_retrieval import SelfConfig, run_self
+from attrib_jax.runtime.stages import lock
+from attrib_jax.stages.attribute import Attributor
+from attrib_jax.stages.encode import picture_resolution
+from attrib_jax.stages.queries import read_queries
+from attrib_jax.stages.query import Query, prepare_query
+from attrib_jax.stages.root import StageRoot
+from launch import common
+
+_PROTOCOL = flags.DEFINE_enum(
+    "protocol", None, ["leave-k-out", "lds", "customized", "self"], "What to do with the methods."
+)
+_METHODS = flags.DEFINE_string("methods", None, "JSON file: name -> settings that differ from the defaults.")
+_ONLY = flags.DEFINE_list("only", [], "Names of methods in that file, separated by commas; all if not given.")
+_SPLIT = flags.DEFINE_enum(
+    "split", "reported", SPLITS, "Queries to report; settings are chosen on the tuning ones, never on the others."
+)
+_TUNING = flags.DEFINE_string("tuning_queries", None, "JSON Lines file of generated queries, see launch.attribute.")
+_REPORTED = flags.DEFINE_string("reported_queries", None, "Another one, of other queries.")
+_GUIDANCE = flags.DEFINE_float("guidance_scale", 2.0, "Classifier-free guidance of the queries.", lower_bound=0)
+_SAMPLER_STEPS = flags.DEFINE_integer("sampler_steps", 50, "DDIM steps of the queries.", lower_bound=1)
+
+_STEPS = flags.DEFINE_integer("train_steps", 400, "Steps of a training.", lower_bound=1)
+_BATCH = flags.DEFINE_integer("train_batch_size", 64, "Pictures a step.", lower_bound=1)
+_RATE = flags.DEFINE_float("learning_rate", 3e-3, "Peak rate.", lower_bound=0)
+_DROPOUT = flags.DEFINE_float("caption_dropout", 0.1, "Share of empty captions.", lower_bound=0, upper_bound=1)
+_FLIPS = flags.DEFINE_boolean("random_flips", False, "Mirror half of the pictures that are drawn.")
+_PER_DEVICE = flags.DEFINE_integer(
+    "models_per_device", 1, "Models that one device trains at once. Changes the speed, and results by rounding.", 1
+)
+_MEASURE_STRIDE = flags.DEFINE_integer("measure_stride", 5, "Timesteps of the queries' own losses.", lower_bound=1)
+_MEASURE_SEED = flags.DEFINE_integer("measure_seed", 0, "Of the noise of these losses.", lower_bound=0)
+
+_PICTURES = flags.DEFINE_boolean("pictures", False, "leave-k-out: also show the queries as retrained models draw them.")
+_REMOVE = flags.DEFINE_list("remove", ["0.05"], "leave-k-out: pictures removed, as numbers or as shares below 1.")
+_CURVE = flags.DEFINE_list("curve", [], "leave-k-out: further numbers or shares of random pictures.")
+_RANDOM_SETS = flags.DEFINE_integer("random_sets", 10, "leave-k-out: random sets of each number.", lower_bound=1)
+_SEEDS = flags.DEFINE_list("train_seeds", ["0"], "leave-k-out: seeds of trainings, over which changes are averaged.")
+_MODELS = flags.DEFINE_integer("lds_models", 64, "lds: models.", lower_bound=3)
+_SHARE = flags.DEFINE_float("lds_share", 0.5, "lds: share of the pictures that a model is trained on.", 0.0, 1.0)
+_SUBSET_SEED = flags.DEFINE_integer("lds_seed", 0, "lds: of the subsets.", lower_bound=0)
+
+_QUERIES = flags.DEFINE_integer("self_queries", 50, "self: training pictures to query with.", lower_bound=1)
+_CASES = flags.DEFINE_string("cases", None, "customized: task list in the layout of the Customized-Model benchmark.")
+_CASES_ROOT = flags.DEFINE_string("cases_root", None, "customized: folder that its paths are relative to; its own.")
+_TOKEN = flags.DEFINE_string("token", "<new1>", "customized: the new word V*, left out in the second form of a prompt.")
+_ROWS = flags.DEFINE_integer(
+    "rows", 0, "customized: random pictures of --dataset to hide exemplars among; 0 for all.", 0
+)
+_SHIPPED = flags.DEFINE_boolean("use_shipped_stages", True, "Reuse the finished stages that came with the model.")
+
+# Flags of one protocol: given with another, they show a mistake.
+_OF = {
+    "leave-k-out": ("remove", "curve", "random_sets", "train_seeds", "pictures"),
+    "lds": ("lds_models", "lds_share", "lds_seed"),
+    "customized": ("cases", "cases_root", "token", "rows"),
+    "self": ("self_queries",),
+}
+
+
+def main():
+    common.require(
+        protocol=_PROTOCOL.value, model=common.MODEL.value, workdir=common.WORKDIR.value, methods=_METHODS.value
+    )
+    _refuse_flags_of_another_protocol()
+    methods = read_methods(_METHODS.value, _ONLY.value)
+    pipeline = common.load_model()
+    dataset = common.load_dataset(picture_resolution(pipeline))
+    if _PROTOCOL.value == "customized":
+        common.require(cases=_CASES.value)
+        cases, rest = read_cases(_CASES.value, _CASES_ROOT.value), random_rows(dataset, _ROWS.value)
+        with lock(common.WORKDIR.value):
+            print(run_customized(common.WORKDIR.value, pipeline, rest, cases, methods, CustomizedConfig(_TOKEN.value)))
+        return
+    root = StageRoot(common.WORKDIR.value, common.shipped_stages() if _SHIPPED.value else None)
+    with lock(common.WORKDIR.value):
+        attributor = Attributor(pipeline, dataset, root, common.encode_config())
+        if _PROTOCOL.value == "self":
+            table = run_self(attributor, methods, SelfConfig(_QUERIES.value, _SPLIT.value))
+        else:
+            table = _counterfactual(attributor, methods)
+    print(table)
+
+
+def _counterfactual(attributor: Attributor, methods) -> str:
+    queries = _query_set()
+    config = _leave_k_out(len(attributor.dataset)) if _PROTOCOL.value == "leave-k-out" else None
+    recipe = Recipe(
+        steps=_STEPS.value,
+        batch_size=_BATCH.value,
+        learning_rate=_RATE.value,
+        warmup_steps=min(50, _STEPS.value // 10),
+        caption_dropout=_DROPOUT.value,
+        random_flips=_FLIPS.value,
+    )
+    prepared = [prepare_query(attributor.pipeline, attributor.predict, query) for query in queries.queries]
+    counterfactuals = Counterfactuals(
+        attributor,
+        queries.queries,
+        prepared,
+        recipe,
+        MeasureConfig(_MEASURE_STRIDE.value, _MEASURE_SEED.value, _PICTURES.value),
+        _PER_DEVICE.value,
+    )
+    if config is not None:
+        return run_leave_k_out(counterfactuals, methods, queries, _SPLIT.value, config)[1]
+    lds = LdsConfig(_MODELS.value, _SHARE.value, _SUBSET_SEED.value)
+    return run_lds(counterfactuals, methods, queries, _SPLIT.value, lds)[1]
+
+
+def _query_set() -> QuerySet:
+    """The queries of both splits: a retrained model is asked about all of them, whichever are reported."""
+    common.require(reported_queries=_REPORTED.value)
+    defaults = Query("", guidance_scale=_GUIDANCE.value, sampler_steps=_SAMPLER_STEPS.value)
+    files = [file for file in (_TUNING.value, _REPORTED.value) if file is not None]
+    read = [read_queries(file, defaults).queries for file in files]
+    seen = set()
+    for query in (query for queries in read for query in queries):
+        if (query.prompt, query.seed) in seen:
+            raise ValueError(f"query {query.prompt!r} with seed {query.seed} comes twice in {' and '.join(files)}")
+        seen.add((query.prompt, query.seed))
+    tuning = len(read[0]) if _TUNING.value is not None else 0
+    return QuerySet(tuple(query for queries in read for query in queries), tuning)
+
+
+def _leave_k_out(size: int) -> LeaveKOutConfig:
+    try:
+        seeds = tuple(map(int, _SEEDS.value))
+    except ValueError as error:
+        raise ValueError(f"train_seeds is {','.join(_SEEDS.value)!r}; expected whole numbers") from error
+    config = LeaveKOutConfig(
+        _counts("remove", _REMOVE.value, size), _counts("curve", _CURVE.value, size), _RANDOM_SETS.value, seeds
+    )
+    config.check_size(size)
+    return config
+
+
+def _counts(name: str, values: list[str], size: int) -> tuple[int, ...]:
+    """Numbers of pictures; a share below 1 is of `size` of them."""
+    try:
+        numbers = [float(value) for value in values]
+        if any(number <= 0 or (number >= 1 and number != int(number)) for number in numbers):
+            raise ValueError("out of range")
+    except ValueError as error:
+        raise ValueError(
+            f"{name} is {','.join(values)!r}; expected numbers of pictures, or shares of all between 0 and 1"
+        ) from error
+    return tuple(max(1, round(number * size)) if number < 1 else int(number) for number in numbers)
+
+
+def _refuse_flags_of_another_protocol() -> None:
+    for protocol, names in _OF.items():
+        wrong = [f"--{name}" for name in names if flags.FLAGS[name].present]
+        if wrong and protocol != _PROTOCOL.value:
+            raise ValueError(
+                f"{', '.join(wrong)} belong to --protocol={protocol}, but the protocol is {_PROTOCOL.value}; leave "
+                "them out"
+            )
+
+
+if __name__ == "__main__":
+    common.run(main, one_host=True)

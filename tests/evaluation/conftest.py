@@ -1,0 +1,70 @@
+"""A tiny pixel model and its data set: what the evaluation retrains in seconds."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from attrib_jax.data.sources import ArrayDataset
+from attrib_jax.evaluation.retrain import Recipe, initial_params
+from attrib_jax.evaluation.small_models import SmallUNet, pixel_pipeline
+from attrib_jax.models.unet import UNetConfig
+from attrib_jax.runtime.mesh import data_mesh
+from attrib_jax.runtime.stages import lock
+from attrib_jax.stages.attribute import Attributor
+from attrib_jax.stages.root import StageRoot
+
+COUNT = 13
+RECIPE = Recipe(steps=6, batch_size=4, learning_rate=1e-3, warmup_steps=1)
+
+
+class _Attention(nn.Module):
+    """Keys and values of the text, under the names that weight selection looks for."""
+
+    @nn.compact
+    def __call__(self, query, text):
+        key, value = (nn.Dense(query.shape[-1], use_bias=False, name=name)(text) for name in ("to_k", "to_v"))
+        return jax.nn.softmax(query @ key.swapaxes(1, 2)) @ value
+
+
+class TinyDenoiser(nn.Module):
+    """In a UNet's place: the same inputs and outputs, and compiled in a second instead of half a minute."""
+
+    config: UNetConfig
+
+    @nn.compact
+    def __call__(self, latents, timestep, text):
+        hidden = nn.Dense(8, name="proj_in")(latents.reshape(len(latents), -1, latents.shape[-1]))
+        hidden = hidden + jnp.cos(jnp.asarray(timestep).reshape(-1, 1, 1) * jnp.logspace(-3, 0, 8))
+        hidden = nn.gelu(hidden + _Attention(name="attn2")(hidden, text))
+        return nn.Dense(latents.shape[-1], name="proj_out")(hidden).reshape(latents.shape)
+
+
+@pytest.fixture(scope="session")
+def tiny_dataset():
+    rng = np.random.default_rng(0)
+    grey = rng.integers(0, 256, (COUNT, 8, 8, 1), dtype=np.uint8)
+    captions = [[f"digit {('one', 'two', 'three')[row % 3]}"] for row in range(COUNT)]
+    return ArrayDataset(np.repeat(grey, 3, axis=-1), captions, row_ids=np.arange(COUNT) * 2 + 1)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_dataset):
+    """With the weights that its trainings start from."""
+    pipeline = pixel_pipeline(tiny_dataset, SmallUNet((8,), heads=2, groups=4))
+    pipeline = dataclasses.replace(pipeline, unet=TinyDenoiser(pipeline.unet.config))
+    return dataclasses.replace(pipeline, params=pipeline.params | {"unet": initial_params(pipeline, 0)})
+
+
+@pytest.fixture
+def attributor(tmp_path, tiny_model, tiny_dataset):
+    with lock(tmp_path):
+        yield Attributor(tiny_model, tiny_dataset, StageRoot(tmp_path))
+
+
+@pytest.fixture(scope="session")
+def one_device():
+    return data_mesh(jax.devices()[:1])

@@ -1,0 +1,143 @@
+"""The task list of the Customized-Model benchmark, and its summary; the other protocol of known answers, self."""
+
+import json
+
+import numpy as np
+import pytest
+
+from attrib_jax.evaluation.customized import CustomizedConfig, random_rows, read_cases, run_customized, summary
+from attrib_jax.evaluation.self_retrieval import SelfConfig, run_self
+from attrib_jax.evaluation.self_retrieval import summary as self_summary
+from attrib_jax.stages.config import AttributeConfig
+from tests.evaluation.conftest import COUNT
+
+
+def write_layout(folder, **changes):
+    """A task list of two queries of one model, in the benchmark's layout, its files empty."""
+    for name in ("models/a", "images/0.png", "images/1.png", "exemplars/x.png", "exemplars/y.png"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    (folder / "json").mkdir(exist_ok=True)
+    (folder / "json" / "test_objects.json").write_text(
+        json.dumps([{"exemplar": ["unused"]}, {"exemplar": ["exemplars/x.png", "exemplars/y.png"]}])
+    )
+    task = {
+        "model_path": "models/a",
+        "synth_image_path": "images/0.png",
+        "prompt": "photo of a <new1> dog",
+        "train_prompt": "<new1> dog",
+        "test_case": "json/test_objects.json",
+        "test_case_ind": 1,
+        "category": "object",
+    } | changes
+    (folder / "tasks.json").write_text(json.dumps([task, task | {"synth_image_path": "images/1.png"}]))
+    return folder / "tasks.json"
+
+
+def test_a_task_list_is_read(tmp_path):
+    cases = read_cases(write_layout(tmp_path))
+    assert [case.image for case in cases] == [tmp_path / "images" / f"{number}.png" for number in (0, 1)]
+    assert cases[0].exemplars == (tmp_path / "exemplars" / "x.png", tmp_path / "exemplars" / "y.png")
+    assert cases[0].model == tmp_path / "models" / "a" and cases[0].category == "object"
+
+
+def test_missing_files_are_all_named(tmp_path):
+    file = write_layout(tmp_path)
+    for name in ("exemplars/y.png", "images/1.png"):
+        (tmp_path / name).unlink()
+    with pytest.raises(FileNotFoundError, match=r"exemplars/y.png.*images/1.png"):
+        read_cases(file)
+    # Nothing of it is where another root says.
+    with pytest.raises(FileNotFoundError):
+        read_cases(file, tmp_path / "elsewhere")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"test_case_ind": 5}, r"test_case_ind 5, but .*\(2 cases\)"),
+        ({"test_case_ind": "first"}, "test_case_ind 'first'"),
+    ],
+)
+def test_bad_entries(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        read_cases(write_layout(tmp_path, **changes))
+
+
+def test_bad_lists(tmp_path):
+    file = tmp_path / "tasks.json"
+    for content, message in (
+        ("[", "is no JSON"),
+        ("{}", "holds a dict; expected a list"),
+        ("[]", "lists no case"),
+        ('[{"prompt": "x"}]', "entry 1 lacks model_path, synth_image_path, train_prompt"),
+    ):
+        file.write_text(content)
+        with pytest.raises(ValueError, match=message):
+            read_cases(file)
+
+
+def test_a_method_without_the_base_models_fisher(tmp_path, tiny_model, tiny_dataset):
+    with pytest.raises(ValueError, match="method 'unlearn' has no fisher"):
+        run_customized(
+            tmp_path, tiny_model, tiny_dataset, read_cases(write_layout(tmp_path)), {"unlearn": AttributeConfig()}
+        )
+
+
+def test_summary_by_hand():
+    records = [
+        {"model": "a", "method": "m", "form": "with V*", "ranks": [1, 20]},
+        {"model": "a", "method": "m", "form": "with V*", "ranks": [1, 2]},
+        {"model": "b", "method": "m", "form": "with V*", "ranks": [40]},
+        {"model": "a", "method": "m", "form": "without V*", "ranks": [3]},
+    ]
+    with_token, without = summary(records, 10)
+    # Model a: recall 1/2 and 1, precision (1 + 2/20)/2 and 1; model b: 0 and 1/40.
+    assert with_token["recall@10"] == pytest.approx((0.75 + 0) / 2)
+    assert with_token["mAP"] == pytest.approx(((0.55 + 1) / 2 + 0.025) / 2)
+    assert with_token["recall@10 error"] == pytest.approx(0.375)
+    assert with_token["median rank"] == 2.0
+    assert without["prompt"] == "without V*" and without["mAP"] == pytest.approx(1 / 3)
+
+
+def test_random_rows_keep_their_ids(tiny_dataset):
+    some = random_rows(tiny_dataset, 5)
+    assert len(some) == 5 and set(some.row_ids) < set(tiny_dataset.row_ids)
+    place = int(np.flatnonzero(tiny_dataset.row_ids == some.row_ids[2])[0])
+    np.testing.assert_array_equal(some[2].image, tiny_dataset[place].image)
+    assert random_rows(tiny_dataset, 0) is tiny_dataset
+    with pytest.raises(ValueError, match="rows is 99"):
+        random_rows(tiny_dataset, 99)
+
+
+def test_config_needs_a_token():
+    with pytest.raises(ValueError, match="token is empty"):
+        CustomizedConfig(token="")
+
+
+def test_self_splits_do_not_meet():
+    splits = [SelfConfig(6, split).positions(COUNT) for split in ("reported", "tuning")]
+    assert not set(splits[0]) & set(splits[1])
+    with pytest.raises(ValueError, match="at most half"):
+        SelfConfig(7).positions(COUNT)
+
+
+def test_self_summary_by_hand():
+    scores = np.array([[9.0, 8.0, 7.0, 6.0], [1.0, 2.0, 3.0, 4.0]])
+    result = self_summary(scores, np.array([1, 0]), np.array([0, 0, 1, 1]))
+    # Own ranks 2 and 4; the best of their group 1 and 3.
+    assert result["median rank (own)"] == 3.0 and result["median rank (group)"] == 2.0
+    assert result["recall@1 (own)"] == 0.0 and result["recall@1 (group)"] == 0.5
+    assert "median rank (group)" not in self_summary(scores, np.array([1, 0]), None)
+
+
+def test_self_finds_a_training_picture_by_its_own_gradient(attributor):
+    methods = {
+        "linear": AttributeConfig(
+            update="sgd", weights="all", score="linear", flips="none", stride=125, query_draws=64
+        ),
+        "random": AttributeConfig(method="random", flips="none"),
+    }
+    text = run_self(attributor, methods, SelfConfig(4))
+    assert "| linear |" in text and "4 reported training pictures" in text
+    assert (attributor.root.workdir / "evaluation" / "self-reported" / "self.csv").exists()
