@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import types
 
 import jax
@@ -33,7 +34,14 @@ from tests.tiny_pipeline import make_torch_pipeline
 COUNT, DIM = 7, 32
 GRADIENTS = GradientSettings(projection_dim=DIM, journey_timestep=40, regularisation=0.3)
 CONFIG = AttributeConfig(
-    method="trak", query_draws=16, stride=25, captions="all", flips="max", loss_seed=5, gradients=GRADIENTS
+    method="trak",
+    weights="attn",
+    query_draws=16,
+    stride=25,
+    captions="all",
+    flips="max",
+    loss_seed=5,
+    gradients=GRADIENTS,
 )
 
 
@@ -45,6 +53,9 @@ class TinyUNet:
 
 
 UNET = TinyUNet()
+PIPELINE = types.SimpleNamespace(unet=UNET, schedule=SCHEDULE, params={"unet": init_params()})
+# Compiled once for all tests.
+PROGRAMS = ScorePrograms(PIPELINE)
 
 
 def make_encoded():
@@ -57,13 +68,13 @@ def make_encoded():
 
 def make_attributor(path, params=None):
     """What the methods take of an `Attributor`, around the tiny denoiser."""
-    pipeline = types.SimpleNamespace(unet=UNET, schedule=SCHEDULE, params={"unet": params or init_params()})
+    pipeline = PIPELINE if params is None else types.SimpleNamespace(params={"unet": params})
     return types.SimpleNamespace(
         pipeline=pipeline,
         inputs={"model": "tiny"},
         data=make_encoded(),
         root=StageRoot(path),
-        programs=ScorePrograms(pipeline),
+        programs=PROGRAMS,
         timed=lambda stage, reused=False: contextlib.nullcontext(),
     )
 
@@ -164,7 +175,7 @@ def dense_values(output, params, journey=None, leverage=False, projection_seed=0
 )
 def test_scores_equal_the_dense_reference(attributor, method, output, leverage):
     gradients = dataclasses.replace(GRADIENTS, das_leverage=bool(leverage))
-    config = dataclasses.replace(CONFIG, method=method, weights="attn", gradients=gradients)
+    config = dataclasses.replace(CONFIG, method=method, gradients=gradients)
     ((scores,),) = run(attributor, config)
     journey = 40 if method == "journey-trak" else None
     expected = dense_values(output, attributor.pipeline.params["unet"], journey, bool(leverage))
@@ -179,7 +190,7 @@ def test_models_of_an_ensemble_are_averaged_each_with_its_own_projection(attribu
     seeds = {0: attributor.pipeline.params["unet"], 77: other}
     members = [projected.Member(params, {"model": str(seed)}, seed, f"-model-{seed}") for seed, params in seeds.items()]
     monkeypatch.setattr(projected, "_members", lambda *_: members)
-    config = dataclasses.replace(CONFIG, weights="attn", flips="mean")
+    config = dataclasses.replace(CONFIG, flips="mean")
     ((scores,),) = run(attributor, config)
     expected = np.mean([dense_values("loss", params, projection_seed=seed) for seed, params in seeds.items()], axis=0)
     np.testing.assert_allclose(scores.score, expected.mean(axis=1), rtol=2e-3, atol=1e-4 * np.abs(expected).max())
@@ -201,6 +212,7 @@ def test_features_are_shared_by_queries_methods_and_regularisations(tmp_path, mo
     assert len(written) == 2
 
 
+@functools.cache
 def make_program(devices=4, **options):
     settings = dict(output="mean", projection="sparse", projection_dim=DIM, num_weights=192, loss_seed=5, stride=25)
     return FeatureProgram(UNET, SCHEDULE, **settings | options, mesh=data_mesh(jax.devices()[:devices]))
@@ -234,7 +246,7 @@ def test_features_resume_to_the_same_bits_on_any_number_of_devices(tmp_path, mon
 def test_tiles_change_rounding_only(tmp_path, monkeypatch):
     ours, _ = read_features(tmp_path / "ours", make_program())
     monkeypatch.setattr(features_stage, "_FORWARDS_PER_CPU", 12)
-    program = make_program()
+    program = make_program(projection_dim=DIM)
     assert program.tile == 3
     others, _ = read_features(tmp_path / "others", program)
     np.testing.assert_allclose(others, ours, rtol=1e-4, atol=1e-5 * np.abs(ours).max())
