@@ -62,8 +62,12 @@ def top_positions(scores: np.ndarray, row_ids: np.ndarray, count: int) -> np.nda
 
 
 def random_positions(size: int, count: int, number: int) -> np.ndarray:
-    """Random set `number` of `count` positions."""
-    return np.random.default_rng([2**31, count, number]).permutation(size)[:count]
+    """Random set `number` of `count` positions.
+
+    A larger count holds the smaller ones, and half of the positions are those that subset `number` of `half_subsets`
+    goes without: the models of both protocols are the same.
+    """
+    return np.random.default_rng([0, number]).permutation(size)[size - count :]
 
 
 class Effects:

@@ -13,7 +13,8 @@ from attrib_jax.diffusion.losses import denoising_loss
 from attrib_jax.diffusion.schedule import strided_timesteps
 from attrib_jax.evaluation.counterfactual import Counterfactuals, MeasureConfig, training_key
 from attrib_jax.evaluation.lds import LdsConfig, run_lds
-from attrib_jax.evaluation.leave_k_out import LeaveKOutConfig, run_leave_k_out, top_positions
+from attrib_jax.evaluation.leave_k_out import LeaveKOutConfig, random_positions, run_leave_k_out, top_positions
+from attrib_jax.evaluation.metrics import half_subsets
 from attrib_jax.evaluation.named import QuerySet, method_scores, read_methods
 from attrib_jax.evaluation.retrain import Retrainer, Training
 from attrib_jax.stages.config import AttributeConfig
@@ -164,6 +165,12 @@ def test_pictures_of_retrained_models(attributor):
 
 def test_top_positions_break_ties_by_row_id():
     np.testing.assert_array_equal(top_positions(np.array([1.0, 5.0, 1.0, 1.0]), np.array([9, 4, 2, 7]), 3), [1, 2, 3])
+
+
+def test_random_sets_are_nested_and_those_of_lds():
+    np.testing.assert_array_equal(np.sort(random_positions(21, 11, 3)), np.flatnonzero(~half_subsets(21, 4)[3]))
+    assert set(random_positions(21, 5, 3)) < set(random_positions(21, 11, 3))
+    assert set(random_positions(21, 5, 3)) != set(random_positions(21, 5, 2))
 
 
 def test_lds_of_a_tiny_model(attributor, counterfactuals):

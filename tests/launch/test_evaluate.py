@@ -13,14 +13,8 @@ _CONFIG = "configs/evaluate_digits.cfg"
     [
         ([], "--protocol, --model, --workdir, --methods not given"),
         ([f"--flagfile={_CONFIG}", "--lds_models=9"], "--lds_models belong to --protocol=lds"),
-        ([f"--flagfile={_CONFIG}", "--only=unlern"], "unknown method 'unlern'"),
         ([f"--flagfile={_CONFIG}", "--remove=5000"], "5000 pictures are to be removed from a data set of 1797"),
         ([f"--flagfile={_CONFIG}", "--remove=-1"], "remove is '-1'"),
-        ([f"--flagfile={_CONFIG}", "--train_seeds=x"], "train_seeds is 'x'"),
-        (
-            ["--flagfile=configs/evaluate_customized.cfg", "--cases=absent.json"],
-            "absent.json",
-        ),
     ],
 )
 def test_bad_flags_end_with_one_line(arguments, message, tmp_path):
