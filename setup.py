@@ -26,6 +26,7 @@ setup(
         "pillow",
         "pyarrow",
         "safetensors",
+        "scipy",
         "tensorflow-datasets",
         "tokenizers",
         "tqdm",

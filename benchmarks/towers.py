@@ -3,8 +3,8 @@
     python -m benchmarks.towers --output=runs/towers          # 3 GB of memory and of disk, some minutes on two cores
 
 CLIP ViT-B/32 (both halves), DINO ViT-B/16 and DINOv2 ViT-L/14 with registers (518-pixel position embeddings, read at
-224 pixels): each is built and saved by transformers and read by `load_tower`, and its features of two random pictures
-(and of two random texts) are compared. Writes results.md to --output and exits with 1 where an error exceeds 1e-4.
+224 pixels): each is built and saved by transformers, read by `load_tower`, and its features of two random pictures (and
+of two random texts) are compared. Writes results.md to --output and exits with 1 where an error exceeds 1e-4.
 """
 
 import shutil

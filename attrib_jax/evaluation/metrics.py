@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+import scipy.optimize
+import scipy.stats
 
 from attrib_jax.core.checks import check_positive, check_range
 
@@ -64,16 +66,10 @@ def spearman(first: np.ndarray, second: np.ndarray) -> float:
     first, second = _vector("first", first), _vector("second", second)
     if len(first) != len(second):
         raise ValueError(f"first has {len(first)} and second {len(second)} entries; expected pairs")
-    deviations = [rank - rank.mean() for rank in map(_mean_ranks, (first, second))]
+    # By ranks, since scipy.stats.spearmanr takes a hundred times as long and warns of a constant.
+    deviations = [rank - rank.mean() for rank in map(scipy.stats.rankdata, (first, second))]
     norm = np.sqrt(np.prod([np.sum(rank**2) for rank in deviations]))
     return float(np.sum(deviations[0] * deviations[1]) / norm) if norm else float("nan")
-
-
-def _mean_ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks from 1, equal values sharing the mean of theirs."""
-    _, places, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    return (last - (counts - 1) / 2)[places]
 
 
 class Lds(NamedTuple):
@@ -160,14 +156,7 @@ class RemovalCurve(NamedTuple):
         if len(np.unique(counts)) != len(counts) or (counts <= 0).any():
             raise ValueError(f"counts is {counts.tolist()}; expected numbers above 0, each once")
         order = np.argsort(counts)
-        blocks: list[list[float]] = []  # mean, weight, number of points
-        for effect, weight in zip(effects[order], weights[order]):
-            blocks.append([effect, weight, 1])
-            while len(blocks) > 1 and blocks[-2][0] >= blocks[-1][0]:
-                last, before = blocks.pop(), blocks[-1]
-                total = before[1] + last[1]
-                before[:] = [(before[0] * before[1] + last[0] * last[1]) / total, total, before[2] + last[2]]
-        fitted = np.concatenate([np.full(int(size), mean) for mean, _, size in blocks])
+        fitted = scipy.optimize.isotonic_regression(effects[order], weights=weights[order]).x
         return cls(np.append(0.0, counts[order]), np.append(0.0, np.maximum(fitted, 0.0)))
 
     def equivalent(self, effect: float) -> float:
