@@ -40,10 +40,9 @@ def make_batch(count=COUNT, dtype=np.float64):
 
 
 def make_params(dtype=np.float64):
-    batch = make_batch(1)
-    params = Tiny().init(jax.random.key(0), batch["x"], batch["text"])["params"]
-    rng = np.random.default_rng(1)
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf + 0.3 * rng.normal(size=leaf.shape), dtype), params)
+    batch, rng = make_batch(1), np.random.default_rng(1)
+    shapes = jax.eval_shape(Tiny().init, jax.random.key(0), batch["x"], batch["text"])["params"]
+    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) / 2, dtype), shapes)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -77,6 +77,11 @@ def _results(workdir):
         (["--sampler_steps=5000"], "5000"),
         (["--region=0,0,99,99"], "outside"),
         (["--region=1,2,x"], "four whole numbers"),
+        (["--region_mask=nowhere.png"], "nowhere.png"),
+        (["--region_mask=nowhere.png", "--region=0,0,8,8"], "give one of them"),
+        (["--curvature=kfac"], "did you mean 'ekfac'"),
+        (["--curvature=ekfac", "--fisher=fisher.pt"], "holds a diagonal F"),
+        (["--method=influence", "--update=sgd"], "one Newton step"),
         (["--model=nowhere"], "nowhere"),
         (["--query=nowhere.png"], "nowhere.png"),
         (["--flips=both"], "flips"),
@@ -186,12 +191,21 @@ def test_wrong_files_of_queries_cost_nothing(command, workdir, queries, lines, a
     assert _results(workdir) == before
 
 
-def test_region_gives_other_scores_than_the_whole(command, workdir):
-    for name, arguments in (("whole", ()), ("left", ("--region=0,0,8,16",))):
+def test_region_gives_other_scores_than_the_whole_and_its_mask_the_same(command, workdir, tmp_path):
+    mask = np.zeros((16, 16), np.uint8)
+    mask[:, :8] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    regions = {"whole": (), "left": ("--region=0,0,8,16",), "mask": (f"--region_mask={tmp_path / 'mask.png'}",)}
+    scores = {}
+    for name, arguments in regions.items():
         code, output = command(f"--query_name={name}", *arguments)
         assert code == 0, output.err
-    whole, left = (np.load(workdir / "attribution" / name / "scores.npz")["score"] for name in ("whole", "left"))
-    assert not np.array_equal(whole, left)
+        scores[name] = np.load(workdir / "attribution" / name / "scores.npz")["score"]
+    assert not np.array_equal(scores["whole"], scores["left"])
+    np.testing.assert_array_equal(scores["mask"], scores["left"])
+    settings = json.loads((workdir / "attribution" / "mask" / "manifest.json").read_text())["settings"]
+    assert len(settings["region_mask"]) == 64
+    assert "region-mask" in (workdir / "attribution" / "mask" / "report.html").read_text()
 
 
 def test_prompt_too_long_and_of_unknown_words_says_so(command, caplog):
