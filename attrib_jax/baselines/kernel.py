@@ -66,10 +66,12 @@ def kernel_scores(
     Raises ValueError for a regularisation that is not positive, or features that are all zero.
     """
     kernel = fit_kernel(features) if kernel is None else kernel
-    rotated = np.asarray(query_features, np.float64) @ kernel.eigenvectors
-    solved = np.stack([rotated / kernel.damped(value) for value in regularisations]) @ kernel.eigenvectors.T
-    parts = [solved @ block.T for block in _blocks(features)]
-    return np.concatenate(parts, axis=2).reshape(*solved.shape[:2], *features.shape[:-1])
+    damped = [kernel.damped(value) for value in regularisations]
+    # Vector by vector: in a product of matrices the last bits of a query would depend on the queries beside it.
+    rotated = [query @ kernel.eigenvectors for query in np.asarray(query_features, np.float64)]
+    solved = [kernel.eigenvectors @ (query / weights) for weights in damped for query in rotated]
+    parts = [[block @ direction for direction in solved] for block in _blocks(features)]
+    return np.concatenate(parts, axis=1).reshape(len(damped), len(rotated), *features.shape[:-1])
 
 
 def leverages(features: Any, kernel: Kernel, regularisation: float) -> np.ndarray:

@@ -139,8 +139,9 @@ def _query_features(program, weights, queries: Sequence[PreparedQuery], config: 
                 first_caption=np.array([0, 1]),
                 positions=np.zeros(rounds, np.int64),
             )
-            advance = lambda count: bar.update(count * program.num_timesteps)  # noqa: E731
-            values = program(weights, data, np.arange(rounds), 1, "first", advance)
+            values = program(
+                weights, data, np.arange(rounds), 1, "first", lambda count: bar.update(count * program.num_timesteps)
+            )
             result.append(values.mean(axis=(0, 1))[: program.projection_dim])
     return np.stack(result)
 

@@ -93,6 +93,12 @@ def _results(workdir):
         (["--cascade=0.1", "--cascade_stride=499"], "cascade_stride is 499, finer than stride 500"),
         (["--cascade=0.1", "--cascade_stride=2000"], "cascade_stride is 2000"),
         (["--cascade_min=0"], "cascade_min is 0"),
+        (["--projection_dim=64"], "--projection_dim given with --method=unlearn"),
+        (["--method=trak", "--projection_dim=10"], "projection_dim is 10: expected a multiple of 4"),
+        (["--method=d-trak", "--regularisation=0"], "regularisation is 0"),
+        (["--method=das", "--region=0,0,8,8"], "region is (0, 0, 8, 8), but method='das' has no use for it"),
+        (["--method=trak", "--ensemble=nowhere"], "ensemble holds 'nowhere'"),
+        (["--method=journey-trak", "--journey_timestep=1000"], "journey_timestep is 1000"),
     ],
 )
 def test_wrong_input_is_one_clear_line_and_costs_nothing(command, workdir, arguments, message):
