@@ -31,10 +31,10 @@ _MODE = flags.DEFINE_enum(
     "launch.evaluate trains it; or fine-tune --model on --exemplars; or train a small CLIP for feature baselines.",
 )
 # All modes; where the defaults differ, they are those of scratch, unet, customize and tower.
-_STEPS = flags.DEFINE_integer("train_steps", None, "Steps (default: 3000; 400; 300; 1500).", lower_bound=1)
-_BATCH = flags.DEFINE_integer("train_batch_size", None, "Pictures a step (default: 128; 64; 8; 128).", lower_bound=1)
+_STEPS = flags.DEFINE_integer("train_steps", None, "Steps (default: 3000; 400; 300; 1000).", lower_bound=1)
+_BATCH = flags.DEFINE_integer("train_batch_size", None, "Pictures a step (default: 128; 64; 8; 96).", lower_bound=1)
 _RATE = flags.DEFINE_float(
-    "learning_rate", None, "Peak rate (default: 1e-3; 3e-3), or the constant one of customising (1e-5).", lower_bound=0
+    "learning_rate", None, "Peak rate, of customising the constant one (1e-3; 3e-3; 1e-5; 1.5e-3).", lower_bound=0
 )
 _SEED = flags.DEFINE_integer("train_seed", 0, "Seed of weights, batches and noise.", lower_bound=0)
 _EVERY = flags.DEFINE_integer("checkpoint_every", 250, "Steps between checkpoints.", lower_bound=1)
@@ -141,12 +141,12 @@ def _unet():
 
 def _tower():
     common.require(tokenizer=common.TOKENIZER.value)
-    steps = _given(_STEPS, 1500)
+    steps = _given(_STEPS, 1000)
     config = TowerConfig(
         run=FitConfig(
             steps=steps,
-            batch_size=_given(_BATCH, 128),
-            learning_rate=_given(_RATE, 1e-3),
+            batch_size=_given(_BATCH, 96),
+            learning_rate=_given(_RATE, 1.5e-3),
             warmup_steps=min(100, steps // 10),
             ema_decay=0.99,
             weight_decay=0.1,

@@ -121,6 +121,7 @@ def _wanted_tower(names: Collection[str], source: str | os.PathLike) -> list[str
     if _CONFIG not in names:
         raise ValueError(f"Hugging Face model {os.fspath(source)!r} has no {_CONFIG}: it is no transformers model")
     top = [name for name in names if "/" not in name]
+    # Weight files of transformers are named alike for every model.
     (weights,) = choose_weights({"text_encoder": top}, None, f"Hugging Face model {os.fspath(source)!r}").values()
     wanted = ["*.json", "*.txt"]
     if weights is not None:

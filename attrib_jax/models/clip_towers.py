@@ -64,7 +64,8 @@ class CLIPConfig:
         model_type = config.get("model_type", "clip")
         width = config.get("projection_dim", 512)
         if model_type == "clip":
-            text = CLIPTextConfig.from_dict(_plain(config.get("text_config")))
+            # The half's own projection_dim is not read by anyone: published files leave it at the default.
+            text = CLIPTextConfig.from_dict(_plain(config.get("text_config")) | {"projection_dim": width})
             return cls(text, CLIPVisionConfig.from_dict(_plain(config.get("vision_config"))), width)
         if model_type == "clip_text_model":
             _check_projection(config, "CLIPTextModelWithProjection")

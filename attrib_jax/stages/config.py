@@ -115,6 +115,10 @@ class AttributeConfig:
             check_range(name, getattr(self, name), 0, integer=True)
         check_range("loss_seed", self.loss_seed, 0, 2**32 - 1, integer=True)
         self.features.check(self.method)
+        if self.method in SIMILARITIES and self.region is not None:
+            raise ValueError(
+                f"region is {self.region}, but method {self.method!r} compares whole pictures; leave it out"
+            )
         if self.num_examples is not None:
             check_positive("num_examples", self.num_examples, integer=True)
         if self.update == "sgd" and (self.damping or self.keep_ewc_gradient):

@@ -43,11 +43,11 @@ class TowerConfig:
 
     run: FitConfig
     width: int = 128
-    layers: int = 4
+    layers: int = 3
     heads: int = 4
     patch_size: int = 16
     text_width: int = 128
-    text_layers: int = 2
+    text_layers: int = 1
     text_heads: int = 4
     projection_dim: int = 128
     largest_shift: int = 4

@@ -1,5 +1,7 @@
 """Feature towers against transformers on random weights: CLIP's two halves, DINO's ViT, DINOv2 with registers."""
 
+from pathlib import Path
+
 import jax
 import numpy as np
 import pytest
@@ -7,7 +9,9 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+from attrib_jax.baselines.features import pixel_features, text_features
 from attrib_jax.convert.tower import load_tower
+from attrib_jax.stages.feature_settings import default_tower
 from tests.towers import CLIP, DINO, DINOV2, save_torch_tower
 
 TOLERANCE = 1e-4
@@ -103,6 +107,24 @@ def test_dinov2_matches_transformers(tmp_path, side, swiglu):
     actual = tower.module.apply({"params": tower.params}, images)
     assert relative_error(actual, expected.last_hidden_state) < TOLERANCE
     assert relative_error(image_features(tower, images), expected.pooler_output) < TOLERANCE
+
+
+def test_the_shipped_tower_is_the_same_in_transformers():
+    """Its own pictures and texts, from the image processor and tokenizer of its folder on."""
+    folder = default_tower("clip", "openmoji")
+    tower, model = (
+        load_tower(folder, "clip"),
+        transformers.CLIPModel.from_pretrained(folder, dtype=torch.float32).eval(),
+    )
+    picture = np.random.default_rng(0).integers(0, 256, (1, 64, 64, 3), dtype=np.uint8)
+    processor = transformers.CLIPImageProcessorPil.from_pretrained(folder)
+    prepared = processor(picture[0], return_tensors="pt", input_data_format="channels_last")["pixel_values"]
+    tokens = transformers.CLIPTokenizer.from_pretrained(folder)(["woman astronaut"], return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        expected = [model.get_image_features(prepared).pooler_output, model.get_text_features(tokens).pooler_output]
+    actual = [pixel_features(tower, picture), text_features(tower, ["woman astronaut"])]
+    assert all(relative_error(*pair) < TOLERANCE for pair in zip(actual, expected))
+    assert sum(file.stat().st_size for file in Path(folder).iterdir()) < 6e6
 
 
 @pytest.mark.parametrize("form", ["bin", "shards", "classifier"])

@@ -245,6 +245,7 @@ def test_wrong_families_and_latents_without_pictures_are_refused(tmp_path, pipel
 def test_shipped_tower_is_the_default_of_openmoji_alone():
     assert default_tower("clip", "folder:x") is None
     assert default_tower("dino", "openmoji") is None
+    assert load_tower(default_tower("clip-text", "openmoji")).family == "clip"
 
 
 def test_rows_are_independent_of_how_many_there_are(towers):
