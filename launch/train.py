@@ -34,10 +34,7 @@ _MODE = flags.DEFINE_enum(
 _STEPS = flags.DEFINE_integer("train_steps", None, "Steps (default: 3000; 400; 300; 1000).", lower_bound=1)
 _BATCH = flags.DEFINE_integer("train_batch_size", None, "Pictures a step (default: 128; 64; 8; 96).", lower_bound=1)
 _RATE = flags.DEFINE_float(
-    "learning_rate",
-    None,
-    "Peak rate, of customising the constant one (default: 1e-3; 3e-3; 1e-5; 1.5e-3).",
-    lower_bound=0,
+    "learning_rate", None, "Peak rate, of customising the constant one (1e-3; 3e-3; 1e-5; 1.5e-3).", lower_bound=0
 )
 _SEED = flags.DEFINE_integer("train_seed", 0, "Seed of weights, batches and noise.", lower_bound=0)
 _EVERY = flags.DEFINE_integer("checkpoint_every", 250, "Steps between checkpoints.", lower_bound=1)

@@ -106,7 +106,8 @@ class Counterfactuals:
         """
         with self.attributor.root.stage(self.name, self.settings, self.attributor.inputs) as stage:
             table = ResultTable(stage.path / _TABLE, self._fields)
-            states = StateStore(stage.path)
+            # A state is of as many models as train together, and a run may go on with other devices.
+            states = StateStore(stage.path, f"training{self._retrainer.models_at_once}")
             todo = {training_key(training): training for training in trainings}
             todo = {key: training for key, training in todo.items() if key not in table}
             size = self._retrainer.models_at_once
