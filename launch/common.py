@@ -46,7 +46,7 @@ _LORA_SCALE = flags.DEFINE_float("lora_scale", 1.0, "What the LoRA weights are m
 DATASET = flags.DEFINE_string(
     "dataset",
     "openmoji",
-    "Training data set: openmoji, tfds:NAME[:SPLIT], folder:PATH, coco:PATH, webdataset:PATH or latents:PATH.",
+    "Training data set: openmoji, digits, tfds:NAME[:SPLIT], folder:PATH, coco:PATH, webdataset:PATH, latents:PATH.",
 )
 DATA_DIR = flags.DEFINE_string("data_dir", None, "Where prepared data sets are kept; TFDS's default if not given.")
 EXEMPLARS = flags.DEFINE_string("exemplars", None, "Data set (as --dataset) put before it: a customised model's own.")

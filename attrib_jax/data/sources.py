@@ -22,12 +22,12 @@ __all__ = ["ArrayDataset", "Dataset", "DigitsDataset", "OpenmojiDataset", "Row",
 # Kinds of data sets, and which further arguments of `open_dataset` each takes.
 _KINDS = {
     "openmoji": (),
-    "digits": (),
     "tfds": ("split", "image_key", "caption_key"),
     "folder": ("split", "caption_key"),
     "coco": ("split",),
     "webdataset": ("image_key", "caption_key"),
     "latents": (),
+    "digits": (),
 }
 
 
