@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import attrib_jax.stages.features as features_stage
 import attrib_jax.stages.projected as projected
+import attrib_jax.stages.projections as features_stage
 from attrib_jax.baselines.projection import project
 from attrib_jax.convert.pipeline import load_pipeline
 from attrib_jax.core.keys import example_noise, loss_key, purpose_key
@@ -21,9 +21,9 @@ from attrib_jax.runtime.mesh import data_mesh
 from attrib_jax.runtime.stages import StageMismatchError
 from attrib_jax.stages.config import AttributeConfig
 from attrib_jax.stages.encoded import EncodedDataset
-from attrib_jax.stages.features import FeatureProgram, dataset_features
 from attrib_jax.stages.gradient_settings import PROJECTED_METHODS, GradientSettings
 from attrib_jax.stages.programs import ScorePrograms
+from attrib_jax.stages.projections import FeatureProgram, dataset_features
 from attrib_jax.stages.query import PreparedQuery
 from attrib_jax.stages.root import StageRoot
 from tests.attribution import tiny_denoiser
