@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,15 +11,13 @@ from typing import Any
 import numpy as np
 
 from attrib_jax.core.checks import check_choice
-from attrib_jax.runtime.files import DamagedFileError, read_arrays, write_arrays
+from attrib_jax.runtime.files import stored_arrays, write_arrays
 from attrib_jax.stages.attribute import Attributor
 from attrib_jax.stages.config import AttributeConfig
 from attrib_jax.stages.feature_settings import FeatureSettings
 from attrib_jax.stages.gradient_settings import GradientSettings
 from attrib_jax.stages.identity import check_query_name, query_settings
 from attrib_jax.stages.query import Query
-
-_log = logging.getLogger(__name__)
 
 _SHARED = "shared"
 _FILE = "scores.safetensors"
@@ -108,12 +105,9 @@ def method_scores(attributor: Attributor, name: str, config: AttributeConfig, qu
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     with attributor.root.stage(f"evaluation/scores/{name}-{digest}", settings, attributor.inputs) as stage:
         file = stage.path / _FILE
-        try:
-            return read_arrays(file)[0]["scores"]
-        except FileNotFoundError:
-            pass
-        except DamagedFileError as error:
-            _log.warning("%s: it will be computed again", error)
+        stored = stored_arrays(file)
+        if stored is not None:
+            return stored["scores"]
         names = [f"{name}-{digest}-{index}" for index in range(len(queries))]
         rows = attributor.data.row_ids
         results = attributor.attribute_many(queries, config, names)

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import json
+import logging
 import math
 import os
 import tempfile
@@ -16,6 +17,8 @@ import safetensors.numpy
 from safetensors import SafetensorError
 
 from attrib_jax.convert.weight_files import safetensors_layout
+
+_log = logging.getLogger(__name__)
 
 _TEMP_PREFIX = ".partial-"
 
@@ -167,6 +170,20 @@ def read_arrays(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[st
     if _checksum(arrays, encoded) != checksum:
         raise DamagedFileError(f"{path} is damaged: its content does not match its checksum")
     return arrays, json.loads(encoded)
+
+
+def stored_arrays(path: str | os.PathLike) -> dict[str, np.ndarray] | None:
+    """The arrays that `write_arrays` stored; None where they have to be computed, with a warning for a damaged file.
+
+    Raises StorageError where the file cannot be read.
+    """
+    try:
+        return read_arrays(path)[0]
+    except FileNotFoundError:
+        return None
+    except DamagedFileError as error:
+        _log.warning("%s: it will be computed again", error)
+        return None
 
 
 def map_arrays(path: str | os.PathLike, check: bool = True) -> dict[str, np.ndarray]:

@@ -5,7 +5,6 @@ eigenvalues in their bases. Each pass resumes where it was stopped.
 """
 
 import functools
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from attrib_jax.curvature.ekfac import (
 )
 from attrib_jax.diffusion.losses import Predict
 from attrib_jax.diffusion.schedule import NoiseSchedule
-from attrib_jax.runtime.files import DamagedFileError, read_arrays, write_arrays
+from attrib_jax.runtime.files import read_arrays, stored_arrays, write_arrays
 from attrib_jax.runtime.hosts import from_first_host
 from attrib_jax.runtime.mesh import data_mesh, replicate
 from attrib_jax.runtime.state import StateStore
@@ -46,8 +45,6 @@ from attrib_jax.stages.draws import (
 )
 from attrib_jax.stages.encoded import EncodedDataset
 from attrib_jax.stages.fisher import as_fisher_sum, as_pair, sums_like
-
-_log = logging.getLogger(__name__)
 
 _BASES, _EIGENVALUES = "bases.safetensors", "eigenvalues.safetensors"
 _PARTIAL = "partial"  # the state of the eigenvalues' sum
@@ -86,10 +83,11 @@ def fit_ekfac(
     """
     mesh = mesh or data_mesh()
     layers = _layers(predict, schedule, selected, rest, data)
-    if not from_first_host(lambda: _read(path / _EIGENVALUES) is not None and _read(path / _BASES) is not None):
+    files = (path / _EIGENVALUES, path / _BASES)
+    if not from_first_host(lambda: all(stored_arrays(file) is not None for file in files)):
         draws = fisher_draws(seed, samples, data.num_captions, schedule.num_train_timesteps)
         shared = (selected, rest, schedule, purpose_key(seed, "fisher"))
-        if from_first_host(lambda: _read(path / _BASES) is None):
+        if from_first_host(lambda: stored_arrays(path / _BASES) is None):
             _fit_bases(path, predict, layers, shared, draws, data, mesh)
         _fit_eigenvalues(path, predict, layers, shared, draws, data, mesh)
     eigenvalues = Diagonal.from_flat(read_arrays(path / _EIGENVALUES)[0], like=selected)
@@ -175,14 +173,3 @@ def _bases(path: Path, selected: Any) -> Factors:
 
 def _to_flat(bases: Factors) -> dict[str, np.ndarray]:
     return {f"{part}/{name}": x for part, arrays in bases._asdict().items() for name, x in arrays.items()}
-
-
-def _read(file: Path) -> dict[str, np.ndarray] | None:
-    """A stored file's arrays; None where they have to be computed."""
-    try:
-        return read_arrays(file)[0]
-    except FileNotFoundError:
-        return None
-    except DamagedFileError as error:
-        _log.warning("%s: it will be computed again", error)
-        return None

@@ -7,7 +7,6 @@ with the machinery of linearised scores.
 """
 
 import dataclasses
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +17,7 @@ import numpy as np
 from attrib_jax.core.keys import purpose_key
 from attrib_jax.core.types import Scores
 from attrib_jax.core.weights import flatten_names, select_weights, unflatten_names
-from attrib_jax.runtime.files import DamagedFileError, read_arrays, write_arrays
+from attrib_jax.runtime.files import stored_arrays, write_arrays
 from attrib_jax.runtime.hosts import from_first_host
 from attrib_jax.runtime.progress import progress
 from attrib_jax.stages.config import AttributeConfig
@@ -28,8 +27,6 @@ from attrib_jax.stages.regions import query_mask
 if TYPE_CHECKING:
     from attrib_jax.stages.attribute import Attributor
     from attrib_jax.stages.methods import Job
-
-_log = logging.getLogger(__name__)
 
 _FILE = "gradient.safetensors"
 
@@ -60,7 +57,7 @@ def query_gradient(attributor: "Attributor", path: Path, query: PreparedQuery, c
     It is the mean over the draws of the first unlearning step, and of the region alone where `config` has one.
     """
     file = path / _FILE
-    stored = from_first_host(lambda: _read(file))
+    stored = from_first_host(lambda: stored_arrays(file))
     if stored is None:
         selected, rest = select_weights(attributor.pipeline.params["unet"], config.weights)
         key = jax.random.fold_in(purpose_key(config.loss_seed, "query"), 0)
@@ -77,13 +74,3 @@ def query_gradient(attributor: "Attributor", path: Path, query: PreparedQuery, c
 @jax.jit
 def _solve(curvature, gradient, damping):
     return curvature.solve(gradient, damping)
-
-
-def _read(file: Path) -> dict[str, np.ndarray] | None:
-    try:
-        return read_arrays(file)[0]
-    except FileNotFoundError:
-        return None
-    except DamagedFileError as error:
-        _log.warning("%s: it will be computed again", error)
-        return None

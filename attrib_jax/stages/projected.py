@@ -17,7 +17,6 @@ rounds over the timesteps. Scores of several models are averaged.
 
 import dataclasses
 import functools
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -32,7 +31,7 @@ from attrib_jax.core.keys import purpose_key
 from attrib_jax.core.types import Scores
 from attrib_jax.core.weights import select_weights
 from attrib_jax.models.precision import cast_params
-from attrib_jax.runtime.files import DamagedFileError, read_arrays, write_arrays
+from attrib_jax.runtime.files import stored_arrays, write_arrays
 from attrib_jax.runtime.hosts import from_first_host
 from attrib_jax.runtime.progress import progress
 from attrib_jax.stages.config import AttributeConfig
@@ -45,8 +44,6 @@ from attrib_jax.stages.query import PreparedQuery
 
 if TYPE_CHECKING:
     from attrib_jax.stages.attribute import Attributor
-
-_log = logging.getLogger(__name__)
 
 _KERNEL_FILE = "kernel.safetensors"
 # Row ids of a query's rounds count down from here, so that they share no noise with training pictures.
@@ -202,10 +199,5 @@ def _store_kernel(file: Path, features: Any) -> None:
 
 def _read_kernel(file: Path) -> Kernel | None:
     """The stored kernel; None where it has to be computed."""
-    try:
-        return Kernel(**read_arrays(file)[0])
-    except FileNotFoundError:
-        return None
-    except DamagedFileError as error:
-        _log.warning("%s: it will be computed again", error)
-        return None
+    arrays = stored_arrays(file)
+    return None if arrays is None else Kernel(**arrays)
