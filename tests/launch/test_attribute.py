@@ -4,7 +4,6 @@ import json
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -217,16 +216,6 @@ def test_region_gives_other_scores_than_the_whole_and_its_mask_the_same(command,
 def test_prompt_too_long_and_of_unknown_words_says_so(command, caplog):
     code, _ = command("--prompt=zebra quagga okapi gnu eland kudu nyala")
     assert code == 0 and "cut off" in caplog.text and "zebra" in caplog.text
-
-
-@pytest.mark.parametrize("file", sorted(Path("configs").glob("*.cfg")), ids=lambda file: file.stem)
-def test_flagfiles_parse(file):
-    command = "launch.train" if file.stem.startswith(("train", "customize")) else "launch.attribute"
-    dataset = {"mscoco": "coco:data/coco", "abc": "latents:data/abc/laion"}.get(file.stem, "openmoji")
-    script = f"import sys; from absl import flags; import {command}; flags.FLAGS(sys.argv); print(flags.FLAGS.dataset)"
-    arguments = [sys.executable, "-c", script, f"--flagfile={file}"]
-    result = subprocess.run(arguments, capture_output=True, text=True, check=False)
-    assert result.stdout.strip() == dataset, result.stderr
 
 
 def test_the_program_itself_ends_with_one_line_and_code_1(tmp_path):
