@@ -28,8 +28,6 @@ UNET = UNet2DConditionModel(
 )
 ATTENTIONS = 4  # To the text: one in the down and the mid block, two in the up block.
 SCHEDULE = NoiseSchedule.from_config({})
-# Compilation is most of the time of these tests, and the code that it makes runs once.
-UNOPTIMISED = {"xla_backend_optimization_level": 0}
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +162,7 @@ def test_inputs_are_rounded_but_for_the_text_of_float32_projections():
 def test_gradients_of_keys_and_values_are_float32_and_close(params, example):
     gradients = {}
     for precision in ("float32", "bfloat16"):
-        run = jax.jit(jax.grad(loss, argnums=1), static_argnums=0, compiler_options=UNOPTIMISED)
+        run = jax.jit(jax.grad(loss, argnums=1), static_argnums=0)
         gradients[precision] = flatten_names(run(precision, *halves(params, precision), example))
     assert len(gradients["bfloat16"]) == 2 * ATTENTIONS
     for name, gradient in gradients["bfloat16"].items():
@@ -183,7 +181,7 @@ def test_the_derivative_along_a_tiny_step_loses_nothing_more(params, example):
         selected, rest = halves
         return jax.jvp(lambda selected: loss("bfloat16", selected, rest, example), (selected,), (direction,))[1]
 
-    run = jax.jit(derivative, compiler_options=UNOPTIMISED)
+    run = jax.jit(derivative)
     whole = run(halves(params, "bfloat16"), direction, example)
     tiny = run(halves(params, "bfloat16"), jax.tree.map(lambda leaf: leaf * np.float32(2**-20), direction), example)
     assert whole.dtype == jnp.float32 and whole != 0

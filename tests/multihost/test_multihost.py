@@ -1,7 +1,6 @@
 """One device, eight devices, and two processes of two devices give the same answer; a killed process ends the run."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -71,9 +70,6 @@ class Run:
         self.workdir, self.logs, self.processes = workdir, [], []
         workdir.mkdir(exist_ok=True)
         port = free_port()
-        # Compiling is most of the time, and no test is about speed.
-        quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-        environment = {**os.environ, "XLA_FLAGS": quick}
         for host in range(hosts):
             several = (
                 "--multihost",
@@ -91,7 +87,7 @@ class Run:
             ]
             self.logs.append(workdir.with_name(f"{workdir.name}-{host}.log"))
             with open(self.logs[-1], "wb") as log:
-                self.processes.append(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment))
+                self.processes.append(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT))
 
     def output(self, host: int = 0) -> str:
         return self.logs[host].read_text(errors="replace")

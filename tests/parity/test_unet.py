@@ -74,8 +74,6 @@ CASES = {
     "mscoco": (MSCOCO, (16, 16)),
     "odd_size_and_other_options": (OTHER, (7, 10)),
 }
-# Compilation is most of the time of these tests, and the code that it makes runs once.
-UNOPTIMISED = {"xla_backend_optimization_level": 0}
 
 
 def sinusoids_float64(config: dict, timesteps: torch.Tensor) -> torch.Tensor:
@@ -135,7 +133,7 @@ def compare(case: str, dtype: np.dtype) -> tuple[float, dict[str, float]]:
     with jax.enable_x64(dtype == np.float64):
         shapes = jax.eval_shape(module.init, jax.random.key(0), latents, timesteps, text)["params"]
         assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(np.shape, params)
-        gradients, prediction = jax.jit(kv_gradients_and_prediction, compiler_options=UNOPTIMISED)(params)
+        gradients, prediction = jax.jit(kv_gradients_and_prediction)(params)
     assert prediction.dtype == dtype
     assert gradients.keys() == reference_gradients.keys()
     errors = {name: relative_error(gradients[name], reference) for name, reference in reference_gradients.items()}
@@ -278,10 +276,8 @@ def test_predictor_is_the_batched_forward_of_one_example():
     text = rng.normal(size=(TEXT_LENGTH, 24)).astype(np.float32)
     timesteps = np.array([7, 500])
     params = flax_tree(torch_model(SD1, torch.float32).state_dict())
-    batched = jax.jit(module.apply, compiler_options=UNOPTIMISED)(
-        {"params": params}, latents, timesteps, np.stack([text, text])
-    )
+    batched = jax.jit(module.apply)({"params": params}, latents, timesteps, np.stack([text, text]))
     predict = jax.vmap(predictor(module), in_axes=(None, 0, 0, None))
-    mapped = jax.jit(predict, compiler_options=UNOPTIMISED)(params, latents, timesteps, text)
+    mapped = jax.jit(predict)(params, latents, timesteps, text)
     np.testing.assert_allclose(mapped, batched, atol=1e-5)
     assert np.abs(mapped[0] - mapped[1]).max() > 0.1
