@@ -1,6 +1,7 @@
 """The main job on a tiny pipeline: files, reuse, invariance to the bit, and refusals."""
 
 import csv
+import dataclasses
 import functools
 import json
 import shutil
@@ -80,6 +81,13 @@ def test_second_query_reuses_what_does_not_depend_on_it(finished, pipeline, data
     assert all(other.timings[stage][1] for stage in ("encode", "fisher", "base losses"))
     np.testing.assert_array_equal(other.scores.loss_before, first.scores.loss_before)
     assert not np.array_equal(other.scores.loss_after, first.scores.loss_after)
+
+
+def test_a_region_gives_other_scores(finished):
+    _, attributor, result = finished
+    left = attributor.attribute(QUERY, dataclasses.replace(CONFIG, region=(0, 0, 8, 16)), "left").scores
+    np.testing.assert_array_equal(left.loss_before, result.scores.loss_before)
+    assert not np.array_equal(left.loss_after, result.scores.loss_after)
 
 
 @pytest.mark.parametrize("devices", [1, 3, 4])
