@@ -227,40 +227,42 @@ def encode_images(
     size = size or dataset[0].image.shape[:2]
     scale = vae.config.downscale
     shape = (2, size[0] // scale, size[1] // scale, vae.config.latent_channels)
-    key = purpose_key(config.seed, "posterior")
-
-    def encode_tile(shared, batch):
-        params, key = shared
-        images, row_ids = batch
-        images = images.astype(jnp.float32) / 127.5 - 1.0
-
-        def latents(flip: int, views):
-            distribution = vae.apply({"params": params}, views, method=vae.encode)
-            if config.posterior == "mean":
-                return distribution.mean
-
-            def noise(row_id):
-                return jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, row_id), flip), shape[1:])
-
-            return distribution.mean + jnp.exp(0.5 * distribution.logvar) * jax.vmap(noise)(row_ids)
-
-        both = [latents(0, images), latents(1, images[:, :, ::-1])]
-        return jnp.stack(both, axis=1) * vae.config.scaling_factor
-
     skipped = SkippedRows(path)
     stored = fill(
         make_store(path, "latents", shape, config.dtype, len(dataset)),
-        encode_tile,
-        (params, key),
+        _latents,
+        (params, purpose_key(config.seed, "posterior")),
         PictureReader(dataset, size),
         IMAGE_TILE,
         "encode pictures",
         "image",
         workers=config.workers,
         store_skipped=skipped.store,
+        static=(vae, config.posterior),
     )
     skipped.join()
     return stored
+
+
+def _latents(vae: Any, posterior: str, shared: Any, batch: Any) -> jax.Array:
+    """Pictures (B, H, W, 3) uint8 and their row ids (B,) -> (B, 2, h, w, c), as they are and mirrored."""
+    params, key = shared
+    images, row_ids = batch
+    images = images.astype(jnp.float32) / 127.5 - 1.0
+
+    def latents(flip: int, views):
+        distribution = vae.apply({"params": params}, views, method=vae.encode)
+        if posterior == "mean":
+            return distribution.mean
+
+        def noise(row_id):
+            key_of_row = jax.random.fold_in(jax.random.fold_in(key, row_id), flip)
+            return jax.random.normal(key_of_row, distribution.mean.shape[1:])
+
+        return distribution.mean + jnp.exp(0.5 * distribution.logvar) * jax.vmap(noise)(row_ids)
+
+    both = [latents(0, images), latents(1, images[:, :, ::-1])]
+    return jnp.stack(both, axis=1) * vae.config.scaling_factor
 
 
 def _encode_captions(path, pipeline: Pipeline, captions: Sequence[str], config: EncodeConfig) -> JoinedArray:
@@ -271,15 +273,13 @@ def _encode_captions(path, pipeline: Pipeline, captions: Sequence[str], config: 
         with lock:  # a tokenizer's padding is state that two threads must not set at once
             return tokenize(pipeline, [captions[row] for row in rows]), {}
 
-    def encode_tile(params, input_ids):
-        return encode_text(pipeline.text_encoder, params, input_ids)
-
     return fill(
         make_store(path, "text", shape, config.dtype, len(captions)),
-        encode_tile,
+        encode_text,
         pipeline.params["text_encoder"],
         read,
         TEXT_TILE,
         "encode captions",
         "caption",
+        static=(pipeline.text_encoder,),
     )

@@ -3,6 +3,7 @@
 Of several hosts, each fills chunks of its own with its own devices: they share nothing but the folder.
 """
 
+import functools
 import os
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +12,7 @@ import grain
 import jax
 import numpy as np
 from absl import flags
+from jax.sharding import Mesh
 
 from attrib_jax.runtime.chunks import ChunkStore
 from attrib_jax.runtime.hosts import each_by_itself, first_host_first, from_first_host, host_index, num_hosts
@@ -33,7 +35,7 @@ def make_store(path: str | os.PathLike, field: str, shape: tuple[int, ...], dtyp
 
 def fill(
     store: ChunkStore,
-    encode_tile: Callable[[Any, Any], jax.Array],
+    encode_tile: Callable[..., jax.Array],
     shared: Any,
     read: Callable[[np.ndarray], tuple[Any, dict[int, str]]],
     tile: int,
@@ -41,6 +43,7 @@ def fill(
     unit: str,
     workers: int = 0,
     store_skipped: Callable[[slice, dict[int, str]], None] | None = None,
+    static: tuple = (),
 ) -> JoinedArray:
     """Computes the missing chunks of a store of one field and returns the whole, on disk.
 
@@ -49,7 +52,7 @@ def fill(
 
     Args:
       store: from `make_store`.
-      encode_tile: `(shared, batch) -> (rows, ...)`, run on one tile on every device.
+      encode_tile: `(*static, shared, batch) -> (rows, ...)`, run on one tile on every device.
       shared: what every device holds whole, such as parameters.
       read: rows (R,) of a tile on all devices -> the batch, leaves (R, ...), and the reasons of rows that could not be
         read, which are stored as zeros. Called from several threads or, with `workers`, processes.
@@ -57,6 +60,7 @@ def fill(
       description, unit: of the progress bar.
       workers: processes that read; 0 for threads of this one.
       store_skipped: called with the rows of a chunk and its reasons, before the chunk is written.
+      static: hashable first arguments of `encode_tile`, such as the model.
     """
     ((field, (shape, dtype)),) = store.fields.items()
     small = store.num_rows * int(np.prod(shape)) * dtype.itemsize <= _CHECKED_BYTES
@@ -65,15 +69,15 @@ def fill(
     with each_by_itself():
         if mine:
             done = store.num_rows - sum(store.rows(chunk).stop - store.rows(chunk).start for chunk in missing)
-            _fill(store, mine, done, encode_tile, shared, read, tile, description, unit, workers, store_skipped)
+            run = _compiled(encode_tile, static, data_mesh(jax.local_devices()))
+            _fill(store, mine, done, run, shared, read, tile, description, unit, workers, store_skipped)
     return store.array(field)
 
 
-def _fill(store, chunks, done, encode_tile, shared, read, tile, description, unit, workers, store_skipped) -> None:
+def _fill(store, chunks, done, run, shared, read, tile, description, unit, workers, store_skipped) -> None:
     """Computes `chunks` on this host's devices; `done` counts the rows that are stored already."""
     ((field, (_, dtype)),) = store.fields.items()
     mesh = data_mesh(jax.local_devices())
-    run = tile_map(mesh, encode_tile)
     shared = replicate(mesh, shared)
     # Tiles never reach over the end of a chunk, so that a resumed run has the tiles of an uninterrupted one.
     tiles, counts = [], {}
@@ -109,6 +113,12 @@ def _fill(store, chunks, done, encode_tile, shared, read, tile, description, uni
                 # Before the chunk: once that is there, nobody reads its pictures again.
                 store_skipped(rows, reasons)
             store.write(chunk, {field: values})
+
+
+@functools.lru_cache(maxsize=4)
+def _compiled(encode_tile: Callable[..., jax.Array], static: tuple, mesh: Mesh):
+    """Made once: other weights of the same architecture compile nothing."""
+    return tile_map(mesh, functools.partial(encode_tile, *static))
 
 
 def _check_finite(values: np.ndarray, store: ChunkStore, description: str, dtype: np.dtype) -> None:

@@ -26,7 +26,7 @@ class GradientProgram:
     def __init__(self, predict: Predict, schedule: NoiseSchedule, mesh: Mesh | None = None):
         self.mesh, self.predict = mesh or data_mesh(), predict
         self._schedule = replicate(self.mesh, schedule)
-        self._sums = DeviceSums(self.mesh, functools.partial(_tile_gradient, predict))
+        self._sums = _program(predict, self.mesh)
 
     def bind(
         self, rest: Any, latents: np.ndarray, text: np.ndarray, draws: int, mask: np.ndarray | None = None
@@ -48,6 +48,12 @@ class GradientProgram:
             return self._sums.total(sums).value()
 
         return sum_draws
+
+
+@functools.lru_cache(maxsize=4)
+def _program(predict: Predict, mesh: Mesh) -> DeviceSums:
+    """Made once: another model of the same architecture compiles nothing."""
+    return DeviceSums(mesh, functools.partial(_tile_gradient, predict))
 
 
 def _tile_gradient(predict: Predict, shared: Any, tile: jax.Array) -> Pair:

@@ -11,7 +11,9 @@ from jax.sharding import Mesh
 
 from attrib_jax.attribution.influence import influence_matrix
 from attrib_jax.attribution.scores import example_loss, strided_losses
+from attrib_jax.core.types import Batch
 from attrib_jax.core.weights import merge_weights
+from attrib_jax.diffusion.losses import Predict
 from attrib_jax.diffusion.schedule import NoiseSchedule
 from attrib_jax.models.precision import cast_params, matmul_precision
 from attrib_jax.models.unet import UNet2DConditionModel, predictor
@@ -52,30 +54,31 @@ class LinearProgram(ExampleProgram):
           precision: of the forward pass, see `PRECISIONS`.
           num_queries: of the reverse mode; None for forward mode.
         """
-        predict = predictor(unet, precision)
+        function, shape = (_forward_mode, ()) if num_queries is None else (_reverse_mode, (num_queries,))
+        static = (predictor(unet, precision), precision)
+        products = matmul_precision(precision)
+        super().__init__(function, schedule, loss_seed, stride, batch_size, mesh, shape, products, static=static)
 
-        def merged(selected, rest):
-            return cast_params(merge_weights(selected, rest), precision)
 
-        def forward_mode(schedule, key, timesteps, weights, batch):
-            selected, rest, change = weights
+def _forward_mode(predict: Predict, precision: str, schedule, key, timesteps, weights, batch: Batch) -> jax.Array:
+    selected, rest, change = weights
 
-            def losses(selected):
-                return strided_losses(predict, schedule, merged(selected, rest), key, batch, timesteps)
+    def losses(selected):
+        params = cast_params(merge_weights(selected, rest), precision)
+        return strided_losses(predict, schedule, params, key, batch, timesteps)
 
-            return jax.jvp(losses, (selected,), (change,))[1]
+    return jax.jvp(losses, (selected,), (change,))[1]
 
-        def reverse_mode(schedule, key, timesteps, weights, batch):
-            selected, rest, changes = weights
 
-            def loss(selected, rest, example):
-                return example_loss(predict, schedule, merged(selected, rest), key, example, timesteps)
+def _reverse_mode(predict: Predict, precision: str, schedule, key, timesteps, weights, batch: Batch) -> jax.Array:
+    selected, rest, changes = weights
 
-            at_once = _examples_at_once(len(batch.row_id), len(timesteps))
-            return influence_matrix(loss, selected, rest, batch, changes, at_once)
+    def loss(selected, rest, example):
+        params = cast_params(merge_weights(selected, rest), precision)
+        return example_loss(predict, schedule, params, key, example, timesteps)
 
-        function, shape = (forward_mode, ()) if num_queries is None else (reverse_mode, (num_queries,))
-        super().__init__(function, schedule, loss_seed, stride, batch_size, mesh, shape, matmul_precision(precision))
+    at_once = _examples_at_once(len(batch.row_id), len(timesteps))
+    return influence_matrix(loss, selected, rest, batch, changes, at_once)
 
 
 def _examples_at_once(tile: int, num_timesteps: int) -> int:

@@ -33,7 +33,7 @@ class ExampleProgram:
 
     def __init__(
         self,
-        function: Callable[[NoiseSchedule, jax.Array, jax.Array, Any, Batch], jax.Array],
+        function: Callable[..., jax.Array],
         schedule: NoiseSchedule,
         loss_seed: int,
         stride: int,
@@ -43,11 +43,12 @@ class ExampleProgram:
         matmul_precision: str = "highest",
         timesteps: np.ndarray | None = None,
         tile: int = EXAMPLES_PER_TILE,
+        static: tuple = (),
     ):
-        """Compiles when first called.
+        """Compiles when first called, unless a program of the same function and `static` was compiled before.
 
         Args:
-          function: `(schedule, key, timesteps (S,), weights, batch of B) -> (B, *result_shape)`, pure.
+          function: `(*static, schedule, key, timesteps (S,), weights, batch of B) -> (B, *result_shape)`, pure.
           schedule: noise levels and prediction type.
           loss_seed: of the noise, see `loss_key`.
           stride: of the timesteps.
@@ -57,6 +58,7 @@ class ExampleProgram:
           matmul_precision: of float32 products, see `tile_map`.
           timesteps: (S,) int32 instead of the strided ones.
           tile: examples that a device takes at once; another number changes rounding.
+          static: hashable first arguments of `function`, such as the model.
         """
         self.mesh = mesh or data_mesh()
         self.loss_seed, self.stride, self.result_shape = loss_seed, stride, tuple(result_shape)
@@ -64,12 +66,7 @@ class ExampleProgram:
         self._timesteps, self.tile = strided if timesteps is None else timesteps, tile
         self._shared = replicate(self.mesh, (schedule, loss_key(loss_seed), self._timesteps))
         self._tiles_in_flight = max(2, -(-batch_size // (tile * self.mesh.size)))
-
-        def run(shared, batch):
-            (schedule, key, timesteps), weights = shared
-            return function(schedule, key, timesteps, weights, batch)
-
-        self._run = tile_map(self.mesh, run, matmul_precision)
+        self._run = _compiled(function, static, self.mesh, matmul_precision)
 
     @property
     def num_timesteps(self) -> int:
@@ -138,6 +135,17 @@ class ExampleProgram:
         return sums / counts.reshape(-1, *(1,) * (sums.ndim - 1))
 
 
+@functools.lru_cache(maxsize=8)
+def _compiled(function: Callable[..., jax.Array], static: tuple, mesh: Mesh, matmul_precision: str):
+    """Made once: another model of the same architecture, or another data set, compiles nothing."""
+
+    def run(shared, batch):
+        (schedule, key, timesteps), weights = shared
+        return function(*static, schedule, key, timesteps, weights, batch)
+
+    return tile_map(mesh, run, matmul_precision)
+
+
 class LossProgram(ExampleProgram):
     """The compiled strided loss of one model, as a function of the UNet's parameters."""
 
@@ -152,11 +160,13 @@ class LossProgram(ExampleProgram):
         matmul_precision: str = "highest",
     ):
         """`predict` is the model; the others are those of `ExampleProgram`."""
+        super().__init__(
+            _losses, schedule, loss_seed, stride, batch_size, mesh, (), matmul_precision, static=(predict,)
+        )
 
-        def losses(schedule, key, timesteps, params, batch):
-            return strided_losses(predict, schedule, params, key, batch, timesteps)
 
-        super().__init__(losses, schedule, loss_seed, stride, batch_size, mesh, (), matmul_precision)
+def _losses(predict: Predict, schedule, key, timesteps, params, batch: Batch) -> jax.Array:
+    return strided_losses(predict, schedule, params, key, batch, timesteps)
 
 
 def value_store(path: Path, rows: int, shape: tuple[int, ...], mesh: Mesh) -> ChunkStore:

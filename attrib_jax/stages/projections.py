@@ -11,7 +11,9 @@ from jax.sharding import Mesh
 
 from attrib_jax.baselines.outputs import output_gradient
 from attrib_jax.baselines.projection import project
+from attrib_jax.core.types import Batch
 from attrib_jax.core.weights import merge_weights
+from attrib_jax.diffusion.losses import Predict
 from attrib_jax.diffusion.schedule import NoiseSchedule, strided_timesteps
 from attrib_jax.models.precision import cast_params, matmul_precision
 from attrib_jax.models.unet import UNet2DConditionModel, predictor
@@ -63,23 +65,7 @@ class FeatureProgram(ExampleProgram):
           precision: of the forward pass, see `PRECISIONS`; gradients are taken by float32 weights.
           timestep: the only one, instead of the strided ones.
         """
-        predict, with_residual = predictor(unet, precision), output == "mean"
-        self.projection_dim = projection_dim
-
-        def features(schedule, key, timesteps, weights, batch):
-            selected, rest, projection_key = weights
-
-            def merge(selected):
-                return cast_params(merge_weights(selected, rest), precision)
-
-            gradients, residuals = jax.vmap(
-                lambda example: output_gradient(output, predict, schedule, merge, selected, key, example, timesteps)
-            )(batch)
-            projected = project(gradients, projection_key, projection, projection_dim)
-            if not with_residual:
-                return projected
-            return jnp.concatenate([projected, residuals[:, None].astype(projected.dtype)], axis=1)
-
+        self.projection_dim, with_residual = projection_dim, output == "mean"
         mesh = mesh or data_mesh()
         if timestep is None:
             timesteps = strided_timesteps(stride, schedule.num_train_timesteps)
@@ -88,7 +74,7 @@ class FeatureProgram(ExampleProgram):
         # For `mean` every timestep has a gradient of its own.
         numbers = num_weights * (len(timesteps) if with_residual else 1)
         super().__init__(
-            features,
+            _features,
             schedule,
             loss_seed,
             stride,
@@ -98,7 +84,34 @@ class FeatureProgram(ExampleProgram):
             matmul_precision(precision),
             timesteps,
             _examples_per_tile(mesh, len(timesteps), numbers),
+            static=(predictor(unet, precision), precision, output, projection, projection_dim),
         )
+
+
+def _features(
+    predict: Predict,
+    precision: str,
+    output: str,
+    projection: str,
+    projection_dim: int,
+    schedule,
+    key,
+    timesteps,
+    weights,
+    batch: Batch,
+) -> jax.Array:
+    selected, rest, projection_key = weights
+
+    def merge(selected):
+        return cast_params(merge_weights(selected, rest), precision)
+
+    gradients, residuals = jax.vmap(
+        lambda example: output_gradient(output, predict, schedule, merge, selected, key, example, timesteps)
+    )(batch)
+    projected = project(gradients, projection_key, projection, projection_dim)
+    if output != "mean":
+        return projected
+    return jnp.concatenate([projected, residuals[:, None].astype(projected.dtype)], axis=1)
 
 
 def _examples_per_tile(mesh: Mesh, num_timesteps: int, numbers: int) -> int:

@@ -90,6 +90,15 @@ def test_a_region_gives_other_scores(finished):
     assert not np.array_equal(left.loss_after, result.scores.loss_after)
 
 
+def test_models_of_one_architecture_share_a_program(pipeline):
+    unet = pipeline.unet
+    again = type(unet)(type(unet.config).from_dict(unet.config.to_dict()))
+    programs = [LossProgram(predictor(model), pipeline.schedule, seed, 300) for model, seed in ((unet, 0), (again, 1))]
+    assert programs[0]._run is programs[1]._run
+    wider = type(unet)(dataclasses.replace(unet.config, norm_eps=1e-3))
+    assert LossProgram(predictor(wider), pipeline.schedule, 0, 300)._run is not programs[0]._run
+
+
 @pytest.mark.parametrize("devices", [1, 3, 4])
 @pytest.mark.parametrize("batch_size", [1, 1000])
 def test_losses_depend_on_neither_batch_order_subset_nor_devices(finished, pipeline, devices, batch_size):
