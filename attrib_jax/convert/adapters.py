@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 
 from attrib_jax.convert.adapter_files import (
@@ -139,7 +139,7 @@ def _replacements(entries: Mapping[str, LazyTensor], flat: dict[str, Any], path:
             change = array["u"].astype(np.float64) @ array["v"].astype(np.float64)
             new = np.asarray(leaf, np.float64) + from_torch(table[name], change)
         check_finite_as(new, leaf.dtype, path, name)
-        replaced[table[name]] = jnp.asarray(new.astype(leaf.dtype))
+        replaced[table[name]] = jax.device_put(new.astype(leaf.dtype))
     return replaced
 
 

@@ -12,6 +12,7 @@ import os
 import re
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
@@ -101,7 +102,7 @@ def merge_lora(pipeline: Pipeline, path: str, scale: float = 1.0) -> Pipeline:
         factor = scale * _strength(part, module, pair, settings.get(part), path)
         merged = np.asarray(weight, np.float64) + factor * from_torch(leaf, product.reshape(shape))
         check_finite_as(merged, weight.dtype, path, f"{name} merged with scale={scale}")
-        trees[part][leaf] = jnp.asarray(merged.astype(weight.dtype))
+        trees[part][leaf] = jax.device_put(merged.astype(weight.dtype))
     raise_problems(f"{path} does not fit the weights of this model:", {"misshaped": misshaped})
     ranks = sorted({pair.down.shape[0] for pair in groups.values()})
     _log.info("%s merged into %d weights, scale %g, rank %s", path, len(groups), scale, ranks)
