@@ -5,8 +5,14 @@ python -m launch.evaluate --flagfile=configs/evaluate_lds_digits.cfg --split=tun
 python -m launch.evaluate --flagfile=configs/evaluate_self.cfg
 """
 
+from collections.abc import Mapping
+from pathlib import Path
+
 from absl import flags
 
+from attrib_jax.convert.pipeline import Pipeline
+from attrib_jax.convert.tower import load_tower
+from attrib_jax.data.sources import Dataset
 from attrib_jax.evaluation.counterfactual import Counterfactuals, MeasureConfig
 from attrib_jax.evaluation.customized import CustomizedConfig, random_rows, read_cases, run_customized
 from attrib_jax.evaluation.lds import LdsConfig, run_lds
@@ -14,8 +20,11 @@ from attrib_jax.evaluation.leave_k_out import LeaveKOutConfig, run_leave_k_out
 from attrib_jax.evaluation.named import SPLITS, QuerySet, read_methods
 from attrib_jax.evaluation.retrain import Recipe
 from attrib_jax.evaluation.self_retrieval import SelfConfig, run_self
+from attrib_jax.evaluation.similarity import check_sees_pictures
+from attrib_jax.runtime.files import write_json
 from attrib_jax.runtime.stages import lock
 from attrib_jax.stages.attribute import Attributor
+from attrib_jax.stages.config import AttributeConfig
 from attrib_jax.stages.encode import picture_resolution
 from attrib_jax.stages.queries import read_queries
 from attrib_jax.stages.query import Query, prepare_query
@@ -46,7 +55,15 @@ _PER_DEVICE = flags.DEFINE_integer(
 _MEASURE_STRIDE = flags.DEFINE_integer("measure_stride", 5, "Timesteps of the queries' own losses.", lower_bound=1)
 _MEASURE_SEED = flags.DEFINE_integer("measure_seed", 0, "Of the noise of these losses.", lower_bound=0)
 
-_PICTURES = flags.DEFINE_boolean("pictures", False, "leave-k-out: also show the queries as retrained models draw them.")
+_PICTURES = flags.DEFINE_boolean(
+    "pictures", False, "leave-k-out: keep the queries as retrained models draw them, and show them."
+)
+_TOWER = flags.DEFINE_string(
+    "tower",
+    None,
+    "leave-k-out, with --pictures: transformers folder or Hugging Face id of the feature tower in which these pictures "
+    "are compared with the queries, such as models/openmoji_tower.",
+)
 _REMOVE = flags.DEFINE_list("remove", ["0.05"], "leave-k-out: pictures removed, as numbers or as shares below 1.")
 _CURVE = flags.DEFINE_list("curve", [], "leave-k-out: further numbers or shares of random pictures.")
 _RANDOM_SETS = flags.DEFINE_integer("random_sets", 10, "leave-k-out: random sets of each number.", lower_bound=1)
@@ -64,13 +81,19 @@ _ROWS = flags.DEFINE_integer(
 )
 _SHIPPED = flags.DEFINE_boolean("use_shipped_stages", True, "Reuse the finished stages that came with the model.")
 
-# Flags of one protocol: given with another, they show a mistake.
-_OF = {
-    "leave-k-out": ("remove", "curve", "random_sets", "train_seeds", "pictures"),
-    "lds": ("lds_models", "lds_share", "lds_seed"),
-    "customized": ("cases", "cases_root", "token", "rows"),
-    "self": ("self_queries",),
-}
+_TRAINING = (
+    *("tuning_queries", "reported_queries", "guidance_scale", "sampler_steps", "measure_stride", "measure_seed"),
+    *("train_steps", "train_batch_size", "learning_rate", "caption_dropout", "random_flips", "models_per_device"),
+)
+# Flags of some protocols: given with another, they show a mistake.
+_OF = (
+    (("leave-k-out",), ("remove", "curve", "random_sets", "train_seeds", "pictures", "tower")),
+    (("lds",), ("lds_models", "lds_share", "lds_seed")),
+    (("customized",), ("cases", "cases_root", "token", "rows")),
+    (("self",), ("self_queries",)),
+    (("leave-k-out", "lds"), _TRAINING),
+    (("leave-k-out", "lds", "self"), ("split", "use_shipped_stages")),
+)
 
 
 def main():
@@ -82,22 +105,32 @@ def main():
     pipeline = common.load_model()
     dataset = common.load_dataset(picture_resolution(pipeline))
     if _PROTOCOL.value == "customized":
-        common.require(cases=_CASES.value)
-        cases, rest = read_cases(_CASES.value, _CASES_ROOT.value), random_rows(dataset, _ROWS.value)
+        table = _customized(pipeline, dataset, methods)
+    else:
+        root = StageRoot(common.WORKDIR.value, common.shipped_stages() if _SHIPPED.value else None)
         with lock(common.WORKDIR.value):
-            print(run_customized(common.WORKDIR.value, pipeline, rest, cases, methods, CustomizedConfig(_TOKEN.value)))
-        return
-    root = StageRoot(common.WORKDIR.value, common.shipped_stages() if _SHIPPED.value else None)
-    with lock(common.WORKDIR.value):
-        attributor = Attributor(pipeline, dataset, root, common.encode_config())
-        if _PROTOCOL.value == "self":
-            table = run_self(attributor, methods, SelfConfig(_QUERIES.value, _SPLIT.value))
-        else:
-            table = _counterfactual(attributor, methods)
+            attributor = Attributor(pipeline, dataset, root, common.encode_config())
+            if _PROTOCOL.value == "self":
+                table = run_self(attributor, methods, SelfConfig(_QUERIES.value, _SPLIT.value))
+            else:
+                table = _counterfactual(attributor, methods)
+    name = _PROTOCOL.value if _PROTOCOL.value == "customized" else f"{_PROTOCOL.value}-{_SPLIT.value}"
+    write_json(Path(common.WORKDIR.value) / "evaluation" / name / "flags.json", common.own_flags("launch.evaluate"))
     print(table)
 
 
-def _counterfactual(attributor: Attributor, methods) -> str:
+def _customized(pipeline: Pipeline, dataset: Dataset, methods: Mapping[str, AttributeConfig]) -> str:
+    common.require(cases=_CASES.value)
+    cases, rest = read_cases(_CASES.value, _CASES_ROOT.value), random_rows(dataset, _ROWS.value)
+    settings = (CustomizedConfig(_TOKEN.value), common.encode_config())
+    with lock(common.WORKDIR.value):
+        return run_customized(common.WORKDIR.value, pipeline, rest, cases, methods, *settings)
+
+
+def _counterfactual(attributor: Attributor, methods: Mapping[str, AttributeConfig]) -> str:
+    tower = None if _TOWER.value is None else load_tower(_TOWER.value)
+    if tower is not None:
+        check_sees_pictures(tower)
     queries = _query_set()
     config = _leave_k_out(len(attributor.dataset)) if _PROTOCOL.value == "leave-k-out" else None
     recipe = Recipe(
@@ -118,7 +151,7 @@ def _counterfactual(attributor: Attributor, methods) -> str:
         _PER_DEVICE.value,
     )
     if config is not None:
-        return run_leave_k_out(counterfactuals, methods, queries, _SPLIT.value, config)[1]
+        return run_leave_k_out(counterfactuals, methods, queries, _SPLIT.value, config, tower)[1]
     lds = LdsConfig(_MODELS.value, _SHARE.value, _SUBSET_SEED.value)
     return run_lds(counterfactuals, methods, queries, _SPLIT.value, lds)[1]
 
@@ -154,23 +187,29 @@ def _counts(name: str, values: list[str], size: int) -> tuple[int, ...]:
     """Numbers of pictures; a share below 1 is of `size` of them."""
     try:
         numbers = [float(value) for value in values]
-        if any(number <= 0 or (number >= 1 and number != int(number)) for number in numbers):
+        if not all(0 < number < 1 or (number >= 1 and number.is_integer()) for number in numbers):
             raise ValueError("out of range")
     except ValueError as error:
         raise ValueError(
             f"{name} is {','.join(values)!r}; expected numbers of pictures, or shares of all between 0 and 1"
         ) from error
-    return tuple(max(1, round(number * size)) if number < 1 else int(number) for number in numbers)
+    # A number and a share may be one.
+    return tuple(dict.fromkeys(max(1, round(number * size)) if number < 1 else int(number) for number in numbers))
 
 
 def _refuse_flags_of_another_protocol() -> None:
-    for protocol, names in _OF.items():
+    for protocols, names in _OF:
         wrong = [f"--{name}" for name in names if flags.FLAGS[name].present]
-        if wrong and protocol != _PROTOCOL.value:
+        if wrong and _PROTOCOL.value not in protocols:
             raise ValueError(
-                f"{', '.join(wrong)} belong to --protocol={protocol}, but the protocol is {_PROTOCOL.value}; leave "
-                "them out"
+                f"{', '.join(wrong)} belong to --protocol={' or '.join(protocols)}, but the protocol is "
+                f"{_PROTOCOL.value}; leave them out"
             )
+    if _TOWER.value is not None and not _PICTURES.value:
+        raise ValueError(
+            f"tower is {_TOWER.value!r}, but it compares the pictures that --pictures keeps: give --pictures too. "
+            "Models that were trained without it are trained again."
+        )
 
 
 if __name__ == "__main__":

@@ -16,8 +16,9 @@ from attrib_jax.attribution.influence import influence_scores
 from attrib_jax.attribution.scores import example_loss, strided_losses
 from attrib_jax.attribution.unlearn import newton_step, tile_gradient
 from attrib_jax.core.types import Batch
-from attrib_jax.core.weights import merge_weights, select_weights
+from attrib_jax.core.weights import flatten_names, merge_weights, select_weights
 from attrib_jax.curvature.diagonal import Diagonal
+from attrib_jax.curvature.ekfac import Factors, eigenvalue_sums, factor_sums, linear_layers, make_ekfac
 from attrib_jax.curvature.fisher import fisher_diagonal
 from attrib_jax.diffusion.losses import denoising_losses
 from attrib_jax.diffusion.samplers import sample
@@ -94,18 +95,68 @@ def strided_losses_tile(precision):
     return run, ((params_shapes(precision), SCHEDULE, KEY, int32(STEPS)), batch_shapes())
 
 
+def sample_loss(precision, schedule, key):
+    def loss_fn(selected, rest, sample):
+        latents, text, index, timestep, _ = sample
+        noise = jax.random.normal(jax.random.fold_in(wrap(key), index), (1, *latents.shape))
+        params, predict = merge_weights(selected, rest), predictor(UNET, precision)
+        return denoising_losses(predict, params, schedule, latents, text, noise, timestep[None])[0]
+
+    return loss_fn
+
+
+def sample_shapes():
+    return float32(TILE, *LATENTS.shape), float32(TILE, *TEXT.shape), int32(TILE), int32(TILE), float32(TILE)
+
+
 def fisher_tile(precision):
     def tile(selected, rest, schedule, key, samples):
-        def loss_fn(selected, rest, sample):
-            latents, text, index, timestep, _ = sample
-            noise = jax.random.normal(jax.random.fold_in(wrap(key), index), (1, *latents.shape))
-            params, predict = merge_weights(selected, rest), predictor(UNET, precision)
-            return denoising_losses(predict, params, schedule, latents, text, noise, timestep[None])[0]
-
+        loss_fn = sample_loss(precision, schedule, key)
         return fisher_diagonal(loss_fn, selected, rest, samples, mask=samples[-1], microbatch=1)
 
-    samples = (float32(TILE, *LATENTS.shape), float32(TILE, *TEXT.shape), int32(TILE), int32(TILE), float32(TILE))
-    return tile, (*select_weights(params_shapes(precision), "cross-attn-kv"), SCHEDULE, KEY, samples)
+    return tile, (*select_weights(params_shapes(precision), "cross-attn-kv"), SCHEDULE, KEY, sample_shapes())
+
+
+def ekfac_layers(precision):
+    """The layers of the keys and values, and the shapes of their bases."""
+    halves = select_weights(params_shapes(precision), "cross-attn-kv")
+    example = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), sample_shapes())
+    layers = linear_layers(sample_loss(precision, SCHEDULE, np.zeros(2, np.uint32)), *halves, example)
+    sides = {name: leaf.shape for name, leaf in flatten_names(halves[0]).items()}
+    assert {layer.name for layer in layers} == sides.keys()
+    # Read by all of them: the text.
+    inputs = {layer.input: float32(WIDTH, WIDTH) for layer in layers}
+    assert len(inputs) == 1
+    return layers, Factors(inputs, {name: float32(out, out) for name, (_, out) in sides.items()})
+
+
+def ekfac_factors_tile(precision):
+    layers, _ = ekfac_layers(precision)
+
+    def tile(selected, rest, schedule, key, samples):
+        return factor_sums(sample_loss(precision, schedule, key), layers, selected, rest, samples, samples[-1])
+
+    return tile, (*select_weights(params_shapes(precision), "cross-attn-kv"), SCHEDULE, KEY, sample_shapes())
+
+
+def ekfac_eigenvalues_tile(precision):
+    layers, bases = ekfac_layers(precision)
+
+    def tile(selected, rest, schedule, key, bases, samples):
+        loss_fn = sample_loss(precision, schedule, key)
+        return eigenvalue_sums(loss_fn, layers, bases, selected, rest, samples, samples[-1], microbatch=1)
+
+    return tile, (*select_weights(params_shapes(precision), "cross-attn-kv"), SCHEDULE, KEY, bases, sample_shapes())
+
+
+def ekfac_newton(precision):
+    layers, bases = ekfac_layers(precision)
+
+    def step(selected, gradient, curvature, step_size):
+        return newton_step(selected, gradient, curvature, step_size, 1000, 1e-8)
+
+    selected, _ = select_weights(params_shapes(precision), "cross-attn-kv")
+    return step, (selected, selected, make_ekfac(Diagonal(selected), bases, layers), float32())
 
 
 def query_gradient_tile(precision):
@@ -149,7 +200,17 @@ def sampler(precision):
 
 PROGRAMS = {
     program.__name__: program
-    for program in (strided_losses_tile, fisher_tile, query_gradient_tile, newton, linearised_tile, sampler)
+    for program in (
+        strided_losses_tile,
+        fisher_tile,
+        ekfac_factors_tile,
+        ekfac_eigenvalues_tile,
+        query_gradient_tile,
+        newton,
+        ekfac_newton,
+        linearised_tile,
+        sampler,
+    )
 }
 
 
@@ -164,9 +225,14 @@ def export(run, arguments, platform, **options):
         return jax.export.export(run, platforms=(platform,), **options)(*arguments)
 
 
+# As EKFAC is, whatever the scores' precision.
+FLOAT32_ALONE = {"ekfac_factors_tile", "ekfac_eigenvalues_tile", "ekfac_newton"}
+CASES = [(name, "float32") for name in PROGRAMS]
+CASES += [(name, "bfloat16") for name in PROGRAMS if name not in FLOAT32_ALONE]
+
+
 @pytest.mark.parametrize("platform", BACKENDS)
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.parametrize(("name", "precision"), CASES)
 def test_lowers_for_accelerators(name, precision, platform):
     run, arguments = PROGRAMS[name](precision)
     exported = export(run, arguments, platform)

@@ -85,6 +85,8 @@ class Counterfactuals:
                 raise ValueError(f"query {query.prompt!r} has sampler {query.sampler!r}; expected 'ddim'")
         if len({(q.guidance_scale, q.sampler_steps) for q in queries}) != 1:
             raise ValueError("queries differ in guidance_scale or sampler_steps; expected one for all")
+        # Now, and not after the first models are trained.
+        self._timesteps = strided_timesteps(measure.stride, attributor.pipeline.schedule.num_train_timesteps)
         self.attributor, self.queries, self.recipe, self.measure = attributor, list(queries), recipe, measure
         self.prepared = list(prepared)
         self.settings = {
@@ -97,6 +99,8 @@ class Counterfactuals:
 
     def results(self, trainings: Sequence[Training], description: str = "retrain") -> dict[str, np.ndarray]:
         """What the retrained models showed, in order, trained where they are not stored.
+
+        Raises ValueError where a training diverges.
 
         Returns:
           loss: (M, Q) strided loss of each query.
@@ -119,6 +123,7 @@ class Counterfactuals:
                     [todo[key] for key in group], states, description=f"{description}: {done} of {len(keys)} models"
                 )
                 measured = self._measured(params, len(group))
+                self._check_finite(measured, [todo[key] for key in group])
                 rows = {key: {n: measured[n][place] for n in self._fields} for place, key in enumerate(group)}
                 table.add(rows)
                 states.remove()
@@ -150,6 +155,16 @@ class Counterfactuals:
         results = {"loss": loss, "mse": mse, "latents": latents}
         return {name: np.asarray(array)[:count] for name, array in results.items()}
 
+    def _check_finite(self, measured: dict[str, np.ndarray], trainings: Sequence[Training]) -> None:
+        # Kept, it would be a NaN in every table from now on.
+        for name, values in measured.items():
+            for training, each in zip(trainings, values):
+                if not np.isfinite(each).all():
+                    raise ValueError(
+                        f"the model without {len(training.removed)} pictures, seed {training.seed}, gives {name} that "
+                        f"is NaN or infinite; retrain with a lower learning_rate than {self.recipe.learning_rate}"
+                    )
+
     def _inputs(self, pipeline: Pipeline) -> tuple:
         empty = encode_text(pipeline.text_encoder, pipeline.params["text_encoder"], tokenize(pipeline, [""]))[0]
         return (
@@ -158,7 +173,7 @@ class Counterfactuals:
             np.asarray(empty),
             np.stack([initial_noise(pipeline, query.seed) for query in self.queries]),
             jax.random.key_data(loss_key(self.measure.seed)),
-            strided_timesteps(self.measure.stride, pipeline.schedule.num_train_timesteps),
+            self._timesteps,
             pipeline.schedule,
         )
 

@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +20,7 @@ from attrib_jax.convert.adapters import apply_custom_diffusion
 from attrib_jax.convert.pipeline import Pipeline
 from attrib_jax.core.checks import check_positive, check_range
 from attrib_jax.data.concat import concatenate
+from attrib_jax.data.latents import LatentsDataset
 from attrib_jax.data.pictures import read_picture
 from attrib_jax.data.sources import ArrayDataset, Dataset
 from attrib_jax.evaluation.metrics import average_precision, mean_and_error, recall_at
@@ -27,7 +29,7 @@ from attrib_jax.runtime.files import make_folder, write_json
 from attrib_jax.runtime.stages import lock
 from attrib_jax.stages.attribute import Attributor
 from attrib_jax.stages.config import AttributeConfig
-from attrib_jax.stages.encode import picture_resolution
+from attrib_jax.stages.encode import EncodeConfig, picture_resolution
 from attrib_jax.stages.query import Query
 from attrib_jax.stages.root import StageRoot
 
@@ -142,16 +144,28 @@ def run_customized(
     cases: Sequence[Case],
     methods: Mapping[str, AttributeConfig],
     config: CustomizedConfig = CustomizedConfig(),
+    encode_config: EncodeConfig = EncodeConfig(),
 ) -> str:
     """Ranks of every case's exemplars among them and `rest`, by every method -> a markdown table.
 
     Each model has a workdir of its own below `workdir`, resumed there. Every rank is kept in `records.json`, and means
-    with standard errors over models in `customized.csv`.
+    with standard errors over models in `customized.csv`. EKFAC has no file to come from: it is fitted for each model.
+
+    Raises ValueError where a method needs the base model's Fisher information and has none, or has a cascade, or a
+    prompt lacks V*.
     """
-    names = [name for name, each in methods.items() if each.update == "newton" and each.method == "unlearn"]
-    for name in names:
-        if methods[name].fisher is None:
+    for name, each in methods.items():
+        takes = each.method in ("unlearn", "influence") and (each.update, each.curvature) == ("newton", "diagonal")
+        if takes and each.fisher is None:
             raise ValueError(f"method {name!r} has no fisher; give that of the base model, which all models share")
+        if each.cascade:
+            raise ValueError(f"method {name!r} has a cascade, which may leave exemplars without a rank; leave it out")
+    for case in cases:
+        if _without(case.prompt, config.token) == " ".join(case.prompt.split()):
+            raise ValueError(
+                f"prompt {case.prompt!r} does not hold the word {config.token!r}; give the new word of the models as "
+                "token, so that both forms of the prompt are asked"
+            )
     folder = make_folder(Path(workdir) / "evaluation" / "customized")
     resolution = picture_resolution(base)
     records, table = [], ""
@@ -162,7 +176,7 @@ def run_customized(
         place = Path(workdir) / "models" / _name(model)
         make_folder(place)
         with lock(place):
-            attributor = Attributor(pipeline, concatenate(exemplars, rest), StageRoot(place))
+            attributor = Attributor(pipeline, concatenate(exemplars, rest), StageRoot(place), encode_config)
             for form, strip in (("with V*", False), ("without V*", True)):
                 queries = [
                     Query(_without(case.prompt, config.token) if strip else case.prompt, image=case.image)
@@ -187,9 +201,14 @@ def run_customized(
 
 
 def random_rows(dataset: Dataset, count: int, seed: int = 2024) -> Dataset:
-    """`count` random rows of a data set in its order, their row ids kept; all of it for 0."""
+    """`count` random rows of a data set in its order, their row ids kept; all of it for 0.
+
+    Raises ValueError for more rows than there are, or a data set of latents, whose pictures would be encoded again.
+    """
     if not count:
         return dataset
+    if isinstance(dataset, LatentsDataset):
+        raise ValueError(f"rows is {count}, but {dataset.name!r} holds latents, which are taken whole; give rows=0")
     check_range("rows", count, 1, len(dataset), integer=True)
     rows = np.sort(np.random.default_rng(seed).permutation(len(dataset))[:count])
     taken = [dataset[int(row)] for row in rows]
@@ -234,7 +253,8 @@ def _exemplars(case: Case, resolution: int) -> Dataset:
 
 
 def _without(prompt: str, token: str) -> str:
-    return " ".join(word for word in prompt.split() if word != token)
+    """The prompt without the word, which punctuation may follow."""
+    return " ".join(re.sub(rf"(?<!\w){re.escape(token)}(?!\w)", " ", prompt).split())
 
 
 def _name(model: Path) -> str:

@@ -37,7 +37,14 @@ class LdsConfig:
         check_range("lds_share", self.share, 0.0, 1.0)
 
     def subsets(self, size: int) -> tuple[np.ndarray, list[Training]]:
-        """(M, N) bool of the pictures kept, and the trainings without the others."""
+        """(M, N) bool of the pictures kept, and the trainings without the others.
+
+        Raises ValueError where the share leaves none of the pictures, or all.
+        """
+        if not 0 < round(self.share * size) < size:
+            raise ValueError(
+                f"lds_share is {self.share}, {round(self.share * size)} of {size} pictures; expected a part of them"
+            )
         kept = half_subsets(size, self.models, self.share, self.subset_seed)
         return kept, [Training(np.flatnonzero(~row), self.seed) for row in kept]
 
@@ -52,7 +59,12 @@ def run_lds(
     """The score of each method on one split -> results and a markdown table.
 
     The table, `lds.csv`, and a plot are kept in the workdir.
+
+    Raises ValueError for a method with a cascade, which has no scores of most pictures to sum.
     """
+    for name, each in methods.items():
+        if each.cascade:
+            raise ValueError(f"method {name!r} has a cascade, and sums need the scores of all pictures; leave it out")
     attributor, positions = counterfactuals.attributor, queries.split(split)
     kept, trainings = config.subsets(len(attributor.data))
     # Attributions first: what is wrong with a method shows before hours of training.

@@ -1,24 +1,32 @@
 """Leave-K-out: retrain without a method's top K pictures, and see whether the model still makes the query.
 
-METHOD.md section 8. The higher the query's loss, and the farther its regeneration from the same noise, the more the
-pictures mattered. Random pictures are the reference: the number of them whose removal does as much.
+METHOD.md section 8. The higher the query's loss, and the farther its regeneration from the same noise (in latents, or
+as a feature tower sees the two pictures), the more the pictures mattered. Random pictures are the reference: the number
+of them whose removal does as much.
 """
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
+from attrib_jax.convert.tower import Tower
 from attrib_jax.core.checks import check_positive, check_range
 from attrib_jax.evaluation.counterfactual import Counterfactuals
-from attrib_jax.evaluation.metrics import RemovalCurve, mean_and_error, paired_difference
+from attrib_jax.evaluation.metrics import RemovalCurve, crossed_mean, mean_and_error, over_sets
 from attrib_jax.evaluation.named import QuerySet, method_scores
 from attrib_jax.evaluation.retrain import Training
+from attrib_jax.evaluation.similarity import check_sees_pictures, picture_directions
 from attrib_jax.evaluation.tables import curve_plot, picture_grid, write_table
 from attrib_jax.stages.config import AttributeConfig
 from attrib_jax.stages.query import decode
 
+# The reference's row; no method can have this name, see `read_methods`.
+RANDOM = "random pictures"
 _NOTHING = np.array([], np.int64)
+# What is measured -> the heads of its columns, in the table of all queries.
+_DEVIATIONS = {"mse": "MSE", "similarity": "similarity"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +50,10 @@ class LeaveKOutConfig:
             raise ValueError(f"counts is {self.counts} and seeds {self.seeds}; expected at least one of each")
         for count in (*self.counts, *self.curve):
             check_positive("the number of pictures removed", count, integer=True)
+        for name in ("counts", "seeds"):
+            values = getattr(self, name)
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name} is {values}; expected each once")
         for seed in self.seeds:
             check_range("train_seeds", seed, 0, 2**32 - 1, integer=True)
         check_positive("random_sets", self.random_sets, integer=True)
@@ -71,27 +83,65 @@ def random_positions(size: int, count: int, number: int) -> np.ndarray:
 
 
 class Effects:
-    """What retraining without pictures does to each query: changes against the model that lacks none."""
+    """What retraining without pictures does to each query, as means over the training seeds."""
 
-    def __init__(self, counterfactuals: Counterfactuals, seeds: tuple[int, ...]):
-        self._counterfactuals, self._seeds = counterfactuals, seeds
+    def __init__(self, counterfactuals: Counterfactuals, seeds: tuple[int, ...], tower: Tower | None = None):
+        """`tower` is for `similarity`.
+
+        Raises ValueError for a tower that sees no pictures, or where the regenerations' latents are not kept.
+        """
+        if tower is not None:
+            check_sees_pictures(tower)
+            if not counterfactuals.measure.pictures:
+                raise ValueError(
+                    "a tower is given, but the latents of the regenerated queries, which it would compare, are not "
+                    "kept: give --pictures (MeasureConfig(pictures=True)) too. Models that were trained without it "
+                    "are trained again."
+                )
+        self._counterfactuals, self._seeds, self._tower = counterfactuals, seeds, tower
+        self._own_directions: np.ndarray | None = None
 
     def of(self, removed: list[np.ndarray], description: str) -> dict[str, np.ndarray]:
-        """For sets of positions (M): `dL` and `mse`, (M, Q), means over the seeds.
+        """For sets of positions (M): `dL` and `mse`, (M, Q).
 
         dL = L(query, retrained without) - L(query, trained with all), of one seed each; `mse` is that of the
         regeneration.
         """
-        trainings = [Training(positions, seed) for seed in self._seeds for positions in removed]
         full = [Training(_NOTHING, seed) for seed in self._seeds]
         # All at once, so that no device waits for the end of a list.
-        results = self._counterfactuals.results([*full, *trainings], description)
+        results = self._counterfactuals.results([*full, *self._trainings(removed)], description)
         split = {name: np.split(values, [len(full)]) for name, values in results.items()}
         changes = {
             "dL": [split["loss"][1].reshape(len(full), len(removed), -1), split["loss"][0][:, None]],
             "mse": [split["mse"][1].reshape(len(full), len(removed), -1), np.zeros(())],
         }
         return {name: np.mean(after - before, axis=0) for name, (after, before) in changes.items()}
+
+    def similarity(self, removed: list[np.ndarray], queries: np.ndarray) -> np.ndarray:
+        """Cosine similarity, in the tower, of queries' pictures and those that the retrained models draw instead.
+
+        From the latents that are kept of the models: those of `of` are not trained again.
+
+        Args:
+          removed: M sets of positions.
+          queries: (M, J), which queries each model is asked about.
+
+        Returns:
+          (M, J) float64, at most 1; the lower, the more the pictures mattered.
+        """
+        pipeline, tower = self._counterfactuals.attributor.pipeline, self._tower
+        if self._own_directions is None:
+            own = np.stack([query.latents for query in self._counterfactuals.prepared])
+            self._own_directions = picture_directions(pipeline, tower, own)
+        asked = np.tile(queries, (len(self._seeds), 1))  # (seeds x M, J)
+        latents = self._counterfactuals.results(self._trainings(removed))["latents"]
+        drawn = latents[np.arange(len(asked))[:, None], asked]  # (seeds x M, J, h, w, c)
+        directions = picture_directions(pipeline, tower, drawn.reshape(-1, *drawn.shape[2:]))
+        values = np.einsum("ad,ad->a", directions, self._own_directions[asked.ravel()])
+        return values.reshape(len(self._seeds), *queries.shape).mean(axis=0)
+
+    def _trainings(self, removed: list[np.ndarray]) -> list[Training]:
+        return [Training(positions, seed) for seed in self._seeds for positions in removed]
 
 
 def run_leave_k_out(
@@ -100,20 +150,32 @@ def run_leave_k_out(
     queries: QuerySet,
     split: str,
     config: LeaveKOutConfig,
+    tower: Tower | None = None,
 ) -> tuple[list[dict], str]:
     """Removes every method's top K of each query of one split -> table rows and a markdown table.
 
     Tables `leave_k_out.csv` and `queries.csv` (one row for each query) and a plot for all K are kept in the workdir.
+    With a `tower` they have the similarity, in it, of each query to its regeneration; see `Effects`.
+
+    Raises ValueError for a tower that cannot be used, more pictures to remove than there are, or than a cascade ranks.
     """
     attributor, positions = counterfactuals.attributor, queries.split(split)
     size, row_ids = len(attributor.data), attributor.data.row_ids
     config.check_size(size)
+    for name, each in methods.items():
+        if each.cascade and each.num_finalists(size) < max(config.counts):
+            raise ValueError(
+                f"method {name!r} has a cascade that scores {each.num_finalists(size)} pictures in full, fewer than "
+                f"the {max(config.counts)} to be removed; raise its cascade or cascade_min"
+            )
+    effects = Effects(counterfactuals, config.seeds, tower)
     scores = {name: method_scores(attributor, name, each, queries.of(split)) for name, each in methods.items()}
-    effects = Effects(counterfactuals, config.seeds)
 
     all_counts = sorted({*config.counts, *config.curve})
-    sets = [random_positions(size, count, number) for count in all_counts for number in range(config.random_sets)]
-    random = effects.of(sets, "train without random pictures")
+    sets = {
+        count: [random_positions(size, count, number) for number in range(config.random_sets)] for count in all_counts
+    }
+    random = effects.of([each for count in all_counts for each in sets[count]], "train without random pictures")
     # (counts, sets, Q of the split)
     random = {
         name: each[:, positions].reshape(len(all_counts), config.random_sets, -1) for name, each in random.items()
@@ -122,15 +184,21 @@ def run_leave_k_out(
 
     rows, per_query, points = [], [], {name: [] for name in scores}
     for count in config.counts:
-        base = {name: each[all_counts.index(count)] for name, each in random.items()}
-        rows.append(_row("random", count, {name: each.mean(0) for name, each in base.items()}, None, curve))
+        base = {kind: each[all_counts.index(count)] for kind, each in random.items()}
+        if tower is not None:
+            asked = np.tile(positions, (config.random_sets, 1))
+            base["similarity"] = effects.similarity(sets[count], asked)
+        rows.append(_row(RANDOM, count, base, None, curve))
         for name, each in scores.items():
             removed = [top_positions(query, row_ids, count) for query in each]
             found = effects.of(removed, f"train without the top {count} of {name}")
             # Each query under the model that lacks its own pictures.
             own = {kind: values[np.arange(len(positions)), positions] for kind, values in found.items()}
-            rows.append(_row(name, count, own, base["dL"].mean(0), curve))
+            if tower is not None:
+                own["similarity"] = effects.similarity(removed, positions[:, None])[:, 0]
+            rows.append(_row(name, count, own, base["dL"], curve))
             points[name].append((count, rows[-1]["dL"], rows[-1]["dL error"]))
+            compared = ["dL"] + ["similarity"] * (tower is not None)
             per_query += [
                 {
                     "method": name,
@@ -139,7 +207,7 @@ def run_leave_k_out(
                     "seed": queries.queries[query].seed,
                 }
                 | {kind: float(values[place]) for kind, values in own.items()}
-                | {"random dL": float(base["dL"][:, place].mean())}
+                | {f"random {kind}": float(base[kind][:, place].mean()) for kind in compared}
                 for place, query in enumerate(positions)
             ]
             _write(attributor, split, rows, per_query)
@@ -151,19 +219,23 @@ def run_leave_k_out(
     return rows, f"{title}\n\n{(folder / 'leave_k_out.md').read_text(encoding='utf-8')}"
 
 
-def _row(name: str, count: int, own: Mapping[str, np.ndarray], random, curve: RemovalCurve) -> dict:
-    change, deviation = mean_and_error(own["dL"]), mean_and_error(own["mse"])
+def _row(
+    name: str, count: int, own: Mapping[str, np.ndarray], random: np.ndarray | None, curve: RemovalCurve
+) -> dict[str, Any]:
+    """Of what was measured for each query (Q,), or under each random set (S, Q); `random` is the dL of the sets."""
+    estimates = {kind: (mean_and_error if values.ndim == 1 else crossed_mean)(values) for kind, values in own.items()}
+    change = estimates["dL"]
     row = {"method": name, "K": count, "dL": change.mean, "dL error": change.error}
     if random is None:
         row |= {"over random": float("nan"), "in errors": float("nan")}
     else:
-        difference = paired_difference(own["dL"], random)
+        difference = over_sets(own["dL"], random)
         row |= {"over random": difference.mean, "in errors": difference.in_errors}
-    return row | {
-        "as random pictures": curve.equivalent(change.mean),
-        "MSE": deviation.mean,
-        "MSE error": deviation.error,
-    }
+    row["as random pictures"] = curve.equivalent(change.mean)
+    for kind, head in _DEVIATIONS.items():
+        if kind in estimates:
+            row |= {head: estimates[kind].mean, f"{head} error": estimates[kind].error}
+    return row
 
 
 def _write(attributor, split: str, rows: list[dict], per_query: list[dict]):
@@ -182,7 +254,7 @@ def _write_pictures(file, counterfactuals: Counterfactuals, scores, positions: n
     row_ids, size = attributor.data.row_ids, len(attributor.data)
     removed = {"trained on all": [_NOTHING] * len(positions)}
     removed |= {name: [top_positions(query, row_ids, count) for query in each] for name, each in scores.items()}
-    removed["random pictures"] = [random_positions(size, count, 0)] * len(positions)
+    removed[RANDOM] = [random_positions(size, count, 0)] * len(positions)
     columns = {"query": np.stack([counterfactuals.prepared[place].image for place in positions])}
     for name, sets in removed.items():
         found = counterfactuals.results([Training(positions, config.seeds[0]) for positions in sets])["latents"]

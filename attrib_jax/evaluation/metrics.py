@@ -32,12 +32,35 @@ def mean_and_error(values: np.ndarray) -> Estimate:
     return Estimate(float(values.mean()), float(error))
 
 
-def paired_difference(values: np.ndarray, others: np.ndarray) -> Estimate:
-    """Mean and standard error of values - others (n,), pair by pair: what queries have in common cancels."""
-    values, others = _vector("values", values), _vector("others", others)
-    if len(values) != len(others):
-        raise ValueError(f"values has {len(values)} and others {len(others)} entries; expected pairs")
-    return mean_and_error(values - others)
+def crossed_mean(values: np.ndarray) -> Estimate:
+    """Mean and standard error of values (S, Q) of S models each asked about Q queries, both taken as samples.
+
+    sqrt(s_Q^2 / Q + s_S^2 / S), of the queries' means over models and the models' means over queries: what one model
+    does to all queries is one event, however many queries there are. Somewhat too large rather than too small, since
+    what a model does to one query counts in both. NaN for a single model or query.
+
+    Raises ValueError for another shape.
+    """
+    values = np.asarray(values, np.float64)
+    if values.ndim != 2 or not values.size:
+        raise ValueError(f"values has shape {values.shape}; expected models and queries, at least one of each")
+    over_models, over_queries = (mean_and_error(values.mean(axis=axis)) for axis in (0, 1))
+    return Estimate(over_models.mean, float(np.hypot(over_models.error, over_queries.error)))
+
+
+def over_sets(values: np.ndarray, sets: np.ndarray) -> Estimate:
+    """Mean of values (Q,) less the mean over S models of `sets` (S, Q), query by query, and its standard error.
+
+    What queries have in common cancels in the differences; the error is theirs over queries, and that of the S models'
+    mean, which all queries share. NaN for a single model or query.
+
+    Raises ValueError for shapes that do not fit.
+    """
+    values, sets = _vector("values", values), np.asarray(sets, np.float64)
+    if sets.ndim != 2 or not len(sets) or sets.shape[1] != len(values):
+        raise ValueError(f"values has {len(values)} entries and sets shape {sets.shape}; expected (S, {len(values)})")
+    difference = mean_and_error(values - sets.mean(axis=0))
+    return Estimate(difference.mean, float(np.hypot(difference.error, mean_and_error(sets.mean(axis=1)).error)))
 
 
 def ranks(scores: np.ndarray) -> np.ndarray:

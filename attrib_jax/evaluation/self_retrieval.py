@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from attrib_jax.core.checks import check_choice, check_positive
+from attrib_jax.data.latents import LatentsDataset
 from attrib_jax.evaluation.metrics import ranks, recall_at
 from attrib_jax.evaluation.named import SPLITS, method_scores
 from attrib_jax.evaluation.tables import write_table
@@ -42,10 +43,13 @@ def run_self(attributor: Attributor, methods: Mapping[str, AttributeConfig], con
     """
     data, dataset = attributor.data, attributor.dataset
     positions = config.positions(len(data))
-    queries = [
-        Query(dataset.captions(int(data.positions[place]))[0], latents=np.asarray(data.inputs(place, 0, 0)[0][0]))
-        for place in positions.tolist()
-    ]
+    without_captions = isinstance(dataset, LatentsDataset) and dataset.images is None
+    queries = []
+    for place in positions.tolist():
+        latents, text = data.inputs(place, 0, 0)
+        # Latents alone have text states, and captions that nobody knows.
+        given = {"text": text[0]} if without_captions else {}
+        queries.append(Query(dataset.captions(int(data.positions[place]))[0], latents=np.asarray(latents[0]), **given))
     groups = None if dataset.groups is None else np.asarray(dataset.groups)[data.positions]
     rows = []
     for name, method in methods.items():

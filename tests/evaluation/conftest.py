@@ -43,20 +43,28 @@ class TinyDenoiser(nn.Module):
         return nn.Dense(latents.shape[-1], name="proj_out")(hidden).reshape(latents.shape)
 
 
-@pytest.fixture(scope="session")
-def tiny_dataset():
+def make_dataset():
     rng = np.random.default_rng(0)
     grey = rng.integers(0, 256, (COUNT, 8, 8, 1), dtype=np.uint8)
     captions = [[f"digit {('one', 'two', 'three')[row % 3]}"] for row in range(COUNT)]
     return ArrayDataset(np.repeat(grey, 3, axis=-1), captions, row_ids=np.arange(COUNT) * 2 + 1)
 
 
-@pytest.fixture(scope="session")
-def tiny_model(tiny_dataset):
+def make_model():
     """With the weights that its trainings start from."""
-    pipeline = pixel_pipeline(tiny_dataset, SmallUNet((8,), heads=2, groups=4))
+    pipeline = pixel_pipeline(make_dataset(), SmallUNet((8,), heads=2, groups=4))
     pipeline = dataclasses.replace(pipeline, unet=TinyDenoiser(pipeline.unet.config))
     return dataclasses.replace(pipeline, params=pipeline.params | {"unet": initial_params(pipeline, 0)})
+
+
+@pytest.fixture(scope="session")
+def tiny_dataset():
+    return make_dataset()
+
+
+@pytest.fixture(scope="session")
+def tiny_model():
+    return make_model()
 
 
 @pytest.fixture

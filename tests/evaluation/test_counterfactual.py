@@ -124,7 +124,9 @@ def test_leave_k_out_removes_the_top_pictures_of_each_query(attributor, counterf
     )
     config = LeaveKOutConfig(counts=(2,), curve=(6,), random_sets=2)
     rows, text = run_leave_k_out(counterfactuals, METHODS, SET, "reported", config)
-    assert [row["method"] for row in rows] == ["random", "random", "unlearn"] and all(row["K"] == 2 for row in rows)
+    assert [row["method"] for row in rows] == ["random pictures", "random", "unlearn"] and all(
+        row["K"] == 2 for row in rows
+    )
     scores = method_scores(attributor, "unlearn", METHODS["unlearn"], SET.of("reported"))
     # The model that lacks nothing, then one for each reported query.
     expected = [np.argsort(-query, kind="stable")[:2] for query in scores]
@@ -132,6 +134,15 @@ def test_leave_k_out_removes_the_top_pictures_of_each_query(attributor, counterf
     full = results([Training(np.array([], np.int64))])["loss"][0]
     after = [results([Training(removed)])["loss"][0, place] for removed, place in zip(expected, (1, 2))]
     assert rows[2]["dL"] == pytest.approx(np.mean(after - full[1:]))
+    sets = [random_positions(COUNT, 2, number) for number in range(2)]
+    random = results([Training(removed) for removed in sets])["loss"][:, 1:] - full[1:]
+    assert rows[0]["dL"] == pytest.approx(random.mean())
+    # Of two queries under two sets: half a difference each, the sets' own error in both.
+    by_query, by_set = np.ptp(random.mean(0)) / 2, np.ptp(random.mean(1)) / 2
+    assert rows[0]["dL error"] == pytest.approx(np.hypot(by_query, by_set))
+    over = after - full[1:] - random.mean(0)
+    assert rows[2]["over random"] == pytest.approx(over.mean())
+    assert rows[2]["in errors"] == pytest.approx(over.mean() / np.hypot(np.ptp(over) / 2, by_set))
     folder = attributor.root.workdir / "evaluation" / "leave-k-out-reported"
     assert (folder / "leave_k_out.png").read_bytes().startswith(b"\x89PNG")
     with open(folder / "queries.csv") as file:
@@ -186,6 +197,48 @@ def test_scores_are_kept_without_the_attributions(attributor, monkeypatch):
     assert scores.shape == (3, COUNT) and scores.dtype == np.float32
     monkeypatch.setattr(attributor, "attribute_many", lambda *args: pytest.fail("attributed again"))
     np.testing.assert_array_equal(scores, method_scores(attributor, "unlearn", METHODS["unlearn"], QUERIES))
+
+
+def test_a_model_that_diverged_is_not_kept(attributor, monkeypatch):
+    counterfactuals = make(attributor)
+    measured = counterfactuals._measured
+
+    def diverged(params, count):
+        results = {name: array.copy() for name, array in measured(params, count).items()}
+        results["mse"][0, 1] = np.inf
+        return results
+
+    monkeypatch.setattr(counterfactuals, "_measured", diverged)
+    with pytest.raises(ValueError, match="the model without 1 pictures, seed 4, gives mse that is NaN or infinite"):
+        counterfactuals.results([Training(np.array([5]), 4)])
+    monkeypatch.undo()
+    assert np.isfinite(counterfactuals.results([Training(np.array([5]), 4)])["mse"]).all()
+
+
+def test_a_wrong_stride_costs_no_training(attributor):
+    with pytest.raises(ValueError, match="stride is 1001"):
+        make(attributor, measure=MeasureConfig(1001))
+
+
+def test_a_cascade_ranks_what_is_removed(counterfactuals):
+    cascade = dataclasses.replace(METHODS["unlearn"], cascade=0.1, cascade_stride=500, cascade_min=3)
+    with pytest.raises(ValueError, match="scores 3 pictures in full, fewer than the 4"):
+        run_leave_k_out(counterfactuals, {"a": cascade}, SET, "reported", LeaveKOutConfig((4,)))
+    with pytest.raises(ValueError, match="method 'a' has a cascade, and sums need"):
+        run_lds(counterfactuals, {"a": cascade}, SET, "reported", LdsConfig(models=3))
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0, 0.01])
+def test_subsets_that_are_none(share):
+    with pytest.raises(ValueError, match=f"lds_share is {share}, {round(share * COUNT)} of 13 pictures"):
+        LdsConfig(share=share).subsets(COUNT)
+
+
+def test_numbers_and_seeds_that_come_twice():
+    with pytest.raises(ValueError, match=r"counts is \(2, 2\); expected each once"):
+        LeaveKOutConfig((2, 2))
+    with pytest.raises(ValueError, match=r"seeds is \(1, 1\)"):
+        LeaveKOutConfig((2,), seeds=(1, 1))
 
 
 def test_too_many_pictures_to_remove(counterfactuals):

@@ -5,10 +5,22 @@ import json
 import numpy as np
 import pytest
 
-from attrib_jax.evaluation.customized import CustomizedConfig, random_rows, read_cases, run_customized, summary
+from attrib_jax.data.latents import open_latents
+from attrib_jax.evaluation.customized import (
+    CustomizedConfig,
+    _without,
+    random_rows,
+    read_cases,
+    run_customized,
+    summary,
+)
 from attrib_jax.evaluation.self_retrieval import SelfConfig, run_self
 from attrib_jax.evaluation.self_retrieval import summary as self_summary
+from attrib_jax.runtime.files import make_folder
+from attrib_jax.runtime.stages import lock
+from attrib_jax.stages.attribute import Attributor
 from attrib_jax.stages.config import AttributeConfig
+from attrib_jax.stages.root import StageRoot
 from tests.evaluation.conftest import COUNT
 
 
@@ -77,11 +89,37 @@ def test_bad_lists(tmp_path):
             read_cases(file)
 
 
-def test_a_method_without_the_base_models_fisher(tmp_path, tiny_model, tiny_dataset):
-    with pytest.raises(ValueError, match="method 'unlearn' has no fisher"):
-        run_customized(
-            tmp_path, tiny_model, tiny_dataset, read_cases(write_layout(tmp_path)), {"unlearn": AttributeConfig()}
-        )
+@pytest.mark.parametrize(
+    ("method", "changes", "message"),
+    [
+        (AttributeConfig(), {}, "method 'm' has no fisher"),
+        (AttributeConfig(method="influence"), {}, "method 'm' has no fisher"),
+        (AttributeConfig(update="sgd", cascade=0.1), {}, "method 'm' has a cascade"),
+        (AttributeConfig(curvature="ekfac"), {"prompt": "photo of a dog"}, "'photo of a dog' does not hold the word"),
+    ],
+)
+def test_what_a_study_needs_is_checked_first(tmp_path, tiny_model, tiny_dataset, method, changes, message):
+    cases = read_cases(write_layout(tmp_path, **changes))
+    with pytest.raises(ValueError, match=message):
+        run_customized(tmp_path, tiny_model, tiny_dataset, cases, {"m": method})
+    assert not (tmp_path / "evaluation").exists()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        ("photo of a <new1> dog", "photo of a dog"),
+        ("a <new1>, red", "a , red"),
+        ("<new1>", ""),
+        ("a <new12>", "a <new12>"),
+    ],
+)
+def test_the_new_word_is_left_out(prompt, expected):
+    assert _without(prompt, "<new1>") == expected
+
+
+def test_words_that_hold_the_new_one_stay():
+    assert _without("she asks sks", "sks") == "she asks"
 
 
 def test_summary_by_hand():
@@ -108,6 +146,37 @@ def test_random_rows_keep_their_ids(tiny_dataset):
     assert random_rows(tiny_dataset, 0) is tiny_dataset
     with pytest.raises(ValueError, match="rows is 99"):
         random_rows(tiny_dataset, 99)
+
+
+def test_random_rows_of_latents(tmp_path):
+    with pytest.raises(ValueError, match="rows is 2, but 'latents:.*' holds latents"):
+        random_rows(write_latents(tmp_path, np.random.default_rng(0).normal(size=(8, 16, 2, 2))), 2)
+
+
+def write_latents(folder, latents):
+    """Half as many pictures, with random text states."""
+    text = np.random.default_rng(1).normal(size=(len(latents) // 2, 1, 4, 32))
+    np.save(folder / "x_latents.npy", latents.astype(np.float32))
+    np.save(folder / "x_text_embeddings.npy", text.astype(np.float32))
+    return open_latents(folder)
+
+
+def test_self_queries_of_latents_alone_have_their_own_text_states(tmp_path, tiny_model, monkeypatch):
+    folder = make_folder(tmp_path / "latents")
+    dataset = write_latents(folder, np.random.default_rng(0).normal(size=(8, 16, 2, 2)))
+    asked = []
+
+    def note(attributor, name, method, queries):
+        asked.extend(queries)
+        return np.zeros((len(queries), len(dataset)))
+
+    monkeypatch.setattr("attrib_jax.evaluation.self_retrieval.method_scores", note)
+    with lock(tmp_path / "work"):
+        attributor = Attributor(tiny_model, dataset, StageRoot(tmp_path / "work"))
+        run_self(attributor, {"random": AttributeConfig(method="random")}, SelfConfig(2))
+    places = SelfConfig(2).positions(4)
+    np.testing.assert_array_equal([query.text for query in asked], dataset.text[places])
+    np.testing.assert_array_equal([query.latents for query in asked], dataset.latents[places, 0])
 
 
 def test_config_needs_a_token():

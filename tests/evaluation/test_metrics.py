@@ -10,10 +10,11 @@ import sklearn.metrics
 from attrib_jax.evaluation.metrics import (
     RemovalCurve,
     average_precision,
+    crossed_mean,
     half_subsets,
     lds,
     mean_and_error,
-    paired_difference,
+    over_sets,
     ranks,
     recall_at,
     spearman,
@@ -30,13 +31,37 @@ def test_mean_and_error_by_hand():
         mean_and_error(np.array([]))
 
 
-def test_paired_difference_drops_what_is_common():
+def test_crossed_mean_by_hand():
+    estimate = crossed_mean(np.array([[1.0, 3.0, 5.0], [3.0, 5.0, 7.0]]))
+    # Means 2, 4, 6 of the queries and 3, 5 of the models.
+    assert estimate.mean == 4.0
+    assert estimate.error == pytest.approx(math.sqrt(4 / 3 + 2 / 2))
+    assert math.isnan(crossed_mean(np.ones((1, 3))).error)
+    with pytest.raises(ValueError, match=r"values has shape \(3,\)"):
+        crossed_mean(np.ones(3))
+
+
+def test_the_error_of_a_crossed_mean_is_that_of_repeated_studies():
+    rng = np.random.default_rng(0)
+
+    def study():
+        models, queries = rng.normal(0, 0.5, (10, 1)), rng.normal(0, 0.7, 12)
+        return crossed_mean(models + queries + rng.normal(0, 0.3, (10, 12)))
+
+    studies = [study() for _ in range(500)]
+    spread = np.std([each.mean for each in studies])
+    assert np.sqrt(np.mean([each.error**2 for each in studies])) == pytest.approx(spread, rel=0.1)
+
+
+def test_a_difference_over_sets_drops_what_queries_have_in_common():
     common = np.array([10.0, 200.0, -50.0])
-    estimate = paired_difference(common + [1.0, 2.0, 3.0], common)
+    # The sets' means over queries are 1 and -1 from the common one.
+    sets = common + np.array([[1.0], [-1.0]])
+    estimate = over_sets(common + [1.0, 2.0, 3.0], sets)
     assert estimate.mean == pytest.approx(2.0)
-    assert estimate.error == pytest.approx(1 / math.sqrt(3))
-    with pytest.raises(ValueError, match="values has 2 and others 1"):
-        paired_difference(np.ones(2), np.ones(1))
+    assert estimate.error == pytest.approx(math.sqrt(1 / 3 + 2 / 2))
+    with pytest.raises(ValueError, match=r"values has 2 entries and sets shape \(2, 3\)"):
+        over_sets(np.ones(2), sets)
 
 
 def test_ranks_break_ties_by_position():
