@@ -2,8 +2,9 @@
 
 import threading
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -111,16 +112,11 @@ def picture_features(
     """
     module, processor = tower.module, tower.processor
 
-    def encode_tile(params, batch):
-        images, _ = batch
-        both = [encode_pictures(module, processor, params, views) for views in (images, images[:, :, ::-1])]
-        return jnp.stack(both, axis=1)
-
     with root.stage(name, {}, inputs) as stage:
         skipped = SkippedRows(stage.path)
         features = fill(
             make_store(stage.path, "features", (2, module.feature_width()), "float32", len(dataset)),
-            encode_tile,
+            _both_views,
             tower.params,
             PictureReader(dataset, (processor.side, processor.side), processor.fit),
             IMAGE_TILE,
@@ -128,6 +124,7 @@ def picture_features(
             "image",
             workers=workers,
             store_skipped=skipped.store,
+            static=(module, processor),
         )
         skipped.join()
         left_out = dict(from_first_host(lambda: list(read_skipped(stage.path).items())))
@@ -143,19 +140,28 @@ def caption_features(root: StageRoot, name: str, inputs: dict[str, str], dataset
         with lock:  # a tokenizer's padding is state that two threads must not set at once
             return tokenize_prompts(tower.tokenizer, [captions[row] for row in rows]), {}
 
-    def encode_tile(params, input_ids):
-        return encode_texts(module, params, input_ids)[:, None]
-
     with root.stage(name, {}, inputs) as stage:
         return fill(
             make_store(stage.path, "features", (1, module.feature_width()), "float32", len(captions)),
-            encode_tile,
+            _one_view,
             tower.params,
             read,
             TEXT_TILE,
             "features of captions",
             "caption",
+            static=(module,),
         )
+
+
+def _both_views(module: Any, processor: Any, params: Any, batch: Any) -> jax.Array:
+    """Pictures (B, H, W, 3) uint8 -> (B, 2, d), as they are and mirrored."""
+    images, _ = batch
+    both = [encode_pictures(module, processor, params, views) for views in (images, images[:, :, ::-1])]
+    return jnp.stack(both, axis=1)
+
+
+def _one_view(module: Any, params: Any, input_ids: jax.Array) -> jax.Array:
+    return encode_texts(module, params, input_ids)[:, None]
 
 
 def _first_captions(dataset: Dataset) -> np.ndarray:
