@@ -197,8 +197,7 @@ def _load_part(part: str, module: Any, path: str, dtype: Any) -> Any:
 def abstract_unet_params(unet: UNet2DConditionModel) -> Any:
     """The shapes of a UNet's parameters; no array is made."""
     config = unet.config
-    # Odd at every level: convolutions then take their plain form, and tracing half the memory and time of Winograd's.
-    side = 2 ** len(config.block_out_channels) + 1
+    side = 2 ** len(config.block_out_channels)
     latents = jax.ShapeDtypeStruct((1, side, side, config.in_channels), jnp.float32)
     text = jax.ShapeDtypeStruct((1, 1, config.cross_attention_dim), jnp.float32)
     return abstract_params(unet, latents, jax.ShapeDtypeStruct((1,), jnp.int32), text)

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 
+from attrib_jax.models.winograd import winograd_conv
+
 # At or below this many output pixels, XLA's CPU convolution runs at a few GFLOP/s; as patches times a matrix the same
 # product runs at over a hundred. From the second number of pixels and of channels on, Winograd's form is faster still
 # ("Speed" in BUILD_NOTES.md).
@@ -61,41 +63,6 @@ class Conv(nn.Module):
             and x.dtype == jnp.float32
             and jax.default_backend() == "cpu"
         )
-
-
-def winograd_conv(x, kernel):
-    """A 3x3 convolution with zero padding by Winograd's minimal filtering F(2x2, 3x3), 2.25 times fewer products.
-
-    (B, H, W, C) with H and W even, and kernel (3, 3, C, F) -> (B, H, W, F). Each 2x2 tile of outputs is a function of
-    4x4 inputs: transformed by sums, multiplied position by position of the transform (16 matrix products), and
-    transformed back (Lavin and Gray, Fast Algorithms for Convolutional Neural Networks, 2016). Its rounding errors are
-    about twice those of the direct sum.
-    """
-    batch, height, width, channels = x.shape
-    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-
-    def transform_filter(a, b, c):
-        return a, 0.5 * (a + c + b), 0.5 * (a + c - b), c
-
-    def transform(a, b, c, d):
-        return a - c, b + c, c - b, b - d
-
-    def transform_back(a, b, c, d):
-        return a + b + c, b - c - d
-
-    halves = []
-    bands = transform(*(padded[:, i : i + height - 1 : 2] for i in range(4)))
-    for band, filter_row in zip(bands, transform_filter(*kernel)):
-        tiles = jnp.stack(
-            [t.reshape(-1, channels) for t in transform(*(band[:, :, j : j + width - 1 : 2] for j in range(4)))]
-        )
-        filters = jnp.stack(transform_filter(*filter_row))
-        halves.append(transform_back(*jnp.einsum("ptc,pcf->ptf", tiles, filters)))
-    columns = [transform_back(*(half[j] for half in halves)) for j in range(2)]
-    # (2 rows, 2 columns) of each tile -> the picture.
-    result = jnp.stack([jnp.stack([columns[j][i] for j in range(2)], axis=1) for i in range(2)], axis=1)
-    result = result.reshape(batch, height // 2, width // 2, 2, 2, -1)
-    return jnp.swapaxes(result, 2, 3).reshape(batch, height, width, -1)
 
 
 def pointwise_conv(features: int, name: str | None) -> Conv:

@@ -14,7 +14,6 @@ from attrib_jax.convert.configs import MSCOCO, named_config
 from attrib_jax.convert.names import name_table, text_encoder_names, torch_shape, vae_names
 from attrib_jax.convert.pipeline import abstract_text_params, abstract_unet_params, abstract_vae_params
 from attrib_jax.diffusion.schedule import NoiseSchedule
-from attrib_jax.models import layers
 from attrib_jax.models.clip import CLIPTextConfig, CLIPTextModel
 from attrib_jax.models.unet import UNet2DConditionModel, UNetConfig
 from attrib_jax.models.vae import AutoencoderKL, AutoencoderKLConfig
@@ -90,23 +89,6 @@ def test_mscoco_is_the_papers_model():
     assert len(projections) == 32
     assert round(sum(projections) / 1e6, 2) == 7.08
     assert torch_shapes(abstract) == meta_shapes(lambda: diffusers.UNet2DConditionModel.from_config(MSCOCO.unet))
-
-
-def test_shapes_of_a_unet_are_traced_without_winograd(monkeypatch):
-    """Its transforms were half of the tracing, which takes more memory and time than anything but the weights."""
-
-    def fail(x, kernel):
-        raise AssertionError(f"a picture of {x.shape[1:3]} pixels took Winograd's form")
-
-    monkeypatch.setattr(layers, "winograd_conv", fail)
-    for levels in (1, 4):
-        config = {
-            "block_out_channels": [64] * levels,
-            "down_block_types": ["DownBlock2D"] * levels,
-            "up_block_types": ["UpBlock2D"] * levels,
-            "layers_per_block": 1,
-        }
-        abstract_unet_params(UNet2DConditionModel(UNetConfig.from_dict(config)))
 
 
 def test_mscoco_schedule():

@@ -1,0 +1,84 @@
+"""3x3 convolutions by Winograd's minimal filtering F(2x2, 3x3), with derivatives in the same form.
+
+The transpose of such a convolution is another one, by the turned kernel. Transposing the sums of the forward form gives
+it too, but as sums into padded arrays, which took 1.2 to 2 times as long on a CPU. So the convolution is a primitive of
+its own, with rules for both modes of differentiation and for `vmap`.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+
+def winograd_conv(x, kernel):
+    """A 3x3 convolution with zero padding, 2.25 times fewer products than the direct sum.
+
+    (B, H, W, C) with H and W even, and kernel (3, 3, C, F), both float32 or both float64 -> (B, H, W, F). Each 2x2 tile
+    of outputs is a function of 4x4 inputs: transformed by sums, multiplied position by position of the transform (16
+    matrix products), and transformed back (Lavin and Gray, Fast Algorithms for Convolutional Neural Networks, 2016).
+    Its rounding errors are about twice those of the direct sum.
+    """
+    return _winograd_p.bind(x, kernel)
+
+
+def _convolve(x, kernel):
+    return _filter([[kernel[i, j] for j in range(3)] for i in range(3)], x, "ptc,pcf->ptf")
+
+
+def _transpose_by_x(cotangent, x, kernel):
+    """(B, H, W, F) -> (B, H, W, C): the kernel turned by half a circle, its channels exchanged by the product."""
+    return _filter([[kernel[i, j] for j in (2, 1, 0)] for i in (2, 1, 0)], cotangent, "ptf,pcf->ptc")
+
+
+def _transpose_by_kernel(cotangent, x, kernel):
+    shape = jax.ShapeDtypeStruct(kernel.aval.shape, kernel.aval.dtype)
+    return jax.linear_transpose(lambda kernel: _convolve(x, kernel), shape)(cotangent)[0]
+
+
+def _filter(taps, x, product: str):
+    """`taps` are the nine (C, F) matrices of a kernel; `product` multiplies tiles of `x` with them, for 4 positions."""
+    batch, height, width, channels = x.shape
+    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+
+    def transform_filter(a, b, c):
+        return a, 0.5 * (a + c + b), 0.5 * (a + c - b), c
+
+    def transform(a, b, c, d):
+        return a - c, b + c, c - b, b - d
+
+    def transform_back(a, b, c, d):
+        return a + b + c, b - c - d
+
+    # Down each column of the kernel first, then along the four rows that this makes.
+    filters = zip(*(transform_filter(*column) for column in zip(*taps)))
+    halves = []
+    bands = transform(*(padded[:, i : i + height - 1 : 2] for i in range(4)))
+    for band, filter_row in zip(bands, filters):
+        tiles = jnp.stack(
+            [t.reshape(-1, channels) for t in transform(*(band[:, :, j : j + width - 1 : 2] for j in range(4)))]
+        )
+        halves.append(transform_back(*jnp.einsum(product, tiles, jnp.stack(transform_filter(*filter_row)))))
+    columns = [transform_back(*(half[j] for half in halves)) for j in range(2)]
+    # (2 rows, 2 columns) of each tile -> the picture.
+    result = jnp.stack([jnp.stack([columns[j][i] for j in range(2)], axis=1) for i in range(2)], axis=1)
+    result = result.reshape(batch, height // 2, width // 2, 2, 2, -1)
+    return jnp.swapaxes(result, 2, 3).reshape(batch, height, width, -1)
+
+
+def _batch(arguments, axes):
+    (x, kernel), (x_axis, kernel_axis) = arguments, axes
+    if kernel_axis is not None:
+        # A kernel for each example: no batch to fold into.
+        return jax.vmap(_convolve, in_axes=axes)(x, kernel), 0
+    x = jnp.moveaxis(x, x_axis, 0)
+    result = winograd_conv(x.reshape(-1, *x.shape[2:]), kernel)
+    return result.reshape(*x.shape[:2], *result.shape[1:]), 0
+
+
+_winograd_p = Primitive("winograd_conv")
+_winograd_p.def_impl(jax.jit(_convolve))
+_winograd_p.def_abstract_eval(lambda x, kernel: x.update(shape=(*x.shape[:-1], kernel.shape[-1])))
+ad.defbilinear(_winograd_p, _transpose_by_x, _transpose_by_kernel)
+batching.primitive_batchers[_winograd_p] = _batch
+mlir.register_lowering(_winograd_p, mlir.lower_fun(_convolve, multiple_results=False))

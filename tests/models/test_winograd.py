@@ -1,0 +1,79 @@
+"""Winograd's convolution is the direct sum, in every mode of differentiation and mapping, in float64."""
+
+import jax
+import numpy as np
+import pytest
+
+from attrib_jax.models.layers import Conv
+from attrib_jax.models.winograd import winograd_conv
+
+jnp = jax.numpy
+
+_RNG = np.random.default_rng(0)
+_X = _RNG.normal(size=(2, 3, 4, 6, 5))
+_KERNEL = _RNG.normal(size=(3, 3, 5, 7))
+_KERNELS = _RNG.normal(size=(2, 3, 3, 5, 7))
+_ALONG = (_RNG.normal(size=_X.shape), _RNG.normal(size=_KERNEL.shape))
+
+
+def _direct(x, kernel):
+    layout = ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(x, kernel, (1, 1), ((1, 1), (1, 1)), dimension_numbers=layout)
+
+
+def _loss(conv):
+    """Not linear, so that second derivatives are not zero."""
+    return lambda x, kernel: jnp.sum(jnp.sin(conv(x, kernel)))
+
+
+def _mapped_loss(conv):
+    return lambda x, kernel: jnp.sum(jnp.sin(jax.vmap(conv, (0, None))(x, kernel)))
+
+
+_MODES = {
+    "forward": lambda conv: jax.jit(conv)(_X[0], _KERNEL),
+    "eager": lambda conv: conv(_X[0], _KERNEL),
+    "inner batch axis": lambda conv: jax.vmap(conv, (1, None), 1)(_X, _KERNEL),
+    "a kernel each": lambda conv: jax.vmap(conv)(_X, _KERNELS),
+    "kernels alone": lambda conv: jax.vmap(conv, (None, 0))(_X[0], _KERNELS),
+    "gradients of a batch": lambda conv: jax.grad(_mapped_loss(conv), (0, 1))(_X, _KERNEL),
+    "gradients of examples": lambda conv: jax.vmap(jax.grad(_loss(conv), (0, 1)), (0, None))(_X, _KERNEL),
+    "gradients of models": lambda conv: jax.vmap(jax.grad(_loss(conv), (0, 1)))(_X, _KERNELS),
+    "forward mode": lambda conv: jax.jvp(_mapped_loss(conv), (_X, _KERNEL), _ALONG),
+    "forward over reverse": lambda conv: jax.jvp(jax.grad(_mapped_loss(conv), (0, 1)), (_X, _KERNEL), _ALONG),
+    "recomputed": lambda conv: jax.grad(jax.checkpoint(_mapped_loss(conv)), (0, 1))(_X, _KERNEL),
+}
+
+
+@pytest.mark.parametrize("mode", list(_MODES))
+def test_equals_the_direct_sum(mode):
+    with jax.enable_x64(True):
+        found, expected = (_MODES[mode](conv) for conv in (winograd_conv, _direct))
+        for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(one, other, rtol=0, atol=1e-12 * np.abs(other).max())
+
+
+def test_float32_errors_are_within_a_few_roundings():
+    """Of the largest result: 2e-7 for the direct sum."""
+    x, kernel, cotangent = (_RNG.normal(size=size) for size in ((4, 16, 16, 64), (3, 3, 64, 64), (4, 16, 16, 64)))
+    with jax.enable_x64(True):
+        expected = jax.vjp(_direct, x, kernel)
+        expected = [expected[0], *expected[1](cotangent)]
+    found = jax.vjp(winograd_conv, *(jnp.asarray(array, jnp.float32) for array in (x, kernel)))
+    found = [found[0], *found[1](jnp.asarray(cotangent, jnp.float32))]
+    for one, other in zip(found, expected):
+        assert one.dtype == jnp.float32
+        np.testing.assert_allclose(one, other, rtol=0, atol=2e-6 * np.abs(other).max())
+
+
+@pytest.mark.parametrize(
+    "side, channels, dtype, expected",
+    [(16, 32, jnp.float32, True), (2, 32, jnp.float32, False), (15, 32, jnp.float32, False)]
+    + [(16, 16, jnp.float32, False), (16, 32, jnp.bfloat16, False)],
+)
+def test_where_a_convolution_takes_this_form(side, channels, dtype, expected):
+    conv = Conv(channels)
+    x = jnp.zeros((1, side, side, channels), dtype)
+    params = jax.tree.map(lambda leaf: leaf.astype(dtype), conv.init(jax.random.key(0), x))
+    found = "winograd_conv" in str(jax.make_jaxpr(conv.apply)(params, x))
+    assert found == (expected and jax.default_backend() == "cpu")
