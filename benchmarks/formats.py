@@ -79,6 +79,14 @@ def _single(base, target, model):
     return ModelSource(str(base.parent / "single.safetensors"), tokenizer=str(base), prediction_type=_prediction(model))
 
 
+def _bare_unet(kind: str, sharded: bool = False) -> Format:
+    name = f"model.{kind}" + ".index.json" * sharded
+    return Format(
+        functools.partial(torch_formats.write_bare_unet, kind=kind, sharded=sharded),
+        lambda base, target, model: (str(target / name), str(base / "unet" / "config.json")),
+    )
+
+
 FORMATS = {
     "folder": Format(None, _base),
     "folder sharded": Format(functools.partial(torch_formats.write_folder, sharded=True), _folder),
@@ -96,10 +104,10 @@ FORMATS = {
         lambda base, target, model: ModelSource(str(target / "model.ckpt"), tokenizer=str(base)),
         from_single=True,
     ),
-    "bare UNet": Format(
-        torch_formats.write_bare_unet,
-        lambda base, target, model: (str(target / "model.bin"), str(base / "unet" / "config.json")),
-    ),
+    "bare UNet .bin": _bare_unet("bin"),
+    "bare UNet .safetensors": _bare_unet("safetensors"),
+    "bare UNet .bin sharded": _bare_unet("bin", sharded=True),
+    "bare UNet .safetensors sharded": _bare_unet("safetensors", sharded=True),
     "bare UNet + SD 2 folder": Format(
         torch_formats.write_unet_and_base,
         lambda base, target, model: ModelSource(

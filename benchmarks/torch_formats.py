@@ -69,10 +69,16 @@ def write_old_folder(base: Path, target: Path, model: Spec) -> None:
     store_weights(target, kind="bin")
 
 
-def write_bare_unet(base: Path, target: Path, model: Spec) -> None:
-    """`model.bin`: nothing but the UNet's state dict."""
+def write_bare_unet(base: Path, target: Path, model: Spec, kind: str = "bin", sharded: bool = False) -> None:
+    """`model.bin` or `model.safetensors`, or shards with an index: nothing but the UNet's state dict."""
     target.mkdir(parents=True)
-    torch.save(PARTS["unet"].from_pretrained(base / "unet").state_dict(), target / "model.bin")
+    huggingface_hub.save_torch_state_dict(
+        PARTS["unet"].from_pretrained(base / "unet").state_dict(),
+        target,
+        filename_pattern=f"model{{suffix}}.{kind}",
+        max_shard_size=_shard_size(base, "unet") if sharded else "100GB",
+        safe_serialization=kind == "safetensors",
+    )
 
 
 def write_unet_and_base(base: Path, target: Path, model: Spec) -> None:
@@ -232,5 +238,5 @@ def _same(part: str, expected: torch.nn.Module, actual: torch.nn.Module) -> int:
     return len(expected)
 
 
-def _shard_size(base: Path) -> int:
-    return max(file.stat().st_size for file in base.glob("*/*.safetensors")) // _SHARDS
+def _shard_size(base: Path, part: str = "*") -> int:
+    return max(file.stat().st_size for file in base.glob(f"{part}/*.safetensors")) // _SHARDS
