@@ -84,11 +84,11 @@ def test_influence_of_many_queries_at_once_is_that_of_each():
         run = jax.jit(influence_matrix, static_argnums=0, static_argnames="examples_at_once")
         together = run(strided_loss, selected, rest, examples, directions)
         in_groups = run(strided_loss, selected, rest, examples, directions, examples_at_once=4)
+        one = jax.jit(influence_scores, static_argnums=0)
         each = [
-            influence_scores(
-                strided_loss, selected, rest, examples, jax.tree.map(lambda leaf, q=q: leaf[q], directions)
-            )
+            one(strided_loss, selected, rest, examples, jax.tree.map(lambda leaf, q=q: leaf[q], directions))
             for q in range(3)
         ]
-    np.testing.assert_allclose(together, np.stack(each, axis=1), rtol=1e-10, atol=1e-14)
-    np.testing.assert_allclose(in_groups, together, rtol=1e-10, atol=1e-14)
+    # Noise is float32 whatever the weights, and its last bit differs between programs.
+    np.testing.assert_allclose(together, np.stack(each, axis=1), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(in_groups, together, rtol=1e-6, atol=1e-6)
