@@ -134,10 +134,9 @@ def test_limits(changes, missed):
 
 
 def test_command(tmp_path):
-    command = [sys.executable, "-m", "benchmarks.formats", "--scale=small", "--models=mscoco", "--formats=bare UNet .bin"]
-    done = subprocess.run(
-        [*command, f"--output={tmp_path}"], capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=300
-    )
+    arguments = ["--scale=small", "--models=mscoco", "--formats=bare UNet .bin", f"--output={tmp_path}"]
+    command = [sys.executable, "-m", "benchmarks.formats", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=300)
     assert done.returncode == 0, done.stderr
     assert "| mscoco | bare UNet .bin |" in (tmp_path / "results.md").read_text()
     assert json.loads((tmp_path / "rows" / "mscoco-bare-UNet-.bin.json").read_text())["seconds"] > 0
