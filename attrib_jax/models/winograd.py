@@ -7,8 +7,13 @@ its own, with rules for both modes of differentiation and for `vmap`.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
+
+# A kernel's derivative over at most this many pixels is taken from patches: what the transform saves in products it
+# loses in bytes.
+_PATCH_PIXELS = 64
 
 
 def winograd_conv(x, kernel):
@@ -32,20 +37,37 @@ def _transpose_by_x(cotangent, x, kernel):
 
 
 def _transpose_by_kernel(cotangent, x, kernel):
-    shape = jax.ShapeDtypeStruct(kernel.aval.shape, kernel.aval.dtype)
-    return jax.linear_transpose(lambda kernel: _convolve(x, kernel), shape)(cotangent)[0]
+    """(B, H, W, F) and x (B, H, W, C) -> (3, 3, C, F): the transpose of the forward form, product by product."""
+    batch, height, width, channels = x.shape
+    features = cotangent.shape[-1]
+    padded = _pad(x)
+    if batch * height * width <= _PATCH_PIXELS:
+        patches = [padded[:, i : i + height, j : j + width] for i in range(3) for j in range(3)]
+        patches = jnp.concatenate(patches, axis=-1).reshape(-1, 9 * channels)
+        return (patches.T @ cotangent.reshape(-1, features)).reshape(3, 3, channels, features)
+
+    def transpose_back(a, b):
+        return a, a + b, a - b, -b
+
+    rows = transpose_back(cotangent[:, 0::2], cotangent[:, 1::2])
+    products = []
+    for band, row in zip(_transform(*_every_other_row(padded, height)), rows):
+        tiles = _stack_tiles(_transform(*_every_other_column(band, width)))
+        cotangents = _stack_tiles(transpose_back(row[:, :, 0::2], row[:, :, 1::2]))
+        products.append(jnp.einsum("ptc,ptf->pcf", tiles, cotangents))
+    a, b, c, d = products
+    columns = jnp.stack([a + 0.5 * (b + c), 0.5 * (b - c), 0.5 * (b + c) + d])
+    # As a product of matrices: sums of slices, stacked, took several times as long.
+    transform = np.array([[1, 0.5, 0.5, 0], [0, 0.5, -0.5, 0], [0, 0.5, 0.5, 1]], columns.dtype)
+    return jnp.einsum("jp,ipcf->ijcf", transform, columns)
 
 
 def _filter(taps, x, product: str):
     """`taps` are the nine (C, F) matrices of a kernel; `product` multiplies tiles of `x` with them, for 4 positions."""
-    batch, height, width, channels = x.shape
-    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    batch, height, width, _ = x.shape
 
     def transform_filter(a, b, c):
         return a, 0.5 * (a + c + b), 0.5 * (a + c - b), c
-
-    def transform(a, b, c, d):
-        return a - c, b + c, c - b, b - d
 
     def transform_back(a, b, c, d):
         return a + b + c, b - c - d
@@ -53,17 +75,37 @@ def _filter(taps, x, product: str):
     # Down each column of the kernel first, then along the four rows that this makes.
     filters = zip(*(transform_filter(*column) for column in zip(*taps)))
     halves = []
-    bands = transform(*(padded[:, i : i + height - 1 : 2] for i in range(4)))
-    for band, filter_row in zip(bands, filters):
-        tiles = jnp.stack(
-            [t.reshape(-1, channels) for t in transform(*(band[:, :, j : j + width - 1 : 2] for j in range(4)))]
-        )
+    for band, filter_row in zip(_transform(*_every_other_row(_pad(x), height)), filters):
+        tiles = _stack_tiles(_transform(*_every_other_column(band, width)))
         halves.append(transform_back(*jnp.einsum(product, tiles, jnp.stack(transform_filter(*filter_row)))))
     columns = [transform_back(*(half[j] for half in halves)) for j in range(2)]
     # (2 rows, 2 columns) of each tile -> the picture.
     result = jnp.stack([jnp.stack([columns[j][i] for j in range(2)], axis=1) for i in range(2)], axis=1)
     result = result.reshape(batch, height // 2, width // 2, 2, 2, -1)
     return jnp.swapaxes(result, 2, 3).reshape(batch, height, width, -1)
+
+
+def _pad(x):
+    return jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+
+
+def _every_other_row(padded, height: int):
+    """The four rows of every tile's inputs, each (B, H / 2, W + 2, C)."""
+    return (padded[:, i : i + height - 1 : 2] for i in range(4))
+
+
+def _every_other_column(band, width: int):
+    """The four columns of every tile's inputs in one row of them, each (B, H / 2, W / 2, C)."""
+    return (band[:, :, j : j + width - 1 : 2] for j in range(4))
+
+
+def _transform(a, b, c, d):
+    return a - c, b + c, c - b, b - d
+
+
+def _stack_tiles(positions):
+    """Four of (B, H / 2, W / 2, C) -> (4, tiles, C)."""
+    return jnp.stack([position.reshape(-1, position.shape[-1]) for position in positions])
 
 
 def _batch(arguments, axes):

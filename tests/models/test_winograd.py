@@ -10,10 +10,8 @@ from attrib_jax.models.winograd import winograd_conv
 jnp = jax.numpy
 
 _RNG = np.random.default_rng(0)
-_X = _RNG.normal(size=(2, 3, 4, 6, 5))
 _KERNEL = _RNG.normal(size=(3, 3, 5, 7))
 _KERNELS = _RNG.normal(size=(2, 3, 3, 5, 7))
-_ALONG = (_RNG.normal(size=_X.shape), _RNG.normal(size=_KERNEL.shape))
 
 
 def _direct(x, kernel):
@@ -30,25 +28,32 @@ def _mapped_loss(conv):
     return lambda x, kernel: jnp.sum(jnp.sin(jax.vmap(conv, (0, None))(x, kernel)))
 
 
+# Functions of the convolution and of pictures (2, 3, H, W, 5).
 _MODES = {
-    "forward": lambda conv: jax.jit(conv)(_X[0], _KERNEL),
-    "eager": lambda conv: conv(_X[0], _KERNEL),
-    "inner batch axis": lambda conv: jax.vmap(conv, (1, None), 1)(_X, _KERNEL),
-    "a kernel each": lambda conv: jax.vmap(conv)(_X, _KERNELS),
-    "kernels alone": lambda conv: jax.vmap(conv, (None, 0))(_X[0], _KERNELS),
-    "gradients of a batch": lambda conv: jax.grad(_mapped_loss(conv), (0, 1))(_X, _KERNEL),
-    "gradients of examples": lambda conv: jax.vmap(jax.grad(_loss(conv), (0, 1)), (0, None))(_X, _KERNEL),
-    "gradients of models": lambda conv: jax.vmap(jax.grad(_loss(conv), (0, 1)))(_X, _KERNELS),
-    "forward mode": lambda conv: jax.jvp(_mapped_loss(conv), (_X, _KERNEL), _ALONG),
-    "forward over reverse": lambda conv: jax.jvp(jax.grad(_mapped_loss(conv), (0, 1)), (_X, _KERNEL), _ALONG),
-    "recomputed": lambda conv: jax.grad(jax.checkpoint(_mapped_loss(conv)), (0, 1))(_X, _KERNEL),
+    "forward": lambda conv, x: jax.jit(conv)(x[0], _KERNEL),
+    "eager": lambda conv, x: conv(x[0], _KERNEL),
+    "inner batch axis": lambda conv, x: jax.vmap(conv, (1, None), 1)(x, _KERNEL),
+    "a kernel each": lambda conv, x: jax.vmap(conv)(x, _KERNELS),
+    "kernels alone": lambda conv, x: jax.vmap(conv, (None, 0))(x[0], _KERNELS),
+    "gradients of a batch": lambda conv, x: jax.grad(_mapped_loss(conv), (0, 1))(x, _KERNEL),
+    "gradients of examples": lambda conv, x: jax.vmap(jax.grad(_loss(conv), (0, 1)), (0, None))(x, _KERNEL),
+    "gradients of models": lambda conv, x: jax.vmap(jax.grad(_loss(conv), (0, 1)))(x, _KERNELS),
+    "forward mode": lambda conv, x: jax.jvp(_mapped_loss(conv), (x, _KERNEL), (jnp.cos(x), jnp.cos(_KERNEL))),
+    "forward over reverse": lambda conv, x: jax.jvp(
+        jax.grad(_mapped_loss(conv), (0, 1)), (x, _KERNEL), (jnp.cos(x), jnp.cos(_KERNEL))
+    ),
+    "recomputed": lambda conv, x: jax.grad(jax.checkpoint(_mapped_loss(conv)), (0, 1))(x, _KERNEL),
 }
 
 
+# The kernel's derivative has two forms: in the modes that take it of a batch of 3, few pixels are of the one, many of
+# the other.
+@pytest.mark.parametrize("height, width", [(2, 6), (4, 6)])
 @pytest.mark.parametrize("mode", list(_MODES))
-def test_equals_the_direct_sum(mode):
+def test_equals_the_direct_sum(mode, height, width):
+    x = np.random.default_rng(1).normal(size=(2, 3, height, width, 5))
     with jax.enable_x64(True):
-        found, expected = (_MODES[mode](conv) for conv in (winograd_conv, _direct))
+        found, expected = (_MODES[mode](conv, x) for conv in (winograd_conv, _direct))
         for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
             np.testing.assert_allclose(one, other, rtol=0, atol=1e-12 * np.abs(other).max())
 
