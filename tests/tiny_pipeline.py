@@ -11,11 +11,16 @@ TEXT_WIDTH = 32
 MAX_LENGTH = 8
 
 
-def make_torch_pipeline(path, seed: int = 0, prediction_type: str = "epsilon") -> diffusers.StableDiffusionPipeline:
+def make_torch_pipeline(
+    path, seed: int = 0, prediction_type: str = "epsilon", unet_channels: tuple[int, ...] = (32, 64)
+) -> diffusers.StableDiffusionPipeline:
     """Saves a pipeline for 16-pixel images (8x8x4 latents) as a diffusers folder at `path`, and returns it.
 
     Every weight is random, those included that PyTorch starts at 0 or 1, so that a swapped or forgotten one shows.
+    `unet_channels` are those of the UNet's levels; one level compiles in about half the time of two, and takes
+    Winograd's convolutions from 32 channels on.
     """
+    deeper = len(unet_channels) - 1
     torch.manual_seed(seed)
     tokenizer = train_tokenizer(CAPTIONS, vocab_size=600, model_max_length=MAX_LENGTH)
     pipeline = diffusers.StableDiffusionPipeline(
@@ -43,10 +48,10 @@ def make_torch_pipeline(path, seed: int = 0, prediction_type: str = "epsilon") -
         tokenizer=tokenizer,
         unet=diffusers.UNet2DConditionModel(
             sample_size=8,
-            block_out_channels=(32, 64),
+            block_out_channels=unet_channels,
             layers_per_block=1,
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            down_block_types=("CrossAttnDownBlock2D",) + ("DownBlock2D",) * deeper,
+            up_block_types=("UpBlock2D",) * deeper + ("CrossAttnUpBlock2D",),
             cross_attention_dim=TEXT_WIDTH,
             attention_head_dim=4,
             norm_num_groups=8,

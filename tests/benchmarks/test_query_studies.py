@@ -36,7 +36,7 @@ TINY = ("--query_draws=32", "--fisher_samples=32", "--stride=300", "--sampler_st
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     path = tmp_path_factory.mktemp("studies") / "model"
-    make_torch_pipeline(str(path))
+    make_torch_pipeline(str(path), unet_channels=(16,))
     return path
 
 

@@ -132,7 +132,7 @@ def test_half_written_and_foreign_models(command, model, tmp_path):
 
 
 def test_workdir_of_another_model_is_refused(command, tmp_path):
-    make_torch_pipeline(str(tmp_path / "other"), seed=1)
+    make_torch_pipeline(str(tmp_path / "other"), seed=1, unet_channels=(32,))
     assert command()[0] == 0
     code, output = command(f"--model={tmp_path / 'other'}")
     assert code == 1 and "model: stored" in output.err and "--workdir" in output.err

@@ -6,7 +6,6 @@ import subprocess
 import sys
 import time
 
-import diffusers
 import numpy as np
 import pytest
 from PIL import Image
@@ -17,7 +16,7 @@ from attrib_jax.runtime.chunks import ChunkStore
 from attrib_jax.stages.fisher import fisher_file, load_fisher
 from tests.multihost.ports import free_port
 from tests.tiny_dataset import make_dataset
-from tests.tiny_pipeline import TEXT_WIDTH, make_torch_pipeline, randomise
+from tests.tiny_pipeline import make_torch_pipeline
 
 _ROWS = 13
 _SETTINGS = (
@@ -32,21 +31,8 @@ _SETTINGS = (
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """The tiny pipeline with a UNet of one level, which compiles in half the time."""
     path = tmp_path_factory.mktemp("multihost") / "model"
-    make_torch_pipeline(str(path))
-    unet = diffusers.UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(16,),
-        layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D",),
-        up_block_types=("CrossAttnUpBlock2D",),
-        cross_attention_dim=TEXT_WIDTH,
-        attention_head_dim=4,
-        norm_num_groups=8,
-    )
-    randomise(unet)
-    unet.save_pretrained(path / "unet")
+    make_torch_pipeline(str(path), unet_channels=(16,))
     return path
 
 

@@ -10,7 +10,7 @@ from tests.tiny_pipeline import make_torch_pipeline
 @pytest.fixture(scope="session")
 def pipeline(tmp_path_factory):
     path = tmp_path_factory.mktemp("model") / "tiny"
-    make_torch_pipeline(str(path))
+    make_torch_pipeline(str(path), unet_channels=(32,))
     return load_pipeline(str(path))
 
 

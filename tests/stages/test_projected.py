@@ -277,7 +277,7 @@ def folders(tmp_path_factory):
     """Two pipelines that differ in everything, and one with the first's parts but for the UNet."""
     path = tmp_path_factory.mktemp("ensemble")
     for seed, name in enumerate(("first", "second")):
-        make_torch_pipeline(str(path / name), seed=seed)
+        make_torch_pipeline(str(path / name), seed=seed, unet_channels=(16,))
     return path
 
 
