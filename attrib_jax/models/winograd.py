@@ -51,8 +51,8 @@ def _transpose_by_kernel(cotangent, x, kernel):
 
     rows = transpose_back(cotangent[:, 0::2], cotangent[:, 1::2])
     products = []
-    for band, row in zip(_transform(*_every_other_row(padded, height)), rows):
-        tiles = _stack_tiles(_transform(*_every_other_column(band, width)))
+    for band, row in zip(_transform(*_inputs_along(1, padded)), rows):
+        tiles = _stack_tiles(_transform(*_inputs_along(2, band)))
         cotangents = _stack_tiles(transpose_back(row[:, :, 0::2], row[:, :, 1::2]))
         products.append(jnp.einsum("ptc,ptf->pcf", tiles, cotangents))
     a, b, c, d = products
@@ -75,8 +75,8 @@ def _filter(taps, x, product: str):
     # Down each column of the kernel first, then along the four rows that this makes.
     filters = zip(*(transform_filter(*column) for column in zip(*taps)))
     halves = []
-    for band, filter_row in zip(_transform(*_every_other_row(_pad(x), height)), filters):
-        tiles = _stack_tiles(_transform(*_every_other_column(band, width)))
+    for band, filter_row in zip(_transform(*_inputs_along(1, _pad(x))), filters):
+        tiles = _stack_tiles(_transform(*_inputs_along(2, band)))
         halves.append(transform_back(*jnp.einsum(product, tiles, jnp.stack(transform_filter(*filter_row)))))
     columns = [transform_back(*(half[j] for half in halves)) for j in range(2)]
     # (2 rows, 2 columns) of each tile -> the picture.
@@ -89,14 +89,10 @@ def _pad(x):
     return jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
 
 
-def _every_other_row(padded, height: int):
-    """The four rows of every tile's inputs, each (B, H / 2, W + 2, C)."""
-    return (padded[:, i : i + height - 1 : 2] for i in range(4))
-
-
-def _every_other_column(band, width: int):
-    """The four columns of every tile's inputs in one row of them, each (B, H / 2, W / 2, C)."""
-    return (band[:, :, j : j + width - 1 : 2] for j in range(4))
+def _inputs_along(axis: int, padded):
+    """The four places along the rows (1) or columns (2) of every tile's inputs, each half as long as the picture."""
+    extent = padded.shape[axis] - 2
+    return (jax.lax.slice_in_dim(padded, i, i + extent - 1, 2, axis) for i in range(4))
 
 
 def _transform(a, b, c, d):
