@@ -158,7 +158,7 @@ def _make_model(workdir: Path, name: str, base: Pipeline, exemplars: Dataset) ->
                 "synth_image_path": str(picture.relative_to(workdir)),
                 "prompt": prompt,
                 "train_prompt": _TOKEN,
-                "test_case": f"json/test_{name}.json",
+                "test_case": f"test_{name}",
                 "test_case_ind": 0,
                 "category": CONCEPTS[name].kind,
             }

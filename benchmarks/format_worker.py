@@ -15,7 +15,6 @@ import transformers
 from attrib_jax.convert.assemble import ModelSource, load_model
 from attrib_jax.convert.pipeline import Pipeline, encode_text, load_unet, save_pipeline, tokenize
 from attrib_jax.convert.single_file import save_single_file
-from attrib_jax.runtime.cache import enable_compilation_cache
 
 _INTERVAL = 0.01  # seconds between two looks at the memory
 
@@ -55,21 +54,18 @@ def _anonymous_memory() -> int:
         return next(1024 * int(line.split()[1]) for line in file if line.startswith("RssAnon"))
 
 
-def start(cache: Path | None) -> None:
+def start() -> None:
     """Starts JAX and imports what loading imports, so that neither counts as memory of the weights."""
-    if cache is not None:
-        enable_compilation_cache(cache)
     jnp.zeros(1).block_until_ready()
     _ = transformers.CLIPTokenizer  # transformers imports its parts when they are asked for
 
 
-def measure_loading(source: ModelSource | tuple[str, str], reference: Path, cache: Path | None) -> dict[str, Any]:
+def measure_loading(source: ModelSource | tuple[str, str], reference: Path) -> dict[str, Any]:
     """Loads a model and compares what it computes with PyTorch's outputs.
 
     Args:
       source: a pipeline's, or the weights and the config of a bare UNet.
       reference: an npz of `benchmarks.torch_models.save_reference`.
-      cache: folder for compiled programs.
 
     Returns:
       `seconds`, `peak` (bytes), `weights` (bytes of the parameters in float32), `errors` (part -> the largest
@@ -78,7 +74,7 @@ def measure_loading(source: ModelSource | tuple[str, str], reference: Path, cach
 
     Raises ValueError where an output is not finite.
     """
-    start(cache)
+    start()
     with PeakMemory() as memory:
         if isinstance(source, tuple):
             pipeline = None
@@ -97,12 +93,12 @@ def measure_loading(source: ModelSource | tuple[str, str], reference: Path, cach
     return found
 
 
-def measure_conversion(source: ModelSource, target: Path, cache: Path | None) -> dict[str, Any]:
+def measure_conversion(source: ModelSource, target: Path) -> dict[str, Any]:
     """Loads a model and writes it to `target`, a folder or a single safetensors file by its name.
 
     Returns `seconds`, `peak` and `weights` as `measure_loading`, of loading and writing together.
     """
-    start(cache)
+    start()
     with PeakMemory() as memory:
         pipeline = load_model(source)
         save = save_single_file if target.suffix == ".safetensors" else save_pipeline

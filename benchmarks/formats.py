@@ -26,6 +26,7 @@ from absl import flags
 
 from attrib_jax.convert.assemble import ModelSource
 from attrib_jax.core.checks import check_choice
+from attrib_jax.runtime.cache import enable_compilation_cache
 from attrib_jax.runtime.files import write_json
 from benchmarks import format_worker, torch_formats, torch_models
 from launch import common
@@ -152,13 +153,11 @@ class Benchmark:
     Attributes:
       model: what is built.
       output: folder of results, references and, for a while, weights.
-      cache: folder of compiled programs; None for none.
       call: runs a function on its arguments, in a fresh process or right here.
     """
 
     model: torch_models.Spec
     output: Path
-    cache: Path | None
     call: Callable[..., Any]
 
     @property
@@ -212,7 +211,7 @@ class Benchmark:
             own = [self.reference(form.reference)] if form.reference in ("custom", "lora") else []
             self.call(form.write, self.single if form.from_single else self.base, target, self.model, *own)
         source = form.source(self.base, target, self.model)
-        return self.call(format_worker.measure_loading, source, self.reference(form.reference), self.cache)
+        return self.call(format_worker.measure_loading, source, self.reference(form.reference))
 
     def _convert(self, name: str) -> dict[str, Any]:
         source, filename, check = CONVERSIONS[name]
@@ -222,7 +221,7 @@ class Benchmark:
             self._build_single()
         target.parent.mkdir(parents=True)
         source = source(self.base, target, self.model)
-        row = self.call(format_worker.measure_conversion, source, target, self.cache)
+        row = self.call(format_worker.measure_conversion, source, target)
         return row | {"equal_tensors": self.call(check, self.base, target)}
 
     def _build_base(self) -> None:
@@ -235,13 +234,13 @@ class Benchmark:
     def _build_single(self) -> None:
         if not self.single.exists():
             source = ModelSource(str(self.base))
-            self.call(format_worker.measure_conversion, source, self.single, self.cache)
+            self.call(format_worker.measure_conversion, source, self.single)
 
 
 def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """`function(*arguments)` in a new interpreter."""
+    """`function(*arguments)` in a new interpreter, which keeps the programs that it compiles for the next one."""
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
+    with concurrent.futures.ProcessPoolExecutor(1, context, initializer=enable_compilation_cache) as pool:
         return pool.submit(function, *arguments).result()
 
 
@@ -290,7 +289,7 @@ def main():
         check_choice("models", name, torch_models.MODELS)
         names = [row for row in rows_of(name) if _FORMATS.value is None or row in _FORMATS.value]
         model = torch_models.spec(name, scale, _IMAGE_SIZE.value)
-        rows += Benchmark(model, output, output / "xla", in_fresh_process).run(names)
+        rows += Benchmark(model, output, in_fresh_process).run(names)
         (output / "results.md").write_text(table(rows, scale) + "\n")
     print(table(rows, scale))
     missing = sum(bool(misses(row, scale)) for row in rows)

@@ -117,7 +117,8 @@ def execute(main: Callable[[], None]) -> int:
         multihost.check_connection(error)
         if os.environ.get("ATTRIB_JAX_TRACEBACK"):
             raise
-        print(f"error: the device gave up ({error}); if it ran out of memory, select fewer weights", file=sys.stderr)
+        hint = "if it ran out of memory, select fewer weights with --weights, or take a device with more"
+        print(f"error: the device gave up ({error}); {hint}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted: finished chunks are kept, the same command goes on from them", file=sys.stderr)

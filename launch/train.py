@@ -67,10 +67,11 @@ _HOLDOUT = flags.DEFINE_float(
 # Flags that the other modes have no use for: given there, they show a mistake.
 _ONLY = {
     "scratch": ("dataset", "vae_steps", "vae_batch_size", "vae_learning_rate", "caption_dropout", "weights_dtype"),
-    "unet": ("dataset", "model", "unet_channels", "caption_dropout", "random_flips"),
+    "unet": ("dataset", "model", "tokenizer", "unet_channels", "caption_dropout", "random_flips"),
     "tower": ("dataset", "tokenizer", "holdout", "weights_dtype"),
     "customize": (
         "model",
+        "tokenizer",
         "exemplars",
         "token",
         "initializer_token",

@@ -13,11 +13,15 @@ if version("jaxlib").startswith("0.10."):
     _FLAGS.append("--xla_cpu_use_fusion_emitters=false")
 os.environ.setdefault("XLA_FLAGS", " ".join(_FLAGS))
 
+_CACHE = Path(__file__).parents[1] / ".pytest_cache"
+# Where commands that tests start keep their compiled programs.
+os.environ["XDG_CACHE_HOME"] = str(_CACHE)
+
 import jax  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_platforms", "cpu")
 # Tests and their subprocesses compile many of the same programs.
-jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".pytest_cache" / "xla"))
+jax.config.update("jax_compilation_cache_dir", str(_CACHE / "attrib_jax" / "xla"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

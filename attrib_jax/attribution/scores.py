@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attrib_jax.core.checks import check_choice, check_positive
+from attrib_jax.core.groups import FORWARD_PIXELS, group_size, num_pixels, vmap_groups
 from attrib_jax.core.keys import example_noise
 from attrib_jax.core.types import Batch, Scores
 from attrib_jax.core.weights import Params
@@ -48,7 +49,13 @@ def strided_losses(
     padding: then an example's loss is the same to the bit in whatever order, subset or batch the data set is run.
     Arguments as in `example_loss`.
     """
-    losses = jax.vmap(lambda example: example_loss(predict, schedule, params, key, example, timesteps))(batch)
+    pixels = num_pixels(batch.latents.shape[1:]) * len(timesteps)
+    size = group_size(len(batch.row_id), pixels, FORWARD_PIXELS)
+
+    def loss(example):
+        return example_loss(predict, schedule, params, key, example, timesteps)
+
+    losses = vmap_groups(loss, size)(batch)
     return jnp.where(jnp.asarray(batch.mask).astype(bool), losses, 0)
 
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from attrib_jax.core.checks import check_choice, check_positive, check_range
+from attrib_jax.core.groups import GRADIENT_PIXELS, even_group_size, num_pixels, sum_groups
 from attrib_jax.core.weights import merge_weights
 from attrib_jax.curvature.diagonal import Diagonal
 from attrib_jax.curvature.ekfac import EKFAC
@@ -363,15 +364,20 @@ def tile_gradient(
 
     Other arguments as in `query_gradient`.
     """
-    timesteps, noise = query_draws(key, indices, schedule.num_train_timesteps, latents.shape)
-    noise = noise.astype(latents.dtype)
 
-    def loss_sum(weights):
-        params = merge_weights(weights, rest)
-        losses = denoising_losses(predict, params, schedule, latents, text, noise, timesteps, mask=mask)
-        return jnp.sum(losses * (indices < draws).astype(losses.dtype))
+    def group_gradient(indices):
+        timesteps, noise = query_draws(key, indices, schedule.num_train_timesteps, latents.shape)
+        noise = noise.astype(latents.dtype)
 
-    return QueryGradient(*jax.value_and_grad(loss_sum)(selected))
+        def loss_sum(weights):
+            params = merge_weights(weights, rest)
+            losses = denoising_losses(predict, params, schedule, latents, text, noise, timesteps, mask=mask)
+            return jnp.sum(losses * (indices < draws).astype(losses.dtype))
+
+        return QueryGradient(*jax.value_and_grad(loss_sum)(selected))
+
+    size = even_group_size(len(indices), num_pixels(latents.shape), GRADIENT_PIXELS)
+    return sum_groups(group_gradient, indices, size)
 
 
 def _add_query_tiles(

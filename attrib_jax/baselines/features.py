@@ -86,14 +86,14 @@ def cosine_similarities(features: Any, queries: np.ndarray, head: FeatureHead | 
     Args:
       features: (N, views, d), in memory or on disk, of which a block is read at a time.
       queries: (J, d).
-      head: maps features and queries first; None compares them as they are.
+      head: maps features and queries first, each by its own mapping; None compares them as they are.
     """
-    queries = normalise_rows(queries if head is None else head(queries))
+    queries = normalise_rows(queries if head is None else head.query(queries))
     results = [np.empty(features.shape[:2]) for _ in queries]
     for start in range(0, len(features), _BLOCK):
         rows = slice(start, start + _BLOCK)
         block = np.asarray(features[rows])
-        block = normalise_rows(block if head is None else head(block))
+        block = normalise_rows(block if head is None else head.training(block))
         for result, query in zip(results, queries):
             # Not a product of matrices, whose last digits would depend on the number of queries and rows.
             result[rows] = np.einsum("nvd,d->nv", block, query)

@@ -3,8 +3,6 @@
 import dataclasses
 import functools
 import os
-import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -34,6 +32,7 @@ from attrib_jax.models.pixels import CLASS_NAME as PIXELS
 from attrib_jax.models.pixels import PixelAutoencoder, PixelAutoencoderConfig
 from attrib_jax.models.unet import UNet2DConditionModel, UNetConfig
 from attrib_jax.models.vae import AutoencoderKL, AutoencoderKLConfig
+from attrib_jax.runtime.files import new_folder
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -239,17 +238,8 @@ def save_pipeline(pipeline: Pipeline, path: str, dtype: Any = None, overwrite: b
             raise FileExistsError(f"{path} exists; pass overwrite=True to replace it, or name another folder")
         if not os.path.isfile(os.path.join(path, INDEX)):
             raise FileExistsError(f"{path} exists and is no pipeline folder (no {INDEX}); name another folder")
-    parent, name = os.path.split(path)
-    os.makedirs(parent, exist_ok=True)
-    workplace = tempfile.mkdtemp(prefix=f".{name}.", dir=parent)
-    try:
-        fresh = os.path.join(workplace, "new")
-        _write_parts(pipeline, fresh, dtype)
-        if os.path.lexists(path):
-            os.rename(path, os.path.join(workplace, "old"))
-        os.rename(fresh, path)
-    finally:
-        shutil.rmtree(workplace, ignore_errors=True)
+    with new_folder(path) as fresh:
+        _write_parts(pipeline, str(fresh), dtype)
 
 
 def _write_parts(pipeline: Pipeline, folder: str, dtype: Any) -> None:

@@ -4,8 +4,6 @@ import dataclasses
 import functools
 import hashlib
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -22,6 +20,7 @@ from attrib_jax.convert.tokenizer import load_tokenizer, save_tokenizer
 from attrib_jax.convert.weight_files import open_weights, write_weights
 from attrib_jax.models.clip_towers import CLIPConfig, CLIPModel
 from attrib_jax.models.vit import Dinov2Config, VisionTransformer, ViTConfig
+from attrib_jax.runtime.files import new_folder
 
 _STEM = "model"
 
@@ -161,19 +160,9 @@ def save_tower(tower: Tower, path: str | os.PathLike, dtype: Any = None) -> None
       path: the folder.
       dtype: of the written weights; None keeps that of the parameters.
     """
-    path = os.path.abspath(path)
-    parent, name = os.path.split(path)
-    os.makedirs(parent, exist_ok=True)
-    workplace = tempfile.mkdtemp(prefix=f".{name}.", dir=parent)
-    try:
-        fresh = os.path.join(workplace, "new")
-        write_json(tower.module.config.to_dict(), os.path.join(fresh, "config.json"))
+    with new_folder(os.path.abspath(path)) as fresh:
+        write_json(tower.module.config.to_dict(), str(fresh / "config.json"))
         state: dict[str, Tensor] = dict(state_dict_of(tower.params, dtype))
-        write_weights(state, os.path.join(fresh, f"{_STEM}.safetensors"))
-        save_image_processor(tower.processor, fresh)
-        save_tokenizer(tower.tokenizer, fresh)
-        if os.path.lexists(path):
-            os.rename(path, os.path.join(workplace, "old"))
-        os.rename(fresh, path)
-    finally:
-        shutil.rmtree(workplace, ignore_errors=True)
+        write_weights(state, str(fresh / f"{_STEM}.safetensors"))
+        save_image_processor(tower.processor, str(fresh))
+        save_tokenizer(tower.tokenizer, str(fresh))

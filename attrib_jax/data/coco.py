@@ -20,9 +20,10 @@ _CREDIT_URL = "https://cocodataset.org/#termsofuse"
 def open_coco(path: str | os.PathLike, resolution: int | None = None, split: str | None = None) -> PictureFiles:
     """Opens COCO 2017, or another data set in its format.
 
-    Rows are the pictures in the order of their ids, as in torchvision's CocoCaptions, whose order users' latents have;
-    row ids are positions in that order. Of more than five captions the first five in the file are kept. Pictures that
-    the json names and the folder lacks stay rows, which cannot be read; a warning counts them.
+    Rows are the pictures in the order of the json's `images`, as pycocotools lists them and as the published latents
+    are taken to have them (not by id, as torchvision's CocoCaptions sorts them); row ids are positions in that order.
+    Of more than five captions the first five in the file are kept. Pictures that the json names and the folder lacks
+    stay rows, which cannot be read; a warning counts them.
 
     Args:
       path: folder with `annotations/captions_<split>.json` and the pictures in `<split>/` or `images/<split>/`; or
@@ -71,7 +72,7 @@ def _annotation_file(path: Path, split: str | None) -> Path:
 
 
 def _read_annotations(file: Path) -> tuple[list[str], list[tuple[str, ...]], bool]:
-    """File names and captions in the order of picture ids, and whether they are COCO's own."""
+    """File names and captions in the order of `images`, and whether they are COCO's own."""
     try:
         content = json.loads(file.read_bytes())
     except (ValueError, RecursionError) as error:
@@ -95,11 +96,10 @@ def _read_annotations(file: Path) -> tuple[list[str], list[tuple[str, ...]], boo
         else:
             unknown.append(f"{caption!r} of {image_id}")
     warn_listed(len(content["annotations"]), f"captions in {file} are of pictures that it does not list", unknown)
-    ordered = sorted(names)
-    kept = [tuple(captions[image_id][:_MAX_CAPTIONS]) or ("",) for image_id in ordered]
+    kept = [tuple(captions[image_id][:_MAX_CAPTIONS]) or ("",) for image_id in names]
     info = content.get("info")
     official = isinstance(info, dict) and "cocodataset.org" in str(info.get("url"))
-    return [names[image_id] for image_id in ordered], kept, official
+    return list(names.values()), kept, official
 
 
 def _entries(file: Path, content: Any, key: str) -> list:

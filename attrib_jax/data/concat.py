@@ -12,19 +12,23 @@ class ConcatDataset:
 
     Row ids of `first` are kept and those of `second` follow: shifted by `first`'s largest one plus 1. Groups likewise;
     where only one of the two has groups, every row of the other is a group of its own.
+
+    Attributes, beside those of a `Dataset`:
+      first, second: the two.
+      shift: what is added to `second`'s row ids.
     """
 
     def __init__(self, first: Dataset, second: Dataset):
         """Raises ValueError where the shifted row ids do not fit 32 bits."""
         self.first, self.second = first, second
         self.name = f"{first.name}+{second.name}"
-        self._shift = _next_id(first.row_ids)
-        if _next_id(second.row_ids) + self._shift > 2**31:
+        self.shift = _next_id(first.row_ids)
+        if _next_id(second.row_ids) + self.shift > 2**31:
             raise ValueError(
-                f"row ids of {self.name!r} reach {_next_id(second.row_ids) - 1 + self._shift}; expected at most "
+                f"row ids of {self.name!r} reach {_next_id(second.row_ids) - 1 + self.shift}; expected at most "
                 f"{2**31 - 1}. Give the two data sets in the other order, or number their rows anew."
             )
-        self.row_ids = np.concatenate([first.row_ids, second.row_ids + self._shift]).astype(np.int32)
+        self.row_ids = np.concatenate([first.row_ids, second.row_ids + self.shift]).astype(np.int32)
         self.groups = None
         if first.groups is not None or second.groups is not None:
             groups = [data.row_ids if data.groups is None else np.asarray(data.groups) for data in (first, second)]
@@ -44,7 +48,7 @@ class ConcatDataset:
 
     def fingerprint(self) -> str:
         """sha256 over both fingerprints and the shift of the row ids."""
-        both = (self.first.fingerprint(), self.second.fingerprint(), self._shift)
+        both = (self.first.fingerprint(), self.second.fingerprint(), self.shift)
         return hashlib.sha256(repr(both).encode()).hexdigest()
 
     def _locate(self, index: int) -> tuple[Dataset, int]:

@@ -2,7 +2,7 @@
 
 Either a workdir that `launch.encode` filled, or numpy files as the method's authors publish them (METHOD.md section 9):
 `<name>_latents.npy` (2N, c, h, w), first N pictures as they are, then their mirror images, and
-`<name>_text_embeddings.npy` (N, captions, tokens, width).
+`<name>_text_embeddings.npy` (N, captions, tokens, width), or (N, tokens, width) where pictures have one caption.
 """
 
 import abc
@@ -150,11 +150,14 @@ class NumpyLatents(LatentsDataset):
                 "then their mirror images"
             )
         count = latents.shape[0] // _MIRRORED_COUNT
-        if text.ndim != 4 or text.shape[0] != count:
+        if text.ndim not in (3, 4) or text.shape[0] != count:
             raise ValueError(
                 f"{self._paths[1]} has shape {text.shape} and {self._paths[0]} {latents.shape}; expected ({count}, "
-                f"captions, tokens, width) text states for {count} pictures and their mirror images"
+                f"captions, tokens, width) or ({count}, tokens, width) text states for {count} pictures and their "
+                "mirror images"
             )
+        # Those of LAION have one caption a picture, and no axis for it.
+        text = text if text.ndim == 4 else text[:, None]
         self.latents = np.moveaxis(latents.reshape(_MIRRORED_COUNT, count, *latents.shape[1:]), (0, 2), (1, 4))
         self.text = text.reshape(-1, *text.shape[2:])
         self.first_caption = np.arange(count + 1, dtype=np.int64) * text.shape[1]

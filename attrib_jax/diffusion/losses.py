@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from attrib_jax.core.groups import FORWARD_PIXELS, group_size, num_pixels, vmap_groups
 from attrib_jax.diffusion.schedule import NoiseSchedule
 
 # predict(params, noisy_latents (h, w, c), timestep (), text (L, d)) -> model output (h, w, c)
@@ -82,7 +83,14 @@ def predictions(
         # Without the axis: on a CPU its one entry costs copies of the attention weights.
         prediction = predict(params, noisy[0], timesteps[0], text)[None]
     else:
-        prediction = jax.vmap(predict, in_axes=(None, 0, 0, None))(params, noisy, timesteps, text)
+        size = group_size(len(timesteps), num_pixels(latents.shape), FORWARD_PIXELS)
+
+        def at_timestep(inputs):
+            return predict(params, *inputs, text)
+
+        # Of groups that follow each other a backward pass would keep all activations: it computes them again.
+        at_timestep = at_timestep if size == len(timesteps) else jax.checkpoint(at_timestep)
+        prediction = vmap_groups(at_timestep, size)((noisy, timesteps))
     if prediction.shape != target.shape:
         raise ValueError(f"predict returned shape {prediction.shape[1:]}; expected that of latents, {latents.shape}")
     return prediction, target

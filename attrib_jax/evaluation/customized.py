@@ -8,6 +8,7 @@ with its prompt, and with that prompt without the new word V*.
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -21,7 +22,8 @@ from attrib_jax.convert.pipeline import Pipeline
 from attrib_jax.core.checks import check_positive, check_range
 from attrib_jax.data.concat import concatenate
 from attrib_jax.data.latents import LatentsDataset
-from attrib_jax.data.pictures import read_picture
+from attrib_jax.data.pictures import UnreadableRowError, read_picture
+from attrib_jax.data.protocol import Row
 from attrib_jax.data.sources import ArrayDataset, Dataset
 from attrib_jax.evaluation.metrics import average_precision, mean_and_error, recall_at
 from attrib_jax.evaluation.tables import write_table
@@ -33,8 +35,12 @@ from attrib_jax.stages.encode import EncodeConfig, picture_resolution
 from attrib_jax.stages.query import Query
 from attrib_jax.stages.root import StageRoot
 
+_log = logging.getLogger(__name__)
+
 _KEYS = ("model_path", "synth_image_path", "prompt", "train_prompt", "test_case", "test_case_ind", "category")
 _LISTED = 10
+# What published lists call their own folder.
+_DATA_ROOT = "dataset/"
 
 
 class Case(NamedTuple):
@@ -78,8 +84,10 @@ class CustomizedConfig:
 def read_cases(file: str | os.PathLike, root: str | os.PathLike | None = None) -> list[Case]:
     """Reads a task list in the layout of the benchmark (METHOD.md section 9).
 
-    The list has entries with `model_path`, `synth_image_path`, `prompt`, `train_prompt`, `test_case` (a json file, a
-    list of cases with an `exemplar` list of picture paths), `test_case_ind` (which of them) and `category`.
+    The list has entries with `model_path`, `synth_image_path`, `prompt`, `train_prompt`, `test_case`, `test_case_ind`
+    and `category`. `test_case` is a json file, or, as in the published lists, the name of one in `json/` without its
+    ending: a list of cases with an `exemplar` list of picture paths, of which `test_case_ind` says which. A leading
+    `dataset/` of these paths, which the published ones have, stands for the root.
 
     Args:
       file: the task list.
@@ -96,7 +104,7 @@ def read_cases(file: str | os.PathLike, root: str | os.PathLike | None = None) -
         missing = [key for key in _KEYS if not isinstance(task, dict) or key not in task]
         if missing:
             raise ValueError(f"{file}: entry {number} lacks {', '.join(missing)}")
-        place = root / task["test_case"]
+        place = _find(root, task["test_case"], f"json/{task['test_case']}.json")
         lists[place] = lists[place] if place in lists else _read_list(place)
         try:
             exemplars = lists[place][int(task["test_case_ind"])]["exemplar"]
@@ -111,7 +119,7 @@ def read_cases(file: str | os.PathLike, root: str | os.PathLike | None = None) -
                 root / task["synth_image_path"],
                 task["prompt"],
                 task["train_prompt"],
-                tuple(root / path for path in exemplars),
+                tuple(_find(root, path, str(path).removeprefix(_DATA_ROOT)) for path in exemplars),
                 task["category"],
             )
         )
@@ -125,6 +133,12 @@ def read_cases(file: str | os.PathLike, root: str | os.PathLike | None = None) -
             f"{file} names files that do not exist: {', '.join(absent[:_LISTED])}{more}. Paths are relative to {root}."
         )
     return cases
+
+
+def _find(root: Path, path: str, published: str) -> Path:
+    """`path` below `root`, or what stands for it in published files if only that exists."""
+    places = root / path, root / published
+    return places[1] if places[1].exists() and not places[0].exists() else places[0]
 
 
 def _read_list(file: str | os.PathLike) -> list:
@@ -203,15 +217,26 @@ def run_customized(
 def random_rows(dataset: Dataset, count: int, seed: int = 2024) -> Dataset:
     """`count` random rows of a data set in its order, their row ids kept; all of it for 0.
 
-    Raises ValueError for more rows than there are, or a data set of latents, whose pictures would be encoded again.
+    Pictures that cannot be read are passed over. Raises ValueError for more rows than there are, or a data set of
+    latents, whose pictures would be encoded again.
     """
     if not count:
         return dataset
     if isinstance(dataset, LatentsDataset):
         raise ValueError(f"rows is {count}, but {dataset.name!r} holds latents, which are taken whole; give rows=0")
     check_range("rows", count, 1, len(dataset), integer=True)
-    rows = np.sort(np.random.default_rng(seed).permutation(len(dataset))[:count])
-    taken = [dataset[int(row)] for row in rows]
+    readable: dict[int, Row] = {}
+    for row in np.random.default_rng(seed).permutation(len(dataset)).tolist():
+        try:
+            readable[row] = dataset[row]
+        except UnreadableRowError as error:
+            _log.warning("%s: another picture takes its place", error)
+        if len(readable) == count:
+            break
+    else:
+        raise ValueError(f"rows is {count}, but only {len(readable)} pictures of {dataset.name!r} can be read")
+    rows = np.sort(list(readable))
+    taken = [readable[row] for row in rows.tolist()]
     return ArrayDataset(
         np.stack([row.image for row in taken]),
         [row.captions for row in taken],

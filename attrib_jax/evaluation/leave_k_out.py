@@ -231,7 +231,7 @@ def _row(
     else:
         difference = over_sets(own["dL"], random)
         row |= {"over random": difference.mean, "in errors": difference.in_errors}
-    row["as random pictures"] = curve.equivalent(change.mean)
+    row["as random pictures"] = float(count) if random is None else curve.equivalent(change.mean)
     for kind, head in _DEVIATIONS.items():
         if kind in estimates:
             row |= {head: estimates[kind].mean, f"{head} error": estimates[kind].error}

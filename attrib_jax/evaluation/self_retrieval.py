@@ -6,7 +6,6 @@ from collections.abc import Mapping
 import numpy as np
 
 from attrib_jax.core.checks import check_choice, check_positive
-from attrib_jax.data.latents import LatentsDataset
 from attrib_jax.evaluation.metrics import ranks, recall_at
 from attrib_jax.evaluation.named import SPLITS, method_scores
 from attrib_jax.evaluation.tables import write_table
@@ -43,14 +42,17 @@ def run_self(attributor: Attributor, methods: Mapping[str, AttributeConfig], con
     """
     data, dataset = attributor.data, attributor.dataset
     positions = config.positions(len(data))
-    without_captions = isinstance(dataset, LatentsDataset) and dataset.images is None
+    # A data set may hold rows that could not be encoded: its positions are not those of `data`.
+    place_in_dataset = {row: place for place, row in enumerate(dataset.row_ids.tolist())}
+    places = np.array([place_in_dataset[row] for row in data.row_ids.tolist()])
     queries = []
     for place in positions.tolist():
         latents, text = data.inputs(place, 0, 0)
-        # Latents alone have text states, and captions that nobody knows.
-        given = {"text": text[0]} if without_captions else {}
-        queries.append(Query(dataset.captions(int(data.positions[place]))[0], latents=np.asarray(latents[0]), **given))
-    groups = None if dataset.groups is None else np.asarray(dataset.groups)[data.positions]
+        caption = dataset.captions(int(places[place]))[0]
+        # Of latents without pictures nobody knows the captions, which are empty then, but their text states are there.
+        given = {} if caption else {"text": text[0]}
+        queries.append(Query(caption, latents=np.asarray(latents[0]), **given))
+    groups = None if dataset.groups is None else np.asarray(dataset.groups)[places]
     rows = []
     for name, method in methods.items():
         rows.append({"method": name} | summary(method_scores(attributor, name, method, queries), positions, groups))

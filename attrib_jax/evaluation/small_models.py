@@ -146,6 +146,8 @@ def train_small(
     data = encode(root, untrained, inputs | {"encoding": EncodeConfig().describe()}, dataset)
     model = Path(workdir) / "model"
     with root.stage("training", settings, inputs) as stage:
+        if stage.finished and model.exists():
+            return model
         retrainer = Retrainer(untrained, data, recipe)
         states = StateStore(stage.path, f"training{retrainer.models_at_once}")
         trained = retrainer.train([Training(np.array([], np.int64), seed)], states, description="train")

@@ -19,6 +19,9 @@ from attrib_jax.models.winograd import winograd_conv
 _MATMUL_CONV_PIXELS = 4
 _WINOGRAD_PIXELS = 16
 _WINOGRAD_CHANNELS = 32
+# Logits of attention that one call holds; above, it goes through the queries in blocks. Stable Diffusion's first level
+# has 134 million for a picture of 512 pixels.
+_LOGITS_AT_ONCE = 2**24
 
 
 class Conv(nn.Module):
@@ -122,8 +125,8 @@ def _at_least_float32(x):
 def attention(query, key, value, num_heads: int, mask=None):
     """Plain softmax attention: query (B, Q, D), key and value (B, L, D) -> (B, Q, D), D split over `num_heads`.
 
-    `mask` is added to the logits, broadcast to (B, heads, Q, L). Written as two contractions so that `vmap` over an
-    axis that only the query has (the timesteps) folds it into the query axis, with keys and values held once.
+    `mask` (Q, L) is added to the logits. Written as two contractions so that `vmap` over an axis that only the query
+    has (the timesteps) folds it into the query axis, with keys and values held once.
     """
     *batch, length, width = query.shape
     head_dim = width // num_heads
@@ -141,16 +144,37 @@ def attention(query, key, value, num_heads: int, mask=None):
         return jnp.moveaxis(heads, -3, -1).reshape(-1, head_dim, x.shape[-2])
 
     query, key, value = split(query), split_transposed(key), split_transposed(value)
+    num_blocks = -(-length * len(query) * key.shape[-1] // _LOGITS_AT_ONCE)
+    # Only pictures have so many tokens, and they have no mask.
+    if num_blocks == 1 or mask is not None:
+        mixed = _attend(query, key, value, mask)
+    else:
+        mixed = _in_blocks(query, key, value, num_blocks)
+    mixed = mixed.reshape(*batch, num_heads, length, head_dim)
+    return jnp.swapaxes(mixed, -3, -2).reshape(*batch, length, width)
+
+
+def _in_blocks(query, key, value, num_blocks: int):
+    """`_attend` block by block of queries, and in a backward pass again: the logits of all are never held."""
+    count, length, head_dim = query.shape
+    size = -(-length // num_blocks)
+    blocks = jnp.pad(query, ((0, 0), (0, num_blocks * size - length), (0, 0)))
+    blocks = jnp.moveaxis(blocks.reshape(count, num_blocks, size, head_dim), 1, 0)
+    mixed = jax.lax.map(jax.checkpoint(lambda block: _attend(block, key, value)), blocks)
+    return jnp.moveaxis(mixed, 0, 1).reshape(count, num_blocks * size, head_dim)[:, :length]
+
+
+def _attend(query, key, value, mask=None):
+    """Heads apart: query (N, Q, d), key and value (N, d, L), mask (Q, L) -> (N, Q, d)."""
     wide = jnp.promote_types(jnp.result_type(query, key), jnp.float32)
-    logits = jnp.einsum("nqd,ndl->nql", query * head_dim**-0.5, key, preferred_element_type=wide)
+    logits = jnp.einsum("nqd,ndl->nql", query * query.shape[-1] ** -0.5, key, preferred_element_type=wide)
     if mask is not None:
-        logits = (logits.reshape(*batch, num_heads, *logits.shape[1:]) + mask).reshape(logits.shape)
+        logits = logits + mask
     weights = jnp.exp(logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True)))
     total = jnp.sum(weights, axis=-1, keepdims=True)
-    # Divided last: on head_dim numbers a query instead of L.
+    # Divided last: on d numbers a query instead of L.
     mixed = jnp.einsum("nql,ndl->nqd", weights.astype(value.dtype), value, preferred_element_type=wide) / total
-    mixed = mixed.astype(value.dtype).reshape(*batch, num_heads, length, head_dim)
-    return jnp.swapaxes(mixed, -3, -2).reshape(*batch, length, width)
+    return mixed.astype(value.dtype)
 
 
 class ResnetBlock(nn.Module):

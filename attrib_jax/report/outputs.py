@@ -226,10 +226,9 @@ def _method_settings(config: AttributeConfig, size: int) -> dict[str, str]:
             f"{config.cascade_min:,}"
         )
     if config.update == "newton":
-        settings |= {
-            "Fisher samples": str(config.fisher_samples),
-            "damping": f"{config.damping:g}",
-        }
+        fitted = {"Fisher samples": str(config.fisher_samples)}
+        settings |= fitted if config.fisher is None else {"Fisher": Path(config.fisher).name}
+        settings["damping"] = f"{config.damping:g}"
         if config.curvature == "ekfac":
             settings["EKFAC damping"] = f"{config.ekfac_damping:g} of each layer's mean eigenvalue"
         if config.method == "unlearn":

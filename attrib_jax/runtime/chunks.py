@@ -114,6 +114,12 @@ class ChunkStore:
             raise DamagedFileError(f"{self._file(index)} holds {_show(given)} of {header}: not the chunk of its name")
         return arrays
 
+    def clear(self) -> None:
+        """Removes all chunks; StorageError where the disk refuses."""
+        for index in range(self.num_chunks):
+            with storage_errors(self._file(index), "delete"):
+                self._file(index).unlink(missing_ok=True)
+
     def read_all(self) -> dict[str, np.ndarray]:
         """Every field as one (num_rows, *row shape) array.
 

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import tempfile
 import zlib
 from collections.abc import Iterator, Mapping
@@ -60,10 +61,41 @@ def commit_folder(temporary: str | os.PathLike, path: str | os.PathLike) -> None
     """Gives a finished folder its name `path`, where nothing is yet, once all of its content is on disk."""
     temporary, path = Path(temporary), Path(path)
     with storage_errors(path):
-        for item in (*temporary.rglob("*"), temporary):
-            _sync(item)
+        _sync_all(temporary)
         os.rename(temporary, path)
         _sync(path.parent)
+
+
+@contextlib.contextmanager
+def new_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """A folder to make and fill, which takes the name `path` once the block has ended well and its content is on disk.
+
+    What had that name is deleted then, and keeps it if anything fails.
+    """
+    path = Path(path)
+    make_folder(path.parent)
+    workplace = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    fresh, old = workplace / "new", workplace / "old"
+    try:
+        yield fresh
+        with storage_errors(path):
+            _sync_all(fresh)
+            try:
+                if os.path.lexists(path):
+                    os.rename(path, old)
+                os.rename(fresh, path)
+            except BaseException:
+                if os.path.lexists(old) and not os.path.lexists(path):
+                    os.rename(old, path)
+                raise
+            _sync(path.parent)
+    finally:
+        shutil.rmtree(workplace, ignore_errors=True)
+
+
+def _sync_all(folder: Path) -> None:
+    for item in (*folder.rglob("*"), folder):
+        _sync(item)
 
 
 def _sync(path: Path) -> None:

@@ -180,8 +180,9 @@ def _decode(content: bytes) -> Any:
 
 
 def _encode_error(error: Exception) -> bytes:
-    # Lines and not JSON, so that a long message can be cut anywhere.
-    return bytes([_ERROR]) + f"{type(error).__module__}\n{type(error).__qualname__}\n{error}".encode()
+    # Lines and not JSON, so that a long message can be cut anywhere; file names may hold what UTF-8 has no bytes for.
+    text = f"{type(error).__module__}\n{type(error).__qualname__}\n{error}"
+    return bytes([_ERROR]) + text.encode(errors="backslashreplace")
 
 
 def _error_parts(content: bytes) -> tuple[str, str, str]:

@@ -8,6 +8,7 @@ import os
 import tempfile
 import time
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -319,6 +320,6 @@ def _read_npz(file: Path) -> dict[str, np.ndarray] | None:
     try:
         with np.load(file) as stored:
             return {name: stored[name] for name in stored.files}
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         _log.warning("%s cannot be read (%s): it will be computed again", file, error)
         return None

@@ -12,14 +12,11 @@ import numpy as np
 from attrib_jax.attribution.scores import EXAMPLES_PER_TILE
 from attrib_jax.stages.config import AttributeConfig
 from attrib_jax.stages.encoded import EncodedDataset
-from attrib_jax.stages.losses import dataset_values
+from attrib_jax.stages.losses import dataset_values, same_device
 from attrib_jax.stages.programs import ScorePrograms
 from attrib_jax.stages.root import StageRoot
 
 _log = logging.getLogger(__name__)
-
-# Relative difference of base losses between devices that are taken to be of one kind.
-_LOSS_TOLERANCE = 1e-6
 
 
 class BaseLosses:
@@ -90,13 +87,9 @@ class BaseLosses:
         return name, settings, self._inputs
 
     def _reproduces(self, losses: np.ndarray, config: AttributeConfig) -> bool:
-        """Whether this machine gives the stored losses of the first rows.
-
-        Kinds of devices differ in rounding. A score is the difference of two losses, so losses before and after have
-        to come from devices that agree far better than the scores are small.
-        """
+        """Whether this machine gives the stored losses of the first rows; kinds of devices differ in rounding."""
         program = self._programs.losses(config)
         rows = np.arange(min(EXAMPLES_PER_TILE, len(losses)))
         weights = program.place(self._params(config))
         again = program(weights, self._data(), rows, config.num_flips, config.captions, lambda count: None)
-        return bool(np.allclose(again, losses[rows], rtol=_LOSS_TOLERANCE, atol=0))
+        return same_device(again, losses[rows])

@@ -34,7 +34,7 @@ class AttributeConfig:
       method: `unlearn`, `influence` (what one infinitesimal Newton step scores), `random` (uniform scores, the floor
         that a method has to beat), one of `SIMILARITIES`, or one of the projected methods `trak`, `journey-trak`,
         `d-trak`, `das` (METHOD.md sections 7 and 10). The projected take weights, query_draws, stride, captions, flips,
-        loss_seed, precision and `gradients`, and refuse what would restrict unlearning.
+        loss_seed, precision and `gradients`. All but the first two refuse region, cascade, score and fisher.
       weights: the subset that moves, see `WEIGHT_SUBSETS`.
       update: `newton` (eq. 5) or `sgd` (plain ascent without F).
       step_size: alpha of a step.
@@ -115,10 +115,6 @@ class AttributeConfig:
             check_range(name, getattr(self, name), 0, integer=True)
         check_range("loss_seed", self.loss_seed, 0, 2**32 - 1, integer=True)
         self.features.check(self.method)
-        if self.method in SIMILARITIES and self.region is not None:
-            raise ValueError(
-                f"region is {self.region}, but method {self.method!r} compares whole pictures; leave it out"
-            )
         if self.num_examples is not None:
             check_positive("num_examples", self.num_examples, integer=True)
         if self.update == "sgd" and (self.damping or self.keep_ewc_gradient):
@@ -137,12 +133,13 @@ class AttributeConfig:
                 f"cascade_stride is {self.cascade_stride}, finer than stride {self.stride}: expected at least the "
                 "stride, so that the coarse scores are the cheaper ones. Change cascade_stride."
             )
-        if self.method in PROJECTED_METHODS:
-            self._check_projected()
+        if self.method not in ("unlearn", "influence"):
+            self._check_unused()
 
-    def _check_projected(self) -> None:
+    def _check_unused(self) -> None:
         given = {
             "region": self.region is not None,
+            "region_mask": self.region_mask is not None,
             "cascade": self.cascade > 0,
             "score": self.score != "exact",
             "fisher": self.fisher is not None,

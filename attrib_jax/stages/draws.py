@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from attrib_jax.core.groups import GRADIENT_PIXELS, even_group_size, num_pixels
 from attrib_jax.core.weights import count_weights, merge_weights
 from attrib_jax.diffusion.losses import Predict, denoising_losses
 from attrib_jax.diffusion.schedule import NoiseSchedule
@@ -168,9 +169,9 @@ def samples_per_tile(mesh: Mesh) -> int:
     return _SAMPLES_PER_CPU if mesh.devices.flat[0].platform == "cpu" else _SAMPLES_PER_ACCELERATOR
 
 
-def gradients_at_once(selected: Any, tile: int) -> int:
+def gradients_at_once(selected: Any, tile: int, latent_shape: tuple[int, ...]) -> int:
     """Per-sample gradients that one device holds at once, of a tile of `tile` samples."""
-    microbatch = tile
+    microbatch = even_group_size(tile, num_pixels(latent_shape), GRADIENT_PIXELS)
     while microbatch > 1 and microbatch * 4 * count_weights(selected).values > _GRADIENT_BYTES:
         microbatch //= 2
     return microbatch

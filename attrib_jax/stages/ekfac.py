@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from attrib_jax.core.groups import GRADIENT_PIXELS, even_group_size, num_pixels, sum_groups
 from attrib_jax.core.keys import purpose_key
 from attrib_jax.core.weights import flatten_names
 from attrib_jax.curvature.diagonal import Diagonal
@@ -123,7 +124,8 @@ def _fit_bases(path: Path, predict, layers, shared, draws: FisherDraws, data, me
 
 def _fit_eigenvalues(path: Path, predict, layers, shared, draws: FisherDraws, data, mesh: Mesh) -> None:
     selected = shared[0]
-    program = _eigenvalue_program(predict, layers, mesh, gradients_at_once(selected, samples_per_tile(mesh)))
+    microbatch = gradients_at_once(selected, samples_per_tile(mesh), data.latent_shape)
+    program = _eigenvalue_program(predict, layers, mesh, microbatch)
     like = (sums_like(selected), np.zeros((), np.int32))
     placed = replicate(mesh, (*shared, _bases(path, selected)))
     total, state = sum_over_draws(path, _PARTIAL, program, placed, like, draws, data, "EKFAC eigenvalues")
@@ -141,7 +143,10 @@ def _factor_program(predict: Predict, layers: tuple[LinearLayer, ...], mesh: Mes
     def tile_sum(shared, batch):
         selected, rest, schedule, key = shared
         loss_fn = sample_loss(predict, schedule, key)
-        factors = factor_sums(loss_fn, layers, selected, rest, batch, batch.mask)
+        size = even_group_size(len(batch.mask), num_pixels(batch.latents.shape[1:]), GRADIENT_PIXELS)
+        factors = sum_groups(
+            lambda samples: factor_sums(loss_fn, layers, selected, rest, samples, samples.mask), batch, size
+        )
         return Pair(factors, jax.tree.map(jnp.zeros_like, factors))
 
     return DeviceSums(mesh, tile_sum)

@@ -1,12 +1,13 @@
 """Stage 1: pictures and captions -> latents and text states, encoded once and stored in chunks."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -21,9 +22,10 @@ from attrib_jax.core.weights import flatten_names
 from attrib_jax.data.concat import ConcatDataset
 from attrib_jax.data.latents import ROWS_FILE, LatentsDataset
 from attrib_jax.data.sources import Dataset
-from attrib_jax.runtime.files import write_arrays
+from attrib_jax.runtime.files import DamagedFileError, read_arrays, write_arrays
 from attrib_jax.runtime.hosts import from_first_host, is_first_host
 from attrib_jax.runtime.joined import JoinedArray, ScaledArray
+from attrib_jax.runtime.stages import Stage
 from attrib_jax.stages.encoded import EncodedDataset, join
 from attrib_jax.stages.fill import fill, make_store
 from attrib_jax.stages.pictures import PictureReader
@@ -122,12 +124,11 @@ def _encode_part(root, prefix: str, pipeline, inputs, dataset, config) -> Encode
     if isinstance(dataset, ConcatDataset):
         first = _encode_part(root, prefix + "first-", pipeline, inputs, dataset.first, config)
         second = _encode_part(root, prefix, pipeline, inputs, dataset.second, config)
-        row_ids = dataset.row_ids[np.concatenate([first.positions, second.positions + len(dataset.first)])]
-        return join(first, second, row_ids)
+        return join(first, second, np.concatenate([first.row_ids, second.row_ids + dataset.shift]).astype(np.int32))
     if isinstance(dataset, LatentsDataset):
         return _stored_latents(pipeline, dataset)
-    captions = [dataset.captions(index) for index in range(len(dataset))]
-    first_caption = np.concatenate([[0], np.cumsum([len(row) for row in captions])])
+    # Reading a caption may mean reading its picture's whole record: not where nothing is left to encode.
+    captions = functools.cache(lambda: [dataset.captions(index) for index in range(len(dataset))])
     latents_name, text_name = stage_names(dataset, prefix)
     with root.stage(latents_name, {}, inputs) as stage:
         latents = encode_images(
@@ -136,10 +137,15 @@ def _encode_part(root, prefix: str, pipeline, inputs, dataset, config) -> Encode
         skipped = dict(from_first_host(lambda: list(read_skipped(stage.path).items())))
     kept = np.setdiff1d(np.arange(len(dataset)), list(skipped))
     with root.stage(text_name, {}, inputs) as stage:
-        text = _encode_captions(stage.path, pipeline, [caption for row in captions for caption in row], config)
+        stored = _stored_first_caption(stage)
+        if stored is None:
+            first_caption = np.concatenate([[0], np.cumsum([len(row) for row in captions()])])
+        else:
+            first_caption = stored
+        text = _encode_captions(stage.path, pipeline, first_caption, captions, config)
 
         def describe() -> None:
-            if stage.finished:
+            if stored is not None:
                 return
             # What `latents:WORKDIR` needs to know, for other models with the same encoders.
             rows = {"row_ids": dataset.row_ids[kept], "positions": kept, "first_caption": first_caption}
@@ -161,6 +167,20 @@ def _encode_part(root, prefix: str, pipeline, inputs, dataset, config) -> Encode
             root.workdir / latents_name / SKIPPED,
         )
     return EncodedDataset(dataset.row_ids[kept], latents, text, first_caption, kept, skipped)
+
+
+def _stored_first_caption(stage: Stage) -> np.ndarray | None:
+    """Where each picture's captions begin, as a finished stage has it."""
+
+    def read() -> np.ndarray | None:
+        if not stage.finished:
+            return None
+        try:
+            return read_arrays(stage.path / ROWS_FILE)[0]["first_caption"]
+        except (FileNotFoundError, DamagedFileError):
+            return None
+
+    return from_first_host(read)
 
 
 def _stored_latents(pipeline: Pipeline, dataset: LatentsDataset) -> EncodedDataset:
@@ -265,16 +285,24 @@ def _latents(vae: Any, posterior: str, shared: Any, batch: Any) -> jax.Array:
     return jnp.stack(both, axis=1) * vae.config.scaling_factor
 
 
-def _encode_captions(path, pipeline: Pipeline, captions: Sequence[str], config: EncodeConfig) -> JoinedArray:
+def _encode_captions(
+    path,
+    pipeline: Pipeline,
+    first_caption: np.ndarray,
+    captions: Callable[[], Sequence[Sequence[str]]],
+    config: EncodeConfig,
+) -> JoinedArray:
     shape = (pipeline.tokenizer.model_max_length, pipeline.text_encoder.config.hidden_size)
     lock = threading.Lock()
 
     def read(rows):
         with lock:  # a tokenizer's padding is state that two threads must not set at once
-            return tokenize(pipeline, [captions[row] for row in rows]), {}
+            pictures = np.searchsorted(first_caption, rows, side="right") - 1
+            places = zip(pictures, rows - first_caption[pictures])
+            return tokenize(pipeline, [captions()[picture][caption] for picture, caption in places]), {}
 
     return fill(
-        make_store(path, "text", shape, config.dtype, len(captions)),
+        make_store(path, "text", shape, config.dtype, int(first_caption[-1])),
         encode_text,
         pipeline.params["text_encoder"],
         read,

@@ -61,7 +61,7 @@ def fit_fisher(
 def _fit(path, predict, schedule, selected, rest, data, samples, seed, mesh) -> None:
     draws = fisher_draws(seed, samples, data.num_captions, schedule.num_train_timesteps)
     shared = replicate(mesh, (selected, rest, schedule, purpose_key(seed, "fisher")))
-    program = _program(predict, mesh, gradients_at_once(selected, samples_per_tile(mesh)))
+    program = _program(predict, mesh, gradients_at_once(selected, samples_per_tile(mesh), data.latent_shape))
     like = (sums_like(selected), np.zeros((), np.int32))
     total, state = sum_over_draws(path, "partial", program, shared, like, draws, data, "Fisher information")
 

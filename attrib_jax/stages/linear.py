@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from attrib_jax.attribution.influence import influence_matrix
 from attrib_jax.attribution.scores import example_loss, strided_losses
+from attrib_jax.core.groups import GRADIENT_PIXELS, even_group_size, num_pixels
 from attrib_jax.core.types import Batch
 from attrib_jax.core.weights import merge_weights
 from attrib_jax.diffusion.losses import Predict
@@ -19,8 +20,9 @@ from attrib_jax.models.precision import cast_params, matmul_precision
 from attrib_jax.models.unet import UNet2DConditionModel, predictor
 from attrib_jax.stages.losses import ExampleProgram
 
-# UNet forwards whose activations the reverse mode holds at once.
+# UNet forwards whose activations the reverse mode holds at once, and their latent pixels.
 _FORWARDS_AT_ONCE = 40
+_PIXELS_AT_ONCE = 4 * GRADIENT_PIXELS
 
 
 class LinearProgram(ExampleProgram):
@@ -77,16 +79,14 @@ def _reverse_mode(predict: Predict, precision: str, schedule, key, timesteps, we
         params = cast_params(merge_weights(selected, rest), precision)
         return example_loss(predict, schedule, params, key, example, timesteps)
 
-    at_once = _examples_at_once(len(batch.row_id), len(timesteps))
+    at_once = _examples_at_once(len(batch.row_id), len(timesteps), num_pixels(batch.latents.shape[1:]))
     return influence_matrix(loss, selected, rest, batch, changes, at_once)
 
 
-def _examples_at_once(tile: int, num_timesteps: int) -> int:
+def _examples_at_once(tile: int, num_timesteps: int, pixels: int) -> int:
     """A divisor of the tile, so that no group is smaller than the others."""
-    fitting = [
-        count for count in range(1, tile + 1) if tile % count == 0 and count * num_timesteps <= _FORWARDS_AT_ONCE
-    ]
-    return max(fitting, default=1)
+    forwards = min(_FORWARDS_AT_ONCE, _PIXELS_AT_ONCE // pixels)
+    return even_group_size(tile, num_timesteps, forwards)
 
 
 def weight_change(moved: Any, selected: Any) -> Any:

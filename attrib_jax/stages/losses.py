@@ -1,6 +1,7 @@
 """Stage 3: numbers of every training picture and its mirror image, such as strided losses, under given weights."""
 
 import functools
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,16 @@ from attrib_jax.core.types import Batch
 from attrib_jax.diffusion.losses import Predict
 from attrib_jax.diffusion.schedule import NoiseSchedule, strided_timesteps
 from attrib_jax.runtime.chunks import ChunkStore
-from attrib_jax.runtime.hosts import fetch, first_host_first, from_first_host
+from attrib_jax.runtime.hosts import fetch, first_host_first, from_first_host, is_first_host
 from attrib_jax.runtime.mesh import data_mesh, host_share, padded_tiles, replicate, shard_batch, tile_map
 from attrib_jax.runtime.progress import progress
 from attrib_jax.stages.encoded import EncodedDataset
 
+_log = logging.getLogger(__name__)
+
+# Relative difference of losses between devices that are taken to be of one kind. A score is the difference of two
+# losses, so losses before and after have to come from devices that agree far better than the scores are small.
+LOSS_TOLERANCE = 1e-6
 _ROWS_PER_CHUNK = 512
 _TILES_PER_CHUNK = 8
 
@@ -195,9 +201,40 @@ def dataset_values(
     """
     rows = np.arange(len(data)) if rows is None else np.asarray(rows)
     store = value_store(path, len(rows), (flips, *program.result_shape), program.mesh)
-    missing = from_first_host(lambda: list(store.missing()))
+
+    def compute(some: np.ndarray) -> np.ndarray:
+        return program(program.place(weights), data, some, flips, captions, lambda count: None)
+
+    missing = chunks_left(store, rows, compute if isinstance(program, LossProgram) else None)
     fill_chunks(store, missing, program, weights, data, flips, captions, description, lambda x: {"loss": x}, rows)
     return store.read_all()["loss"]
+
+
+def chunks_left(store: ChunkStore, rows: np.ndarray, losses: Callable[[np.ndarray], np.ndarray] | None) -> list[int]:
+    """The chunks that a pass over the data set has still to compute, known to all hosts.
+
+    All of them, and those that were there are removed, where an interrupted pass ran on another kind of device.
+
+    Args:
+      store: of `rows` (N,), positions in the data set.
+      losses: `(positions) -> (len, flips)` on this device; None for values that are not subtracted from others.
+    """
+    missing = from_first_host(lambda: list(store.missing()))
+    if losses is None or not 0 < len(missing) < store.num_chunks:
+        return missing
+    stored = next(index for index in range(store.num_chunks) if index not in missing)
+    again = losses(rows[store.rows(stored)][:EXAMPLES_PER_TILE])
+    if from_first_host(lambda: same_device(again, store.read(stored)["loss"][: len(again)])):
+        return missing
+    if is_first_host():
+        _log.warning("%s was begun on another kind of device: computing it anew", store.path)
+    from_first_host(store.clear)
+    return list(range(store.num_chunks))
+
+
+def same_device(losses: np.ndarray, stored: np.ndarray) -> bool:
+    """Whether losses agree as far as those of one kind of device do."""
+    return bool(np.allclose(losses, stored, rtol=LOSS_TOLERANCE, atol=0))
 
 
 def fill_chunks(

@@ -90,12 +90,9 @@ def _scores(row_ids: np.ndarray, values: np.ndarray, config: AttributeConfig) ->
 
 def _member_values(attributor, member: Member, queries, config: AttributeConfig, regularisations) -> np.ndarray:
     """(len(regularisations), Q, N, flips) float64 of one model."""
-    selected, rest = select_weights(member.params, config.weights)
-    weights = (
-        selected,
-        cast_params(rest, config.precision),
-        purpose_key(member.projection_seed, "projection"),
-    )
+    selected, _ = select_weights(member.params, config.weights)
+    _, rest = select_weights(cast_params(member.params, config.precision), config.weights)
+    weights = selected, rest, purpose_key(member.projection_seed, "projection")
     stage = _stage(config, member)
     reused, data = attributor.root.is_finished(*stage), attributor.data
     with attributor.timed("features", reused), attributor.root.stage(*stage) as opened:

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from attrib_jax.baselines.outputs import output_gradient
 from attrib_jax.baselines.projection import project
+from attrib_jax.core.groups import GRADIENT_PIXELS, group_size, num_pixels, vmap_groups
 from attrib_jax.core.types import Batch
 from attrib_jax.core.weights import merge_weights
 from attrib_jax.diffusion.losses import Predict
@@ -25,6 +26,8 @@ from attrib_jax.stages.losses import ExampleProgram, fill_chunks
 
 # UNet forwards whose activations a device holds at once: a core is as fast with few; an accelerator has to be filled.
 _FORWARDS_PER_CPU, _FORWARDS_PER_ACCELERATOR = 40, 320
+# Their latent pixels: a tile of a model with large latents is taken in parts.
+_PIXELS_AT_ONCE = 4 * GRADIENT_PIXELS
 # The memory that the gradients of a tile may fill.
 _GRADIENT_BYTES = 2**30
 _MAX_ROWS_PER_CHUNK = 256
@@ -105,9 +108,11 @@ def _features(
     def merge(selected):
         return cast_params(merge_weights(selected, rest), precision)
 
-    gradients, residuals = jax.vmap(
-        lambda example: output_gradient(output, predict, schedule, merge, selected, key, example, timesteps)
-    )(batch)
+    def gradient(example):
+        return output_gradient(output, predict, schedule, merge, selected, key, example, timesteps)
+
+    pixels = len(timesteps) * num_pixels(batch.latents.shape[1:])
+    gradients, residuals = vmap_groups(gradient, group_size(len(batch.row_id), pixels, _PIXELS_AT_ONCE))(batch)
     projected = project(gradients, projection_key, projection, projection_dim)
     if output != "mean":
         return projected

@@ -20,7 +20,7 @@ from attrib_jax.stages.config import AttributeConfig
 from attrib_jax.stages.encoded import EncodedDataset
 from attrib_jax.stages.identity import check_query_name
 from attrib_jax.stages.linear import weight_change
-from attrib_jax.stages.losses import dataset_values, value_store
+from attrib_jax.stages.losses import chunks_left, dataset_values, value_store
 from attrib_jax.stages.programs import ScorePrograms
 from attrib_jax.stages.query import Query
 
@@ -169,7 +169,10 @@ def _values(paths, weights, config: AttributeConfig, programs, data, description
     rows = np.arange(len(data)) if rows is None else np.asarray(rows)
     program, run = (_linear_pass if linear else _exact_pass)(weights, config, programs, data)
     stores = [value_store(path, len(rows), (flips,), program.mesh) for path in paths]
-    missing = from_first_host(lambda: [list(store.missing()) for store in stores])
+    missing = []
+    for query, store in enumerate(stores):
+        losses = None if linear else lambda some, query=query: run(some, [query], lambda count: None)[0]
+        missing.append(chunks_left(store, rows, losses))
     # Row range -> the (query, chunk) that lack it: queries may come from earlier runs, and with chunks of other sizes.
     lacking: dict[tuple[int, int], list[tuple[int, int]]] = collections.defaultdict(list)
     for query, chunks in enumerate(missing):

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from attrib_jax.runtime.files import StorageError, commit_folder, make_folder
-from attrib_jax.runtime.hosts import from_first_host, is_first_host
-from attrib_jax.runtime.stages import Stage, load_stage, open_stage
+from attrib_jax.runtime.hosts import each_by_itself, from_first_host, is_first_host
+from attrib_jax.runtime.stages import Stage, StageMismatchError, load_stage, open_stage
 
 _log = logging.getLogger(__name__)
 
@@ -25,9 +25,21 @@ class StageRoot:
     def __init__(self, workdir: str | os.PathLike, shipped: str | os.PathLike | None = None):
         self.workdir = Path(workdir)
         self._shipped = Path(shipped) if shipped is not None else None
+        self._discarded: set[str] = set()
 
-    def claim(self, inputs: Mapping[str, str]) -> None:
-        """Makes the workdir one of these inputs; raises StageMismatchError if it is one of others."""
+    def claim(self, inputs: Mapping[str, Any]) -> None:
+        """Makes the workdir one of these inputs.
+
+        Raises StageMismatchError if it is one of others, or if another host has other inputs.
+        """
+        first = from_first_host(lambda: dict(inputs))
+        with each_by_itself():
+            others = [name for name, value in inputs.items() if first[name] != value]
+            if others:
+                raise StageMismatchError(
+                    f"the {' and '.join(others)} of this host and of host 0 differ: expected the same files and "
+                    "settings on every host"
+                )
         stage = open_stage(self.workdir, "inputs", {}, inputs)
         if not stage.finished:
             stage.finish()
@@ -64,10 +76,12 @@ class StageRoot:
     def discard(self, name: str) -> None:
         """Removes a stage from the workdir, to be computed anew and not copied again."""
         from_first_host(lambda: shutil.rmtree(self.workdir / name))
-        self._shipped = None
+        self._discarded.add(name)
 
     def _fits(self, name: str, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> bool:
-        if self._shipped is None or (self.workdir / name).exists() or not (self._shipped / name).exists():
+        if self._shipped is None or name in self._discarded:
+            return False
+        if (self.workdir / name).exists() or not (self._shipped / name).exists():
             return False
         try:
             stage = load_stage(self._shipped, name)

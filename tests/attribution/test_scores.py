@@ -38,6 +38,28 @@ def test_strided_loss_is_the_mean_over_timesteps_of_each_examples_own_noise():
         np.testing.assert_allclose(losses[i], expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("forwards", [6, 2, 1])
+def test_latents_too_large_to_be_taken_at_once_give_the_same(monkeypatch, forwards):
+    """Two examples of three timesteps at a time; one, two timesteps at a time; and one timestep."""
+    params = tiny_denoiser.init_params()
+    row_id, latents, text = tiny_denoiser.make_data(4)
+    zeros = np.zeros(4, np.int32)
+    batch = Batch(latents[:, 0], text[:, 0], np.asarray(row_id, np.int32), zeros, zeros, np.ones(4, np.float32))
+
+    def losses_and_gradient():
+        def total(params):
+            losses = strided_losses(predict, SCHEDULE, params, KEY, batch, TIMESTEPS)
+            return jnp.sum(losses), losses
+
+        return jax.jit(jax.grad(total, has_aux=True))(params)
+
+    expected = losses_and_gradient()
+    for module in ("attribution.scores", "diffusion.losses"):
+        monkeypatch.setattr(f"attrib_jax.{module}.FORWARD_PIXELS", forwards * latents[0, 0, ..., 0].size)
+    found = losses_and_gradient()
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, expected)
+
+
 def test_combining_flips():
     before = np.array([[1.0, 2.0], [3.0, 3.0], [0.5, 0.5]])
     after = before + np.array([[0.1, 0.4], [-0.2, -0.3], [0.2, 0.2]])

@@ -1,6 +1,7 @@
 """Query gradients and unlearning steps against formulas written out in numpy, and what they do to a trained model."""
 
 import functools
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -53,6 +54,16 @@ def test_draws_depend_on_their_number_only_and_have_no_repeated_timestep():
     np.testing.assert_array_equal(few_noise, noise[some])
     np.testing.assert_allclose([noise.mean(), noise.std()], [0, 1], atol=0.05)
     assert len(np.unique(np.asarray(noise))) > 0.999 * noise.size
+
+
+def test_draws_too_large_to_be_taken_at_once_are_summed_in_groups(monkeypatch):
+    selected, rest = select_weights(tiny_denoiser.init_params(), "cross-attn-kv")
+    arguments = (predict, SCHEDULE, selected, rest, *query(), KEY, 11)
+    expected = query_gradient(*arguments, tile=8)
+    module = importlib.import_module("attrib_jax.attribution.unlearn")  # the package has a function of that name
+    monkeypatch.setattr(module, "GRADIENT_PIXELS", 2 * SHAPE[0] * SHAPE[1])
+    found = query_gradient(*arguments, tile=8)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), found, expected)
 
 
 def test_query_gradient_is_the_mean_over_its_draws():

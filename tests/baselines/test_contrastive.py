@@ -11,7 +11,7 @@ import pytest
 
 from attrib_jax.baselines.contrastive import contrastive_loss, normalise, random_shifts, retrieval_ranks
 from attrib_jax.baselines.features import cosine_similarities
-from attrib_jax.baselines.head import FeatureHead
+from attrib_jax.baselines.head import FeatureHead, LinearMap
 from attrib_jax.convert.tokenizer import train_tokenizer
 from attrib_jax.convert.tower import load_tower
 from attrib_jax.data.sources import ArrayDataset
@@ -58,10 +58,14 @@ def test_similarities_by_hand():
     features = np.array([[[3.0, 4.0], [0.0, 2.0]], [[0.0, 0.0], [-1.0, 0.0]]])
     (values,) = cosine_similarities(features, np.array([[0.0, 5.0]]))
     np.testing.assert_allclose(values, [[0.8, 1.0], [0.0, 0.0]])
-    head = FeatureHead(np.array([[1.0, 0.0], [0.0, -1.0]]), np.array([0.0, 1.0]))
+    mapping = LinearMap(np.array([[1.0, 0.0], [0.0, -1.0]]), np.array([0.0, 1.0]))
     # Mapped: (3, -3), (0, -1), (0, 1), (-1, 1) and the query (0, -4).
-    (values,) = cosine_similarities(features, np.array([[0.0, 5.0]]), head)
+    (values,) = cosine_similarities(features, np.array([[0.0, 5.0]]), FeatureHead(mapping, mapping))
     np.testing.assert_allclose(values, [[0.5**0.5, 1.0], [-1.0, -(0.5**0.5)]])
+    # The query by a mapping of its own: (5, 0).
+    swap = LinearMap(np.array([[0.0, 1.0], [1.0, 0.0]]), np.zeros(2))
+    (values,) = cosine_similarities(features, np.array([[0.0, 5.0]]), FeatureHead(mapping, swap))
+    np.testing.assert_allclose(values, [[0.5**0.5, 0.0], [0.0, -(0.5**0.5)]])
 
 
 def test_unit_vectors_and_zero():

@@ -25,9 +25,23 @@ def write(path, form, **arrays):
 def test_features_are_mapped_as_torch_maps_them(tmp_path, form):
     features = np.array([[1.0, 1.0, 1.0], [2.0, 0.0, 0.5]])
     head = load_head(write(tmp_path / f"head.{form}", form, **{"mapper.weight": WEIGHT, "mapper.bias": BIAS}), 3)
-    np.testing.assert_array_equal(head(features), [[13, 22], [12, 21.5]])
+    np.testing.assert_array_equal(head.training(features), [[13, 22], [12, 21.5]])
+    assert head.training is head.query
     plain = load_head(write(tmp_path / f"plain.{form}", form, weight=WEIGHT), 3)
-    np.testing.assert_array_equal(plain(features), [[3, 2], [2, 1.5]])
+    np.testing.assert_array_equal(plain.query(features), [[3, 2], [2, 1.5]])
+
+
+def test_the_published_files_have_a_mapping_for_either_side(tmp_path):
+    sides = {"real_mapper": (WEIGHT, BIAS), "synth_mapper": (2 * WEIGHT, -BIAS)}
+    state = {
+        name: {"weight": torch.from_numpy(weight), "bias": torch.from_numpy(bias)}
+        for name, (weight, bias) in sides.items()
+    }
+    torch.save(state, tmp_path / "tuned.pth")
+    head = load_head(tmp_path / "tuned.pth", 3)
+    features = np.array([[1.0, 1.0, 1.0]])
+    np.testing.assert_array_equal(head.training(features), [[13, 22]])
+    np.testing.assert_array_equal(head.query(features), [[-4, -16]])
 
 
 @pytest.mark.parametrize(
@@ -38,6 +52,9 @@ def test_features_are_mapped_as_torch_maps_them(tmp_path, form):
         ({"w": WEIGHT, "v": WEIGHT}, 3, r"expected one matrix \(out, 3\)"),
         ({"b": BIAS}, 3, "expected one matrix"),
         ({"w": WEIGHT * np.nan}, 3, "NaN or an infinity"),
+        ({"real_mapper.weight": WEIGHT}, 3, "a pair under real_mapper"),
+        ({"real_mapper.w": WEIGHT, "synth_mapper.w": WEIGHT, "w": WEIGHT}, 3, "synth_mapper.* alone"),
+        ({"real_mapper.w": WEIGHT, "synth_mapper.w": WEIGHT[:1]}, 3, "two mappings to one width"),
     ],
 )
 def test_other_contents_are_refused(tmp_path, arrays, width, message):

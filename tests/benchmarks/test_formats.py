@@ -21,7 +21,7 @@ ROWS = {
 
 
 def make_benchmark(name, output, call=formats.here):
-    return formats.Benchmark(torch_models.spec(name, "small"), output, cache=None, call=call)
+    return formats.Benchmark(torch_models.spec(name, "small"), output, call)
 
 
 @pytest.fixture(scope="module", params=ROWS)

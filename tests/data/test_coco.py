@@ -33,15 +33,15 @@ def write_coco(root, images=IMAGES, annotations=ANNOTATIONS, split="train2017", 
     return file
 
 
-def test_rows_are_in_the_order_of_picture_ids(tmp_path):
+def test_rows_are_in_the_order_of_the_json(tmp_path):
     write_coco(tmp_path)
     dataset = open_coco(tmp_path)
     assert len(dataset) == 3 and dataset.row_ids.tolist() == [0, 1, 2]
-    assert [int(dataset[index].image[0, 0, 0]) for index in range(3)] == [9, 25, 139]
+    assert [int(dataset[index].image[0, 0, 0]) for index in range(3)] == [9, 139, 25]
     assert dataset.captions(0) == ("a plate",)
     # The first five in the file, though their own ids run the other way.
-    assert dataset.captions(1) == tuple(f"caption {number}" for number in range(5))
-    assert dataset.captions(2) == dataset[2].captions == ("",)
+    assert dataset.captions(2) == tuple(f"caption {number}" for number in range(5))
+    assert dataset.captions(1) == dataset[1].captions == ("",)
     assert dataset[0].image.shape == (6, 8, 3)
     assert open_coco(tmp_path, resolution=4)[0].image.shape == (4, 4, 3)
     assert dataset.credit is None
@@ -72,9 +72,9 @@ def test_missing_pictures_are_counted_and_keep_their_row(tmp_path, caplog):
     write_coco(tmp_path, pictures=IMAGES[::2])
     dataset = open_coco(tmp_path)
     assert "1 of 3 pictures" in caplog.text and "139.jpg" in caplog.text
-    assert dataset[1].captions[0] == "caption 0"
+    assert dataset[2].captions[0] == "caption 0"
     with pytest.raises(UnreadableRowError, match="139.jpg' does not exist"):
-        dataset[2]
+        dataset[1]
     before = dataset.fingerprint()
     Image.new("RGB", (8, 6)).save(tmp_path / "train2017" / "139.jpg")
     assert open_coco(tmp_path).fingerprint() != before

@@ -31,6 +31,14 @@ def test_rows_as_they_are_and_mirrored_channels_last(files):
     assert open_latents(path).name == f"latents:{path}"  # the one pair in a folder
 
 
+def test_text_states_without_an_axis_of_captions(files):
+    path, _, text = files
+    np.save(path / "coco17_train_text_embeddings.npy", text[:, 1])
+    dataset = open_latents(path)
+    np.testing.assert_array_equal(dataset.text, text[:, 1])
+    assert dataset.first_caption.tolist() == list(range(COUNT + 1))
+
+
 def test_the_files_stay_on_disk(files):
     dataset = open_latents(files[0])
     for array in (dataset.latents, dataset.text):

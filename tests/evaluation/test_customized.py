@@ -5,7 +5,10 @@ import json
 import numpy as np
 import pytest
 
+from attrib_jax.data.concat import concatenate
 from attrib_jax.data.latents import open_latents
+from attrib_jax.data.pictures import UnreadableRowError
+from attrib_jax.data.sources import ArrayDataset
 from attrib_jax.evaluation.customized import (
     CustomizedConfig,
     _without,
@@ -22,6 +25,7 @@ from attrib_jax.stages.attribute import Attributor
 from attrib_jax.stages.config import AttributeConfig
 from attrib_jax.stages.root import StageRoot
 from tests.evaluation.conftest import COUNT
+from tests.failures import UnreadablePictures
 
 
 def write_layout(folder, **changes):
@@ -51,6 +55,24 @@ def test_a_task_list_is_read(tmp_path):
     assert [case.image for case in cases] == [tmp_path / "images" / f"{number}.png" for number in (0, 1)]
     assert cases[0].exemplars == (tmp_path / "exemplars" / "x.png", tmp_path / "exemplars" / "y.png")
     assert cases[0].model == tmp_path / "models" / "a" and cases[0].category == "object"
+
+
+def test_a_task_list_as_it_is_published(tmp_path):
+    file = write_layout(tmp_path, test_case="test_objects")
+    lists = tmp_path / "json" / "test_objects.json"
+    lists.write_text(lists.read_text().replace("exemplars/", "dataset/exemplars/"))
+    assert read_cases(file)[0].exemplars == (tmp_path / "exemplars" / "x.png", tmp_path / "exemplars" / "y.png")
+    with pytest.raises(FileNotFoundError, match="test_absent"):
+        read_cases(write_layout(tmp_path, test_case="test_absent"))
+
+
+def test_random_rows_pass_over_what_cannot_be_read(tiny_dataset, caplog):
+    broken = UnreadablePictures(tiny_dataset, {0, 3}, lambda row: UnreadableRowError(f"picture {row} is cut off"))
+    taken = random_rows(broken, COUNT - 2)
+    np.testing.assert_array_equal(taken.row_ids, np.delete(tiny_dataset.row_ids, [0, 3]))
+    assert "picture 3 is cut off" in caplog.text
+    with pytest.raises(ValueError, match=f"rows is {COUNT}, but only {COUNT - 2} pictures"):
+        random_rows(broken, COUNT)
 
 
 def test_missing_files_are_all_named(tmp_path):
@@ -177,6 +199,31 @@ def test_self_queries_of_latents_alone_have_their_own_text_states(tmp_path, tiny
     places = SelfConfig(2).positions(4)
     np.testing.assert_array_equal([query.text for query in asked], dataset.text[places])
     np.testing.assert_array_equal([query.latents for query in asked], dataset.latents[places, 0])
+
+
+def test_self_queries_of_a_workdir_that_left_pictures_out_have_their_own_captions(attributor, tmp_path, monkeypatch):
+    """With the pictures at hand, and behind exemplars: captions and groups are those of the stored rows."""
+    broken = UnreadablePictures(attributor.dataset, {1}, lambda row: UnreadableRowError("cut off"))
+    model, asked = attributor.pipeline, []
+    with lock(tmp_path / "first"):
+        assert len(Attributor(model, broken, StageRoot(tmp_path / "first")).data) == COUNT - 1
+    stored = open_latents(tmp_path / "first", images=attributor.dataset)
+    exemplars = ArrayDataset(np.zeros((2, *attributor.dataset[0].image.shape), np.uint8), [["x"], ["y"]])
+    monkeypatch.setattr(
+        "attrib_jax.evaluation.self_retrieval.method_scores",
+        lambda attributor, name, method, queries: (
+            asked.append(queries) or np.zeros((len(queries), len(attributor.data)))
+        ),
+    )
+    for name, dataset in (("alone", stored), ("behind", concatenate(exemplars, stored))):
+        with lock(tmp_path / name):
+            again = Attributor(model, dataset, StageRoot(tmp_path / name))
+            np.testing.assert_array_equal(again.data.row_ids, dataset.row_ids)
+            run_self(again, {"random": AttributeConfig(method="random")}, SelfConfig(5))
+        places = SelfConfig(5).positions(len(dataset))
+        assert [query.prompt for query in asked[-1]] == [dataset.captions(place)[0] for place in places]
+        latents, _ = again.data.inputs(places, 0, 0)
+        np.testing.assert_array_equal([query.latents for query in asked[-1]], latents)
 
 
 def test_config_needs_a_token():

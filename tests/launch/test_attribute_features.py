@@ -60,7 +60,7 @@ def test_clip_and_pixel_find_the_picture_itself(command, tower, tmp_path):
         (["--method=clip", "--tower=x", "--feature_head=y"], "--feature_head given, which method 'clip' does not use"),
         (["--method=clip-abc", "--tower=x"], "give --feature_head"),
         (["--method=clip", "--tower=nowhere"], "'nowhere' does not exist"),
-        (["--method=pixel", "--region=0,0,8,8"], "region is (0, 0, 8, 8), but method 'pixel' compares whole pictures"),
+        (["--method=pixel", "--region=0,0,8,8"], "region is (0, 0, 8, 8), but method='pixel' has no use for it"),
         (["--method=clap"], "unknown method 'clap': did you mean 'clip'?"),
     ],
 )

@@ -14,7 +14,6 @@ from absl import flags
 import attrib_jax.stages.draws
 import attrib_jax.stages.fill
 import attrib_jax.stages.losses
-import tests.conftest  # noqa: F401 the tests' compilation cache
 from attrib_jax.runtime.state import StateStore
 from launch import attribute, common
 
@@ -52,6 +51,4 @@ if __name__ == "__main__":
     attrib_jax.stages.losses._TILES_PER_CHUNK = 0
     attrib_jax.stages.draws._TILES_PER_CHECKPOINT = 1
     StateStore.write = _slow(StateStore.write)
-    # The cache is the one that tests.conftest has set.
-    common.enable_compilation_cache = lambda: None
     common.run(main)

@@ -62,6 +62,7 @@ def errors(folder: Path) -> None:
     assert fail(StageMismatchError("other model")) == "StageMismatchError: other model"
     assert "No such file" in raised(lambda: from_first_host(lambda: (folder / "absent").read_text()))
     assert fail(UnicodeDecodeError("utf-8", b"x", 0, 1, "bad")).endswith("bad")
+    assert fail(ValueError("no file \udcff.png")).startswith("ValueError: no file ")
     assert len(fail(ValueError("long " * 10000))) > 40000
     own = "" if host_index() == 1 else "host 1: "
     assert raised(fail_on(1, StorageError("disk full"))) == f"StorageError: {own}disk full"
@@ -91,6 +92,8 @@ def stages(folder: Path) -> None:
         root = StageRoot(folder)
         root.claim({"model": "a"})
         assert raised(lambda: StageRoot(folder).claim({"model": "b"})).startswith("StageMismatchError")
+        differing = {"model": "a", "dataset": f"of host {host_index()}"}
+        assert "the dataset of this host and of host 0 differ" in raised(lambda: StageRoot(folder).claim(differing))
         assert not root.is_finished("x", {}, {})
         with root.stage("x", {"seed": 1}, {}) as stage:
             assert not stage.finished

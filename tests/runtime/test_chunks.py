@@ -85,6 +85,13 @@ def test_a_damaged_chunk_is_computed_again(tmp_path, caplog, damage):
     assert_complete(open_store(tmp_path))
 
 
+def test_a_cleared_store_lacks_every_chunk_and_keeps_its_layout(tmp_path):
+    store = open_store(tmp_path)
+    fill(store)
+    store.clear()
+    assert store.absent() == list(range(store.num_chunks)) == fill(open_store(tmp_path))
+
+
 def test_other_rows_per_chunk_keeps_what_is_stored(tmp_path):
     store = open_store(tmp_path)
     store.write(0, make(store.rows(0)))

@@ -268,6 +268,35 @@ def test_base_losses_of_another_kind_of_device_are_computed_anew(finished, pipel
     np.testing.assert_array_equal(again, first.scores.loss_before)
 
 
+def test_a_pass_that_another_kind_of_device_began_is_computed_anew(finished, pipeline, dataset, tmp_path, monkeypatch):
+    workdir, _, first = finished
+    monkeypatch.setattr(losses_stage, "_ROWS_PER_CHUNK", 16)
+    monkeypatch.setattr(losses_stage, "_TILES_PER_CHUNK", 0)
+    attributor = Attributor(pipeline, dataset, StageRoot(tmp_path, shipped=workdir))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_writes(patch, every=3)
+        attributor.attribute(QUERY, CONFIG, "one")
+    store = ChunkStore(tmp_path / "attribution" / "one", {"loss": ((2,), np.float64)}, len(dataset), 16, name="losses")
+    assert list(store.missing()) == [2]
+    for index in (0, 1):
+        store.write(index, {"loss": store.read(index)["loss"] * (1 + 1e-4)})
+    np.testing.assert_array_equal(attributor.attribute(QUERY, CONFIG, "one").scores.score, first.scores.score)
+
+
+def test_one_discarded_stage_leaves_the_other_shipped_ones(tmp_path):
+    shipped = StageRoot(tmp_path / "shipped")
+    for name in ("a", "b"):
+        with shipped.stage(name, {}, {}) as stage:
+            (stage.path / "made").write_text("before")
+    root = StageRoot(tmp_path / "work", shipped=tmp_path / "shipped")
+    with root.stage("a", {}, {}) as stage:
+        assert stage.finished
+    root.discard("a")
+    assert not root.is_finished("a", {}, {}) and root.is_finished("b", {}, {})
+    with root.stage("a", {}, {}) as stage:
+        assert not (stage.path / "made").exists()
+
+
 def test_shipped_stages_are_used_when_they_match_and_computed_anew_when_not(finished, pipeline, dataset, tmp_path):
     workdir, _, first = finished
     result = Attributor(pipeline, dataset, StageRoot(tmp_path / "a", shipped=workdir)).attribute(

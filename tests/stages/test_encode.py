@@ -119,6 +119,21 @@ def test_scores_of_the_readable_pictures_do_not_depend_on_the_others(pipeline, d
     np.testing.assert_array_equal(damaged.score, whole.score[kept])
 
 
+def test_captions_are_read_again_only_where_they_have_to_be_encoded(plain, pipeline, dataset, tmp_path, monkeypatch):
+    first = encoded(tmp_path, pipeline, dataset)
+    calls, captions = [], type(dataset).captions
+    monkeypatch.setattr(type(dataset), "captions", lambda self, index: calls.append(index) or captions(self, index))
+    again = encoded(tmp_path, pipeline, dataset)
+    np.testing.assert_array_equal(again.first_caption, first.first_caption)
+    assert not calls
+    (file,) = (tmp_path / "text" / "text").glob("chunk-*")
+    file.unlink()
+    np.testing.assert_array_equal(np.asarray(encoded(tmp_path, pipeline, dataset).text), np.asarray(plain.text))
+    assert calls
+    (tmp_path / "text" / "rows.safetensors").write_bytes(b"damaged")
+    np.testing.assert_array_equal(encoded(tmp_path, pipeline, dataset).first_caption, first.first_caption)
+
+
 def test_a_data_set_without_a_readable_picture(pipeline, dataset, tmp_path):
     with pytest.raises(ValueError, match=r"no picture that can be read \(the first: picture 0.png is cut off\)"):
         encoded(tmp_path, pipeline, damaged_pictures(dataset, set(range(len(dataset)))))
@@ -186,6 +201,16 @@ def test_exemplars_before_stored_latents(plain, pipeline, dataset, tmp_path):
             for ours, theirs in zip(data.inputs(rows, flip, 0), part.inputs(inner, flip, 0)):
                 np.testing.assert_allclose(ours, theirs, atol=1e-6)
     assert data.num_captions.tolist() == [*alone.num_captions, *[1] * 9]
+
+
+def test_exemplars_before_a_workdir_that_left_pictures_out(plain, pipeline, dataset, tmp_path):
+    encoded(tmp_path / "first", pipeline, damaged_pictures(dataset, {3, 17}))
+    joined = concatenate(make_dataset(4, seed=1), open_latents(tmp_path / "first"))
+    data = encoded(tmp_path / "joined", pipeline, joined)
+    np.testing.assert_array_equal(data.row_ids, joined.row_ids)
+    kept = np.delete(np.arange(len(dataset)), [3, 17])
+    for ours, theirs in zip(data.inputs(np.arange(4, len(data)), 1, 0), plain.inputs(kept, 1, 0)):
+        np.testing.assert_allclose(ours, theirs, atol=1e-6)
 
 
 def test_latents_of_another_model_are_refused(plain, pipeline, tmp_path):

@@ -243,6 +243,14 @@ def test_features_resume_to_the_same_bits_on_any_number_of_devices(tmp_path, mon
     np.testing.assert_array_equal(read_features(tmp_path / "resumed", program)[0], whole)
 
 
+@pytest.mark.parametrize("precision", ["bfloat16", "bfloat16-all"])
+def test_scores_in_another_precision(tmp_path, attributor, precision):
+    ((exact,),) = run(attributor, CONFIG)
+    ((rounded,),) = run(make_attributor(tmp_path), dataclasses.replace(CONFIG, precision=precision))
+    assert not np.array_equal(rounded.score, exact.score)
+    assert np.corrcoef(rounded.score, exact.score)[0, 1] > 0.95
+
+
 def test_tiles_change_rounding_only(tmp_path, monkeypatch):
     ours, _ = read_features(tmp_path / "ours", make_program())
     monkeypatch.setattr(features_stage, "_FORWARDS_PER_CPU", 12)
@@ -333,6 +341,12 @@ def test_settings_hold_what_the_method_uses():
         (lambda: GradientSettings(ensemble="model"), "expected a tuple of folders"),
         (lambda: GradientSettings(ensemble=("a", "a")), "more than once"),
         (lambda: AttributeConfig(method="trak", region=(0, 0, 8, 8)), "region is .* belongs to method='unlearn'"),
+        (lambda: AttributeConfig(method="das", region_mask="mask.png"), "region_mask is 'mask.png', but method='das'"),
+        (
+            lambda: AttributeConfig(method="pixel", region_mask="mask.png"),
+            "region_mask is 'mask.png', but method='pixel'",
+        ),
+        (lambda: AttributeConfig(method="random", region=(0, 0, 8, 8)), "region is .*method='random' has no use"),
         (lambda: AttributeConfig(method="das", cascade=0.5), "cascade is 0.5"),
         (lambda: AttributeConfig(method="d-trak", score="linear"), "score is 'linear'"),
         (lambda: AttributeConfig(method="d-trak", fisher="file"), "fisher is 'file'"),

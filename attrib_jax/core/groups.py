@@ -1,0 +1,58 @@
+"""How much runs at once: `vmap` over groups that follow each other, where all of a tile would not fit into memory.
+
+What a UNet's forward holds grows with its latent pixels: 256 for the MSCOCO model, 4,096 for Stable Diffusion at 512
+pixels. Tiles have one size for every model; these limits cut those of large ones.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+# Latent pixels of the forwards that are held at once; and of those whose activations a backward pass needs.
+FORWARD_PIXELS = 2**17
+GRADIENT_PIXELS = 2**14
+
+
+def num_pixels(latent_shape: tuple[int, ...]) -> int:
+    """Latent pixels of one forward, (h, w, c) -> h w."""
+    height, width, _ = latent_shape
+    return height * width
+
+
+def group_size(count: int, pixels: int, limit: int) -> int:
+    """How many of `count` entries of `pixels` each to take at once: all, or else no more than `limit` allows.
+
+    A divisor of `count` where one is large enough, since a smaller last group is a second program to compile.
+    """
+    most = max(1, limit // pixels)
+    divisor = even_group_size(count, pixels, limit)
+    return divisor if divisor == count or 2 * divisor >= most else most
+
+
+def even_group_size(count: int, pixels: int, limit: int) -> int:
+    """As `group_size`, always a divisor of `count`."""
+    return max(size for size in range(1, count + 1) if count % size == 0 and (size == 1 or size * pixels <= limit))
+
+
+def vmap_groups(fn: Callable[[Any], Any], size: int) -> Callable[[Any], Any]:
+    """`jax.vmap(fn)` of one tree of arrays, `size` entries of the first axis at a time."""
+
+    def run(batch: Any) -> Any:
+        if len(jax.tree.leaves(batch)[0]) <= size:
+            return jax.vmap(fn)(batch)
+        return jax.lax.map(fn, batch, batch_size=size)
+
+    return run
+
+
+def sum_groups(fn: Callable[[Any], Any], batch: Any, size: int) -> Any:
+    """Sums `fn` of groups of `size` entries of a batch's first axis, a multiple of `size`; `fn` sums over a group."""
+    count = len(jax.tree.leaves(batch)[0])
+    if count == size:
+        return fn(batch)
+    groups = jax.tree.map(lambda leaf: leaf.reshape(count // size, size, *leaf.shape[1:]), batch)
+    first, rest = (jax.tree.map(lambda leaf, part=part: leaf[part], groups) for part in (0, slice(1, None)))
+    add = functools.partial(jax.tree.map, lambda old, new: old + new)
+    return jax.lax.scan(lambda total, group: (add(total, fn(group)), None), fn(first), rest)[0]
