@@ -21,6 +21,7 @@ from attrib_jax.data.latents import open_latents
 from attrib_jax.data.sources import Dataset, open_dataset
 from attrib_jax.runtime.cache import enable_compilation_cache
 from attrib_jax.runtime.files import StorageError
+from attrib_jax.runtime.hosts import each_by_itself, from_first_host
 from attrib_jax.stages.encode import EncodeConfig
 from launch import multihost
 
@@ -91,6 +92,7 @@ def _run_on_several_hosts(main: Callable[[], None]) -> NoReturn:
     def connected():
         _prepare_jax()
         multihost.connect()
+        _check_same_flags()
         main()
 
     multihost.attach()
@@ -193,6 +195,22 @@ def own_flags(module: str) -> dict:
     # absl files the flags of the program that runs under its path.
     names = [flag.name for key in (__name__, module, sys.argv[0]) for flag in by_module.get(key, ())]
     return {name: json.loads(json.dumps(flags.FLAGS[name].value, default=str)) for name in sorted(names)}
+
+
+def _check_same_flags() -> None:
+    """Raises ValueError where another host was started with other flags than host 0."""
+    defined = flags.FLAGS.flags_by_module_dict()
+    modules = [name for name in defined if name.startswith("launch.") or name == sys.argv[0]]
+    names = sorted({flag.name for module in modules for flag in defined[module]} - multihost.OWN_FLAGS - {"workers"})
+    own = {name: repr(flags.FLAGS[name].value) for name in names}
+    first = from_first_host(lambda: own)
+    with each_by_itself():
+        for name in names:
+            if own[name] != first.get(name):
+                raise ValueError(
+                    f"{name} is {own[name]} on this host and {first.get(name)} on host 0; start every host with the "
+                    "same flags"
+                )
 
 
 def _cpu_count() -> int:

@@ -39,6 +39,9 @@ _HEARTBEAT = flags.DEFINE_integer(
     "heartbeat_timeout", 30, "Seconds after which a silent host counts as lost.", lower_bound=2
 )
 
+# What every host has values of its own for.
+OWN_FLAGS = {"coordinator", "host_index"}
+
 _link: socket.socket | None = None
 
 

@@ -159,7 +159,8 @@ def test_worker_sees_memory_that_was_freed_again():
 def test_command(tmp_path):
     output = tmp_path / "rows.json"
     command = [sys.executable, "-m", "benchmarks.throughput", "--size=tiny", "--parts=losses", "--repeats=1"]
-    command += ["--threads=1", "--cpu_devices=1"]
+    # As many devices as above, so that the programs are compiled already.
+    command += ["--threads=1", "--cpu_devices=2"]
     done = subprocess.run(
         [*command, f"--output={output}"], capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=600
     )

@@ -8,6 +8,7 @@ from absl import flags
 from absl.testing import flagsaver
 
 from launch import common, encode, multihost  # noqa: F401 encode defines the command's flags
+from tests.multihost.ports import free_port
 
 
 @pytest.mark.parametrize(
@@ -55,3 +56,16 @@ def test_nothing_detected_is_one_clear_line(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "no SLURM, TPU pod, Kubernetes or MPI run was detected" in done.stderr.strip().splitlines()[-1]
+
+
+def test_hosts_with_other_flags_all_say_so(tmp_path):
+    shared = [sys.executable, "-m", "launch.encode", "--multihost", f"--coordinator=127.0.0.1:{free_port()}"]
+    shared += ["--num_hosts=2", "--model=nowhere", f"--workdir={tmp_path}", "--cpu_devices=1"]
+    hosts = [
+        subprocess.Popen([*shared, f"--host_index={host}", f"--encode_seed={host}"], stderr=subprocess.PIPE, text=True)
+        for host in range(2)
+    ]
+    errors = [host.communicate(timeout=120)[1].strip().splitlines()[-1] for host in hosts]
+    assert [host.returncode for host in hosts] == [1, 1]
+    message = "encode_seed is 1 on this host and 0 on host 0; start every host with the same flags"
+    assert errors == [f"error: host 1: {message}", f"error: {message}"]
