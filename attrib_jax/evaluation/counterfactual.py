@@ -39,7 +39,8 @@ class MeasureConfig:
 
     Attributes:
       stride: of the strided sum over timesteps of a query's loss (METHOD.md section 2).
-      seed: of its noise, one draw for each query and timestep, the same for every model.
+      seed: of its noise, one draw for each query and timestep, the same for every model. Where it is the scores' loss
+        seed, query number q has the noise by which row q's first caption is scored: one row in N, for one query.
       pictures: also keep the latents of the regenerated queries.
     """
 
