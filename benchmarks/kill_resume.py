@@ -6,7 +6,7 @@ Trains a tiny model on pictures made here, encodes them, fits the Fisher informa
 unlearning steps: the real commands, once undisturbed, then again and again with kills until there were `--kills`. A
 moment is uniform over the time for which the undisturbed command held its workdir; before that nothing is written. Then
 every array, log and table of each killed chain is compared with the undisturbed one's. Prints what each kill hit; the
-exit code is 1 if anything differs. Takes 10 minutes on two cores.
+exit code is 1 if anything differs. Takes half an hour on two cores.
 """
 
 import json
