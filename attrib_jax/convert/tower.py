@@ -18,9 +18,9 @@ from attrib_jax.convert.state_dicts import abstract_params, load_params, state_d
 from attrib_jax.convert.tensors import Tensor
 from attrib_jax.convert.tokenizer import load_tokenizer, save_tokenizer
 from attrib_jax.convert.weight_files import open_weights, write_weights
+from attrib_jax.core.durable import new_folder
 from attrib_jax.models.clip_towers import CLIPConfig, CLIPModel
 from attrib_jax.models.vit import Dinov2Config, VisionTransformer, ViTConfig
-from attrib_jax.runtime.files import new_folder
 
 _STEM = "model"
 

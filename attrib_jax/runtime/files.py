@@ -1,12 +1,10 @@
 """Atomic file writing: a reader sees the old content or the new one, never a part of it."""
 
 import contextlib
-import errno
 import json
 import logging
 import math
 import os
-import shutil
 import tempfile
 import zlib
 from collections.abc import Iterator, Mapping
@@ -18,6 +16,7 @@ import safetensors.numpy
 from safetensors import SafetensorError
 
 from attrib_jax.convert.weight_files import safetensors_layout
+from attrib_jax.core.durable import sync, sync_all
 
 _log = logging.getLogger(__name__)
 
@@ -53,7 +52,7 @@ def make_folder(path: str | os.PathLike) -> Path:
         path.mkdir(parents=True, exist_ok=True)
         # Else a power loss could take the folder with all that was stored in it since.
         for folder in reversed(created):
-            _sync(folder.parent)
+            sync(folder.parent)
     return path
 
 
@@ -61,54 +60,9 @@ def commit_folder(temporary: str | os.PathLike, path: str | os.PathLike) -> None
     """Gives a finished folder its name `path`, where nothing is yet, once all of its content is on disk."""
     temporary, path = Path(temporary), Path(path)
     with storage_errors(path):
-        _sync_all(temporary)
+        sync_all(temporary)
         os.rename(temporary, path)
-        _sync(path.parent)
-
-
-@contextlib.contextmanager
-def new_folder(path: str | os.PathLike) -> Iterator[Path]:
-    """A folder to make and fill, which takes the name `path` once the block has ended well and its content is on disk.
-
-    What had that name is deleted then, and keeps it if anything fails.
-    """
-    path = Path(path)
-    make_folder(path.parent)
-    workplace = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    fresh, old = workplace / "new", workplace / "old"
-    try:
-        yield fresh
-        with storage_errors(path):
-            _sync_all(fresh)
-            try:
-                if os.path.lexists(path):
-                    os.rename(path, old)
-                os.rename(fresh, path)
-            except BaseException:
-                if os.path.lexists(old) and not os.path.lexists(path):
-                    os.rename(old, path)
-                raise
-            _sync(path.parent)
-    finally:
-        shutil.rmtree(workplace, ignore_errors=True)
-
-
-def _sync_all(folder: Path) -> None:
-    for item in (*folder.rglob("*"), folder):
-        _sync(item)
-
-
-def _sync(path: Path) -> None:
-    """Waits until a file's content, or the names in a folder, are on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        # Some network and user-space file systems cannot sync a folder; they order a rename in their own ways.
-        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(descriptor)
+        sync(path.parent)
 
 
 @contextlib.contextmanager
@@ -133,7 +87,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
             raise
-        _sync(path.parent)
+        sync(path.parent)
 
 
 def _umask() -> int:

@@ -155,29 +155,6 @@ def test_a_folder_takes_its_name_when_all_that_it_holds_is_on_disk(tmp_path, cal
         files.commit_folder(tmp_path / "absent", tmp_path / "absent2")
 
 
-def test_a_new_folder_takes_the_place_of_an_old_one_or_leaves_it(tmp_path, monkeypatch):
-    path = tmp_path / "model"
-    for content in ("first", "second"):
-        with files.new_folder(path) as fresh:
-            fresh.mkdir()
-            (fresh / "a").write_text(content)
-        assert (path / "a").read_text() == content
-    rename = os.rename
-
-    def refuse(source, target):
-        if os.path.basename(source) == "new":
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        rename(source, target)
-
-    monkeypatch.setattr(files.os, "rename", refuse)
-    with pytest.raises(StorageError, match="No space left"), files.new_folder(path) as fresh:
-        fresh.mkdir()
-    with pytest.raises(ValueError), files.new_folder(path) as fresh:
-        fresh.mkdir()
-        raise ValueError
-    assert (path / "a").read_text() == "second" and [entry.name for entry in tmp_path.iterdir()] == ["model"]
-
-
 def test_a_file_system_that_cannot_sync_folders_is_used_all_the_same(tmp_path, monkeypatch):
     fsync = os.fsync
 
