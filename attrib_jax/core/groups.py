@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 # Latent pixels of the forwards that are held at once; and of those whose activations a backward pass needs.
 FORWARD_PIXELS = 2**17
@@ -53,6 +54,8 @@ def sum_groups(fn: Callable[[Any], Any], batch: Any, size: int) -> Any:
     if count == size:
         return fn(batch)
     groups = jax.tree.map(lambda leaf: leaf.reshape(count // size, size, *leaf.shape[1:]), batch)
-    first, rest = (jax.tree.map(lambda leaf, part=part: leaf[part], groups) for part in (0, slice(1, None)))
+    # From zeros, so that `fn` is compiled once.
+    group = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((size, *leaf.shape[1:]), leaf.dtype), batch)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(fn, group))
     add = functools.partial(jax.tree.map, lambda old, new: old + new)
-    return jax.lax.scan(lambda total, group: (add(total, fn(group)), None), fn(first), rest)[0]
+    return jax.lax.scan(lambda total, group: (add(total, fn(group)), None), zeros, groups)[0]
