@@ -7,6 +7,7 @@ serves all methods, protocols and later runs that remove the same pictures.
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -98,8 +99,15 @@ class Counterfactuals:
         self._retrainer = Retrainer(attributor.pipeline, attributor.data, recipe, per_device)
         self._program: Any = None
 
-    def results(self, trainings: Sequence[Training], description: str = "retrain") -> dict[str, np.ndarray]:
+    def results(
+        self, trainings: Sequence[Training], description: str = "retrain", ahead: Sequence[Training] = ()
+    ) -> dict[str, np.ndarray]:
         """What the retrained models showed, in order, trained where they are not stored.
+
+        Args:
+          trainings: M of them.
+          description: of the progress.
+          ahead: trainings that will be asked for later. Devices that the last of `trainings` leave idle take these.
 
         Raises ValueError where a training diverges.
 
@@ -116,6 +124,9 @@ class Counterfactuals:
             todo = {training_key(training): training for training in trainings}
             todo = {key: training for key, training in todo.items() if key not in table}
             size = self._retrainer.models_at_once
+            later = {training_key(training): training for training in ahead}
+            later = {key: training for key, training in later.items() if key not in table and key not in todo}
+            todo |= itertools.islice(later.items(), -len(todo) % size)
             keys, done = list(todo), 0
             for first in range(0, len(keys), size):
                 group = keys[first : first + size]

@@ -6,7 +6,7 @@ of them whose removal does as much.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -101,15 +101,18 @@ class Effects:
         self._counterfactuals, self._seeds, self._tower = counterfactuals, seeds, tower
         self._own_directions: np.ndarray | None = None
 
-    def of(self, removed: list[np.ndarray], description: str) -> dict[str, np.ndarray]:
+    def of(
+        self, removed: list[np.ndarray], description: str, ahead: Sequence[np.ndarray] = ()
+    ) -> dict[str, np.ndarray]:
         """For sets of positions (M): `dL` and `mse`, (M, Q).
 
         dL = L(query, retrained without) - L(query, trained with all), of one seed each; `mse` is that of the
-        regeneration.
+        regeneration. Devices that would be idle train without sets of `ahead`, which come later.
         """
         full = [Training(_NOTHING, seed) for seed in self._seeds]
         # All at once, so that no device waits for the end of a list.
-        results = self._counterfactuals.results([*full, *self._trainings(removed)], description)
+        trainings = [*full, *self._trainings(removed)]
+        results = self._counterfactuals.results(trainings, description, self._trainings(ahead))
         split = {name: np.split(values, [len(full)]) for name, values in results.items()}
         changes = {
             "dL": [split["loss"][1].reshape(len(full), len(removed), -1), split["loss"][0][:, None]],
@@ -140,7 +143,7 @@ class Effects:
         values = np.einsum("ad,ad->a", directions, self._own_directions[asked.ravel()])
         return values.reshape(len(self._seeds), *queries.shape).mean(axis=0)
 
-    def _trainings(self, removed: list[np.ndarray]) -> list[Training]:
+    def _trainings(self, removed: Sequence[np.ndarray]) -> list[Training]:
         return [Training(positions, seed) for seed in self._seeds for positions in removed]
 
 
@@ -175,7 +178,14 @@ def run_leave_k_out(
     sets = {
         count: [random_positions(size, count, number) for number in range(config.random_sets)] for count in all_counts
     }
-    random = effects.of([each for count in all_counts for each in sets[count]], "train without random pictures")
+    # Of all methods and Ks, in the order in which they are asked for.
+    tops = {
+        (count, name): [top_positions(query, row_ids, count) for query in each]
+        for count in config.counts
+        for name, each in scores.items()
+    }
+    ahead = [positions for each in tops.values() for positions in each]
+    random = effects.of([each for count in all_counts for each in sets[count]], "train without random pictures", ahead)
     # (counts, sets, Q of the split)
     random = {
         name: each[:, positions].reshape(len(all_counts), config.random_sets, -1) for name, each in random.items()
@@ -189,9 +199,9 @@ def run_leave_k_out(
             asked = np.tile(positions, (config.random_sets, 1))
             base["similarity"] = effects.similarity(sets[count], asked)
         rows.append(_row(RANDOM, count, base, None, curve))
-        for name, each in scores.items():
-            removed = [top_positions(query, row_ids, count) for query in each]
-            found = effects.of(removed, f"train without the top {count} of {name}")
+        for name in scores:
+            removed = tops[count, name]
+            found = effects.of(removed, f"train without the top {count} of {name}", ahead)
             # Each query under the model that lacks its own pictures.
             own = {kind: values[np.arange(len(positions)), positions] for kind, values in found.items()}
             if tower is not None:
@@ -215,7 +225,8 @@ def run_leave_k_out(
     title = f"{len(positions)} {split} queries, {len(config.seeds)} training seed(s), {size} training pictures"
     curve_plot(folder / "leave_k_out.png", title, curve, points)
     if counterfactuals.measure.pictures:
-        _write_pictures(folder / "pictures.png", counterfactuals, scores, positions, config)
+        own = {name: tops[config.counts[0], name] for name in scores}
+        _write_pictures(folder / "pictures.png", counterfactuals, own, positions, config)
     return rows, f"{title}\n\n{(folder / 'leave_k_out.md').read_text(encoding='utf-8')}"
 
 
@@ -248,13 +259,17 @@ def _write(attributor, split: str, rows: list[dict], per_query: list[dict]):
     return folder
 
 
-def _write_pictures(file, counterfactuals: Counterfactuals, scores, positions: np.ndarray, config: LeaveKOutConfig):
+def _write_pictures(
+    file,
+    counterfactuals: Counterfactuals,
+    tops: Mapping[str, list[np.ndarray]],
+    positions: np.ndarray,
+    config: LeaveKOutConfig,
+):
     """A row for each query: itself, as the model retrained on all draws it, and as those without pictures do."""
     attributor, count = counterfactuals.attributor, config.counts[0]
-    row_ids, size = attributor.data.row_ids, len(attributor.data)
-    removed = {"trained on all": [_NOTHING] * len(positions)}
-    removed |= {name: [top_positions(query, row_ids, count) for query in each] for name, each in scores.items()}
-    removed[RANDOM] = [random_positions(size, count, 0)] * len(positions)
+    removed = {"trained on all": [_NOTHING] * len(positions)} | tops
+    removed[RANDOM] = [random_positions(len(attributor.data), count, 0)] * len(positions)
     columns = {"query": np.stack([counterfactuals.prepared[place].image for place in positions])}
     for name, sets in removed.items():
         found = counterfactuals.results([Training(positions, config.seeds[0]) for positions in sets])["latents"]

@@ -77,6 +77,23 @@ def test_models_are_trained_once(attributor, counterfactuals, monkeypatch):
     np.testing.assert_array_equal(first["loss"], second["loss"][::-1])
 
 
+def test_idle_devices_train_what_comes_later(attributor, monkeypatch):
+    counterfactuals = make(attributor)
+    retrainer, train, groups = counterfactuals._retrainer, counterfactuals._retrainer.train, []
+    monkeypatch.setattr(
+        retrainer, "train", lambda trainings, *args, **keys: groups.append(trainings) or train(trainings, *args, **keys)
+    )
+    size = retrainer.models_at_once
+    trainings = [Training(np.array([row])) for row in range(size + 4)]
+    now, ahead = trainings[: size + 1], trainings[:1] + trainings[size + 1 :]
+    assert len(counterfactuals.results(now, ahead=ahead)["loss"]) == size + 1
+    # Those asked for, then of the others as many as have a device.
+    taken = size + min(size, 4)
+    assert [int(each.removed[0]) for group in groups for each in group] == list(range(taken))
+    counterfactuals.results(now, ahead=trainings)
+    assert len(groups) == 2
+
+
 def test_a_stopped_study_keeps_the_models_that_it_has(attributor, monkeypatch):
     counterfactuals = make(attributor)
     retrainer, train, calls = counterfactuals._retrainer, counterfactuals._retrainer.train, []
