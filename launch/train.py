@@ -37,6 +37,12 @@ _RATE = flags.DEFINE_float(
     "learning_rate", None, "Peak rate, of customising the constant one (1e-3; 3e-3; 1e-5; 1.5e-3).", lower_bound=0
 )
 _SEED = flags.DEFINE_integer("train_seed", 0, "Seed of weights, batches and noise.", lower_bound=0)
+_RESOLUTION = flags.DEFINE_integer(
+    "resolution",
+    None,
+    "Pixels a side that pictures are resized and cropped to; as they are if not given.",
+    lower_bound=1,
+)
 _EVERY = flags.DEFINE_integer("checkpoint_every", 250, "Steps between checkpoints.", lower_bound=1)
 
 _VAE_STEPS = flags.DEFINE_integer("vae_steps", 3500, "Steps of the autoencoder.", lower_bound=1)
@@ -66,9 +72,17 @@ _HOLDOUT = flags.DEFINE_float(
 
 # Flags that the other modes have no use for: given there, they show a mistake.
 _ONLY = {
-    "scratch": ("dataset", "vae_steps", "vae_batch_size", "vae_learning_rate", "caption_dropout", "weights_dtype"),
-    "unet": ("dataset", "model", "tokenizer", "unet_channels", "caption_dropout", "random_flips"),
-    "tower": ("dataset", "tokenizer", "holdout", "weights_dtype"),
+    "scratch": (
+        "dataset",
+        "resolution",
+        "vae_steps",
+        "vae_batch_size",
+        "vae_learning_rate",
+        "caption_dropout",
+        "weights_dtype",
+    ),
+    "unet": ("dataset", "model", "tokenizer", "resolution", "unet_channels", "caption_dropout", "random_flips"),
+    "tower": ("dataset", "tokenizer", "resolution", "holdout", "weights_dtype"),
     "customize": (
         "model",
         "tokenizer",
@@ -112,7 +126,7 @@ def _scratch():
         ),
         caption_dropout=_DROPOUT.value,
     )
-    dataset = common.load_dataset()
+    dataset = common.load_dataset(_RESOLUTION.value)
     with lock(common.WORKDIR.value):
         model = train(common.WORKDIR.value, dataset, config, _DTYPE.value)
     print(f"model: {model}")
@@ -130,9 +144,14 @@ def _unet():
         random_flips=_FLIPS.value,
     )
     if common.MODEL.value is None:
-        dataset = common.load_dataset()
+        dataset = common.load_dataset(_RESOLUTION.value)
         untrained = pixel_pipeline(dataset, unet)
     else:
+        if _RESOLUTION.value is not None:
+            raise ValueError(
+                f"resolution is {_RESOLUTION.value}, but pictures have the size that {common.MODEL.value}, given with "
+                "--model, encodes; leave one out"
+            )
         untrained = replace_unet_architecture(common.load_model(), unet)
         dataset = common.load_dataset(picture_resolution(untrained))
     with lock(common.WORKDIR.value):
@@ -157,7 +176,7 @@ def _tower():
         ),
         holdout=_HOLDOUT.value,
     )
-    dataset, tokenizer = common.load_dataset(), load_tokenizer(common.TOKENIZER.value)
+    dataset, tokenizer = common.load_dataset(_RESOLUTION.value), load_tokenizer(common.TOKENIZER.value)
     with lock(common.WORKDIR.value):
         folder, results = train_tower(common.WORKDIR.value, dataset, tokenizer, config, _DTYPE.value)
     for name, value in results.items():

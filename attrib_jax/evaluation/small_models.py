@@ -28,6 +28,7 @@ from attrib_jax.models.pixels import PixelAutoencoder, PixelAutoencoderConfig
 from attrib_jax.models.unet import UNet2DConditionModel, UNetConfig
 from attrib_jax.runtime.state import StateStore
 from attrib_jax.stages.encode import EncodeConfig, encode
+from attrib_jax.stages.pictures import picture_side
 from attrib_jax.stages.root import StageRoot
 
 # The betas of denoising diffusion in pixels (arXiv 2006.11239). v prediction (arXiv 2202.00512), because a small model
@@ -93,10 +94,8 @@ def pixel_pipeline(dataset: Dataset, unet: SmallUNet, patch: int = 4, grey: bool
       patch, grey: see `PixelAutoencoderConfig`.
       seed: of the text encoder's weights and of the UNet's.
     """
-    height, width = dataset[0].image.shape[:2]
-    if height != width:
-        raise ValueError(f"dataset {dataset.name!r} has pictures of {height} x {width} pixels; expected square ones")
-    vae = PixelAutoencoder(PixelAutoencoderConfig(height, patch, grey))
+    side = picture_side(dataset)
+    vae = PixelAutoencoder(PixelAutoencoderConfig(side, patch, grey))
     captions = [text for index in range(len(dataset)) for text in dataset.captions(index)]
     tokenizer = train_tokenizer(captions, _VOCABULARY, _MAX_TOKENS)
     text_encoder = CLIPTextModel(
@@ -114,7 +113,7 @@ def pixel_pipeline(dataset: Dataset, unet: SmallUNet, patch: int = 4, grey: bool
     )
     key = purpose_key(seed, "fixed text encoder")
     text_params = jax.jit(text_encoder.init)(key, jnp.zeros((1, _MAX_TOKENS), jnp.int32))["params"]
-    module = UNet2DConditionModel(unet.config(height // patch, vae.config.latent_channels, _TEXT_WIDTH))
+    module = UNet2DConditionModel(unet.config(side // patch, vae.config.latent_channels, _TEXT_WIDTH))
     schedule = NoiseSchedule.from_config(_PIXEL_SCHEDULER)
     params = {"unet": {}, "vae": {}, "text_encoder": text_params}
     return Pipeline(module, vae, text_encoder, tokenizer, schedule, params)

@@ -1,12 +1,16 @@
-"""Reading a data set's pictures in batches, for what encodes them tile by tile."""
+"""Reading a data set's pictures: in batches, for what encodes them tile by tile, and one by one, for training."""
 
 import dataclasses
+import itertools
+import logging
 from collections.abc import Callable
 
 import numpy as np
 
 from attrib_jax.data.pictures import UnreadableRowError
 from attrib_jax.data.sources import Dataset
+
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,3 +45,54 @@ class PictureReader:
                 )
             images[place] = image
         return (images, self.dataset.row_ids[rows]), reasons
+
+
+def picture_side(dataset: Dataset) -> int:
+    """Pixels a side of the data set's pictures, by the first that can be read.
+
+    Raises ValueError where that one is not square, and where there is none.
+    """
+    _, image = TrainingPictures(dataset, None)(0)
+    height, width = image.shape[:2]
+    if height != width:
+        raise ValueError(
+            f"dataset {dataset.name!r} has pictures of {height} x {width} pixels; expected square ones. Give a "
+            "--resolution that they are resized and cropped to."
+        )
+    return height
+
+
+class TrainingPictures:
+    """Pictures of one size for training batches; the next one stands in for one that cannot be read."""
+
+    def __init__(self, dataset: Dataset, side: int | None, rows: np.ndarray | None = None):
+        """Takes the positions `rows` of the data set, all if None; `side` in pixels, any size if None."""
+        self._dataset, self._side = dataset, side
+        self._rows = np.arange(len(dataset)) if rows is None else rows
+        self._noted: set[int] = set()
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __call__(self, place: int) -> tuple[int, np.ndarray]:
+        """The place in `rows` from `place` on, around the end, whose picture can be read, and that (H, W, 3) uint8.
+
+        Raises ValueError for a picture of another size, and where none can be read.
+        """
+        for found in itertools.chain(range(place, len(self)), range(place)):
+            row = int(self._rows[found])
+            try:
+                image = self._dataset[row].image
+            except UnreadableRowError as error:
+                if row not in self._noted:
+                    self._noted.add(row)
+                    _log.warning("left out: %s", error)
+                continue
+            if self._side is not None and image.shape[:2] != (self._side, self._side):
+                raise ValueError(
+                    f"dataset {self._dataset.name!r} has a picture of {image.shape[0]} x {image.shape[1]} pixels at "
+                    f"position {row}, and others of {self._side} x {self._side}; give a --resolution that all are "
+                    "resized and cropped to"
+                )
+            return found, image
+        raise ValueError(f"no picture of dataset {self._dataset.name!r} can be read")

@@ -32,6 +32,8 @@ from attrib_jax.runtime.files import commit_folder
 from attrib_jax.runtime.stages import open_stage
 from attrib_jax.stages.encode import encode_images
 from attrib_jax.stages.fit import FitConfig, fit
+from attrib_jax.stages.pictures import TrainingPictures, picture_side
+from attrib_jax.stages.skipped import read_skipped
 
 _SCHEDULER = {
     "_class_name": "DDIMScheduler",
@@ -83,14 +85,14 @@ class TrainConfig:
 class _Images:
     """The pictures of a data set alone, for the autoencoder's batches."""
 
-    def __init__(self, dataset: Dataset):
-        self._dataset = dataset
+    def __init__(self, dataset: Dataset, side: int):
+        self._pictures = TrainingPictures(dataset, side)
 
     def __len__(self) -> int:
-        return len(self._dataset)
+        return len(self._pictures)
 
     def __getitem__(self, index: int) -> np.ndarray:
-        return self._dataset[index].image
+        return self._pictures(index)[1]
 
 
 class _Latents:
@@ -111,8 +113,12 @@ def train(workdir: str | os.PathLike, dataset: Dataset, config: TrainConfig, dty
 
     `dtype` is of the written weights, float32 if None.
 
-    Both runs resume from their newest checkpoint. Hold the lock of `workdir`. Raises StageMismatchError where the
-    folder holds a run with other settings or another data set.
+    Both runs resume from their newest checkpoint, and leave out pictures that cannot be read. Hold the lock of
+    `workdir`.
+
+    Raises:
+      StageMismatchError: the folder holds a run with other settings or another data set.
+      ValueError: pictures of several sizes, or of one that is not square or that the autoencoder cannot shrink evenly.
     """
     settings = dataclasses.asdict(config)
     fingerprint = dataset.fingerprint()
@@ -126,10 +132,13 @@ def train(workdir: str | os.PathLike, dataset: Dataset, config: TrainConfig, dty
     inputs = {"dataset": fingerprint, "autoencoder": params_fingerprint(vae_params)}
     stage = open_stage(workdir, "diffusion", diffusion, inputs)
     folder = stage.path
-    latents = np.asarray(encode_images(folder, dataset, vae, vae_params))
+    size = (vae.config.sample_size, vae.config.sample_size)
+    latents = np.asarray(encode_images(folder, dataset, vae, vae_params, size=size))
+    kept = np.setdiff1d(np.arange(len(dataset)), list(read_skipped(folder)))
+    latents, captions = latents[kept], [dataset.captions(row) for row in kept.tolist()]
     # One scale for all latents, so that they have the unit variance that the noise schedule expects.
     vae = AutoencoderKL(dataclasses.replace(vae.config, scaling_factor=float(1.0 / latents.std())))
-    pipeline = _train_diffusion(folder, dataset, config, vae, vae_params, latents * vae.config.scaling_factor)
+    pipeline = _train_diffusion(folder, captions, config, vae, vae_params, latents * vae.config.scaling_factor)
     model = Path(workdir) / "model"
     for leftover in model.parent.glob(f".{model.name}.*"):
         # What `save_pipeline` was writing when a run was killed.
@@ -149,28 +158,30 @@ def _stage_settings(settings: Mapping[str, Any], keys: tuple[str, ...]) -> dict[
 
 
 def _train_autoencoder(folder: Path, dataset: Dataset, config: TrainConfig) -> tuple[AutoencoderKL, Any]:
-    height, width = dataset[0].image.shape[:2]
-    if height != width:
-        raise ValueError(f"dataset {dataset.name!r} has pictures of {height} x {width} pixels; expected square ones")
+    side = picture_side(dataset)
     vae = AutoencoderKL(
         AutoencoderKLConfig(
             block_out_channels=config.vae_channels,
             norm_num_groups=config.vae_groups,
-            sample_size=height,
+            sample_size=side,
             scaling_factor=1.0,
         )
     )
+    if side % vae.config.downscale:
+        raise ValueError(
+            f"dataset {dataset.name!r} has pictures of {side} pixels a side; expected a multiple of "
+            f"{vae.config.downscale}, by which the autoencoder shrinks them. Give such a --resolution."
+        )
     key = purpose_key(config.autoencoder.seed, "autoencoder weights")
-    params = jax.jit(vae.init)(key, jnp.zeros((1, height, height, 3)))["params"]
+    params = jax.jit(vae.init)(key, jnp.zeros((1, side, side, 3)))["params"]
 
     def loss_fn(params, images, key):
         return autoencoder_loss(vae, params, images, key, config.mse_weight, config.kl_weight)
 
-    return vae, fit(folder, loss_fn, params, _Images(dataset), config.autoencoder, "train autoencoder")
+    return vae, fit(folder, loss_fn, params, _Images(dataset, side), config.autoencoder, "train autoencoder")
 
 
-def _train_diffusion(folder, dataset, config: TrainConfig, vae, vae_params, latents) -> Pipeline:
-    captions = [dataset.captions(index) for index in range(len(dataset))]
+def _train_diffusion(folder, captions, config: TrainConfig, vae, vae_params, latents) -> Pipeline:
     tokenizer = _tokenizer(folder / "tokenizer", [text for row in captions for text in row], config)
     input_ids, num_captions = tokenize_captions(tokenizer, captions)
     empty_ids = jnp.asarray(tokenize_prompts(tokenizer, [""])[0])

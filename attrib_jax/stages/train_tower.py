@@ -23,6 +23,7 @@ from attrib_jax.models.clip_towers import CLIPConfig, CLIPModel, CLIPVisionConfi
 from attrib_jax.runtime.files import write_json
 from attrib_jax.runtime.stages import open_stage
 from attrib_jax.stages.fit import FitConfig, fit
+from attrib_jax.stages.pictures import TrainingPictures, picture_side
 
 _BATCH = 256  # pictures that the evaluation reads at a time
 
@@ -64,8 +65,8 @@ class TowerConfig:
 class _Pairs:
     """Pictures with their captions' tokens, for training batches."""
 
-    def __init__(self, dataset: Dataset, rows: np.ndarray, tokenizer: Any):
-        self._dataset, self._rows = dataset, rows
+    def __init__(self, dataset: Dataset, rows: np.ndarray, side: int, tokenizer: Any):
+        self._pictures = TrainingPictures(dataset, side, rows)
         captions = [dataset.captions(row) for row in rows.tolist()]
         self._input_ids, self._num_captions = tokenize_captions(tokenizer, captions)
         numbers: dict[str, int] = {}
@@ -78,10 +79,10 @@ class _Pairs:
         )
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._pictures)
 
     def __getitem__(self, index: int) -> TowerBatch:
-        image = self._dataset[int(self._rows[index])].image
+        index, image = self._pictures(index)
         return TowerBatch(image, self._input_ids[index], self._caption_ids[index], self._num_captions[index])
 
 
@@ -110,13 +111,13 @@ def train_tower(
     stage = open_stage(workdir, "tower_training", settings, {"dataset": dataset.fingerprint()})
     held_out = holdout_rows(dataset, config.holdout, config.run.seed)
     rows = np.setdiff1d(np.arange(len(dataset)), held_out)
-    side = _side(dataset)
+    side = picture_side(dataset)
     module = CLIPModel(_clip_config(config, side, tokenizer))
     key = purpose_key(config.run.seed, "tower weights")
     ids = jnp.zeros((1, tokenizer.model_max_length), jnp.int32)
     params = jax.jit(module.init)(key, jnp.zeros((1, side, side, 3)), ids)["params"]
     loss_fn = functools.partial(tower_loss, module, largest_shift=config.largest_shift)
-    params = fit(stage.path, loss_fn, params, _Pairs(dataset, rows, tokenizer), config.run, "train tower")
+    params = fit(stage.path, loss_fn, params, _Pairs(dataset, rows, side, tokenizer), config.run, "train tower")
     tower = Tower("clip", module, params, ImageProcessor(resize=side, crop=side), tokenizer)
     folder = Path(workdir) / "tower"
     save_tower(tower, folder, dtype)
@@ -146,18 +147,22 @@ def retrieval(tower: Tower, dataset: Dataset, rows: np.ndarray) -> dict[str, flo
       Numbers by name: `recall@1`, `recall@10` and `median_rank` among the captions of these pictures, the same with
       `_of_all` among the captions of the whole data set; how many `pictures`, `captions` and `captions_of_all`.
     """
-    own = [dataset.captions(row) for row in rows.tolist()]
+    pictures = TrainingPictures(dataset, None, rows)
+    # One that cannot be read gives the next one's place.
+    found = [pictures(place) for place in range(len(rows))]
+    readable = [place for place, (taken, _) in enumerate(found) if taken == place]
+    images = [found[place][1] for place in readable]
+    own = [dataset.captions(row) for row in rows[readable].tolist()]
     everyone = [dataset.captions(row) for row in range(len(dataset))]
-    images = [dataset[row].image for row in rows.tolist()]
     features = [
         image_features(tower, np.stack(images[i : i + _BATCH]).astype(np.float32) / 127.5 - 1.0)
         for i in range(0, len(images), _BATCH)
     ]
-    pictures = normalise_rows(np.concatenate(features))
-    results: dict[str, float] = {"pictures": len(rows)}
+    vectors = normalise_rows(np.concatenate(features))
+    results: dict[str, float] = {"pictures": len(readable)}
     for suffix, pool in (("", own), ("_of_all", everyone)):
         texts = sorted({text for row in pool for text in row})
-        similarity = pictures @ normalise_rows(text_features(tower, texts)).T
+        similarity = vectors @ normalise_rows(text_features(tower, texts)).T
         place = {text: i for i, text in enumerate(texts)}
         right = np.zeros(similarity.shape, bool)
         for i, row in enumerate(own):
@@ -166,13 +171,6 @@ def retrieval(tower: Tower, dataset: Dataset, rows: np.ndarray) -> dict[str, flo
         results |= {f"captions{suffix}": len(texts), f"median_rank{suffix}": float(np.median(ranks))}
         results |= {f"recall@{k}{suffix}": float(np.mean(ranks <= k)) for k in (1, 10)}
     return results
-
-
-def _side(dataset: Dataset) -> int:
-    height, width = dataset[0].image.shape[:2]
-    if height != width:
-        raise ValueError(f"dataset {dataset.name!r} has pictures of {height} x {width} pixels; expected square ones")
-    return height
 
 
 def _clip_config(config: TowerConfig, side: int, tokenizer: Any) -> CLIPConfig:

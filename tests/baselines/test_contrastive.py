@@ -14,10 +14,12 @@ from attrib_jax.baselines.features import cosine_similarities
 from attrib_jax.baselines.head import FeatureHead, LinearMap
 from attrib_jax.convert.tokenizer import train_tokenizer
 from attrib_jax.convert.tower import load_tower
+from attrib_jax.data.pictures import UnreadableRowError
 from attrib_jax.data.sources import ArrayDataset
 from attrib_jax.runtime.stages import StageMismatchError
 from attrib_jax.stages.fit import FitConfig
 from attrib_jax.stages.train_tower import TowerConfig, holdout_rows, retrieval, train_tower
+from tests.failures import UnreadablePictures
 
 
 def test_loss_by_hand():
@@ -93,12 +95,16 @@ CONFIG = TowerConfig(
 
 def test_a_tower_learns_resumes_and_is_refused_other_settings(tmp_path):
     dataset, tokenizer = coloured_dataset(), train_tokenizer(COLOURS, vocab_size=520, model_max_length=4)
+    held_out = holdout_rows(dataset, 0.25, 0)
+    # One of those to learn from and one of those to be tested on.
+    lost = {int(held_out[3]), int(np.setdiff1d(np.arange(40), held_out)[5])}
+    dataset = UnreadablePictures(dataset, lost, lambda row: UnreadableRowError(f"picture {row} is cut off"))
     folder, results = train_tower(tmp_path / "whole", dataset, tokenizer, CONFIG)
-    assert results["pictures"] == 10 and results["captions_of_all"] == 5
+    assert results["pictures"] == 9 and results["captions_of_all"] == 5
     assert results["recall@1"] >= 0.8  # 0.2 by chance
     assert json.loads((tmp_path / "whole" / "retrieval.json").read_text()) == results
     tower = load_tower(folder)
-    assert retrieval(tower, dataset, holdout_rows(dataset, 0.25, 0)) == results
+    assert retrieval(tower, dataset, held_out) == results
     trained = (folder / "model.safetensors").read_bytes()
     # The last checkpoint is lost, and the tower with it: the run goes on from the one before.
     shutil.rmtree(tmp_path / "whole" / "tower_training" / "30")

@@ -60,6 +60,7 @@ def test_writes_the_files_the_metrics_and_the_pipeline(command, model, tmp_path)
         (["--vae_steps=5", "--caption_dropout=0.2"], "--vae_steps, --caption_dropout belong to --mode=scratch"),
         (["--prior_weight=2"], "--prior_weight is given without --prior_dataset"),
         (["--holdout=0.1"], "--holdout belong to --mode=tower"),
+        (["--resolution=16"], "--resolution belong to --mode=scratch or unet or tower"),
         # It is taken, for a model in a single file; a folder has its own.
         (["--tokenizer=x"], "tokenizer"),
         (["--mode=scratch"], "--model, --exemplars, --initializer_token belong to --mode=customize"),
@@ -74,6 +75,11 @@ def test_wrong_flags_are_one_clear_line_and_store_nothing(command, tmp_path, arg
     assert code == 1 and message in output.err and output.err.startswith("error:")
     stored = [path.name for path in (tmp_path / "work").rglob("*")] if (tmp_path / "work").exists() else []
     assert stored in ([], [".lock"])
+
+
+def test_a_models_pictures_have_its_size(command, model):
+    code, output = command("--mode=unet", f"--model={model}", "--resolution=16", settings=())
+    assert code == 1 and "resolution is 16, but pictures have the size" in output.err
 
 
 def test_missing_flags_are_named(command):

@@ -9,12 +9,16 @@ import numpy as np
 import pytest
 
 from attrib_jax.convert.pipeline import load_pipeline
+from attrib_jax.data.pictures import UnreadableRowError
+from attrib_jax.data.sources import ArrayDataset
 from attrib_jax.diffusion.training import autoencoder_loss, random_flips
 from attrib_jax.models.vae import AutoencoderKL, AutoencoderKLConfig
 from attrib_jax.runtime.checkpoints import TrainingCheckpoints
 from attrib_jax.runtime.stages import StageMismatchError
 from attrib_jax.stages.fit import FitConfig, fit
+from attrib_jax.stages.pictures import TrainingPictures, picture_side
 from attrib_jax.stages.train import TrainConfig, train
+from tests.failures import UnreadablePictures
 from tests.tiny_dataset import make_dataset
 
 SOURCE = np.random.default_rng(0).normal(size=(20, 3)).astype(np.float32)
@@ -72,13 +76,13 @@ def test_autoencoder_loss_is_the_sum_of_its_terms():
     np.testing.assert_allclose(loss, terms["l1"] + 2.0 * terms["mse"] + 0.5 * terms["kl"], rtol=1e-6)
 
 
-def test_a_pipeline_trains_is_saved_and_resumes_finished(tmp_path):
+def test_a_pipeline_trains_is_saved_and_resumes_finished(tmp_path, caplog):
     config = TrainConfig(
         autoencoder=FitConfig(steps=2, batch_size=8, learning_rate=1e-3, warmup_steps=1),
         diffusion=FitConfig(steps=2, batch_size=8, learning_rate=1e-3, warmup_steps=1),
         vae_channels=(8, 8),
         vae_groups=4,
-        unet_channels=(16, 16),
+        unet_channels=(16,),
         unet_heads=2,
         unet_groups=4,
         text_width=16,
@@ -87,15 +91,49 @@ def test_a_pipeline_trains_is_saved_and_resumes_finished(tmp_path):
         vocab_size=560,
         max_tokens=8,
     )
-    path = train(tmp_path, make_dataset(), config)
+    unreadable = {0, 5}
+    dataset = UnreadablePictures(make_dataset(), unreadable, lambda row: UnreadableRowError(f"{row}.png is cut off"))
+    path = train(tmp_path, dataset, config)
+    assert {f"left out: {row}.png is cut off" for row in unreadable} <= set(caplog.messages)
     pipeline = load_pipeline(str(path))
     assert pipeline.tokenizer.model_max_length == 8
     assert not pipeline.schedule.clip_sample
-    images = np.stack([make_dataset()[row].image for row in range(37)]) / np.float32(127.5) - 1
+    kept = [row for row in range(37) if row not in unreadable]
+    images = np.stack([dataset[row].image for row in kept]) / np.float32(127.5) - 1
     encode = jax.jit(lambda params, images: pipeline.vae.apply({"params": params}, images, method="encode").mean)
     latents = encode(pipeline.params["vae"], images)
     assert abs(latents.std() * pipeline.vae.config.scaling_factor - 1) < 0.05
-    again = load_pipeline(str(train(tmp_path, make_dataset(), config)))
+    again = load_pipeline(str(train(tmp_path, dataset, config)))
     jax.tree.map(np.testing.assert_array_equal, pipeline.params, again.params)
     with pytest.raises(StageMismatchError, match="vae_channels"):
-        train(tmp_path, make_dataset(), dataclasses.replace(config, vae_channels=(8, 16)))
+        train(tmp_path, dataset, dataclasses.replace(config, vae_channels=(8, 16)))
+
+
+def test_the_next_picture_stands_in_for_one_that_cannot_be_read(caplog):
+    dataset = make_dataset()
+    rows = np.array([4, 8, 9, 36])
+    broken = UnreadablePictures(dataset, {8, 9, 36}, lambda row: UnreadableRowError(f"{row}.png is cut off"))
+    pictures = TrainingPictures(broken, 16, rows)
+    assert len(pictures) == 4 and picture_side(broken) == 16
+    for place in (*range(4), 1):
+        found, image = pictures(place)
+        assert found == 0
+        np.testing.assert_array_equal(image, dataset[4].image)
+    assert sorted(caplog.messages) == sorted(f"left out: {row}.png is cut off" for row in (8, 9, 36))
+    with pytest.raises(ValueError, match="no picture of dataset .* can be read"):
+        TrainingPictures(broken, 16, rows[1:])(2)
+
+
+def test_pictures_of_sizes_that_do_not_fit(tmp_path):
+    pixels = np.zeros((3, 18, 20, 3), np.uint8)
+    run = FitConfig(steps=1, batch_size=1, learning_rate=1e-3, warmup_steps=0)
+    config = TrainConfig(run, run)
+    for images, message in (
+        (pixels, "18 x 20 pixels; expected square ones. Give a --resolution"),
+        (pixels[:, :, :18], "18 pixels a side; expected a multiple of 8, .* Give such a --resolution"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(tmp_path / str(images.shape[2]), ArrayDataset(images, [["hat"]] * 3), config)
+    mixed = TrainingPictures(ArrayDataset(pixels, [["hat"]] * 3), 18)
+    with pytest.raises(ValueError, match="a picture of 18 x 20 pixels at position 1, and others of 18 x 18; give"):
+        mixed(1)
