@@ -18,9 +18,9 @@ SIZE = 8
 TIMESTEPS = np.array([0, 400, 800], np.int32)
 UNET = UNet2DConditionModel(
     UNetConfig(
-        block_out_channels=(16, 32),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        block_out_channels=(16,),
+        down_block_types=("CrossAttnDownBlock2D",),
+        up_block_types=("CrossAttnUpBlock2D",),
         layers_per_block=1,
         cross_attention_dim=TEXT_WIDTH,
         norm_num_groups=8,

@@ -26,7 +26,7 @@ from attrib_jax.stages.query import Query
 from launch import common
 from tests.tiny_dataset import make_dataset
 
-_CONFIG = AttributeConfig(query_draws=64, fisher_samples=256, stride=200, steps=4, keep_ewc_gradient=True)
+_CONFIG = AttributeConfig(query_draws=64, fisher_samples=256, stride=300, steps=4, keep_ewc_gradient=True)
 _FIT = FitConfig(steps=120, batch_size=8, learning_rate=0.1, warmup_steps=2, checkpoint_every=4, log_every=1)
 _SOURCE = np.random.default_rng(0).normal(size=(20, 3)).astype(np.float32)
 
@@ -104,7 +104,6 @@ def test_killed_runs_resume_to_the_same_bits_and_a_second_run_is_refused(
 ):
     killed, log = tmp_path / "killed", tmp_path / "killed.log"
     moments = (
-        ["latents/latents/chunk*"],
         # States go when their sum is stored, and a busy machine may see only that.
         ["fisher/*/partial/state-1*", "fisher/*/fisher.safetensors"],
         ["attribution/*/unlearning/state-1*", "attribution/*/unlearned.safetensors"],
