@@ -91,11 +91,10 @@ class Counterfactuals:
         self._timesteps = strided_timesteps(measure.stride, attributor.pipeline.schedule.num_train_timesteps)
         self.attributor, self.queries, self.recipe, self.measure = attributor, list(queries), recipe, measure
         self.prepared = list(prepared)
-        self.settings = {
-            "recipe": recipe.settings(),
-            "measure": measure.settings(),
-            "queries": [query_settings(query) for query in queries],
-        }
+        with_pictures = dataclasses.replace(measure, pictures=True)
+        if self._is_begun(with_pictures) and not self._is_begun(measure):
+            # Models that were asked for more serve as well.
+            self.measure = with_pictures
         self._retrainer = Retrainer(attributor.pipeline, attributor.data, recipe, per_device)
         self._program: Any = None
 
@@ -117,7 +116,7 @@ class Counterfactuals:
             draws from the same noise.
           latents: (M, Q, h, w, c) of these regenerations, where `measure.pictures`.
         """
-        with self.attributor.root.stage(self.name, self.settings, self.attributor.inputs) as stage:
+        with self.attributor.root.stage(self.name, self._settings(self.measure), self.attributor.inputs) as stage:
             table = ResultTable(stage.path / _TABLE, self._fields)
             # A state is of as many models as train together, and a run may go on with other devices.
             states = StateStore(stage.path, f"training{self._retrainer.models_at_once}")
@@ -145,8 +144,22 @@ class Counterfactuals:
     @property
     def name(self) -> str:
         """Of the stage that keeps the results."""
-        digest = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:8]
+        return self._name(self._settings(self.measure))
+
+    def _settings(self, measure: MeasureConfig) -> dict[str, Any]:
+        return {
+            "recipe": self.recipe.settings(),
+            "measure": measure.settings(),
+            "queries": [query_settings(query) for query in self.queries],
+        }
+
+    def _name(self, settings: dict[str, Any]) -> str:
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
         return f"evaluation/retrained-{digest}"
+
+    def _is_begun(self, measure: MeasureConfig) -> bool:
+        settings = self._settings(measure)
+        return self.attributor.root.holds(self._name(settings), settings, self.attributor.inputs)
 
     @property
     def _fields(self) -> dict[str, tuple[int, ...]]:

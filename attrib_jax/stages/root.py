@@ -73,6 +73,12 @@ class StageRoot:
 
         return from_first_host(look)
 
+    def holds(self, name: str, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> bool:
+        """Whether `stage` with the same arguments would find anything: begun in the workdir, or come with the model."""
+        return from_first_host(
+            lambda: (self.workdir / name / "stage.json").exists() or self._fits(name, settings, inputs)
+        )
+
     def discard(self, name: str) -> None:
         """Removes a stage from the workdir, to be computed anew and not copied again."""
         from_first_host(lambda: shutil.rmtree(self.workdir / name))

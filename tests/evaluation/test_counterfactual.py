@@ -178,7 +178,7 @@ def test_leave_k_out_averages_over_training_seeds(counterfactuals):
     assert changes[2] == pytest.approx(np.mean(changes[:2])) and changes[0] != changes[1]
 
 
-def test_pictures_of_retrained_models(attributor):
+def test_pictures_of_retrained_models(attributor, monkeypatch):
     counterfactuals = make(attributor, measure=MeasureConfig(stride=250, pictures=True))
     config = LeaveKOutConfig((2,), random_sets=1)
     run_leave_k_out(counterfactuals, {"random": METHODS["random"]}, SET, "reported", config)
@@ -189,6 +189,11 @@ def test_pictures_of_retrained_models(attributor):
     np.testing.assert_allclose(
         results["mse"], np.mean(np.square(results["latents"] - original), axis=(2, 3, 4)), rtol=1e-4
     )
+    # Who asks for no pictures is served by the same models.
+    plain = make(attributor)
+    monkeypatch.setattr(plain._retrainer, "train", lambda *args, **kwargs: pytest.fail("trained again"))
+    found = plain.results([Training(np.array([], np.int64))])
+    np.testing.assert_array_equal(found["loss"], results["loss"])
 
 
 def test_top_positions_break_ties_by_row_id():
