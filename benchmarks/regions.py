@@ -4,8 +4,11 @@
 
 Each picture is attributed twice, by the box around a thing and by the box around the person or people. Training
 pictures are sorted by the words of their captions: of the thing alone, of people alone, of both. For each region the
-table gives the shares of these among the top 20, and the median rank of all that show one, the other or both. Resumable
-region by region; writes the regions and the best picture of each group of near-duplicates as a sheet.
+table gives the shares of these among the top 20, and the median rank of all that show one, the other or both. Most of
+what made a picture made both of its parts, so the regions are also compared with each other: `contrast` is the
+probability that, of a picture that shows the thing and one of people alone, the first gains more by the thing's region
+than by the people's; 0.5 if the regions say the same. Resumable region by region; the sheet shows for each region the
+best picture of each group of near-duplicates, then those that it has before the other region.
 """
 
 import dataclasses
@@ -15,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 from absl import flags
 from PIL import Image, ImageDraw
+from sklearn.metrics import roc_auc_score
 
 from attrib_jax.convert.pipeline import load_pipeline
 from attrib_jax.data.sources import open_dataset
@@ -28,9 +32,9 @@ from launch import common
 
 _OUTPUT = flags.DEFINE_string("output", "docs/regions.png", "PNG of the regions and their top pictures.")
 _SCORE = flags.DEFINE_enum("score", "exact", SCORES, "See launch.attribute.")
-_STRIDE = flags.DEFINE_integer("stride", 250, "Timesteps of the scores.")
+_STRIDE = flags.DEFINE_integer("stride", 100, "Timesteps of the scores.")
 _FLIPS = flags.DEFINE_enum("flips", "none", ["none", "max"], "Mirror images in the scores.")
-_DRAWS = flags.DEFINE_integer("query_draws", 1024, "Draws of a query's gradient.")
+_DRAWS = flags.DEFINE_integer("query_draws", 4096, "Draws of a query's gradient.")
 
 _TOP = 20
 _SHOWN = 8
@@ -68,11 +72,14 @@ def main():
         for scene in SCENES:
             things = _matches(captions, scene.words)
             query = Query(prompt=scene.prompt, seed=scene.seed, guidance_scale=2.0)
-            for name, box in ((scene.thing, scene.thing_box), ("people", scene.person_box)):
-                result = attributor.attribute(query, dataclasses.replace(config, region=box))
-                rows.append((result, box, f"{scene.prompt}: {name}"))
-                table.append({"picture": scene.prompt, "region": name, **summary(result.scores, things, people)})
-                write_json(attributor.root.workdir / "regions.json", table)
+            boxes = {scene.thing: scene.thing_box, "people": scene.person_box}
+            results = [attributor.attribute(query, dataclasses.replace(config, region=box)) for box in boxes.values()]
+            gains = standardised(results[0].scores.score) - standardised(results[1].scores.score)
+            for (name, box), result, own in zip(boxes.items(), results, (gains, -gains)):
+                rows.append(Line(result, box, f"{scene.prompt}: {name}", own))
+                row = {"picture": scene.prompt, "region": name, **summary(result.scores, things, people)}
+                table.append(row | {"contrast": contrast(gains, things, people)})
+            write_json(attributor.root.workdir / "regions.json", table)
     _draw(rows, dataset).save(_OUTPUT.value, optimize=True)
     print(_table(table))
 
@@ -105,30 +112,55 @@ def summary(scores, things: np.ndarray, people: np.ndarray) -> dict[str, float]:
     }
 
 
-def _draw(rows: list[tuple[Attributed, tuple, str]], dataset) -> Image.Image:
-    """A line for each region: the picture with its box, then the best picture of each group of near-duplicates."""
-    size, gap, label = 64, 4, 14
-    width, height = (_SHOWN + 1) * (size + gap) + 12, size + label + gap
-    sheet = Image.new("RGB", (width, height * len(rows)), "white")
+def standardised(scores: np.ndarray) -> np.ndarray:
+    """Scores (N,) of mean 0 and standard deviation 1."""
+    return (scores - scores.mean()) / scores.std()
+
+
+def contrast(gains: np.ndarray, things: np.ndarray, people: np.ndarray) -> float:
+    """The share of pairs of a picture with the thing and one of people alone in which the first gains more.
+
+    Args:
+      gains: (N,) standardised scores by the thing's region minus those by the people's.
+      things, people: (N,) bool, whose captions name the scene's thing, and people.
+    """
+    either = things | people
+    return float(roc_auc_score(things[either], gains[either]))
+
+
+class Line(NamedTuple):
+    """A region's line of the sheet; `gains` (N,) are its standardised scores over those of the other region."""
+
+    result: Attributed
+    box: tuple[int, int, int, int]
+    title: str
+    gains: np.ndarray
+
+
+def _draw(lines: list[Line], dataset) -> Image.Image:
+    """The picture with its box, the best of each group of near-duplicates, then of those that gain by this region."""
+    size, gap, label, wide = 64, 4, 14, 16
+    width, height = (2 * _SHOWN + 1) * (size + gap) + 2 * wide, size + label + gap
+    sheet = Image.new("RGB", (width, height * len(lines)), "white")
     draw = ImageDraw.Draw(sheet)
-    for line, (result, box, title) in enumerate(rows):
-        y = line * height
-        draw.text((2, y), title, fill="black")
+    for number, line in enumerate(lines):
+        y, second = number * height, size + wide + _SHOWN * (size + gap) + wide
+        draw.text((2, y), line.title, fill="black")
+        draw.text((second, y), "gain most by this region", fill="black")
         y += label
-        sheet.paste(Image.fromarray(result.query.image), (0, y))
-        x0, y0, x1, y1 = box
+        sheet.paste(Image.fromarray(line.result.query.image), (0, y))
+        x0, y0, x1, y1 = line.box
         draw.rectangle((x0, y + y0, x1 - 1, y + y1 - 1), outline="#b23a1e", width=2)
-        order, seen, x = result.scores.top().row_id, set(), size + gap + 12
-        for row in order:
-            group = int(dataset.groups[row])
-            if group in seen:
-                continue
-            seen.add(group)
-            sheet.paste(Image.fromarray(dataset[int(row)].image), (x, y))
-            x += size + gap
-            if len(seen) == _SHOWN:
-                break
+        for order, x in ((np.argsort(-line.result.scores.score), size + wide), (np.argsort(-line.gains), second)):
+            for place, row in enumerate(_best_of_groups(order, dataset.groups)):
+                sheet.paste(Image.fromarray(dataset[row].image), (x + place * (size + gap), y))
     return sheet.quantize(128, dither=Image.Dither.NONE)
+
+
+def _best_of_groups(order: np.ndarray, groups: np.ndarray) -> list[int]:
+    """The first of each group of near-duplicates."""
+    _, first = np.unique(groups[order], return_index=True)
+    return order[np.sort(first)[:_SHOWN]].tolist()
 
 
 def _table(table: list[dict]) -> str:
