@@ -147,7 +147,7 @@ def retrieval(tower: Tower, dataset: Dataset, rows: np.ndarray) -> dict[str, flo
       Numbers by name: `recall@1`, `recall@10` and `median_rank` among the captions of these pictures, the same with
       `_of_all` among the captions of the whole data set; how many `pictures`, `captions` and `captions_of_all`.
     """
-    pictures = TrainingPictures(dataset, None, rows)
+    pictures = TrainingPictures(dataset, tower.module.config.vision.image_size, rows)
     # One that cannot be read gives the next one's place.
     found = [pictures(place) for place in range(len(rows))]
     readable = [place for place, (taken, _) in enumerate(found) if taken == place]
