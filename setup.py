@@ -39,6 +39,7 @@ setup(
     ],
     extras_require={
         "cuda12": ["jax[cuda12]>=0.10"],
+        "cuda13": ["jax[cuda13]>=0.10"],
         "tpu": ["jax[tpu]>=0.10"],
         "torch": ["torch"],  # to read .bin, .pt and .ckpt files
         "studies": ["scikit-learn"],  # the digits, and the metrics of benchmarks/ and launch.evaluate

@@ -1,16 +1,18 @@
 """Four virtual devices for every test, so that what is sharded in production is sharded here."""
 
+import gc
 import os
 from importlib.metadata import version
 from pathlib import Path
 
 # Compiling is most of the suite's time, and the code that it makes runs once: without LLVM's optimisations the suite
-# takes half as long, and without XLA's fusion emitters compiling takes a third of that. The commands that tests start
-# inherit it. `XLA_FLAGS= pytest` tests what users run. XLA aborts at a flag that it does not know: the last was tried
-# with jaxlib 0.10.
+# takes half as long, and without XLA's fusion emitters compiling takes a third of that. Splitting a program for several
+# threads costs a sixth more again, and the other core has tests of its own. The commands that tests start inherit it.
+# `XLA_FLAGS= pytest` tests what users run. XLA aborts at a flag that it does not know: the last two were tried with
+# jaxlib 0.10.
 _FLAGS = ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
 if version("jaxlib").startswith("0.10."):
-    _FLAGS.append("--xla_cpu_use_fusion_emitters=false")
+    _FLAGS += ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"]
 os.environ.setdefault("XLA_FLAGS", " ".join(_FLAGS))
 
 _CACHE = Path(__file__).parents[1] / ".pytest_cache"
@@ -25,3 +27,13 @@ jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_compilation_cache_dir", str(_CACHE / "attrib_jax" / "xla"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def pytest_collection_finish():
+    """Leaves what is imported out of garbage collection.
+
+    Going through it takes 0.7 seconds, and tracing makes so many objects that it would happen every few tests.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
