@@ -8,11 +8,14 @@ from pathlib import Path
 # Compiling is most of the suite's time, and the code that it makes runs once: without LLVM's optimisations the suite
 # takes half as long, and without XLA's fusion emitters compiling takes a third of that. Splitting a program for several
 # threads costs a sixth more again, and the other core has tests of its own. The commands that tests start inherit it.
-# `XLA_FLAGS= pytest` tests what users run. XLA aborts at a flag that it does not know: the last two were tried with
-# jaxlib 0.10.
-_FLAGS = ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
+# `XLA_FLAGS= pytest` tests what users run. XLA aborts at a flag that it does not know, as jaxlib 0.11 does at the last.
+_FLAGS = [
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
+    "--xla_cpu_parallel_codegen_split_count=1",
+]
 if version("jaxlib").startswith("0.10."):
-    _FLAGS += ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"]
+    _FLAGS.append("--xla_cpu_use_fusion_emitters=false")
 os.environ.setdefault("XLA_FLAGS", " ".join(_FLAGS))
 
 _CACHE = Path(__file__).parents[1] / ".pytest_cache"

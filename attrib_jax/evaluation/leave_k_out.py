@@ -22,8 +22,9 @@ from attrib_jax.evaluation.tables import curve_plot, picture_grid, write_table
 from attrib_jax.stages.config import AttributeConfig
 from attrib_jax.stages.query import decode
 
-# The reference's row; no method can have this name, see `read_methods`.
+# Rows of the references; no method can have these names, see `read_methods`.
 RANDOM = "random pictures"
+NOTHING = "no pictures"
 _NOTHING = np.array([], np.int64)
 # What is measured -> the heads of its columns, in the table of all queries.
 _DEVIATIONS = {"mse": "MSE", "similarity": "similarity"}
@@ -185,14 +186,20 @@ def run_leave_k_out(
         for name, each in scores.items()
     }
     ahead = [positions for each in tops.values() for positions in each]
-    random = effects.of([each for count in all_counts for each in sets[count]], "train without random pictures", ahead)
+    trainings = [_NOTHING, *(each for count in all_counts for each in sets[count])]
+    random = effects.of(trainings, "train without random pictures", ahead)
+    whole = {name: each[0, positions] for name, each in random.items()}
+    random = {name: each[1:] for name, each in random.items()}
     # (counts, sets, Q of the split)
     random = {
         name: each[:, positions].reshape(len(all_counts), config.random_sets, -1) for name, each in random.items()
     }
     curve = RemovalCurve.fit(all_counts, random["dL"].mean(axis=(1, 2)), np.full(len(all_counts), config.random_sets))
 
-    rows, per_query, points = [], [], {name: [] for name in scores}
+    if tower is not None:
+        whole["similarity"] = effects.similarity([_NOTHING], positions[None])[0]
+    # What the models trained on all do: of a seed that is not the query's own model's, they draw something else.
+    rows, per_query, points = [_row(NOTHING, 0, whole, None, curve)], [], {name: [] for name in scores}
     for count in config.counts:
         base = {kind: each[all_counts.index(count)] for kind, each in random.items()}
         if tower is not None:

@@ -141,25 +141,26 @@ def test_leave_k_out_removes_the_top_pictures_of_each_query(attributor, counterf
     )
     config = LeaveKOutConfig(counts=(2,), curve=(6,), random_sets=2)
     rows, text = run_leave_k_out(counterfactuals, METHODS, SET, "reported", config)
-    assert [row["method"] for row in rows] == ["random pictures", "random", "unlearn"] and all(
-        row["K"] == 2 for row in rows
-    )
+    assert [(row["method"], row["K"]) for row in rows] == [
+        *(("no pictures", 0), ("random pictures", 2), ("random", 2), ("unlearn", 2))
+    ]
+    _, reference, _, unlearn = rows
     scores = method_scores(attributor, "unlearn", METHODS["unlearn"], SET.of("reported"))
     # The model that lacks nothing, then one for each reported query.
     expected = [np.argsort(-query, kind="stable")[:2] for query in scores]
     assert [sorted(training.removed) for training in asked[-1][1:]] == [sorted(rows) for rows in expected]
     full = results([Training(np.array([], np.int64))])["loss"][0]
     after = [results([Training(removed)])["loss"][0, place] for removed, place in zip(expected, (1, 2))]
-    assert rows[2]["dL"] == pytest.approx(np.mean(after - full[1:]))
+    assert unlearn["dL"] == pytest.approx(np.mean(after - full[1:]))
     sets = [random_positions(COUNT, 2, number) for number in range(2)]
     random = results([Training(removed) for removed in sets])["loss"][:, 1:] - full[1:]
-    assert rows[0]["dL"] == pytest.approx(random.mean())
+    assert reference["dL"] == pytest.approx(random.mean())
     # Of two queries under two sets: half a difference each, the sets' own error in both.
     by_query, by_set = np.ptp(random.mean(0)) / 2, np.ptp(random.mean(1)) / 2
-    assert rows[0]["dL error"] == pytest.approx(np.hypot(by_query, by_set))
+    assert reference["dL error"] == pytest.approx(np.hypot(by_query, by_set))
     over = after - full[1:] - random.mean(0)
-    assert rows[2]["over random"] == pytest.approx(over.mean())
-    assert rows[2]["in errors"] == pytest.approx(over.mean() / np.hypot(np.ptp(over) / 2, by_set))
+    assert unlearn["over random"] == pytest.approx(over.mean())
+    assert unlearn["in errors"] == pytest.approx(over.mean() / np.hypot(np.ptp(over) / 2, by_set))
     folder = attributor.root.workdir / "evaluation" / "leave-k-out-reported"
     assert (folder / "leave_k_out.png").read_bytes().startswith(b"\x89PNG")
     with open(folder / "queries.csv") as file:
@@ -174,8 +175,13 @@ def test_leave_k_out_averages_over_training_seeds(counterfactuals):
         run_leave_k_out(counterfactuals, methods, SET, "tuning", LeaveKOutConfig((3,), random_sets=1, seeds=seeds))[0]
         for seeds in ((0,), (1,), (0, 1))
     ]
-    changes = [rows[1]["dL"] for rows in each]
+    changes = [rows[2]["dL"] for rows in each]
     assert changes[2] == pytest.approx(np.mean(changes[:2])) and changes[0] != changes[1]
+    # Models trained on all: their losses are what changes are from, and they draw other pictures than the queries.
+    whole = [rows[0] for rows in each]
+    full = counterfactuals.results([Training(np.array([], np.int64), seed) for seed in (0, 1)])["mse"][:, 0]
+    assert [row["dL"] for row in whole] == [0, 0, 0]
+    assert [row["MSE"] for row in whole] == pytest.approx([*full, full.mean()])
 
 
 def test_pictures_of_retrained_models(attributor, monkeypatch):

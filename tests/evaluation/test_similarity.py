@@ -85,7 +85,9 @@ def test_the_tables_hold_the_similarity_of_each_query_to_its_regeneration(attrib
     removed = [top_positions(each, attributor.data.row_ids, 2) for each in scores]
     own = np.array([similarity(*pair) for pair in zip(removed, (1, 2))])
     assert np.ptp([*random.ravel(), *own]) > 1e-3
-    reference, method = rows
+    whole, reference, method = rows
+    expected = np.mean([similarity(np.array([], np.int64), place) for place in (1, 2)])
+    assert whole["similarity"] == pytest.approx(expected, abs=1e-5)
     assert reference["similarity"] == pytest.approx(random.mean(), abs=1e-5)
     error = np.hypot(*(np.std(random.mean(axis), ddof=1) / np.sqrt(2) for axis in (0, 1)))
     assert reference["similarity error"] == pytest.approx(error, abs=1e-5)
@@ -109,7 +111,7 @@ def test_a_model_that_draws_the_query_again_has_similarity_1(attributor, tower, 
     config = LeaveKOutConfig((1,), random_sets=1)
     queries = QuerySet(QUERIES[:1], 0)
     rows, _ = run_leave_k_out(counterfactuals, METHODS, queries, "reported", config, tower)
-    assert [row["similarity"] for row in rows] == pytest.approx([1, 1], abs=1e-12)
+    assert [row["similarity"] for row in rows] == pytest.approx([1, 1, 1], abs=1e-12)
 
 
 def test_a_tower_that_cannot_be_used_is_refused_before_any_work(attributor, tower, monkeypatch):
