@@ -40,6 +40,8 @@ def write_table(folder: str | os.PathLike, name: str, rows: Sequence[Mapping[str
 def _cell(value: Any) -> str:
     if not isinstance(value, float):
         return str(value)
+    if value == np.inf:
+        return "more"  # than what was measured; see `RemovalCurve.equivalent`
     return "-" if np.isnan(value) else f"{value:.4g}"
 
 
