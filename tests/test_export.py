@@ -29,8 +29,8 @@ from attrib_jax.runtime.mesh import data_mesh, tile_map
 
 BACKENDS = {"cuda": "gpu", "tpu": "tpu"}  # platform -> what `jax.default_backend` calls it
 TILE, STEPS, LENGTH, WIDTH, SIZE = 2, 3, 5, 768, 8
-# A program of this UNet of one level takes 85,000 to 150,000 bytes, its smallest matrix 147,000: one that became a
-# constant shows in the size.
+# A program that applies this UNet of one level takes 85,000 to 150,000 bytes. A matrix of its attention takes 147,000
+# or more: one that became a constant shows in the size.
 PROGRAM_BYTES = 200_000
 UNET = UNet2DConditionModel(
     UNetConfig(

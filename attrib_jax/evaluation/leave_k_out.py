@@ -24,7 +24,7 @@ from attrib_jax.stages.query import decode
 
 # Rows of the references; no method can have these names, see `read_methods`.
 RANDOM = "random pictures"
-NOTHING = "no pictures"
+WHOLE = "no pictures"
 _NOTHING = np.array([], np.int64)
 # What is measured -> the heads of its columns, in the table of all queries.
 _DEVIATIONS = {"mse": "MSE", "similarity": "similarity"}
@@ -199,7 +199,7 @@ def run_leave_k_out(
     if tower is not None:
         whole["similarity"] = effects.similarity([_NOTHING], positions[None])[0]
     # What the models trained on all do: of a seed that is not the query's own model's, they draw something else.
-    rows, per_query, points = [_row(NOTHING, 0, whole, None, curve)], [], {name: [] for name in scores}
+    rows, per_query, points = [_row(WHOLE, 0, whole, None, curve)], [], {name: [] for name in scores}
     for count in config.counts:
         base = {kind: each[all_counts.index(count)] for kind, each in random.items()}
         if tower is not None:
