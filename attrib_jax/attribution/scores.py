@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attrib_jax.core.checks import check_choice, check_positive
-from attrib_jax.core.groups import FORWARD_PIXELS, group_size, num_pixels, vmap_groups
+from attrib_jax.core.groups import forward_pixels, group_size, num_pixels, vmap_groups
 from attrib_jax.core.keys import example_noise
 from attrib_jax.core.types import Batch, Scores
 from attrib_jax.core.weights import Params
@@ -50,7 +50,7 @@ def strided_losses(
     Arguments as in `example_loss`.
     """
     pixels = num_pixels(batch.latents.shape[1:]) * len(timesteps)
-    size = group_size(len(batch.row_id), pixels, FORWARD_PIXELS)
+    size = group_size(len(batch.row_id), pixels, forward_pixels())
 
     def loss(example):
         return example_loss(predict, schedule, params, key, example, timesteps)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from attrib_jax.core.checks import check_choice, check_positive, check_range
-from attrib_jax.core.groups import GRADIENT_PIXELS, even_group_size, num_pixels, sum_groups
+from attrib_jax.core.groups import even_group_size, gradient_pixels, num_pixels, sum_groups
 from attrib_jax.core.weights import merge_weights
 from attrib_jax.curvature.diagonal import Diagonal
 from attrib_jax.curvature.ekfac import EKFAC
@@ -376,7 +376,7 @@ def tile_gradient(
 
         return QueryGradient(*jax.value_and_grad(loss_sum)(selected))
 
-    size = even_group_size(len(indices), num_pixels(latents.shape), GRADIENT_PIXELS)
+    size = even_group_size(len(indices), num_pixels(latents.shape), gradient_pixels())
     return sum_groups(group_gradient, indices, size)
 
 

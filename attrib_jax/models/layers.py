@@ -6,12 +6,14 @@ norms and softmax are float32 still. Parameter names follow diffusers' module na
 converter is a renaming and a transposition.
 """
 
+import math
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 
-from attrib_jax.models.winograd import winograd_conv
+from attrib_jax.models.winograd import WinogradKernel, winograd_conv
 
 # At or below this many output pixels, XLA's CPU convolution runs at a few GFLOP/s; as patches times a matrix the same
 # product runs at over a hundred. From the second number of pixels and of channels on, Winograd's form is faster still
@@ -37,10 +39,12 @@ class Conv(nn.Module):
         size = self.kernel_size
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (size, size, x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
-        x, kernel, bias = promote_dtype(x, kernel, bias)
-        height, width = (
-            (extent + sum(pads) - size) // self.stride + 1 for extent, pads in zip(x.shape[1:3], self.padding)
-        )
+        transformed = isinstance(kernel, WinogradKernel)
+        x, plain, bias = promote_dtype(x, kernel.kernel if transformed else kernel, bias)
+        if self.uses_winograd(x):
+            return winograd_conv(x, kernel if transformed else plain) + bias
+        kernel = plain
+        height, width = self._output_size(x)
         if size > 1 and height * width <= _MATMUL_CONV_PIXELS:
             x = jnp.pad(x, ((0, 0), *self.padding, (0, 0)))
             rows = self.stride * (height - 1) + 1
@@ -49,22 +53,27 @@ class Conv(nn.Module):
                 x[:, i : i + rows : self.stride, j : j + cols : self.stride] for i in range(size) for j in range(size)
             ]
             return jnp.concatenate(patches, axis=-1) @ kernel.reshape(-1, self.features) + bias
-        if self._fits_winograd(x, height * width):
-            return winograd_conv(x, kernel) + bias
         strides = (self.stride, self.stride)
         layout = ("NHWC", "HWIO", "NHWC")
         return jax.lax.conv_general_dilated(x, kernel, strides, self.padding, dimension_numbers=layout) + bias
 
-    def _fits_winograd(self, x, pixels: int) -> bool:
+    def uses_winograd(self, x) -> bool:
+        """Whether a call with the promoted `x` is computed by `winograd_conv`."""
         # On GPUs cuDNN chooses the algorithm. Half precision would lose digits in the transforms, and float64 is for
         # references.
         return (
             (self.kernel_size, self.stride, self.padding) == (3, 1, ((1, 1), (1, 1)))
-            and pixels >= _WINOGRAD_PIXELS
+            and math.prod(self._output_size(x)) >= _WINOGRAD_PIXELS
             and min(x.shape[-1], self.features) >= _WINOGRAD_CHANNELS
             and x.shape[1] % 2 == x.shape[2] % 2 == 0
             and x.dtype == jnp.float32
             and jax.default_backend() == "cpu"
+        )
+
+    def _output_size(self, x) -> tuple[int, int]:
+        return tuple(
+            (extent + sum(pads) - self.kernel_size) // self.stride + 1
+            for extent, pads in zip(x.shape[1:3], self.padding)
         )
 
 

@@ -5,6 +5,8 @@ it too, but as sums into padded arrays, which took 1.2 to 2 times as long on a C
 its own, with rules for both modes of differentiation and for `vmap`.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,24 +18,44 @@ from jax.interpreters import ad, batching, mlir
 _PATCH_PIXELS = 64
 
 
+class WinogradKernel(NamedTuple):
+    """A kernel with its transform, which the convolution then takes instead of making it again at every call.
+
+    Attributes:
+      kernel: (3, 3, C, F), for where the direct sum is taken after all; it comes first, as Flax compares the shape of
+        a parameter's first leaf with its initialiser's.
+      filters: four of (4, C, F), one a row of the transform.
+    """
+
+    kernel: jax.Array
+    filters: tuple[jax.Array, jax.Array, jax.Array, jax.Array]
+
+
+def transform_kernel(kernel: jax.Array) -> WinogradKernel:
+    """(3, 3, C, F) -> the kernel and its transform, 16/9 as large again."""
+    return WinogradKernel(kernel, _transform_kernel(kernel))
+
+
 def winograd_conv(x, kernel):
     """A 3x3 convolution with zero padding, 2.25 times fewer products than the direct sum.
 
     (B, H, W, C) with H and W even, and kernel (3, 3, C, F), both float32 or both float64 -> (B, H, W, F). Each 2x2 tile
     of outputs is a function of 4x4 inputs: transformed by sums, multiplied position by position of the transform (16
     matrix products), and transformed back (Lavin and Gray, Fast Algorithms for Convolutional Neural Networks, 2016).
-    Its rounding errors are about twice those of the direct sum.
+    Its rounding errors are about twice those of the direct sum. A `WinogradKernel` gives the same numbers; it has no
+    derivative.
     """
+    if isinstance(kernel, WinogradKernel):
+        return _filtered_p.bind(x, *kernel.filters, turned=False)
     return _winograd_p.bind(x, kernel)
 
 
 def _convolve(x, kernel):
-    return _filter([[kernel[i, j] for j in range(3)] for i in range(3)], x, "ptc,pcf->ptf")
+    return _apply(x, *_transform_kernel(kernel), turned=False)
 
 
 def _transpose_by_x(cotangent, x, kernel):
-    """(B, H, W, F) -> (B, H, W, C): the kernel turned by half a circle, its channels exchanged by the product."""
-    return _filter([[kernel[i, j] for j in (2, 1, 0)] for i in (2, 1, 0)], cotangent, "ptf,pcf->ptc")
+    return _apply(cotangent, *_transform_kernel(kernel), turned=True)
 
 
 def _transpose_by_kernel(cotangent, x, kernel):
@@ -62,23 +84,35 @@ def _transpose_by_kernel(cotangent, x, kernel):
     return jnp.einsum("jp,ipcf->ijcf", transform, columns)
 
 
-def _filter(taps, x, product: str):
-    """`taps` are the nine (C, F) matrices of a kernel; `product` multiplies tiles of `x` with them, for 4 positions."""
-    batch, height, width, _ = x.shape
+@jax.jit
+def _transform_kernel(kernel):
+    """(3, 3, C, F) -> four of (4, C, F): down each column of the kernel first, then along the four rows it makes."""
 
-    def transform_filter(a, b, c):
+    def transform(a, b, c):
         return a, 0.5 * (a + c + b), 0.5 * (a + c - b), c
 
-    def transform_back(a, b, c, d):
-        return a + b + c, b - c - d
+    rows = zip(*(transform(*(kernel[i, j] for i in range(3))) for j in range(3)))
+    return tuple(jnp.stack(transform(*row)) for row in rows)
 
-    # Down each column of the kernel first, then along the four rows that this makes.
-    filters = zip(*(transform_filter(*column) for column in zip(*taps)))
-    halves = []
-    for band, filter_row in zip(_transform(*_inputs_along(1, _pad(x))), filters):
-        tiles = _stack_tiles(_transform(*_inputs_along(2, band)))
-        halves.append(transform_back(*jnp.einsum(product, tiles, jnp.stack(transform_filter(*filter_row)))))
-    columns = [transform_back(*(half[j] for half in halves)) for j in range(2)]
+
+def _apply(x, *filters, turned: bool):
+    """Convolves `x` by the four of `_transform_kernel`: (B, H, W, C) -> (B, H, W, F), or `turned` from F to C.
+
+    The turned convolution is the transpose: by the kernel turned by half a circle, with its channels exchanged. That
+    kernel's transform holds the same numbers, its first and last places exchanged. So the places of the inputs are
+    exchanged, which are fewer.
+    """
+    places, product = ((3, 1, 2, 0), "ptf,pcf->ptc") if turned else (range(4), "ptc,pcf->ptf")
+    batch, height, width, _ = x.shape
+
+    bands = _transform(*_inputs_along(1, _pad(x)))
+    halves = [None] * 4
+    for place, row in zip(places, filters):
+        columns = _transform(*_inputs_along(2, bands[place]))
+        tiles = _stack_tiles([columns[position] for position in places])
+        products = jnp.einsum(product, tiles, row)
+        halves[place] = _transform_back(*(products[position] for position in places))
+    columns = [_transform_back(*(half[j] for half in halves)) for j in range(2)]
     # (2 rows, 2 columns) of each tile -> the picture.
     result = jnp.stack([jnp.stack([columns[j][i] for j in range(2)], axis=1) for i in range(2)], axis=1)
     result = result.reshape(batch, height // 2, width // 2, 2, 2, -1)
@@ -99,6 +133,10 @@ def _transform(a, b, c, d):
     return a - c, b + c, c - b, b - d
 
 
+def _transform_back(a, b, c, d):
+    return a + b + c, b - c - d
+
+
 def _stack_tiles(positions):
     """Four of (B, H / 2, W / 2, C) -> (4, tiles, C)."""
     return jnp.stack([position.reshape(-1, position.shape[-1]) for position in positions])
@@ -109,9 +147,41 @@ def _batch(arguments, axes):
     if kernel_axis is not None:
         # A kernel for each example: no batch to fold into.
         return jax.vmap(_convolve, in_axes=axes)(x, kernel), 0
-    x = jnp.moveaxis(x, x_axis, 0)
-    result = winograd_conv(x.reshape(-1, *x.shape[2:]), kernel)
+    return _fold(lambda x: winograd_conv(x, kernel), x, x_axis)
+
+
+def _batch_filtered(arguments, axes, *, turned):
+    x, *filters = arguments
+    if any(axis is not None for axis in axes[1:]):
+        raise NotImplementedError("vmap over transformed kernels; map over the kernels themselves")
+    return _fold(lambda x: _filtered_p.bind(x, *filters, turned=turned), x, axes[0])
+
+
+def _jvp_filtered(primals, tangents, *, turned):
+    x, *filters = primals
+    if not all(isinstance(tangent, ad.Zero) for tangent in tangents[1:]):
+        raise NotImplementedError("a derivative by a transformed kernel; give the convolution the kernel itself")
+
+    def apply(x):
+        return _filtered_p.bind(x, *filters, turned=turned)
+
+    tangent = tangents[0]
+    return apply(x), ad.Zero.from_primal_value(apply(x)) if isinstance(tangent, ad.Zero) else apply(tangent)
+
+
+def _transpose_filtered(cotangent, x, *filters, turned):
+    return _filtered_p.bind(cotangent, *filters, turned=not turned), None, None, None, None
+
+
+def _fold(function, x, axis):
+    """Maps `function` over an axis of x as one batch."""
+    x = jnp.moveaxis(x, axis, 0)
+    result = function(x.reshape(-1, *x.shape[2:]))
     return result.reshape(*x.shape[:2], *result.shape[1:]), 0
+
+
+def _filtered_shape(x, *filters, turned):
+    return x.update(shape=(*x.shape[:-1], filters[0].shape[1 if turned else 2]))
 
 
 _winograd_p = Primitive("winograd_conv")
@@ -120,3 +190,11 @@ _winograd_p.def_abstract_eval(lambda x, kernel: x.update(shape=(*x.shape[:-1], k
 ad.defbilinear(_winograd_p, _transpose_by_x, _transpose_by_kernel)
 batching.primitive_batchers[_winograd_p] = _batch
 mlir.register_lowering(_winograd_p, mlir.lower_fun(_convolve, multiple_results=False))
+
+_filtered_p = Primitive("winograd_filtered")
+_filtered_p.def_impl(jax.jit(_apply, static_argnames="turned"))
+_filtered_p.def_abstract_eval(_filtered_shape)
+ad.primitive_jvps[_filtered_p] = _jvp_filtered
+ad.primitive_transposes[_filtered_p] = _transpose_filtered
+batching.primitive_batchers[_filtered_p] = _batch_filtered
+mlir.register_lowering(_filtered_p, mlir.lower_fun(_apply, multiple_results=False))

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from attrib_jax.core.groups import GRADIENT_PIXELS, even_group_size, num_pixels
+from attrib_jax.core.groups import even_group_size, gradient_pixels, num_pixels
 from attrib_jax.core.weights import count_weights, merge_weights
 from attrib_jax.diffusion.losses import Predict, denoising_losses
 from attrib_jax.diffusion.schedule import NoiseSchedule
@@ -20,11 +20,12 @@ from attrib_jax.runtime.state import StateStore
 from attrib_jax.runtime.sums import DeviceSums, Pair
 from attrib_jax.stages.encoded import EncodedDataset
 
-# Samples that one device takes at once: a core is as fast with few, in less memory; an accelerator has to be filled.
-_SAMPLES_PER_CPU, _SAMPLES_PER_ACCELERATOR = 8, 64
+# Samples that one call of the program takes on each device. A core runs them in groups that follow each other
+# (`gradients_at_once`) in the same memory, which is mapped anew at every call; an accelerator has to be filled.
+_SAMPLES_PER_CPU, _SAMPLES_PER_ACCELERATOR = 32, 64
 # The memory that the gradients of a tile may fill.
 _GRADIENT_BYTES = 2**30
-_TILES_PER_CHECKPOINT = 64
+_TILES_PER_CHECKPOINT = 16
 
 
 class FisherDraws(NamedTuple):
@@ -165,13 +166,13 @@ def _add(total: Pair, part: Pair) -> Pair:
 
 
 def samples_per_tile(mesh: Mesh) -> int:
-    """Samples that each device of `mesh` takes at once."""
+    """Samples that each device of `mesh` takes in one call."""
     return _SAMPLES_PER_CPU if mesh.devices.flat[0].platform == "cpu" else _SAMPLES_PER_ACCELERATOR
 
 
 def gradients_at_once(selected: Any, tile: int, latent_shape: tuple[int, ...]) -> int:
     """Per-sample gradients that one device holds at once, of a tile of `tile` samples."""
-    microbatch = even_group_size(tile, num_pixels(latent_shape), GRADIENT_PIXELS)
+    microbatch = even_group_size(tile, num_pixels(latent_shape), gradient_pixels())
     while microbatch > 1 and microbatch * 4 * count_weights(selected).values > _GRADIENT_BYTES:
         microbatch //= 2
     return microbatch

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from attrib_jax.core.groups import GRADIENT_PIXELS, even_group_size, num_pixels, sum_groups
+from attrib_jax.core.groups import even_group_size, gradient_pixels, num_pixels, sum_groups
 from attrib_jax.core.keys import purpose_key
 from attrib_jax.core.weights import flatten_names
 from attrib_jax.curvature.diagonal import Diagonal
@@ -30,6 +30,7 @@ from attrib_jax.curvature.ekfac import (
 )
 from attrib_jax.diffusion.losses import Predict
 from attrib_jax.diffusion.schedule import NoiseSchedule
+from attrib_jax.models.prepared import transform_kernels
 from attrib_jax.runtime.files import read_arrays, stored_arrays, write_arrays
 from attrib_jax.runtime.hosts import from_first_host
 from attrib_jax.runtime.mesh import data_mesh, replicate
@@ -87,7 +88,9 @@ def fit_ekfac(
     files = (path / _EIGENVALUES, path / _BASES)
     if not from_first_host(lambda: all(stored_arrays(file) is not None for file in files)):
         draws = fisher_draws(seed, samples, data.num_captions, schedule.num_train_timesteps)
-        shared = (selected, rest, schedule, purpose_key(seed, "fisher"))
+        latents, text = data.inputs(0, 0, 0)
+        prepared = transform_kernels(predict, selected, rest, latents[0], text[0])
+        shared = (selected, prepared, schedule, purpose_key(seed, "fisher"))
         if from_first_host(lambda: stored_arrays(path / _BASES) is None):
             _fit_bases(path, predict, layers, shared, draws, data, mesh)
         _fit_eigenvalues(path, predict, layers, shared, draws, data, mesh)
@@ -143,7 +146,7 @@ def _factor_program(predict: Predict, layers: tuple[LinearLayer, ...], mesh: Mes
     def tile_sum(shared, batch):
         selected, rest, schedule, key = shared
         loss_fn = sample_loss(predict, schedule, key)
-        size = even_group_size(len(batch.mask), num_pixels(batch.latents.shape[1:]), GRADIENT_PIXELS)
+        size = even_group_size(len(batch.mask), num_pixels(batch.latents.shape[1:]), gradient_pixels())
         factors = sum_groups(
             lambda samples: factor_sums(loss_fn, layers, selected, rest, samples, samples.mask), batch, size
         )

@@ -16,6 +16,7 @@ from attrib_jax.curvature.diagonal import Diagonal
 from attrib_jax.curvature.fisher import FisherSum, fisher_diagonal
 from attrib_jax.diffusion.losses import Predict
 from attrib_jax.diffusion.schedule import NoiseSchedule
+from attrib_jax.models.prepared import transform_kernels
 from attrib_jax.runtime.files import DamagedFileError, write_arrays
 from attrib_jax.runtime.hosts import from_first_host
 from attrib_jax.runtime.mesh import data_mesh, replicate
@@ -60,7 +61,9 @@ def fit_fisher(
 
 def _fit(path, predict, schedule, selected, rest, data, samples, seed, mesh) -> None:
     draws = fisher_draws(seed, samples, data.num_captions, schedule.num_train_timesteps)
-    shared = replicate(mesh, (selected, rest, schedule, purpose_key(seed, "fisher")))
+    latents, text = data.inputs(0, 0, 0)
+    prepared = transform_kernels(predict, selected, rest, latents[0], text[0])
+    shared = replicate(mesh, (selected, prepared, schedule, purpose_key(seed, "fisher")))
     program = _program(predict, mesh, gradients_at_once(selected, samples_per_tile(mesh), data.latent_shape))
     like = (sums_like(selected), np.zeros((), np.int32))
     total, state = sum_over_draws(path, "partial", program, shared, like, draws, data, "Fisher information")

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from attrib_jax.attribution.unlearn import DRAWS_PER_TILE, QueryGradient, tile_gradient
 from attrib_jax.diffusion.losses import Predict
 from attrib_jax.diffusion.schedule import NoiseSchedule
+from attrib_jax.models.prepared import transform_kernels
 from attrib_jax.runtime.mesh import data_mesh, host_share, replicate, shard_batch
 from attrib_jax.runtime.sums import DeviceSums, Pair
 
@@ -32,12 +33,15 @@ class GradientProgram:
         self, rest: Any, latents: np.ndarray, text: np.ndarray, draws: int, mask: np.ndarray | None = None
     ) -> Callable[[Any, jax.Array, Callable[[int], None]], QueryGradient]:
         """`(selected, key, advance) -> sums over the draws` for one query: arguments as in `query_gradient`."""
-        fixed = replicate(self.mesh, (rest, self._schedule, jnp.asarray(latents), jnp.asarray(text), mask))
-        count = self.mesh.size
+        count, fixed = self.mesh.size, None
         tiles = np.arange(-(-draws // (DRAWS_PER_TILE * count)) * count, dtype=np.int32).reshape(-1, count)
         share = host_share(self.mesh, count)
 
         def sum_draws(selected, key, advance):
+            nonlocal fixed
+            if fixed is None:
+                prepared = transform_kernels(self.predict, selected, rest, latents, text)
+                fixed = replicate(self.mesh, (prepared, self._schedule, jnp.asarray(latents), jnp.asarray(text), mask))
             shared = (fixed, replicate(self.mesh, (selected, key, np.int32(draws))))
             dtype = jnp.result_type(*jax.tree.leaves(selected), jnp.float32)
             sums = self._sums.zero(QueryGradient(jax.ShapeDtypeStruct((), dtype), selected))

@@ -61,7 +61,7 @@ def test_draws_too_large_to_be_taken_at_once_are_summed_in_groups(monkeypatch):
     arguments = (predict, SCHEDULE, selected, rest, *query(), KEY, 11)
     expected = query_gradient(*arguments, tile=8)
     module = importlib.import_module("attrib_jax.attribution.unlearn")  # the package has a function of that name
-    monkeypatch.setattr(module, "GRADIENT_PIXELS", 2 * SHAPE[0] * SHAPE[1])
+    monkeypatch.setattr(module, "gradient_pixels", lambda: 2 * SHAPE[0] * SHAPE[1])
     found = query_gradient(*arguments, tile=8)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), found, expected)
 

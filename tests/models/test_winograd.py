@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from attrib_jax.models.layers import Conv
-from attrib_jax.models.winograd import winograd_conv
+from attrib_jax.models.winograd import transform_kernel, winograd_conv
 
 jnp = jax.numpy
 
@@ -56,6 +56,45 @@ def test_equals_the_direct_sum(mode, height, width):
         found, expected = (_MODES[mode](conv, x) for conv in (winograd_conv, _direct))
         for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
             np.testing.assert_allclose(one, other, rtol=0, atol=1e-12 * np.abs(other).max())
+
+
+# Modes that differentiate and map pictures alone.
+_PICTURE_MODES = {
+    "forward": lambda conv, x: jax.jit(conv)(x[0]),
+    "eager": lambda conv, x: conv(x[0]),
+    "inner batch axis": lambda conv, x: jax.vmap(conv, 1, 1)(x),
+    "gradients of examples": lambda conv, x: jax.vmap(jax.grad(lambda x: jnp.sum(jnp.sin(conv(x)))))(x),
+    "forward mode": lambda conv, x: jax.jvp(conv, (x[0],), (jnp.cos(x[0]),)),
+    "forward over reverse": lambda conv, x: jax.jvp(
+        jax.grad(lambda x: jnp.sum(jnp.sin(conv(x)))), (x[0],), (jnp.cos(x[0]),)
+    ),
+    "transposed twice": lambda conv, x: jax.linear_transpose(
+        lambda y: jax.linear_transpose(conv, x[0])(y)[0], jnp.zeros((3, *x.shape[2:4], 7))
+    )(x[0]),
+    "recomputed": lambda conv, x: jax.grad(jax.checkpoint(lambda x: jnp.sum(jnp.sin(conv(x)))))(x[0]),
+}
+
+
+@pytest.mark.parametrize("mode", list(_PICTURE_MODES))
+def test_a_transformed_kernel_gives_the_kernels_numbers(mode):
+    x = np.random.default_rng(1).normal(size=(2, 3, 4, 6, 5))
+    with jax.enable_x64(True):
+        found, expected = (
+            _PICTURE_MODES[mode](lambda x, kernel=kernel: winograd_conv(x, kernel), x)
+            for kernel in (transform_kernel(_KERNEL), _KERNEL)
+        )
+        for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(one, other, rtol=0, atol=1e-14 * np.abs(other).max())
+
+
+def test_a_transformed_kernel_has_no_derivative_and_is_not_mapped():
+    x = jnp.zeros((1, 4, 4, 5))
+    kernel = transform_kernel(jnp.asarray(_KERNEL, jnp.float32))
+    with pytest.raises(NotImplementedError, match="give the convolution the kernel itself"):
+        jax.grad(lambda filters: jnp.sum(winograd_conv(x, kernel._replace(filters=filters))))(kernel.filters)
+    several = jax.vmap(transform_kernel)(jnp.asarray(_KERNELS, jnp.float32))
+    with pytest.raises(NotImplementedError, match="map over the kernels themselves"):
+        jax.vmap(winograd_conv, (None, 0))(x, several)
 
 
 def test_float32_errors_are_within_a_few_roundings():
