@@ -17,7 +17,11 @@ _Layout = tuple[tuple[str, tuple[int, ...], Any], ...]
 
 
 def transform_kernels(
-    predict: Callable[..., Any], selected: Params, rest: Params, latents: jax.Array, text: jax.Array
+    predict: Callable[..., Any],
+    selected: Params,
+    rest: Params,
+    latent_shape: tuple[int, ...],
+    text_shape: tuple[int, int],
 ) -> Params:
     """`rest`, each kernel of a convolution that takes Winograd's form a `WinogradKernel`; results stay the same.
 
@@ -28,15 +32,14 @@ def transform_kernels(
     Args:
       predict: `predict(params, noisy latents, timestep, text)` for one example.
       selected, rest: the two halves of the parameters; only `rest` changes, as transforms have no derivative.
-      latents, text: (h, w, c) and (L, d) of one example, arrays or `jax.ShapeDtypeStruct`s.
+      latent_shape, text_shape: (h, w, c) and (L, d) of one example, whose arrays are float32.
     """
     if jax.default_backend() != "cpu":
         return rest
     flat = flatten_names(rest)
     if not any(leaf.shape[:2] == (3, 3) for leaf in flat.values()):
         return rest
-    example = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (latents, text))
-    found = _winograd_kernels(predict, _layout(selected), _layout(rest), *example)
+    found = _winograd_kernels(predict, _layout(selected), _layout(rest), latent_shape, text_shape)
     return unflatten_names({name: transform_kernel(leaf) if name in found else leaf for name, leaf in flat.items()})
 
 
@@ -45,7 +48,7 @@ def _layout(tree: Params) -> _Layout:
 
 
 @functools.lru_cache(maxsize=16)
-def _winograd_kernels(predict, selected: _Layout, rest: _Layout, latents, text) -> frozenset[str]:
+def _winograd_kernels(predict, selected: _Layout, rest: _Layout, latent_shape, text_shape) -> frozenset[str]:
     """Names of the kernels, from a trace of the model."""
     found = set()
 
@@ -61,5 +64,6 @@ def _winograd_kernels(predict, selected: _Layout, rest: _Layout, latents, text) 
             return predict(merge_weights(*arguments[:2]), *arguments[2:])
 
     weights = ({name: jax.ShapeDtypeStruct(*leaf) for name, *leaf in half} for half in (selected, rest))
+    latents, text = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (latent_shape, text_shape))
     jax.eval_shape(run, *map(unflatten_names, weights), latents, jax.ShapeDtypeStruct((), jnp.int32), text)
     return frozenset(found)

@@ -88,8 +88,7 @@ def fit_ekfac(
     files = (path / _EIGENVALUES, path / _BASES)
     if not from_first_host(lambda: all(stored_arrays(file) is not None for file in files)):
         draws = fisher_draws(seed, samples, data.num_captions, schedule.num_train_timesteps)
-        latents, text = data.inputs(0, 0, 0)
-        prepared = transform_kernels(predict, selected, rest, latents[0], text[0])
+        prepared = transform_kernels(predict, selected, rest, data.latent_shape, data.text_shape)
         shared = (selected, prepared, schedule, purpose_key(seed, "fisher"))
         if from_first_host(lambda: stored_arrays(path / _BASES) is None):
             _fit_bases(path, predict, layers, shared, draws, data, mesh)

@@ -45,6 +45,11 @@ class EncodedDataset:
         """(h, w, c)."""
         return tuple(self.latents.shape[2:])
 
+    @property
+    def text_shape(self) -> tuple[int, int]:
+        """(L, d) of a caption's states."""
+        return tuple(self.text.shape[1:])
+
     def inputs(self, row: np.ndarray, flip: np.ndarray, caption: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The UNet's inputs for examples (picture, flip, caption), each index (n,) or an integer for all.
 

@@ -61,8 +61,7 @@ def fit_fisher(
 
 def _fit(path, predict, schedule, selected, rest, data, samples, seed, mesh) -> None:
     draws = fisher_draws(seed, samples, data.num_captions, schedule.num_train_timesteps)
-    latents, text = data.inputs(0, 0, 0)
-    prepared = transform_kernels(predict, selected, rest, latents[0], text[0])
+    prepared = transform_kernels(predict, selected, rest, data.latent_shape, data.text_shape)
     shared = replicate(mesh, (selected, prepared, schedule, purpose_key(seed, "fisher")))
     program = _program(predict, mesh, gradients_at_once(selected, samples_per_tile(mesh), data.latent_shape))
     like = (sums_like(selected), np.zeros((), np.int32))

@@ -40,7 +40,7 @@ class GradientProgram:
         def sum_draws(selected, key, advance):
             nonlocal fixed
             if fixed is None:
-                prepared = transform_kernels(self.predict, selected, rest, latents, text)
+                prepared = transform_kernels(self.predict, selected, rest, latents.shape, text.shape)
                 fixed = replicate(self.mesh, (prepared, self._schedule, jnp.asarray(latents), jnp.asarray(text), mask))
             shared = (fixed, replicate(self.mesh, (selected, key, np.int32(draws))))
             dtype = jnp.result_type(*jax.tree.leaves(selected), jnp.float32)

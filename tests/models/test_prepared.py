@@ -43,8 +43,7 @@ def _transformed(rest):
 def test_kernels_of_large_enough_maps_are_transformed(model, side):
     predict, params = model
     selected, rest = select_weights(params, "cross-attn-kv")
-    latents, text = jnp.ones((side, side, 4)), jnp.ones((5, 16))
-    found = _transformed(transform_kernels(predict, selected, rest, latents, text))
+    found = _transformed(transform_kernels(predict, selected, rest, (side, side, 4), (5, 16)))
     outer = {name for name in flatten_names(rest) if "/conv" in name and name.endswith("/kernel")}
     outer = {name for name in outer if flatten_names(rest)[name].shape[:2] == (3, 3)}
     strided = {name for name in outer if "downsamplers" in name}
@@ -65,7 +64,7 @@ def test_results_and_gradients_stay_the_same(model):
         return jax.vmap(lambda x, t: jnp.sum(jnp.square(predict(params, x, jnp.int32(3), t))))(latents, text)
 
     run = jax.jit(lambda selected, rest: (losses(selected, rest), jax.jacrev(losses)(selected, rest)))
-    prepared = transform_kernels(predict, selected, rest, latents[0], text[0])
+    prepared = transform_kernels(predict, selected, rest, (8, 8, 4), (5, 16))
     assert _transformed(prepared)
     for one, other in zip(*(jax.tree.leaves(run(selected, tree)) for tree in (prepared, rest)), strict=True):
         np.testing.assert_allclose(one, other, rtol=0, atol=2e-6 * np.abs(other).max())
@@ -74,7 +73,7 @@ def test_results_and_gradients_stay_the_same(model):
 def test_selected_kernels_and_small_models_stay_as_they_are(model):
     predict, params = model
     selected, rest = select_weights(params, "all")
-    assert transform_kernels(predict, selected, rest, jnp.ones((8, 8, 4)), jnp.ones((5, 16))) is rest
+    assert transform_kernels(predict, selected, rest, (8, 8, 4), (5, 16)) is rest
     rest = {"layer": {"kernel": jnp.ones((3, 3))}}
     scale = lambda params, x, t, text: x * params["layer"]["kernel"][0, 0]  # noqa: E731
-    assert _transformed(transform_kernels(scale, {}, rest, *jnp.ones((2, 1)))) == set()
+    assert _transformed(transform_kernels(scale, {}, rest, (1, 1, 1), (1, 1))) == set()
