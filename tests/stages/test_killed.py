@@ -34,6 +34,7 @@ _SOURCE = np.random.default_rng(0).normal(size=(20, 3)).astype(np.float32)
 def store_often(setattr=setattr) -> None:
     """Small chunks, and a state after every tile and step."""
     setattr(attrib_jax.stages.fill, "_MAX_ROWS_PER_CHUNK", 16)
+    setattr(attrib_jax.stages.draws, "_SAMPLES_PER_CPU", 8)
     setattr(attrib_jax.stages.draws, "_TILES_PER_CHECKPOINT", 1)
     setattr(attrib_jax.stages.losses, "_ROWS_PER_CHUNK", 4)
     setattr(attrib_jax.stages.losses, "_TILES_PER_CHUNK", 1)
