@@ -153,14 +153,14 @@ def _batch(arguments, axes):
 def _batch_filtered(arguments, axes, *, turned):
     x, *filters = arguments
     if any(axis is not None for axis in axes[1:]):
-        raise NotImplementedError("vmap over transformed kernels; map over the kernels themselves")
+        raise TypeError("vmap over transformed kernels; map over the kernels themselves")
     return _fold(lambda x: _filtered_p.bind(x, *filters, turned=turned), x, axes[0])
 
 
 def _jvp_filtered(primals, tangents, *, turned):
     x, *filters = primals
     if not all(isinstance(tangent, ad.Zero) for tangent in tangents[1:]):
-        raise NotImplementedError("a derivative by a transformed kernel; give the convolution the kernel itself")
+        raise TypeError("a derivative by a transformed kernel; give the convolution the kernel itself")
 
     def apply(x):
         return _filtered_p.bind(x, *filters, turned=turned)
