@@ -165,8 +165,8 @@ def _jvp_filtered(primals, tangents, *, turned):
     def apply(x):
         return _filtered_p.bind(x, *filters, turned=turned)
 
-    tangent = tangents[0]
-    return apply(x), ad.Zero.from_primal_value(apply(x)) if isinstance(tangent, ad.Zero) else apply(tangent)
+    result, tangent = apply(x), tangents[0]
+    return result, ad.Zero.from_primal_value(result) if isinstance(tangent, ad.Zero) else apply(tangent)
 
 
 def _transpose_filtered(cotangent, x, *filters, turned):

@@ -25,7 +25,8 @@ from attrib_jax.stages.encoded import EncodedDataset
 _SAMPLES_PER_CPU, _SAMPLES_PER_ACCELERATOR = 32, 64
 # The memory that the gradients of a tile may fill.
 _GRADIENT_BYTES = 2**30
-_TILES_PER_CHECKPOINT = 16
+# Storing the sums so far takes half a second, in which an accelerator could do many samples.
+_CHECKPOINT_TILES_ON_CPU, _CHECKPOINT_TILES_ON_ACCELERATOR = 16, 64
 
 
 class FisherDraws(NamedTuple):
@@ -126,7 +127,7 @@ def sum_over_draws(
             running = program.add(running, shared, shard_batch(mesh, batch))
             done = min(size, samples - start)
             start, since = start + done, since + 1
-            if since == _TILES_PER_CHECKPOINT or start == samples:
+            if since == tiles_per_checkpoint(mesh) or start == samples:
                 total.add(program.total(running))
                 from_first_host(functools.partial(total.write, start))
                 running, since = program.zero(like), 0
@@ -167,7 +168,16 @@ def _add(total: Pair, part: Pair) -> Pair:
 
 def samples_per_tile(mesh: Mesh) -> int:
     """Samples that each device of `mesh` takes in one call."""
-    return _SAMPLES_PER_CPU if mesh.devices.flat[0].platform == "cpu" else _SAMPLES_PER_ACCELERATOR
+    return _SAMPLES_PER_CPU if _on_cpu(mesh) else _SAMPLES_PER_ACCELERATOR
+
+
+def tiles_per_checkpoint(mesh: Mesh) -> int:
+    """Calls after which the sums so far are stored."""
+    return _CHECKPOINT_TILES_ON_CPU if _on_cpu(mesh) else _CHECKPOINT_TILES_ON_ACCELERATOR
+
+
+def _on_cpu(mesh: Mesh) -> bool:
+    return mesh.devices.flat[0].platform == "cpu"
 
 
 def gradients_at_once(selected: Any, tile: int, latent_shape: tuple[int, ...]) -> int:

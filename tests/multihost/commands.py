@@ -50,6 +50,6 @@ if __name__ == "__main__":
     attrib_jax.stages.losses._ROWS_PER_CHUNK = 4
     attrib_jax.stages.losses._TILES_PER_CHUNK = 0
     attrib_jax.stages.draws._SAMPLES_PER_CPU = 8
-    attrib_jax.stages.draws._TILES_PER_CHECKPOINT = 1
+    attrib_jax.stages.draws.tiles_per_checkpoint = lambda mesh: 1
     StateStore.write = _slow(StateStore.write)
     common.run(main)

@@ -144,7 +144,7 @@ def test_fisher_resumes_to_the_same_bits_and_is_close_on_other_devices(finished,
 
     _, attributor, _ = finished
     selected, rest = select_weights(pipeline.params["unet"], "cross-attn-kv")
-    monkeypatch.setattr(draws_stage, "_TILES_PER_CHECKPOINT", 1)
+    monkeypatch.setattr(draws_stage, "tiles_per_checkpoint", lambda mesh: 1)
     write, count = StateStore.write, 0
 
     def failing(self, tree, progress):

@@ -94,7 +94,7 @@ def test_the_stage_fits_what_one_batch_of_all_draws_does(problem, tmp_path):
 
 def test_killed_fits_resume_to_the_same_bits_and_other_devices_are_close(problem, tmp_path, monkeypatch):
     monkeypatch.setattr(draws_stage, "_SAMPLES_PER_CPU", 8)
-    monkeypatch.setattr(draws_stage, "_TILES_PER_CHECKPOINT", 1)
+    monkeypatch.setattr(draws_stage, "tiles_per_checkpoint", lambda mesh: 1)
     whole = fit(problem, tmp_path / "whole", 2)
     assert_solves_alike(fit(problem, tmp_path / "others", 4), whole, problem[0])
     write, count = StateStore.write, 0

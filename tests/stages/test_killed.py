@@ -35,7 +35,7 @@ def store_often(setattr=setattr) -> None:
     """Small chunks, and a state after every tile and step."""
     setattr(attrib_jax.stages.fill, "_MAX_ROWS_PER_CHUNK", 16)
     setattr(attrib_jax.stages.draws, "_SAMPLES_PER_CPU", 8)
-    setattr(attrib_jax.stages.draws, "_TILES_PER_CHECKPOINT", 1)
+    setattr(attrib_jax.stages.draws, "tiles_per_checkpoint", lambda mesh: 1)
     setattr(attrib_jax.stages.losses, "_ROWS_PER_CHUNK", 4)
     setattr(attrib_jax.stages.losses, "_TILES_PER_CHUNK", 1)
     setattr(attrib_jax.stages.unlearn, "_SECONDS_BETWEEN_STATES", 0.0)

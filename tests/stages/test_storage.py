@@ -50,7 +50,8 @@ STORED = (
 def store_after_64_samples(patch):
     patch.setattr(attrib_jax.stages.draws, "_SAMPLES_PER_CPU", 8)
     mesh = data_mesh()
-    patch.setattr(attrib_jax.stages.draws, "_TILES_PER_CHECKPOINT", 64 // (samples_per_tile(mesh) * mesh.size))
+    tiles = 64 // (samples_per_tile(mesh) * mesh.size)
+    patch.setattr(attrib_jax.stages.draws, "tiles_per_checkpoint", lambda mesh: tiles)
 
 
 @pytest.fixture(autouse=True)
