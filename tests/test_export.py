@@ -243,7 +243,7 @@ def test_lowers_for_accelerators(name, precision, platform):
     assert len(exported.mlir_module_serialized) < PROGRAM_BYTES
     if name == "strided_losses_tile":
         # The compilers there choose the algorithm of a convolution themselves.
-        kernels = [leaf for leaf in jax.tree.leaves(arguments[0][0]) if leaf.ndim == 4]
+        kernels = [leaf for leaf in jax.tree.leaves(arguments[0][0]) if leaf.ndim == 4 and leaf.shape[0] > 1]
         assert len(kernels) > 10
         assert module.count("stablehlo.convolution") == len(kernels)
 

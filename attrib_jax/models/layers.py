@@ -13,12 +13,14 @@ import jax
 import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 
+from attrib_jax.models.barrier import materialise_cotangent
 from attrib_jax.models.winograd import WinogradKernel, winograd_conv
 
 # At or below this many output pixels, XLA's CPU convolution runs at a few GFLOP/s; as patches times a matrix the same
-# product runs at over a hundred. From the second number of pixels and of channels on, Winograd's form is faster still
-# ("Speed" in BUILD_NOTES.md).
+# product runs at over a hundred. A strided one has a slow derivative, too, and that for more pixels. From the third
+# number of pixels and that of channels on, Winograd's form is faster still ("Speed" in BUILD_NOTES.md).
 _MATMUL_CONV_PIXELS = 4
+_MATMUL_STRIDED_CONV_PIXELS = 64
 _WINOGRAD_PIXELS = 16
 _WINOGRAD_CHANNELS = 32
 # Logits of attention that one call holds; above, it goes through the queries in blocks. Stable Diffusion's first level
@@ -39,20 +41,16 @@ class Conv(nn.Module):
         size = self.kernel_size
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (size, size, x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
-        transformed = isinstance(kernel, WinogradKernel)
-        x, plain, bias = promote_dtype(x, kernel.kernel if transformed else kernel, bias)
+        prepared, kernel = (kernel, kernel.kernel) if isinstance(kernel, WinogradKernel) else (None, kernel)
+        x, kernel, bias = promote_dtype(x, kernel, bias)
         if self.uses_winograd(x):
-            return winograd_conv(x, kernel if transformed else plain) + bias
-        kernel = plain
-        height, width = self._output_size(x)
-        if size > 1 and height * width <= _MATMUL_CONV_PIXELS:
-            x = jnp.pad(x, ((0, 0), *self.padding, (0, 0)))
-            rows = self.stride * (height - 1) + 1
-            cols = self.stride * (width - 1) + 1
-            patches = [
-                x[:, i : i + rows : self.stride, j : j + cols : self.stride] for i in range(size) for j in range(size)
-            ]
-            return jnp.concatenate(patches, axis=-1) @ kernel.reshape(-1, self.features) + bias
+            return winograd_conv(x, prepared or kernel) + bias
+        if (size, self.stride, self.padding) == (1, 1, ((0, 0), (0, 0))):
+            return x @ kernel[0, 0] + bias
+        strided = self.stride > 1 and jax.default_backend() == "cpu"
+        most = _MATMUL_STRIDED_CONV_PIXELS if strided else _MATMUL_CONV_PIXELS
+        if size > 1 and math.prod(self._output_size(x)) <= most:
+            return self._patches(x) @ kernel.reshape(-1, self.features) + bias
         strides = (self.stride, self.stride)
         layout = ("NHWC", "HWIO", "NHWC")
         return jax.lax.conv_general_dilated(x, kernel, strides, self.padding, dimension_numbers=layout) + bias
@@ -69,6 +67,14 @@ class Conv(nn.Module):
             and x.dtype == jnp.float32
             and jax.default_backend() == "cpu"
         )
+
+    def _patches(self, x):
+        """(B, H, W, C) -> what each output pixel is a function of, (B, H', W', size * size * C)."""
+        padded = jnp.pad(x, ((0, 0), *self.padding, (0, 0)))
+        rows, columns = (self.stride * (extent - 1) + 1 for extent in self._output_size(x))
+        places = [(i, j) for i in range(self.kernel_size) for j in range(self.kernel_size)]
+        shifted = [padded[:, i : i + rows : self.stride, j : j + columns : self.stride] for i, j in places]
+        return jnp.concatenate(shifted, axis=-1)
 
     def _output_size(self, x) -> tuple[int, int]:
         return tuple(
@@ -101,7 +107,8 @@ class GroupNorm(nn.Module):
         centred = pixels - self._group_mean(jnp.mean(pixels, axis=1))[:, None]
         variance = self._group_mean(jnp.mean(jnp.square(centred), axis=1))
         factor = jax.lax.rsqrt(variance + self.epsilon) * scale
-        return (centred * factor[:, None] + bias).reshape(x.shape).astype(dtype)
+        factor = materialise_cotangent(jnp.broadcast_to(factor[:, None], centred.shape))
+        return (centred * factor + bias).reshape(x.shape).astype(dtype)
 
     def _group_mean(self, channel_means):
         """(B, C) means of the channels -> (B, C), each channel holding the mean of its group."""
@@ -123,7 +130,8 @@ class LayerNorm(nn.Module):
         dtype, x = x.dtype, _at_least_float32(x)
         centred = x - jnp.mean(x, axis=-1, keepdims=True)
         variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
-        return (centred * jax.lax.rsqrt(variance + self.epsilon) * scale + bias).astype(dtype)
+        factor = materialise_cotangent(jnp.broadcast_to(jax.lax.rsqrt(variance + self.epsilon), x.shape))
+        return (centred * factor * scale + bias).astype(dtype)
 
 
 def _at_least_float32(x):
