@@ -48,4 +48,6 @@ def cast_inputs(noisy_latents: jax.Array, text: jax.Array, precision: str) -> tu
     dtype = compute_dtype(precision)
     if dtype is None:
         return noisy_latents, text
-    return noisy_latents.astype(dtype), text.astype(dtype) if precision == "bfloat16-all" else text
+    if precision == "bfloat16-all":
+        text = jax.tree.map(lambda states: states.astype(dtype), text)
+    return noisy_latents.astype(dtype), text

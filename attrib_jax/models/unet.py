@@ -9,13 +9,12 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.custom_derivatives import SymbolicZero
 
 from attrib_jax.core.checks import check_choice
 from attrib_jax.models.layers import (
@@ -29,6 +28,7 @@ from attrib_jax.models.layers import (
     pointwise_conv,
 )
 from attrib_jax.models.precision import PRECISIONS, cast_inputs
+from attrib_jax.models.text_states import TextStates
 
 # Whether a block of this class attends to the text.
 _DOWN_BLOCKS = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
@@ -201,47 +201,6 @@ class TimestepEmbedding(nn.Module):
         return nn.Dense(self.features, name="linear_2")(nn.silu(nn.Dense(self.features, name="linear_1")(x)))
 
 
-class TextStates(NamedTuple):
-    """Text states (B, L, D) as `rows`, and transposed (B, D, L) as `columns`, for `dot_general`."""
-
-    rows: jax.Array
-    columns: jax.Array
-
-    @classmethod
-    def of(cls, rows: jax.Array) -> "TextStates":
-        # The barrier keeps XLA from folding the transposition into the products that it is made for.
-        return cls(rows, jax.lax.optimization_barrier(jnp.swapaxes(rows, -1, -2)))
-
-    def dot_general(self, rows, kernel, *_, **__):
-        """What `nn.Dense` takes instead of `jax.lax.dot_general`: `rows`, in its dtype, times a kernel."""
-        return _project(rows, self.columns.astype(rows.dtype), kernel)
-
-
-@jax.custom_jvp
-def _project(rows, columns, kernel):
-    """`rows @ kernel`, whose derivative by the kernel takes `columns`.
-
-    Transposed, it is `columns @ cotangent`: a product of contiguous matrices, on a CPU nearly twice as fast as one of
-    transposed rows. A gradient for each example is such a product for each key and value projection.
-    """
-    return rows @ kernel
-
-
-def _project_jvp(primals, tangents):
-    rows, columns, kernel = primals
-    rows_dot, _, kernel_dot = tangents
-    parts = []
-    if not isinstance(rows_dot, SymbolicZero):
-        parts.append(rows_dot @ kernel)
-    if not isinstance(kernel_dot, SymbolicZero):
-        parts.append(jnp.einsum("...cl,cf->...lf", columns, kernel_dot))
-    result = _project(*primals)
-    return result, sum(parts) if parts else jnp.zeros_like(result)
-
-
-_project.defjvp(_project_jvp, symbolic_zeros=True)
-
-
 class Attention(nn.Module):
     """Multi-head attention of (B, Q, C) to `text`, or to itself if that is None -> (B, Q, C).
 
@@ -254,13 +213,11 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x, text: TextStates | jax.Array | None = None):
         features = x.shape[-1]
-        if text is not None and not isinstance(text, TextStates):
-            text = TextStates.of(text)
+        dot_general = text.dot_general if isinstance(text, TextStates) else None
+        states = x if text is None else text.rows if isinstance(text, TextStates) else text
 
         def project(name):
-            if text is None:
-                return nn.Dense(features, use_bias=False, name=name)(x)
-            projected = nn.Dense(features, use_bias=False, dot_general=text.dot_general, name=name)(text.rows)
+            projected = nn.Dense(features, use_bias=False, dot_general=dot_general, name=name)(states)
             # A bfloat16 run may project float32 text (models/precision.py) and rounds after the product.
             return projected.astype(query.dtype)
 
@@ -399,7 +356,7 @@ class UNet2DConditionModel(nn.Module):
           latents: (B, h, w, in_channels) noisy latents of any size, float32; float64 latents or parameters give a
             float64 forward, timestep sinusoids included.
           timesteps: (B,) or (), integers or floats.
-          text: (B, L, cross_attention_dim) text states.
+          text: (B, L, cross_attention_dim) text states, or `TextStates` of them.
 
         Returns:
           (B, h, w, out_channels).
@@ -407,8 +364,9 @@ class UNet2DConditionModel(nn.Module):
         config = self.config
         if latents.ndim != 4 or latents.shape[-1] != config.in_channels:
             raise ValueError(f"latents must be (B, h, w, {config.in_channels}), got shape {latents.shape}.")
-        if text.ndim != 3 or text.shape[-1] != config.cross_attention_dim:
-            raise ValueError(f"text must be (B, L, {config.cross_attention_dim}), got shape {text.shape}.")
+        text_shape = text.rows.shape if isinstance(text, TextStates) else text.shape
+        if len(text_shape) != 3 or text_shape[-1] != config.cross_attention_dim:
+            raise ValueError(f"text must be (B, L, {config.cross_attention_dim}), got shape {text_shape}.")
         if config.center_input_sample:
             latents = 2 * latents - 1
         channels = config.block_out_channels
@@ -420,7 +378,6 @@ class UNet2DConditionModel(nn.Module):
         embedding_width = config.time_embedding_dim or 4 * channels[0]
         time_embedding = TimestepEmbedding(embedding_width, name="time_embedding")(sinusoids.astype(x.dtype))
 
-        text = TextStates.of(text)
         skips = [x]
         for level in range(len(channels)):
             x, states = DownBlock(config, level, name=f"down_blocks_{level}")(x, time_embedding, text)
@@ -440,15 +397,18 @@ class UNet2DConditionModel(nn.Module):
 def predictor(unet: UNet2DConditionModel, precision: str = "float32") -> Callable[..., Any]:
     """Returns `predict(params, noisy_latents, timestep, text)` for one example without a batch axis.
 
-    noisy_latents (h, w, c), timestep () and text (L, d) -> (h, w, out_channels). Map it with `jax.vmap`; over several
-    timesteps of one caption leave `text` unmapped, and its key and value projections are computed once. `precision`
-    (models/precision.py) is that of the UNet's activations; weights go through its `cast_params` first. The same
-    function comes back for equal arguments, so what was compiled for it is found again.
+    noisy_latents (h, w, c), timestep () and text (L, d), or `TextStates` of it -> (h, w, out_channels). Map it with
+    `jax.vmap`; over several timesteps of one caption leave `text` unmapped, and its key and value projections are
+    computed once. `precision` (models/precision.py) is that of the UNet's activations; weights go through its
+    `cast_params` first. The same function comes back for equal arguments, so what was compiled for it is found again.
     """
     check_choice("precision", precision, PRECISIONS)
 
     def predict(params, noisy_latents, timestep, text):
         noisy_latents, text = cast_inputs(noisy_latents, text, precision)
-        return unet.apply({"params": params}, noisy_latents[None], timestep, text[None])[0]
+        one = jax.tree.map(lambda array: array[None], (noisy_latents, text))
+        return unet.apply({"params": params}, one[0], timestep, one[1])[0]
 
+    # Other modules, in a UNet's place, are given arrays.
+    predict.takes_text_states = isinstance(unet, UNet2DConditionModel)
     return predict

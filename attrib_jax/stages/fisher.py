@@ -16,7 +16,7 @@ from attrib_jax.curvature.diagonal import Diagonal
 from attrib_jax.curvature.fisher import FisherSum, fisher_diagonal
 from attrib_jax.diffusion.losses import Predict
 from attrib_jax.diffusion.schedule import NoiseSchedule
-from attrib_jax.models.prepared import transform_kernels
+from attrib_jax.models.prepared import transform_kernels, transpose_text
 from attrib_jax.runtime.files import DamagedFileError, write_arrays
 from attrib_jax.runtime.hosts import from_first_host
 from attrib_jax.runtime.mesh import data_mesh, replicate
@@ -100,6 +100,7 @@ def _tile_sum(predict: Predict, microbatch: int, shared: Any, batch: Sample) -> 
     """The sum over one device's tile."""
     selected, rest, schedule, key = shared
     loss_fn = sample_loss(predict, schedule, key)
+    batch = batch._replace(text=transpose_text(predict, batch.text))
     return as_pair(fisher_diagonal(loss_fn, selected, rest, batch, mask=batch.mask, microbatch=microbatch))
 
 

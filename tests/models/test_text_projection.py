@@ -5,7 +5,8 @@ import jax
 import numpy as np
 import pytest
 
-from attrib_jax.models.unet import Attention, TextStates
+from attrib_jax.models.text_states import TextStates
+from attrib_jax.models.unet import Attention
 
 jnp = jax.numpy
 
