@@ -62,7 +62,8 @@ class OurSide:
         in_tile = len(self._timesteps) if part == "losses" else 1
         all_devices = tile * self.mesh.size
         self._count = -(-units // (all_devices * in_tile)) * all_devices
-        self._data = self._random_data(self._count)
+        # The Fisher information draws pictures again and again, as in a real run.
+        self._data = self._random_data(all_devices if part == "fisher" else self._count)
         if part == "losses":
             self._program = LossProgram(
                 self._predict,
@@ -85,7 +86,7 @@ class OurSide:
         if part == "fisher":
             # Fitting compiles first, so the time starts at its second tile.
             tile = samples_per_tile(self.mesh) * self.mesh.size
-            data = _StopwatchDataset.of(self._random_data(self._count + tile))
+            data = _StopwatchDataset.of(self._data)
             self._fit(data, self._count + tile)
             return self._count, time.perf_counter() - data.began
         began = time.perf_counter()

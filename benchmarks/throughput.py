@@ -36,12 +36,14 @@ FLAGS = flags.FLAGS
 
 PARTS = ("losses", "fisher", "fisher-kv", "gradient")
 
-# What a turn has at least, rounded up to whole tiles and batches: forwards, samples or draws. Our turn of the Fisher
-# information ends with storing it, which takes as long as a few samples and comes once in a thousand of a real run.
+# What a turn has at least, rounded up to whole tiles and batches: forwards, samples or draws.
 _UNITS = {
     "cpu": {"losses": 400, "fisher": 256, "fisher-kv": 256, "gradient": 128},
     "cuda": {"losses": 20000, "fisher": 512, "fisher-kv": 512, "gradient": 2048},
 }
+# Our turn of the Fisher information ends with storing it, which takes as long as a few samples and comes once in a
+# thousand of a real run. It has four times the samples, so that the turns of both sides take about as long.
+_OURS_LONGER = {"fisher": 4, "fisher-kv": 4}
 _QUICK_UNITS = {"losses": 100, "fisher": 16, "fisher-kv": 16, "gradient": 32}
 _UNIT_NAMES = {"losses": "forwards", "fisher": "samples", "fisher-kv": "samples", "gradient": "draws"}
 # At least this ratio of the rates, on a CPU, and at most this much memory of ours.
@@ -73,14 +75,16 @@ def both_sides(size: Size, device: str, precision: str, devices: int, threads: i
             yield {"ours": our_side, "torch": torch_side}
 
 
-def take_turns(workers: dict[str, Worker], part: str, device: str, units: int, repeats: int) -> dict[str, Any]:
+def take_turns(
+    workers: dict[str, Worker], part: str, device: str, units: dict[str, int], repeats: int
+) -> dict[str, Any]:
     """Compares the results of one of `PARTS` and times it on both sides, in turns.
 
     Args:
       workers: from `both_sides`, best fresh ones: memory that an earlier part left counts.
       part: in float32, but for "losses".
       device: "cpu" or "cuda".
-      units: least number of forwards, samples or draws in a turn.
+      units: least number of forwards, samples or draws in a turn of each side, {"ours": ..., "torch": ...}.
       repeats: turns of each side.
 
     Returns:
@@ -90,7 +94,7 @@ def take_turns(workers: dict[str, Worker], part: str, device: str, units: int, r
     """
     parts = {"ours": part.removesuffix("-kv"), "torch": part}
     before = {side: _memory(worker, device) for side, worker in workers.items()}
-    row = {side: {"batch": worker.call("prepare", parts[side], units)} for side, worker in workers.items()}
+    row = {side: {"batch": worker.call("prepare", parts[side], units[side])} for side, worker in workers.items()}
     inputs, expected = workers["ours"].call("check", parts["ours"])
     error = largest_error(workers["torch"].call("check", part, inputs), expected)
     rates, waited, others = {side: [] for side in workers}, dict.fromkeys(workers, 0.0), []
@@ -192,7 +196,10 @@ def main(argv):
     devices, threads = FLAGS.cpu_devices or cores, FLAGS.threads or cores
     rows, missed = [], False
     for part in FLAGS.parts:
-        units = _QUICK_UNITS[part] if FLAGS.quick or FLAGS.size == "tiny" else _UNITS[device][part]
+        quick = FLAGS.quick or FLAGS.size == "tiny"
+        units = dict.fromkeys(("ours", "torch"), (_QUICK_UNITS if quick else _UNITS[device])[part])
+        if device == "cpu" and not quick:
+            units["ours"] *= _OURS_LONGER.get(part, 1)
         for precision in precisions if part == "losses" else ["float32"]:
             with both_sides(size_of(FLAGS.size), device, precision, devices, threads) as workers:
                 row = take_turns(workers, part, device, units, repeats) | {"precision": precision}
