@@ -13,9 +13,9 @@ from jax.interpreters import ad, batching, mlir
 class TextStates(NamedTuple):
     """Text states, which a UNet takes in place of an array of them; results stay the same.
 
-    For programs of which most is the gradient of each example by the projections: on a CPU they are up to twice as fast
-    by the transpose as by the states. XLA has to be given it as an argument: what a program transposes itself, it folds
-    back into the products.
+    For programs that take the gradient of each example by the projections, which on a CPU is up to twice as fast by the
+    transpose as by the states. Make it outside of the loop that uses it: what a loop's body transposes itself, XLA
+    folds back into the products.
 
     Attributes:
       rows: (..., L, D), the states.

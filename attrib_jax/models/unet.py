@@ -406,8 +406,8 @@ def predictor(unet: UNet2DConditionModel, precision: str = "float32") -> Callabl
 
     def predict(params, noisy_latents, timestep, text):
         noisy_latents, text = cast_inputs(noisy_latents, text, precision)
-        one = jax.tree.map(lambda array: array[None], (noisy_latents, text))
-        return unet.apply({"params": params}, one[0], timestep, one[1])[0]
+        noisy_latents, text = jax.tree.map(lambda array: array[None], (noisy_latents, text))
+        return unet.apply({"params": params}, noisy_latents, timestep, text)[0]
 
     # Other modules, in a UNet's place, are given arrays.
     predict.takes_text_states = isinstance(unet, UNet2DConditionModel)
