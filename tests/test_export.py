@@ -14,7 +14,7 @@ import pytest
 
 from attrib_jax.attribution.influence import influence_scores
 from attrib_jax.attribution.scores import example_loss, strided_losses
-from attrib_jax.attribution.unlearn import newton_step, tile_gradient
+from attrib_jax.attribution.unlearn import by_selected, newton_step, tile_gradient
 from attrib_jax.core.types import Batch
 from attrib_jax.core.weights import flatten_names, merge_weights, select_weights
 from attrib_jax.curvature.diagonal import Diagonal
@@ -24,6 +24,7 @@ from attrib_jax.diffusion.losses import denoising_losses
 from attrib_jax.diffusion.samplers import sample
 from attrib_jax.diffusion.schedule import NoiseSchedule
 from attrib_jax.models.precision import cast_params, matmul_precision
+from attrib_jax.models.projected_text import project_text
 from attrib_jax.models.unet import UNet2DConditionModel, UNetConfig, predictor
 from attrib_jax.runtime.mesh import data_mesh, tile_map
 
@@ -162,7 +163,9 @@ def ekfac_newton(precision):
 def query_gradient_tile(precision):
     def tile(selected, rest, schedule, latents, text, key, mask, indices, draws):
         predict = predictor(UNET, precision)
-        return tile_gradient(predict, schedule, selected, rest, latents, text, wrap(key), mask, indices, draws)
+        weights = project_text(predict, selected, text)
+        total = tile_gradient(predict, schedule, weights, rest, latents, text, wrap(key), mask, indices, draws)
+        return by_selected(total, selected, text)
 
     halves = select_weights(params_shapes(precision), "cross-attn-kv")
     return tile, (*halves, SCHEDULE, LATENTS, TEXT, KEY, float32(SIZE, SIZE), int32(TILE), int32())

@@ -20,6 +20,7 @@ from attrib_jax.curvature.diagonal import Diagonal
 from attrib_jax.curvature.ekfac import EKFAC
 from attrib_jax.diffusion.losses import Predict, denoising_losses
 from attrib_jax.diffusion.schedule import NoiseSchedule
+from attrib_jax.models.projected_text import ProjectedWeights, kernel_gradient, project_text
 
 METHODS = ("newton", "sgd")
 
@@ -118,11 +119,12 @@ def query_gradient(
         ValueError: `draws` or `tile` is below 1.
     """
     _check_draws(draws, tile)
+    weights = project_text(predict, selected, text)
     total = _add_query_tiles(
         predict,
-        _zero_total(selected),
+        zero_gradient(weights),
         schedule,
-        selected,
+        weights,
         rest,
         latents,
         text,
@@ -133,7 +135,7 @@ def query_gradient(
         tile,
         -(-draws // tile),
     )
-    return jax.tree.map(lambda leaf: leaf / draws, total)
+    return jax.tree.map(lambda leaf: leaf / draws, by_selected(total, selected, text))
 
 
 def newton_step(
@@ -293,13 +295,14 @@ def _sum_draws(fixed, selected, key, advance) -> QueryGradient:
     tiles = -(-draws // tile)
     # A divisor, so that every call is the same compiled program and none runs tiles that do not count.
     tiles_per_call = max(count for count in range(1, _MAX_TILES_PER_CALL + 1) if tiles % count == 0)
-    total = _zero_total(selected)
+    weights = _project_text_jit(predict, selected, text)
+    total = zero_gradient(weights)
     for first in range(0, tiles, tiles_per_call):
         total = _add_query_tiles_jit(
             predict,
             total,
             schedule,
-            selected,
+            weights,
             rest,
             latents,
             text,
@@ -312,7 +315,7 @@ def _sum_draws(fixed, selected, key, advance) -> QueryGradient:
         )
         jax.block_until_ready(total.loss)
         advance(min((first + tiles_per_call) * tile, draws))
-    return total
+    return _by_selected_jit(total, selected, text)
 
 
 def _advance(progress: Callable[[int], None] | None, before: int, count: int) -> None:
@@ -341,12 +344,6 @@ def _add_scaled(selected: Any, update: Any, scale) -> Any:
     return jax.tree.map(lambda leaf, change: (leaf + scale * change).astype(leaf.dtype), selected, update)
 
 
-@jax.jit
-def _zero_total(selected: Any) -> QueryGradient:
-    dtype = jnp.result_type(*jax.tree.leaves(selected), jnp.float32)
-    return QueryGradient(jnp.zeros((), dtype), jax.tree.map(jnp.zeros_like, selected))
-
-
 def _check_newton(num_examples: int, damping: float) -> None:
     check_positive("num_examples", num_examples, integer=True)
     check_range("damping", damping, low=0)
@@ -358,11 +355,21 @@ def _check_draws(draws: int, tile: int) -> None:
 
 
 def tile_gradient(
-    predict, schedule, selected, rest, latents, text, key, mask, indices: jax.Array, draws
+    predict,
+    schedule,
+    weights: ProjectedWeights,
+    rest,
+    latents,
+    text,
+    key,
+    mask,
+    indices: jax.Array,
+    draws,
 ) -> QueryGradient:
     """Sums of the query's loss and gradient over the draws number `indices` (S,); numbers from `draws` on count zero.
 
-    Other arguments as in `query_gradient`.
+    The gradient is by `weights`, those of `project_text`; `by_selected` turns the sum over all tiles into that by the
+    selected weights. Other arguments as in `query_gradient`.
     """
 
     def group_gradient(indices):
@@ -370,18 +377,30 @@ def tile_gradient(
         noise = noise.astype(latents.dtype)
 
         def loss_sum(weights):
-            params = merge_weights(weights, rest)
-            losses = denoising_losses(predict, params, schedule, latents, text, noise, timesteps, mask=mask)
+            params = merge_weights(weights.others, rest)
+            projected = weights.text(text)
+            losses = denoising_losses(predict, params, schedule, latents, projected, noise, timesteps, mask=mask)
             return jnp.sum(losses * (indices < draws).astype(losses.dtype))
 
-        return QueryGradient(*jax.value_and_grad(loss_sum)(selected))
+        return QueryGradient(*jax.value_and_grad(loss_sum)(weights))
 
     size = even_group_size(len(indices), num_pixels(latents.shape), gradient_pixels())
     return sum_groups(group_gradient, indices, size)
 
 
+def zero_gradient(weights: ProjectedWeights) -> QueryGradient:
+    """The sums of `tile_gradient` over no tiles."""
+    dtype = jnp.result_type(*jax.tree.leaves(weights), jnp.float32)
+    return QueryGradient(jnp.zeros((), dtype), jax.tree.map(jnp.zeros_like, weights))
+
+
+def by_selected(total: QueryGradient, selected: Any, text: jax.Array) -> QueryGradient:
+    """Sums of `tile_gradient` with the gradient by the selected weights, from which and `text` the tiles' were made."""
+    return QueryGradient(total.loss, kernel_gradient(total.gradient, selected, text.T))
+
+
 def _add_query_tiles(
-    predict, total, schedule, selected, rest, latents, text, key, mask, first, draws, tile, tiles
+    predict, total, schedule, weights, rest, latents, text, key, mask, first, draws, tile, tiles
 ) -> QueryGradient:
     """Adds to `total` the sums over `tiles` tiles of draws from number `first`; numbers from `draws` on count zero.
 
@@ -390,7 +409,7 @@ def _add_query_tiles(
 
     def add_tile(total, start):
         indices = first + start + jnp.arange(tile, dtype=jnp.int32)
-        part = tile_gradient(predict, schedule, selected, rest, latents, text, key, mask, indices, draws)
+        part = tile_gradient(predict, schedule, weights, rest, latents, text, key, mask, indices, draws)
         return jax.tree.map(lambda old, new: old + new.astype(old.dtype), total, part), None
 
     return jax.lax.scan(add_tile, total, tile * jnp.arange(tiles, dtype=jnp.int32))[0]
@@ -400,3 +419,5 @@ def _add_query_tiles(
 _add_query_tiles_jit = jax.jit(
     _add_query_tiles, static_argnames=("predict", "tile", "tiles"), donate_argnames=("total",)
 )
+_project_text_jit = jax.jit(project_text, static_argnums=0)
+_by_selected_jit = jax.jit(by_selected)

@@ -79,6 +79,25 @@ def fisher_diagonal(
     Raises:
       ValueError: leading axes differ, or `microbatch` does not divide B.
     """
+    gradients = jax.vmap(jax.grad(loss_fn), in_axes=(None, None, 0))
+    return sum_squares(gradients, selected, rest, batch, mask, microbatch)
+
+
+def sum_squares(
+    gradients: Callable[[Any, Any, Any], Any],
+    selected: Any,
+    rest: Any,
+    batch: Any,
+    mask: jax.Array | None = None,
+    microbatch: int | None = None,
+) -> FisherSum:
+    """`fisher_diagonal` where a model has its per-example gradients in another form than `vmap` of a loss's.
+
+    Args:
+      gradients: `gradients(selected, rest, examples)`, the gradient of each of several examples, in the layout of
+        `selected` with a leading axis; one example's must not depend on the others.
+      selected, rest, batch, mask, microbatch: as in `fisher_diagonal`; so are result and errors.
+    """
     sizes = {leaf.shape[:1] for leaf in jax.tree.leaves((batch, mask))}
     if len(sizes) != 1 or sizes == {()}:
         raise ValueError(f"batch and mask must share one leading axis, but theirs are {sorted(sizes)}.")
@@ -93,7 +112,6 @@ def fisher_diagonal(
     if mask is None:
         mask = jnp.ones((size,), bool)
     mask = mask.astype(bool)
-    gradients = jax.vmap(jax.grad(loss_fn), in_axes=(None, None, 0))
     number = size // microbatch
     # A microbatch takes every (size / microbatch)-th example, so that a batch sharded over devices stays sharded.
     split = jax.tree.map(lambda x: x.reshape(microbatch, number, *x.shape[1:]), (batch, mask))

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from attrib_jax.core.groups import FORWARD_PIXELS, group_size, num_pixels, vmap_groups
+from attrib_jax.core.groups import FORWARD_PIXELS, group_size, map_groups, num_pixels
 from attrib_jax.diffusion.schedule import NoiseSchedule
 
 # predict(params, noisy_latents (h, w, c), timestep (), text (L, d)) -> model output (h, w, c)
@@ -26,8 +26,8 @@ def denoising_losses(
 ) -> jax.Array:
     """Mean squared error of the model's prediction at each timestep, for one example (METHOD.md sections 2 and 5).
 
-    The model runs under `vmap` over the timesteps with the text unbatched, so that what depends only on the text (the
-    cross-attention keys and values) is computed once.
+    The model runs on all timesteps with one text, so that what depends only on the text (the cross-attention keys and
+    values) is computed once: by `predict.of_batch` where there is one (`predictor`), else under `vmap`.
 
     Args:
         predict: the model, see `Predict`; unbatched.
@@ -47,12 +47,11 @@ def denoising_losses(
         ValueError: shapes that do not fit each other.
     """
     prediction, target = predictions(predict, params, schedule, latents, text, noise, timesteps)
-    dtype = jnp.promote_types(jnp.result_type(prediction, target), jnp.float32)
-    errors = jnp.square(prediction.astype(dtype) - target.astype(dtype))
+    errors = _squared_errors(prediction, target)
     latent_axes = tuple(range(1, errors.ndim))
     if mask is None:
         return jnp.mean(errors, axis=latent_axes)
-    weights = _mask_weights(mask, latents.shape).astype(dtype)
+    weights = _mask_weights(mask, latents.shape).astype(errors.dtype)
     size = jnp.sum(weights) * latents.shape[-1]
     return jnp.sum(weights * errors, axis=latent_axes) / jnp.where(size > 0, size, 1)
 
@@ -85,15 +84,57 @@ def predictions(
     else:
         size = group_size(len(timesteps), num_pixels(latents.shape), FORWARD_PIXELS)
 
-        def at_timestep(inputs):
-            return predict(params, *inputs, text)
+        def at_timesteps(inputs):
+            return _at_timesteps(predict)(params, *inputs, text)
 
         # Of groups that follow each other a backward pass would keep all activations: it computes them again.
-        at_timestep = at_timestep if size == len(timesteps) else jax.checkpoint(at_timestep)
-        prediction = vmap_groups(at_timestep, size)((noisy, timesteps))
+        at_timesteps = at_timesteps if size == len(timesteps) else jax.checkpoint(at_timesteps)
+        prediction = map_groups(at_timesteps, size)((noisy, timesteps))
     if prediction.shape != target.shape:
         raise ValueError(f"predict returned shape {prediction.shape[1:]}; expected that of latents, {latents.shape}")
     return prediction, target
+
+
+def batch_losses(
+    predict: Predict,
+    params: Any,
+    schedule: NoiseSchedule,
+    latents: jax.Array,
+    text: Any,
+    noise: jax.Array,
+    timesteps: jax.Array,
+) -> jax.Array:
+    """Mean squared error of each of several examples at a timestep of its own: what `denoising_losses` gives for it.
+
+    Args:
+        predict: a model that takes batches, `predict.of_batch`, as that of `predictor` does.
+        params, schedule: as in `denoising_losses`.
+        latents, noise: (B, h, w, c).
+        text: (B, L, d) text states or `ProjectedText` of them.
+        timesteps: (B,).
+
+    Returns:
+        (B,), in the dtype of `denoising_losses`.
+    """
+    prediction = predict.of_batch(params, schedule.add_noise(latents, noise, timesteps), timesteps, text)
+    errors = _squared_errors(prediction, schedule.target(latents, noise, timesteps))
+    return jnp.mean(errors, axis=tuple(range(1, errors.ndim)))
+
+
+def _squared_errors(prediction, target):
+    dtype = jnp.promote_types(jnp.result_type(prediction, target), jnp.float32)
+    return jnp.square(prediction.astype(dtype) - target.astype(dtype))
+
+
+def _at_timesteps(predict: Predict) -> Predict:
+    """`predict` of several noisy latents (S, h, w, c) and timesteps (S,), with one text."""
+    if not hasattr(predict, "of_batch"):
+        return jax.vmap(predict, in_axes=(None, 0, 0, None))
+
+    def at_timesteps(params, noisy_latents, timesteps, text):
+        return predict.of_batch(params, noisy_latents, timesteps, jax.tree.map(lambda array: array[None], text))
+
+    return at_timesteps
 
 
 def denoising_loss(

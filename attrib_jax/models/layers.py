@@ -139,12 +139,21 @@ def _at_least_float32(x):
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def attention(query, key, value, num_heads: int, mask=None):
+def attention(query, key, value, num_heads: int, mask=None, group: int = 1):
     """Plain softmax attention: query (B, Q, D), key and value (B, L, D) -> (B, Q, D), D split over `num_heads`.
 
-    `mask` (Q, L) is added to the logits. Written as two contractions so that `vmap` over an axis that only the query
-    has (the timesteps) folds it into the query axis, with keys and values held once.
+    Args:
+      query: (B, Q, D).
+      key, value: (B, L, D), or (1, L, D) for those of all queries.
+      num_heads: a divisor of D.
+      mask: (Q, L), added to the logits; not with (1, L, D).
+      group: examples that count as one against the limit of logits held at once, for callers that bound their batch
+        themselves (core/groups.py).
     """
+    if key.shape[0] == 1 < query.shape[0] and mask is None:
+        # One after the other they are the queries of one example: there is nothing to transpose.
+        folded = query.reshape(1, -1, query.shape[-1])
+        return attention(folded, key, value, num_heads, group=group).reshape(query.shape)
     *batch, length, width = query.shape
     head_dim = width // num_heads
 
@@ -161,7 +170,7 @@ def attention(query, key, value, num_heads: int, mask=None):
         return jnp.moveaxis(heads, -3, -1).reshape(-1, head_dim, x.shape[-2])
 
     query, key, value = split(query), split_transposed(key), split_transposed(value)
-    num_blocks = -(-length * len(query) * key.shape[-1] // _LOGITS_AT_ONCE)
+    num_blocks = -(-length * len(query) * key.shape[-1] // (group * _LOGITS_AT_ONCE))
     # Only pictures have so many tokens, and they have no mask.
     if num_blocks == 1 or mask is not None:
         mixed = _attend(query, key, value, mask)

@@ -1,4 +1,4 @@
-"""What a program computes from the weights alone or from the text, once before many uses."""
+"""What a program computes from the weights alone, once before many uses."""
 
 import functools
 from collections.abc import Callable
@@ -10,7 +10,6 @@ import jax.numpy as jnp
 
 from attrib_jax.core.weights import Params, flatten_names, merge_weights, unflatten_names
 from attrib_jax.models.layers import Conv
-from attrib_jax.models.text_states import TextStates
 from attrib_jax.models.winograd import transform_kernel
 
 # Name, shape and dtype of every leaf.
@@ -42,12 +41,6 @@ def transform_kernels(
         return rest
     found = _winograd_kernels(predict, _layout(selected), _layout(rest), latent_shape, text_shape)
     return unflatten_names({name: transform_kernel(leaf) if name in found else leaf for name, leaf in flat.items()})
-
-
-def transpose_text(predict: Callable[..., Any], text: jax.Array) -> jax.Array | TextStates:
-    """Text states (..., L, D) as `TextStates` where these are faster, on a CPU, and `predict` is a UNet's."""
-    takes = getattr(predict, "takes_text_states", False) and jax.default_backend() == "cpu"
-    return TextStates.of(text) if takes else text
 
 
 def _layout(tree: Params) -> _Layout:

@@ -28,7 +28,7 @@ from attrib_jax.models.layers import (
     pointwise_conv,
 )
 from attrib_jax.models.precision import PRECISIONS, cast_inputs
-from attrib_jax.models.text_states import TextStates
+from attrib_jax.models.projected_text import ProjectedText, text_rows
 
 # Whether a block of this class attends to the text.
 _DOWN_BLOCKS = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
@@ -202,27 +202,28 @@ class TimestepEmbedding(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention of (B, Q, C) to `text`, or to itself if that is None -> (B, Q, C).
+    """Multi-head attention of (B, Q, C) to `text` (B or 1, L, D), or to itself if that is None -> (B, Q, C).
 
-    Keys and values are functions of `text` and the parameters alone. So `vmap` over an axis that `text` does not have,
-    the timesteps, computes them once.
+    Keys and values are functions of `text` and the parameters alone: one text for all pictures is projected once.
     """
 
     num_heads: int
 
     @nn.compact
-    def __call__(self, x, text: TextStates | jax.Array | None = None):
+    def __call__(self, x, text: ProjectedText | jax.Array | None = None):
         features = x.shape[-1]
-        dot_general = text.dot_general if isinstance(text, TextStates) else None
-        states = x if text is None else text.rows if isinstance(text, TextStates) else text
+        states = x if text is None else text_rows(text)
+        before = text.projections if isinstance(text, ProjectedText) else {}
 
         def project(name):
-            projected = nn.Dense(features, use_bias=False, dot_general=dot_general, name=name)(states)
+            projected = before.get("/".join((*self.path, name, "kernel")))
+            if projected is None:
+                projected = nn.Dense(features, use_bias=False, name=name)(states)
             # A bfloat16 run may project float32 text (models/precision.py) and rounds after the product.
             return projected.astype(query.dtype)
 
         query = nn.Dense(features, use_bias=False, name="to_q")(x)
-        mixed = attention(query, project("to_k"), project("to_v"), self.num_heads)
+        mixed = attention(query, project("to_k"), project("to_v"), self.num_heads, group=len(x))
         return nn.Dense(features, name="to_out_0")(mixed)
 
 
@@ -356,7 +357,7 @@ class UNet2DConditionModel(nn.Module):
           latents: (B, h, w, in_channels) noisy latents of any size, float32; float64 latents or parameters give a
             float64 forward, timestep sinusoids included.
           timesteps: (B,) or (), integers or floats.
-          text: (B, L, cross_attention_dim) text states, or `TextStates` of them.
+          text: (B, L, cross_attention_dim) text states or `ProjectedText` of them; (1, L, ...) is that of all latents.
 
         Returns:
           (B, h, w, out_channels).
@@ -364,9 +365,10 @@ class UNet2DConditionModel(nn.Module):
         config = self.config
         if latents.ndim != 4 or latents.shape[-1] != config.in_channels:
             raise ValueError(f"latents must be (B, h, w, {config.in_channels}), got shape {latents.shape}.")
-        text_shape = text.rows.shape if isinstance(text, TextStates) else text.shape
-        if len(text_shape) != 3 or text_shape[-1] != config.cross_attention_dim:
-            raise ValueError(f"text must be (B, L, {config.cross_attention_dim}), got shape {text_shape}.")
+        shape, pictures = text_rows(text).shape, len(latents)
+        if len(shape) != 3 or shape[-1] != config.cross_attention_dim or shape[0] not in (1, pictures):
+            expected = f"(B, L, {config.cross_attention_dim})"
+            raise ValueError(f"text must be {expected} with B = 1 or, as the latents, {pictures}, got shape {shape}.")
         if config.center_input_sample:
             latents = 2 * latents - 1
         channels = config.block_out_channels
@@ -397,18 +399,22 @@ class UNet2DConditionModel(nn.Module):
 def predictor(unet: UNet2DConditionModel, precision: str = "float32") -> Callable[..., Any]:
     """Returns `predict(params, noisy_latents, timestep, text)` for one example without a batch axis.
 
-    noisy_latents (h, w, c), timestep () and text (L, d), or `TextStates` of it -> (h, w, out_channels). Map it with
-    `jax.vmap`; over several timesteps of one caption leave `text` unmapped, and its key and value projections are
-    computed once. `precision` (models/precision.py) is that of the UNet's activations; weights go through its
-    `cast_params` first. The same function comes back for equal arguments, so what was compiled for it is found again.
+    noisy_latents (h, w, c), timestep () and text (L, d) -> (h, w, out_channels). Map it with `jax.vmap`. For a batch
+    there is `predict.of_batch`, with (B, h, w, c), (B,) and (B, L, d) or `ProjectedText` of it, or one text for all,
+    (1, L, d), whose key and value projections are then computed once. `precision` (models/precision.py) is that of the
+    UNet's activations; weights go through its `cast_params` first. The same function comes back for equal arguments, so
+    what was compiled for it is found again.
     """
     check_choice("precision", precision, PRECISIONS)
 
-    def predict(params, noisy_latents, timestep, text):
+    def of_batch(params, noisy_latents, timesteps, text):
         noisy_latents, text = cast_inputs(noisy_latents, text, precision)
-        noisy_latents, text = jax.tree.map(lambda array: array[None], (noisy_latents, text))
-        return unet.apply({"params": params}, noisy_latents, timestep, text)[0]
+        return unet.apply({"params": params}, noisy_latents, timesteps, text)
 
-    # Other modules, in a UNet's place, are given arrays.
-    predict.takes_text_states = isinstance(unet, UNet2DConditionModel)
+    def predict(params, noisy_latents, timestep, text):
+        return of_batch(params, noisy_latents[None], timestep, text[None])[0]
+
+    # Other modules, in a UNet's place, have one text a picture, and no projections.
+    if isinstance(unet, UNet2DConditionModel):
+        predict.of_batch = of_batch
     return predict

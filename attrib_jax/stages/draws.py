@@ -6,13 +6,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from attrib_jax.core.groups import even_group_size, gradient_pixels, num_pixels
 from attrib_jax.core.weights import count_weights, merge_weights
-from attrib_jax.diffusion.losses import Predict, denoising_losses
+from attrib_jax.diffusion.losses import Predict, batch_losses, denoising_losses
 from attrib_jax.diffusion.schedule import NoiseSchedule
+from attrib_jax.models.projected_text import kernel_gradient, project_text
 from attrib_jax.runtime.hosts import from_first_host, is_first_host
 from attrib_jax.runtime.mesh import host_share, shard_batch
 from attrib_jax.runtime.progress import progress
@@ -70,11 +72,40 @@ def sample_loss(predict: Predict, schedule: NoiseSchedule, key: jax.Array) -> Ca
     """`loss_fn(selected, rest, sample) -> ()`: the loss of one draw, its noise a function of `key` and its index."""
 
     def loss_fn(selected, rest, sample):
-        noise = jax.random.normal(jax.random.fold_in(key, sample.index), (1, *sample.latents.shape))
-        params = merge_weights(selected, rest)
+        noise, params = _noise(key, sample)[None], merge_weights(selected, rest)
         return denoising_losses(predict, params, schedule, sample.latents, sample.text, noise, sample.timestep[None])[0]
 
     return loss_fn
+
+
+def sample_gradients(
+    predict: Predict, schedule: NoiseSchedule, key: jax.Array
+) -> Callable[[Any, Any, tuple[Sample, jax.Array]], Any]:
+    """`gradients(selected, rest, (samples, columns))`, the gradient of `sample_loss` of each of several, in one tree.
+
+    `columns` (B, D, L) are the samples' text states, transposed (`kernel_gradient`). Where the selected weights all
+    project the text, the model runs once on the batch, and not under `vmap`, whose additional axes cost copies.
+    """
+
+    def gradients(selected, rest, inputs):
+        samples, columns = inputs
+        weights = project_text(predict, selected, samples.text)
+        if weights.others or not weights.projections:
+            return jax.vmap(jax.grad(sample_loss(predict, schedule, key)), (None, None, 0))(selected, rest, samples)
+        noise = jax.vmap(functools.partial(_noise, key))(samples)
+
+        def loss_sum(weights):
+            text = weights.text(samples.text)
+            losses = batch_losses(predict, rest, schedule, samples.latents, text, noise, samples.timestep)
+            return jnp.sum(losses)
+
+        return kernel_gradient(jax.grad(loss_sum)(weights), selected, columns)
+
+    return gradients
+
+
+def _noise(key: jax.Array, sample: Sample) -> jax.Array:
+    return jax.random.normal(jax.random.fold_in(key, sample.index), (1, *sample.latents.shape))[0]
 
 
 def sum_over_draws(

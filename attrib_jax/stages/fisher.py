@@ -13,10 +13,10 @@ from jax.sharding import Mesh
 
 from attrib_jax.core.keys import purpose_key
 from attrib_jax.curvature.diagonal import Diagonal
-from attrib_jax.curvature.fisher import FisherSum, fisher_diagonal
+from attrib_jax.curvature.fisher import FisherSum, sum_squares
 from attrib_jax.diffusion.losses import Predict
 from attrib_jax.diffusion.schedule import NoiseSchedule
-from attrib_jax.models.prepared import transform_kernels, transpose_text
+from attrib_jax.models.prepared import transform_kernels
 from attrib_jax.runtime.files import DamagedFileError, write_arrays
 from attrib_jax.runtime.hosts import from_first_host
 from attrib_jax.runtime.mesh import data_mesh, replicate
@@ -25,7 +25,7 @@ from attrib_jax.stages.draws import (
     Sample,
     fisher_draws,
     gradients_at_once,
-    sample_loss,
+    sample_gradients,
     samples_per_tile,
     sum_over_draws,
 )
@@ -99,9 +99,9 @@ def _program(predict: Predict, mesh: Mesh, microbatch: int) -> DeviceSums:
 def _tile_sum(predict: Predict, microbatch: int, shared: Any, batch: Sample) -> Pair:
     """The sum over one device's tile."""
     selected, rest, schedule, key = shared
-    loss_fn = sample_loss(predict, schedule, key)
-    batch = batch._replace(text=transpose_text(predict, batch.text))
-    return as_pair(fisher_diagonal(loss_fn, selected, rest, batch, mask=batch.mask, microbatch=microbatch))
+    gradients = sample_gradients(predict, schedule, key)
+    inputs = batch, jnp.swapaxes(batch.text, -1, -2)
+    return as_pair(sum_squares(gradients, selected, rest, inputs, mask=batch.mask, microbatch=microbatch))
 
 
 def _is_fitted(file: Path, selected: Any) -> bool:

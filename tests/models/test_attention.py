@@ -50,3 +50,27 @@ def test_large_attention_holds_no_logits_of_all_queries():
     for fn in (loss, jax.grad(loss, (0, 1, 2))):
         memory = jax.jit(fn).lower(shape, shape, shape).compile().memory_analysis()
         assert memory.temp_size_in_bytes < 300 * 2**20
+
+
+def test_keys_and_values_of_one_example_are_those_of_all():
+    query, key, value = make_inputs(batch=3)
+    shared = key[:1], value[:1]
+
+    def loss(query, key, value):
+        return jnp.sum(jnp.cos(layers.attention(query, key, value, num_heads=3)))
+
+    def of_each(query, key, value):
+        return sum(loss(query[i : i + 1], key, value) for i in range(3))
+
+    found, expected = (jax.value_and_grad(fn, (0, 1, 2))(query, *shared) for fn in (loss, of_each))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, expected)
+
+
+@pytest.mark.parametrize("keys_of", [1, 4])
+def test_a_group_counts_as_one_example(monkeypatch, keys_of):
+    query, key, value = make_inputs(batch=4)
+    inputs = query, key[:keys_of], value[:keys_of]
+    monkeypatch.setattr(layers, "_LOGITS_AT_ONCE", 3 * 11 * 7)
+    for group, in_blocks in ((1, True), (4, False)):
+        run = jax.jit(lambda *inputs, group=group: layers.attention(*inputs, num_heads=3, group=group))
+        assert ("while" in run.lower(*inputs).as_text()) == in_blocks

@@ -1,12 +1,11 @@
-"""Kernels transformed and text transposed once give the results of kernels and text, and are where it is faster."""
+"""Kernels transformed once give the results of kernels, and are where it is faster."""
 
 import jax
 import numpy as np
 import pytest
 
 from attrib_jax.core.weights import flatten_names, merge_weights, select_weights
-from attrib_jax.models.prepared import transform_kernels, transpose_text
-from attrib_jax.models.text_states import TextStates
+from attrib_jax.models.prepared import transform_kernels
 from attrib_jax.models.unet import UNet2DConditionModel, UNetConfig, predictor
 from attrib_jax.models.winograd import WinogradKernel
 
@@ -78,26 +77,3 @@ def test_selected_kernels_and_small_models_stay_as_they_are(model):
     rest = {"layer": {"kernel": jnp.ones((3, 3))}}
     scale = lambda params, x, t, text: x * params["layer"]["kernel"][0, 0]  # noqa: E731
     assert _transformed(transform_kernels(scale, {}, rest, (1, 1, 1), (1, 1))) == set()
-
-
-@pytest.mark.skipif(jax.default_backend() != "cpu", reason="other backends take the text as it is")
-def test_transposed_text_gives_the_same_gradients(model):
-    predict, params = model
-    selected, rest = select_weights(params, "cross-attn-kv")
-    rng = np.random.default_rng(2)
-    latents, text = (jnp.asarray(rng.normal(size=size), jnp.float32) for size in ((3, 8, 8, 4), (3, 5, 16)))
-    transposed = transpose_text(predict, text)
-    assert isinstance(transposed, TextStates) and transposed.columns.shape == (3, 16, 5)
-
-    def loss(selected, latents, text):
-        return jnp.sum(jnp.square(predict(merge_weights(selected, rest), latents, 7, text)))
-
-    each = jax.jit(jax.vmap(jax.value_and_grad(loss), (None, 0, 0)))
-    found, expected = (jax.tree.leaves(each(selected, latents, given)) for given in (transposed, text))
-    for one, other in zip(found, expected, strict=True):
-        np.testing.assert_allclose(one, other, rtol=0, atol=2e-6 * np.abs(other).max())
-
-
-def test_text_for_other_models_stays_an_array():
-    text = np.ones((2, 5, 16), np.float32)
-    assert transpose_text(lambda params, latents, timestep, text: latents, text) is text

@@ -1,0 +1,132 @@
+"""Keys and values projected ahead of the UNet, and derivatives by them, are those of the layers in it."""
+
+import jax
+import numpy as np
+import pytest
+
+from attrib_jax.core.weights import flatten_names, merge_weights, select_weights, unflatten_names
+from attrib_jax.models.projected_text import ProjectedText, kernel_gradient, project_text
+from attrib_jax.models.unet import UNet2DConditionModel, UNetConfig, predictor
+
+jnp = jax.numpy
+
+_WIDTH, _LENGTH, _SIZE = 6, 5, 8
+_UNET = UNet2DConditionModel(
+    UNetConfig(
+        block_out_channels=(8,),
+        down_block_types=("CrossAttnDownBlock2D",),
+        up_block_types=("CrossAttnUpBlock2D",),
+        layers_per_block=1,
+        norm_num_groups=4,
+        attention_head_dim=2,
+        cross_attention_dim=_WIDTH,
+    )
+)
+# In the down and the mid block, and two in the up block.
+_ATTENTIONS = 4
+_TIMESTEPS = np.array([0, 400, 800], np.int32)
+
+
+@pytest.fixture
+def case():
+    """(predict, params, latents (3, ...), texts (3, L, D)) in float64."""
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        shapes = (1, _SIZE, _SIZE, 4), (1, _LENGTH, _WIDTH)
+        layout = jax.eval_shape(_UNET.init, jax.random.key(0), jnp.zeros(shapes[0]), 0, jnp.zeros(shapes[1]))["params"]
+        flat = {name: 0.3 * rng.normal(size=leaf.shape) for name, leaf in flatten_names(layout).items()}
+        latents, texts = (rng.normal(size=(3, *shape[1:])) for shape in shapes)
+        yield predictor(_UNET), unflatten_names(flat), latents, texts
+
+
+def _assert_close(found, expected):
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-12 * np.abs(other).max())
+
+
+def _each(case, text=None):
+    """What `predict` gives for each of the pictures, with its text or with number `text`."""
+    predict, params, latents, texts = case
+    return jnp.stack([predict(params, latents[i], _TIMESTEPS[i], texts[i if text is None else text]) for i in range(3)])
+
+
+def test_a_batch_is_its_examples(case):
+    predict, params, latents, texts = case
+    _assert_close(predict.of_batch(params, latents, _TIMESTEPS, texts), _each(case))
+    _assert_close(predict.of_batch(params, latents, _TIMESTEPS, texts[1:2]), _each(case, text=1))
+
+
+@pytest.mark.parametrize("texts", [2, 4])
+def test_another_number_of_texts_is_refused(case, texts):
+    predict, params, latents, text = case
+    expected = rf"text must be \(B, L, 6\) with B = 1 or, as the latents, 3, got shape \({texts}, 5, 6\)"
+    with pytest.raises(ValueError, match=expected):
+        predict.of_batch(params, latents, _TIMESTEPS, np.resize(text, (texts, *text.shape[1:])))
+
+
+@pytest.mark.parametrize("subset", ["cross-attn-kv", "cross-attn"])
+def test_layers_of_projections_are_not_applied(case, subset):
+    predict, params, latents, texts = case
+    selected, rest = select_weights(params, subset)
+    weights = project_text(predict, selected, texts)
+    assert len(weights.projections) == 2 * _ATTENTIONS
+    assert all(leaf.shape == (3, _LENGTH, 8) for leaf in weights.projections.values())
+    text = weights.text(texts)
+    assert isinstance(text, ProjectedText)
+    # The kernels are not even there.
+    found = predict.of_batch(merge_weights(weights.others, rest), latents, _TIMESTEPS, text)
+    _assert_close(found, _each(case))
+
+
+@pytest.mark.parametrize("subset", ["cross-attn-kv", "cross-attn"])
+def test_the_gradient_of_one_text(case, subset):
+    predict, params, latents, texts = case
+    selected, rest = select_weights(params, subset)
+
+    def loss(weights, text):
+        return jnp.sum(jnp.sin(predict.of_batch(merge_weights(weights, rest), latents, _TIMESTEPS, text)))
+
+    weights = project_text(predict, selected, texts[0])
+
+    def of_projections(weights):
+        return loss(weights.others, jax.tree.map(lambda leaf: leaf[None], weights.text(texts[0])))
+
+    found = kernel_gradient(jax.grad(of_projections)(weights), selected, texts[0].T)
+    _assert_close(found, jax.grad(loss)(selected, texts[:1]))
+
+
+def test_the_gradients_of_several_texts(case):
+    predict, params, latents, texts = case
+    selected, rest = select_weights(params, "cross-attn-kv")
+
+    def loss(weights):
+        return jnp.sum(jnp.sin(predict.of_batch(rest, latents, _TIMESTEPS, weights.text(texts))))
+
+    gradient = jax.grad(loss)(project_text(predict, selected, texts))
+    found = kernel_gradient(gradient, selected, np.swapaxes(texts, 1, 2))
+
+    def of_example(selected, *example):
+        return jnp.sum(jnp.sin(predict(merge_weights(selected, rest), *example)))
+
+    _assert_close(found, jax.vmap(jax.grad(of_example), (None, 0, 0, 0))(selected, latents, _TIMESTEPS, texts))
+
+
+def test_weights_that_project_no_text_stay(case):
+    predict, params, _, (text, *_) = case
+    selected, _ = select_weights(params, "cross-attn-kv")
+    for weights in (
+        project_text(lambda params, latents, timestep, text: latents, selected, text),
+        project_text(predict, {"conv_in": params["conv_in"]}, text),
+    ):
+        assert not weights.projections and weights.text(text) is text
+    np.testing.assert_array_equal(weights.others["conv_in"]["kernel"], params["conv_in"]["kernel"])
+
+
+def test_the_gradient_has_the_weights_dtype(case):
+    predict, params, _, texts = case
+    selected = jax.tree.map(lambda leaf: leaf.astype(np.float32), select_weights(params, "cross-attn-kv")[0])
+    weights = project_text(predict, selected, texts[0])
+    assert {leaf.dtype for leaf in weights.projections.values()} == {np.dtype(np.float64)}
+    found = kernel_gradient(weights, selected, texts[0].T)
+    assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {np.dtype(np.float32)}
