@@ -10,6 +10,7 @@ from attrib_jax.core.groups import FORWARD_PIXELS, group_size, map_groups, num_p
 from attrib_jax.diffusion.schedule import NoiseSchedule
 
 # predict(params, noisy_latents (h, w, c), timestep (), text (L, d)) -> model output (h, w, c)
+# It may have an attribute `of_batch`, a faster form for several: attrib_jax/models/unet.py:predictor.
 Predict = Callable[[Any, jax.Array, jax.Array, jax.Array], jax.Array]
 
 
@@ -107,18 +108,22 @@ def batch_losses(
     """Mean squared error of each of several examples at a timestep of its own: what `denoising_losses` gives for it.
 
     Args:
-        predict: a model that takes batches, `predict.of_batch`, as that of `predictor` does.
-        params, schedule: as in `denoising_losses`.
+        predict, params, schedule: as in `denoising_losses`.
         latents, noise: (B, h, w, c).
-        text: (B, L, d) text states or `ProjectedText` of them.
+        text: (B, L, d) text states; or `ProjectedText` of them where `predict` has an `of_batch`.
         timesteps: (B,).
 
     Returns:
         (B,), in the dtype of `denoising_losses`.
     """
-    prediction = predict.of_batch(params, schedule.add_noise(latents, noise, timesteps), timesteps, text)
+    prediction = _batched(predict)(params, schedule.add_noise(latents, noise, timesteps), timesteps, text)
     errors = _squared_errors(prediction, schedule.target(latents, noise, timesteps))
     return jnp.mean(errors, axis=tuple(range(1, errors.ndim)))
+
+
+def _batched(predict: Predict) -> Callable[..., jax.Array]:
+    """`predict` of noisy latents (B, h, w, c), timesteps (B,) and text (B, L, d) -> (B, h, w, c)."""
+    return getattr(predict, "of_batch", None) or jax.vmap(predict, in_axes=(None, 0, 0, 0))
 
 
 def _squared_errors(prediction, target):

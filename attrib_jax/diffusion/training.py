@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from attrib_jax.diffusion.losses import Predict
+from attrib_jax.diffusion.losses import Predict, batch_losses
 from attrib_jax.diffusion.schedule import NoiseSchedule
 
 # loss(params, batch, key) -> (scalar loss, dict of scalar metrics)
@@ -155,6 +155,4 @@ def denoising_batch_loss(
     strata = (jax.random.permutation(order_key, size) + jax.random.uniform(time_key, (size,))) / size
     timesteps = jnp.minimum((strata * schedule.num_train_timesteps).astype(jnp.int32), schedule.num_train_timesteps - 1)
     noise = jax.random.normal(noise_key, latents.shape)
-    noisy = schedule.add_noise(latents, noise, timesteps)
-    prediction = jax.vmap(predict, in_axes=(None, 0, 0, 0))(params, noisy, timesteps, text)
-    return jnp.mean(jnp.square(prediction - schedule.target(latents, noise, timesteps)))
+    return jnp.mean(batch_losses(predict, params, schedule, latents, text, noise, timesteps))
