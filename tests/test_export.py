@@ -19,7 +19,7 @@ from attrib_jax.core.types import Batch
 from attrib_jax.core.weights import flatten_names, merge_weights, select_weights
 from attrib_jax.curvature.diagonal import Diagonal
 from attrib_jax.curvature.ekfac import Factors, eigenvalue_sums, factor_sums, linear_layers, make_ekfac
-from attrib_jax.curvature.fisher import fisher_diagonal
+from attrib_jax.curvature.fisher import sum_squares
 from attrib_jax.diffusion.losses import denoising_losses
 from attrib_jax.diffusion.samplers import sample
 from attrib_jax.diffusion.schedule import NoiseSchedule
@@ -27,6 +27,7 @@ from attrib_jax.models.precision import cast_params, matmul_precision
 from attrib_jax.models.projected_text import project_text
 from attrib_jax.models.unet import UNet2DConditionModel, UNetConfig, predictor
 from attrib_jax.runtime.mesh import data_mesh, tile_map
+from attrib_jax.stages.draws import Sample, sample_gradients
 
 BACKENDS = {"cuda": "gpu", "tpu": "tpu"}  # platform -> what `jax.default_backend` calls it
 TILE, STEPS, LENGTH, WIDTH, SIZE = 2, 3, 5, 768, 8
@@ -112,8 +113,9 @@ def sample_shapes():
 
 def fisher_tile(precision):
     def tile(selected, rest, schedule, key, samples):
-        loss_fn = sample_loss(precision, schedule, key)
-        return fisher_diagonal(loss_fn, selected, rest, samples, mask=samples[-1], microbatch=1)
+        gradients = sample_gradients(predictor(UNET, precision), schedule, wrap(key))
+        inputs = Sample(*samples), jnp.swapaxes(samples[1], -1, -2)
+        return sum_squares(gradients, selected, rest, inputs, mask=samples[-1], microbatch=1)
 
     return tile, (*select_weights(params_shapes(precision), "cross-attn-kv"), SCHEDULE, KEY, sample_shapes())
 
