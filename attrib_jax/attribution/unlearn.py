@@ -355,16 +355,7 @@ def _check_draws(draws: int, tile: int) -> None:
 
 
 def tile_gradient(
-    predict,
-    schedule,
-    weights: ProjectedWeights,
-    rest,
-    latents,
-    text,
-    key,
-    mask,
-    indices: jax.Array,
-    draws,
+    predict, schedule, weights: ProjectedWeights, rest, latents, text, key, mask, indices: jax.Array, draws
 ) -> QueryGradient:
     """Sums of the query's loss and gradient over the draws number `indices` (S,); numbers from `draws` on count zero.
 

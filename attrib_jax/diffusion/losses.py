@@ -79,18 +79,14 @@ def predictions(
         )
     noisy = schedule.add_noise(latents, noise, timesteps)
     target = schedule.target(latents, noise, timesteps)
-    if len(timesteps) == 1:
-        # Without the axis: on a CPU its one entry costs copies of the attention weights.
-        prediction = predict(params, noisy[0], timesteps[0], text)[None]
-    else:
-        size = group_size(len(timesteps), num_pixels(latents.shape), FORWARD_PIXELS)
+    size = group_size(len(timesteps), num_pixels(latents.shape), FORWARD_PIXELS)
 
-        def at_timesteps(inputs):
-            return _at_timesteps(predict)(params, *inputs, text)
+    def at_timesteps(inputs):
+        return _at_timesteps(predict)(params, *inputs, text)
 
-        # Of groups that follow each other a backward pass would keep all activations: it computes them again.
-        at_timesteps = at_timesteps if size == len(timesteps) else jax.checkpoint(at_timesteps)
-        prediction = map_groups(at_timesteps, size)((noisy, timesteps))
+    # Of groups that follow each other a backward pass would keep all activations: it computes them again.
+    at_timesteps = at_timesteps if size == len(timesteps) else jax.checkpoint(at_timesteps)
+    prediction = map_groups(at_timesteps, size)((noisy, timesteps))
     if prediction.shape != target.shape:
         raise ValueError(f"predict returned shape {prediction.shape[1:]}; expected that of latents, {latents.shape}")
     return prediction, target

@@ -4,7 +4,9 @@ import jax
 import numpy as np
 import pytest
 
+from attrib_jax.attribution import query_gradient
 from attrib_jax.core.weights import flatten_names, merge_weights, select_weights, unflatten_names
+from attrib_jax.diffusion.schedule import NoiseSchedule
 from attrib_jax.models.projected_text import ProjectedText, kernel_gradient, project_text
 from attrib_jax.models.unet import UNet2DConditionModel, UNetConfig, predictor
 
@@ -130,3 +132,12 @@ def test_the_gradient_has_the_weights_dtype(case):
     assert {leaf.dtype for leaf in weights.projections.values()} == {np.dtype(np.float64)}
     found = kernel_gradient(weights, selected, texts[0].T)
     assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {np.dtype(np.float32)}
+
+
+def test_a_query_gradient_of_single_draws(case):
+    """Large latents leave one draw in a group."""
+    predict, params, latents, texts = case
+    selected, rest = select_weights(params, "cross-attn-kv")
+    schedule = NoiseSchedule.from_config({})
+    arguments = predict, schedule, selected, rest, latents[0], texts[0], jax.random.key(3), 3
+    _assert_close(query_gradient(*arguments, tile=1), query_gradient(*arguments, tile=3))
