@@ -1,4 +1,4 @@
-"""What lower compute precision does to scores: bfloat16, and TensorFloat-32 on a GPU, against float32.
+"""What lower compute precision does to scores: TensorFloat-32 and bfloat16 against float32.
 
 python -m benchmarks.precision --model=models/openmoji --workdir=runs/precision                 # both models
 python -m benchmarks.precision --models=mscoco --workdir=runs/precision --mscoco_rows=1000      # on an accelerator
@@ -9,11 +9,16 @@ unlearned in float32 once for all, so only the scoring differs. `openmoji` is th
 that it generates from captions of scored pictures; `mscoco` the UNet of the paper with random weights, its pictures
 synthetic latents in clusters, its queries further members of them. Prints a markdown table a model. Resumable query by
 query and precision by precision; more queries go on from fewer.
+
+A CPU has no TensorFloat-32. There the factors of all products are rounded to its 10 bits, to the nearest and towards
+zero, as tensor cores do one or the other, and added in float32 (rounded_products.py); so are they to the 7 bits of
+bfloat16 with all else in float32, which is what a TPU does with float32 numbers unless told otherwise.
 """
 
 import functools
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,13 +28,12 @@ import numpy as np
 import scipy.stats
 from absl import flags
 
-from attrib_jax.attribution.influence import influence_scores
-from attrib_jax.attribution.scores import example_loss
+from attrib_jax.attribution.scores import strided_losses
 from attrib_jax.convert.configs import MSCOCO
 from attrib_jax.core.checks import check_choice
 from attrib_jax.core.weights import flatten_names, merge_weights, select_weights, unflatten_names
 from attrib_jax.diffusion.schedule import NoiseSchedule
-from attrib_jax.models.precision import PRECISIONS, cast_params, matmul_precision
+from attrib_jax.models.precision import cast_params, matmul_precision
 from attrib_jax.models.unet import UNet2DConditionModel, UNetConfig, predictor
 from attrib_jax.runtime.files import make_folder, write_json
 from attrib_jax.runtime.stages import lock
@@ -38,10 +42,11 @@ from attrib_jax.stages.config import AttributeConfig
 from attrib_jax.stages.encoded import EncodedDataset
 from attrib_jax.stages.fisher import fit_fisher
 from attrib_jax.stages.gradient import GradientProgram
-from attrib_jax.stages.losses import ExampleProgram, LossProgram, dataset_values
+from attrib_jax.stages.losses import ExampleProgram, dataset_values
 from attrib_jax.stages.query import PreparedQuery, Query, prepare_query
 from attrib_jax.stages.root import StageRoot
 from attrib_jax.stages.unlearn import unlearn_query
+from benchmarks.rounded_products import BFLOAT16_BITS, TENSORFLOAT32_BITS, round_products
 from launch import common
 
 _MODELS = flags.DEFINE_list("models", ["openmoji", "mscoco"], "Models to study.")
@@ -80,6 +85,37 @@ class Case(NamedTuple):
     rows: np.ndarray
     moved: list[Any]
     stride: int
+
+
+class Mode(NamedTuple):
+    """How losses are computed.
+
+    Attributes:
+      precision: of the UNet, one of `PRECISIONS`.
+      mantissa_bits: that factors of products are rounded to, to emulate what the device lacks; None for no rounding.
+      truncate: rounds towards zero.
+    """
+
+    precision: str
+    mantissa_bits: int | None = None
+    truncate: bool = False
+
+    @property
+    def emulated(self) -> bool:
+        return self.mantissa_bits is not None
+
+
+def _modes() -> dict[str, Mode]:
+    """Name -> mode, float32 first."""
+    if jax.default_backend() == "cpu":
+        products = {
+            "tensorfloat32, emulated": Mode("float32", TENSORFLOAT32_BITS),
+            "tensorfloat32, emulated by truncation": Mode("float32", TENSORFLOAT32_BITS, truncate=True),
+            "bfloat16 products, emulated": Mode("float32", BFLOAT16_BITS),
+        }
+    else:
+        products = {"tensorfloat32": Mode("tensorfloat32")}
+    return {"float32": Mode("float32"), **products, "bfloat16": Mode("bfloat16"), "bfloat16-all": Mode("bfloat16-all")}
 
 
 class Scored(NamedTuple):
@@ -175,32 +211,31 @@ def _clustered(count: int, shape: tuple[int, ...], parts: tuple[float, float, fl
 
 def _study(name: str, path: Path, case: Case) -> None:
     """Scores in every precision, kept in `path`, and their comparison, printed."""
-    # On a CPU the products of float32 numbers are float32 ones in either mode.
-    precisions = [p for p in PRECISIONS if p != "tensorfloat32" or jax.default_backend() != "cpu"]
-    exact = {precision: _exact_scores(path, case, precision) for precision in precisions}
-    linear = {precision: _linear_scores(path, case, precision) for precision in precisions}
+    modes = _modes()
+    exact = {name: _exact_scores(path, case, name, mode) for name, mode in modes.items()}
+    linear = {name: _linear_scores(path, case, name, mode) for name, mode in modes.items()}
     top = min(_TOP, len(case.rows) // 10)
     print(f"\n{name}: {len(case.rows)} pictures, {len(case.moved)} queries, stride {case.stride}, K = {top}.")
     print("Means over the queries, the worst in brackets; error: root mean square, over the scores' deviation.\n")
     print(f"| score | precision | against | Spearman | overlap@{top} | error | pictures/s | passes |")
     print("|---|---|---|---|---|---|---|---|")
     for kind, scored in (("exact", exact), ("linearised", linear)):
-        for precision in precisions:
-            _print_row(kind, precision, f"{kind}, float32", scored[precision], scored["float32"].scores, top)
-    for precision in precisions:
-        _print_row("linearised", precision, "exact, float32", linear[precision], exact["float32"].scores, top)
+        for name in modes:
+            _print_row(kind, name, f"{kind}, float32", scored[name], scored["float32"].scores, top)
+    for name in modes:
+        _print_row("linearised", name, "exact, float32", linear[name], exact["float32"].scores, top)
     for kind, scored in (("exact", exact), ("linearised", linear)):
         reference = scored["float32"].scores
-        passing = [p for p in precisions[1:] if _passes(*_agreement(scored[p].scores, reference, top)[:2])]
-        print(f"\n{kind} score, Spearman >= {_SPEARMAN} and overlap >= {_OVERLAP}: {', '.join(passing) or 'none'}")
+        passing = [n for n in modes if n != "float32" and _passes(*_agreement(scored[n].scores, reference, top)[:2])]
+        print(f"\n{kind} score, Spearman >= {_SPEARMAN} and overlap >= {_OVERLAP}: {'; '.join(passing) or 'none'}")
 
 
-def _print_row(kind: str, precision: str, against: str, scored: Scored, reference: np.ndarray, top: int) -> None:
+def _print_row(kind: str, mode: str, against: str, scored: Scored, reference: np.ndarray, top: int) -> None:
     spearman, overlap, error = _agreement(scored.scores, reference, top)
     rate = "" if scored.rate is None else f"{scored.rate:.3g}"
     cells = [f"{spearman.mean():.5f} ({spearman.min():.5f})", f"{overlap.mean():.3f} ({overlap.min():.2f})"]
     cells += [f"{error.mean():.2g}", rate, "yes" if _passes(spearman, overlap) else "no"]
-    print(f"| {kind} | {precision} | {against} | {' | '.join(cells)} |", flush=True)
+    print(f"| {kind} | {mode} | {against} | {' | '.join(cells)} |", flush=True)
 
 
 def _agreement(scores: np.ndarray, reference: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -216,45 +251,58 @@ def _passes(spearman: np.ndarray, overlap: np.ndarray) -> bool:
     return bool(spearman.mean() >= _SPEARMAN and overlap.mean() >= _OVERLAP)
 
 
-def _exact_scores(path: Path, case: Case, precision: str) -> Scored:
-    """Losses under each query's unlearned weights less those before, all in `precision`."""
-    predict = predictor(case.unet, precision)
-    program = LossProgram(predict, case.schedule, 0, case.stride, matmul_precision=matmul_precision(precision))
+def _exact_scores(path: Path, case: Case, name: str, mode: Mode) -> Scored:
+    """Losses under each query's unlearned weights less those before, all in `mode`."""
+    program = _program(_losses, case, mode)
     selected, rest = select_weights(case.params, "cross-attn-kv")
     losses, rates = [], []
     for index, tree in enumerate([selected, *case.moved]):
-        folder = path / f"exact-{precision}" / (f"query{index - 1}" if index else "before")
-        values, rate = _pass(folder, program, cast_params(merge_weights(tree, rest), precision), case)
+        folder = path / _file_name("exact", name) / (f"query{index - 1}" if index else "before")
+        values, rate = _pass(folder, program, cast_params(merge_weights(tree, rest), mode.precision), case)
         losses.append(values)
         rates.append(rate)
-    return Scored(np.stack(losses[1:]) - losses[0], _best(rates))
+    return Scored(np.stack(losses[1:]) - losses[0], None if mode.emulated else _best(rates))
 
 
-def _linear_scores(path: Path, case: Case, precision: str) -> Scored:
-    """The derivatives of the losses along each query's weight change, in `precision`; the change is float32's."""
-    function = functools.partial(_derivatives, predictor(case.unet, precision))
-    options = {"matmul_precision": matmul_precision(precision)}
-    program = ExampleProgram(function, case.schedule, 0, case.stride, **options)
-    params = cast_params(case.params, precision)
+def _linear_scores(path: Path, case: Case, name: str, mode: Mode) -> Scored:
+    """The derivatives of the losses along each query's weight change, in `mode`; the change is float32's."""
+    program = _program(_derivatives, case, mode)
+    params = cast_params(case.params, mode.precision)
     before, _ = select_weights(case.params, "cross-attn-kv")
     selected, rest = select_weights(params, "cross-attn-kv")
     scores, rates = [], []
     for index, tree in enumerate(case.moved):
         change = jax.tree.map(lambda new, old, like: jnp.asarray(new - old, like.dtype), tree, before, selected)
-        folder = path / f"linear-{precision}" / f"query{index}"
+        folder = path / _file_name("linear", name) / f"query{index}"
         values, rate = _pass(folder, program, (selected, rest, change), case)
         scores.append(values)
         rates.append(rate)
-    return Scored(np.stack(scores), _best(rates))
+    return Scored(np.stack(scores), None if mode.emulated else _best(rates))
+
+
+def _program(function: Callable[..., jax.Array], case: Case, mode: Mode) -> ExampleProgram:
+    function = functools.partial(function, predictor(case.unet, mode.precision))
+    if mode.emulated:
+        function = round_products(function, mode.mantissa_bits, mode.truncate)
+    products = matmul_precision(mode.precision)
+    return ExampleProgram(function, case.schedule, 0, case.stride, matmul_precision=products)
+
+
+def _losses(predict, schedule, key, timesteps, params, batch) -> jax.Array:
+    return strided_losses(predict, schedule, params, key, batch, timesteps)
 
 
 def _derivatives(predict, schedule, key, timesteps, weights, batch) -> jax.Array:
     selected, rest, change = weights
 
-    def loss_fn(selected, rest, example):
-        return example_loss(predict, schedule, merge_weights(selected, rest), key, example, timesteps)
+    def losses(selected):
+        return strided_losses(predict, schedule, merge_weights(selected, rest), key, batch, timesteps)
 
-    return influence_scores(loss_fn, selected, rest, batch, change, batch.mask)
+    return jax.jvp(losses, (selected,), (change,))[1]
+
+
+def _file_name(kind: str, mode: str) -> str:
+    return f"{kind}-{mode.replace(',', '').replace(' ', '-')}"
 
 
 def _pass(folder: Path, program: ExampleProgram, weights: Any, case: Case) -> tuple[np.ndarray, float | None]:
