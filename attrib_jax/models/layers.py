@@ -14,7 +14,9 @@ import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 
 from attrib_jax.models.barrier import materialise_cotangent
-from attrib_jax.models.winograd import WinogradKernel, winograd_conv
+from attrib_jax.models.doubled_conv import doubled_conv
+from attrib_jax.models.filtered_conv import FilteredConv, TransformedKernel
+from attrib_jax.models.winograd import winograd_conv
 
 # At or below this many output pixels, XLA's CPU convolution runs at a few GFLOP/s; as patches times a matrix the same
 # product runs at over a hundred. A strided one has a slow derivative, too, and that for more pixels. From the third
@@ -22,7 +24,7 @@ from attrib_jax.models.winograd import WinogradKernel, winograd_conv
 _MATMUL_CONV_PIXELS = 4
 _MATMUL_STRIDED_CONV_PIXELS = 64
 _WINOGRAD_PIXELS = 16
-_WINOGRAD_CHANNELS = 32
+_FILTERED_CHANNELS = 32
 # Logits of attention that one call holds; above, it goes through the queries in blocks. Stable Diffusion's first level
 # has 134 million for a picture of 512 pixels.
 _LOGITS_AT_ONCE = 2**24
@@ -37,14 +39,18 @@ class Conv(nn.Module):
     padding: tuple[tuple[int, int], tuple[int, int]] = ((1, 1), (1, 1))
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x, doubled_to: tuple[int, int] | None = None):
+        """Convolves `x`, or with `doubled_to` (H, W) x doubled by nearest neighbour and cut to that size."""
         size = self.kernel_size
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (size, size, x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
-        prepared, kernel = (kernel, kernel.kernel) if isinstance(kernel, WinogradKernel) else (None, kernel)
+        prepared, kernel = (kernel, kernel.kernel) if isinstance(kernel, TransformedKernel) else (None, kernel)
         x, kernel, bias = promote_dtype(x, kernel, bias)
-        if self.uses_winograd(x):
-            return winograd_conv(x, prepared or kernel) + bias
+        form = self.filtered(x, doubled_to)
+        if form is not None:
+            return form(x, prepared or kernel) + bias
+        if doubled_to is not None:
+            x = _double(x)[:, : doubled_to[0], : doubled_to[1]]
         if (size, self.stride, self.padding) == (1, 1, ((0, 0), (0, 0))):
             return x @ kernel[0, 0] + bias
         strided = self.stride > 1 and jax.default_backend() == "cpu"
@@ -55,18 +61,21 @@ class Conv(nn.Module):
         layout = ("NHWC", "HWIO", "NHWC")
         return jax.lax.conv_general_dilated(x, kernel, strides, self.padding, dimension_numbers=layout) + bias
 
-    def uses_winograd(self, x) -> bool:
-        """Whether a call with the promoted `x` is computed by `winograd_conv`."""
+    def filtered(self, x, doubled_to: tuple[int, int] | None = None) -> FilteredConv | None:
+        """The form by a transform of the kernel that a call with the promoted `x` takes, None for no such form."""
         # On GPUs cuDNN chooses the algorithm. Half precision would lose digits in the transforms, and float64 is for
         # references.
-        return (
-            (self.kernel_size, self.stride, self.padding) == (3, 1, ((1, 1), (1, 1)))
-            and math.prod(self._output_size(x)) >= _WINOGRAD_PIXELS
-            and min(x.shape[-1], self.features) >= _WINOGRAD_CHANNELS
-            and x.shape[1] % 2 == x.shape[2] % 2 == 0
-            and x.dtype == jnp.float32
-            and jax.default_backend() == "cpu"
-        )
+        if (
+            (self.kernel_size, self.stride, self.padding) != (3, 1, ((1, 1), (1, 1)))
+            or min(x.shape[-1], self.features) < _FILTERED_CHANNELS
+            or x.dtype != jnp.float32
+            or jax.default_backend() != "cpu"
+        ):
+            return None
+        _, height, width, _ = x.shape
+        if doubled_to is not None:
+            return doubled_conv if tuple(doubled_to) == (2 * height, 2 * width) else None
+        return winograd_conv if height * width >= _WINOGRAD_PIXELS and height % 2 == width % 2 == 0 else None
 
     def _patches(self, x):
         """(B, H, W, C) -> what each output pixel is a function of, (B, H', W', size * size * C)."""
@@ -249,9 +258,11 @@ class Upsample(nn.Module):
 
     @nn.compact
     def __call__(self, x, size: tuple[int, int] | None = None):
-        batch, height, width, channels = x.shape
-        x = jnp.broadcast_to(x[:, :, None, :, None], (batch, height, 2, width, 2, channels))
-        x = x.reshape(batch, 2 * height, 2 * width, channels)
-        if size is not None:
-            x = x[:, : size[0], : size[1]]
-        return Conv(self.features, name="conv")(x)
+        return Conv(self.features, name="conv")(x, size or (2 * x.shape[1], 2 * x.shape[2]))
+
+
+def _double(x):
+    """(B, H, W, C) -> (B, 2 H, 2 W, C), each pixel four times."""
+    batch, height, width, channels = x.shape
+    x = jnp.broadcast_to(x[:, :, None, :, None], (batch, height, 2, width, 2, channels))
+    return x.reshape(batch, 2 * height, 2 * width, channels)

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from attrib_jax.core.weights import Params, flatten_names, merge_weights, unflatten_names
+from attrib_jax.models.filtered_conv import FilteredConv
 from attrib_jax.models.layers import Conv
-from attrib_jax.models.winograd import transform_kernel
 
 # Name, shape and dtype of every leaf.
 _Layout = tuple[tuple[str, tuple[int, ...], Any], ...]
@@ -23,11 +23,11 @@ def transform_kernels(
     latent_shape: tuple[int, ...],
     text_shape: tuple[int, int],
 ) -> Params:
-    """`rest`, each kernel of a convolution that takes Winograd's form a `WinogradKernel`; results stay the same.
+    """`rest`, each kernel of a convolution that takes a transform of it a `TransformedKernel`; results stay the same.
 
     For programs that take few examples at a time: made anew for 8 pictures of 16x16 latents, the transforms took an
-    eighth of the Fisher information's time on a CPU. They need memory, 16/9 of these kernels. Where no convolution
-    takes the form, such as on a GPU, `rest` comes back as it is.
+    eighth of the Fisher information's time on a CPU. They need memory, up to 16/9 of these kernels. Where no
+    convolution takes one, such as on a GPU, `rest` comes back as it is.
 
     Args:
       predict: `predict(params, noisy latents, timestep, text)` for one example.
@@ -39,8 +39,8 @@ def transform_kernels(
     flat = flatten_names(rest)
     if not any(leaf.shape[:2] == (3, 3) for leaf in flat.values()):
         return rest
-    found = _winograd_kernels(predict, _layout(selected), _layout(rest), latent_shape, text_shape)
-    return unflatten_names({name: transform_kernel(leaf) if name in found else leaf for name, leaf in flat.items()})
+    forms = _forms(predict, _layout(selected), _layout(rest), latent_shape, text_shape)
+    return unflatten_names({name: forms[name].prepare(leaf) if name in forms else leaf for name, leaf in flat.items()})
 
 
 def _layout(tree: Params) -> _Layout:
@@ -48,14 +48,16 @@ def _layout(tree: Params) -> _Layout:
 
 
 @functools.lru_cache(maxsize=16)
-def _winograd_kernels(predict, selected: _Layout, rest: _Layout, latent_shape, text_shape) -> frozenset[str]:
-    """Names of the kernels, from a trace of the model."""
-    found = set()
+def _forms(predict, selected: _Layout, rest: _Layout, latent_shape, text_shape) -> dict[str, FilteredConv]:
+    """Names of kernels -> the form of their convolution, from a trace of the model."""
+    found = {}
 
     def visit(call, args, kwargs, context):
         module = context.module
-        if isinstance(module, Conv) and context.method_name == "__call__" and module.uses_winograd(args[0]):
-            found.add("/".join((*module.path, "kernel")))
+        if isinstance(module, Conv) and context.method_name == "__call__":
+            form = module.filtered(*args)
+            if form is not None:
+                found["/".join((*module.path, "kernel"))] = form
         return call(*args, **kwargs)
 
     def run(*arguments):
@@ -66,4 +68,4 @@ def _winograd_kernels(predict, selected: _Layout, rest: _Layout, latent_shape, t
     weights = ({name: jax.ShapeDtypeStruct(*leaf) for name, *leaf in half} for half in (selected, rest))
     latents, text = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (latent_shape, text_shape))
     jax.eval_shape(run, *map(unflatten_names, weights), latents, jax.ShapeDtypeStruct((), jnp.int32), text)
-    return frozenset(found)
+    return found

@@ -1,64 +1,20 @@
 """3x3 convolutions by Winograd's minimal filtering F(2x2, 3x3), with derivatives in the same form.
 
-The transpose of such a convolution is another one, by the turned kernel. Transposing the sums of the forward form gives
-it too, but as sums into padded arrays, which took 1.2 to 2 times as long on a CPU. So the convolution is a primitive of
-its own, with rules for both modes of differentiation and for `vmap`.
+The transpose of such a convolution is another one, by the turned kernel, and is taken as that.
 """
 
-from typing import NamedTuple
-
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
+from jax.lax import slice_in_dim
+
+from attrib_jax.models.filtered_conv import FilteredConv
 
 # A kernel's derivative over at most this many pixels is taken from patches: what the transform saves in products it
 # loses in bytes.
 _PATCH_PIXELS = 64
 
 
-class WinogradKernel(NamedTuple):
-    """A kernel with its transform, which the convolution then takes instead of making it again at every call.
-
-    Attributes:
-      kernel: (3, 3, C, F), for where the direct sum is taken after all; it comes first, as Flax compares the shape of
-        a parameter's first leaf with its initialiser's.
-      filters: four of (4, C, F), one a row of the transform.
-    """
-
-    kernel: jax.Array
-    filters: tuple[jax.Array, jax.Array, jax.Array, jax.Array]
-
-
-def transform_kernel(kernel: jax.Array) -> WinogradKernel:
-    """(3, 3, C, F) -> the kernel and its transform, 16/9 as large again."""
-    return WinogradKernel(kernel, _transform_kernel(kernel))
-
-
-def winograd_conv(x, kernel):
-    """A 3x3 convolution with zero padding, 2.25 times fewer products than the direct sum.
-
-    (B, H, W, C) with H and W even, and kernel (3, 3, C, F), both float32 or both float64 -> (B, H, W, F). Each 2x2 tile
-    of outputs is a function of 4x4 inputs: transformed by sums, multiplied position by position of the transform (16
-    matrix products), and transformed back (Lavin and Gray, Fast Algorithms for Convolutional Neural Networks, 2016).
-    Its rounding errors are about twice those of the direct sum. A `WinogradKernel` gives the same numbers; it has no
-    derivative.
-    """
-    if isinstance(kernel, WinogradKernel):
-        return _filtered_p.bind(x, *kernel.filters, turned=False)
-    return _winograd_p.bind(x, kernel)
-
-
-def _convolve(x, kernel):
-    return _apply(x, *_transform_kernel(kernel), turned=False)
-
-
-def _transpose_by_x(cotangent, x, kernel):
-    return _apply(cotangent, *_transform_kernel(kernel), turned=True)
-
-
-def _transpose_by_kernel(cotangent, x, kernel):
+def _transpose_by_kernel(cotangent, x):
     """(B, H, W, F) and x (B, H, W, C) -> (3, 3, C, F): the transpose of the forward form, product by product."""
     batch, height, width, channels = x.shape
     features = cotangent.shape[-1]
@@ -84,7 +40,6 @@ def _transpose_by_kernel(cotangent, x, kernel):
     return jnp.einsum("jp,ipcf->ijcf", transform, columns)
 
 
-@jax.jit
 def _transform_kernel(kernel):
     """(3, 3, C, F) -> four of (4, C, F): down each column of the kernel first, then along the four rows it makes."""
 
@@ -126,7 +81,7 @@ def _pad(x):
 def _inputs_along(axis: int, padded):
     """The four places along the rows (1) or columns (2) of every tile's inputs, each half as long as the picture."""
     extent = padded.shape[axis] - 2
-    return (jax.lax.slice_in_dim(padded, i, i + extent - 1, 2, axis) for i in range(4))
+    return (slice_in_dim(padded, i, i + extent - 1, 2, axis) for i in range(4))
 
 
 def _transform(a, b, c, d):
@@ -142,59 +97,10 @@ def _stack_tiles(positions):
     return jnp.stack([position.reshape(-1, position.shape[-1]) for position in positions])
 
 
-def _batch(arguments, axes):
-    (x, kernel), (x_axis, kernel_axis) = arguments, axes
-    if kernel_axis is not None:
-        # A kernel for each example: no batch to fold into.
-        return jax.vmap(_convolve, in_axes=axes)(x, kernel), 0
-    return _fold(lambda x: winograd_conv(x, kernel), x, x_axis)
+winograd_conv = FilteredConv("winograd_conv", _transform_kernel, _apply, _transpose_by_kernel)
+"""The convolution with zero padding, H and W even: a `FilteredConv`, 2.25 times fewer products than the direct sum.
 
-
-def _batch_filtered(arguments, axes, *, turned):
-    x, *filters = arguments
-    if any(axis is not None for axis in axes[1:]):
-        raise TypeError("vmap over transformed kernels; map over the kernels themselves")
-    return _fold(lambda x: _filtered_p.bind(x, *filters, turned=turned), x, axes[0])
-
-
-def _jvp_filtered(primals, tangents, *, turned):
-    x, *filters = primals
-    if not all(isinstance(tangent, ad.Zero) for tangent in tangents[1:]):
-        raise TypeError("a derivative by a transformed kernel; give the convolution the kernel itself")
-
-    def apply(x):
-        return _filtered_p.bind(x, *filters, turned=turned)
-
-    result, tangent = apply(x), tangents[0]
-    return result, ad.Zero.from_primal_value(result) if isinstance(tangent, ad.Zero) else apply(tangent)
-
-
-def _transpose_filtered(cotangent, x, *filters, turned):
-    return _filtered_p.bind(cotangent, *filters, turned=not turned), None, None, None, None
-
-
-def _fold(function, x, axis):
-    """Maps `function` over an axis of x as one batch."""
-    x = jnp.moveaxis(x, axis, 0)
-    result = function(x.reshape(-1, *x.shape[2:]))
-    return result.reshape(*x.shape[:2], *result.shape[1:]), 0
-
-
-def _filtered_shape(x, *filters, turned):
-    return x.update(shape=(*x.shape[:-1], filters[0].shape[1 if turned else 2]))
-
-
-_winograd_p = Primitive("winograd_conv")
-_winograd_p.def_impl(jax.jit(_convolve))
-_winograd_p.def_abstract_eval(lambda x, kernel: x.update(shape=(*x.shape[:-1], kernel.shape[-1])))
-ad.defbilinear(_winograd_p, _transpose_by_x, _transpose_by_kernel)
-batching.primitive_batchers[_winograd_p] = _batch
-mlir.register_lowering(_winograd_p, mlir.lower_fun(_convolve, multiple_results=False))
-
-_filtered_p = Primitive("winograd_filtered")
-_filtered_p.def_impl(jax.jit(_apply, static_argnames="turned"))
-_filtered_p.def_abstract_eval(_filtered_shape)
-ad.primitive_jvps[_filtered_p] = _jvp_filtered
-ad.primitive_transposes[_filtered_p] = _transpose_filtered
-batching.primitive_batchers[_filtered_p] = _batch_filtered
-mlir.register_lowering(_filtered_p, mlir.lower_fun(_apply, multiple_results=False))
+Each 2x2 tile of outputs is a function of 4x4 inputs: transformed by sums, multiplied position by position of the
+transform (16 matrix products), and transformed back (Lavin and Gray, Fast Algorithms for Convolutional Neural Networks,
+2016). Rounding errors are about twice those of the direct sum. The transform is 16/9 as large as the kernel.
+"""

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 from attrib_jax.core.weights import flatten_names, merge_weights, select_weights
+from attrib_jax.models.filtered_conv import TransformedKernel
 from attrib_jax.models.prepared import transform_kernels
 from attrib_jax.models.unet import UNet2DConditionModel, UNetConfig, predictor
-from attrib_jax.models.winograd import WinogradKernel
 
 jnp = jax.numpy
 
@@ -35,7 +35,7 @@ def model():
 
 
 def _transformed(rest):
-    return {name for name, leaf in flatten_names(rest).items() if isinstance(leaf, WinogradKernel)}
+    return {name for name, leaf in flatten_names(rest).items() if isinstance(leaf, TransformedKernel)}
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="other backends have convolutions of their own")
