@@ -50,6 +50,7 @@ from benchmarks.rounded_products import BFLOAT16_BITS, TENSORFLOAT32_BITS, round
 from launch import common
 
 _MODELS = flags.DEFINE_list("models", ["openmoji", "mscoco"], "Models to study.")
+_CHOSEN = flags.DEFINE_list("modes", None, "Modes to compare with float32; all if not given.")
 _ROWS = flags.DEFINE_integer("rows", 1000, "openmoji: random training pictures to score.", lower_bound=20)
 _QUERIES = flags.DEFINE_integer("queries", 4, "openmoji: queries.", lower_bound=1)
 _STRIDE = flags.DEFINE_integer("stride", 100, "openmoji: timesteps of the scores.", lower_bound=1)
@@ -106,16 +107,20 @@ class Mode(NamedTuple):
 
 
 def _modes() -> dict[str, Mode]:
-    """Name -> mode, float32 first."""
+    """Name -> mode, float32 first; ValueError for a name in --modes that there is not."""
     if jax.default_backend() == "cpu":
         products = {
-            "tensorfloat32, emulated": Mode("float32", TENSORFLOAT32_BITS),
-            "tensorfloat32, emulated by truncation": Mode("float32", TENSORFLOAT32_BITS, truncate=True),
-            "bfloat16 products, emulated": Mode("float32", BFLOAT16_BITS),
+            "tensorfloat32-rounded": Mode("float32", TENSORFLOAT32_BITS),
+            "tensorfloat32-truncated": Mode("float32", TENSORFLOAT32_BITS, truncate=True),
+            "bfloat16-products": Mode("float32", BFLOAT16_BITS),
         }
     else:
         products = {"tensorfloat32": Mode("tensorfloat32")}
-    return {"float32": Mode("float32"), **products, "bfloat16": Mode("bfloat16"), "bfloat16-all": Mode("bfloat16-all")}
+    modes = {**products, "bfloat16": Mode("bfloat16"), "bfloat16-all": Mode("bfloat16-all")}
+    for name in _CHOSEN.value or ():
+        check_choice("modes", name, modes)
+    chosen = {name: mode for name, mode in modes.items() if _CHOSEN.value is None or name in _CHOSEN.value}
+    return {"float32": Mode("float32"), **chosen}
 
 
 class Scored(NamedTuple):
@@ -130,6 +135,7 @@ def main():
     studies = {"openmoji": _study_openmoji, "mscoco": _study_mscoco}
     for name in _MODELS.value:
         check_choice("models", name, studies)
+    _modes()  # a wrong name before any work
     print(f"device: {len(jax.devices())} x {jax.devices()[0].device_kind}")
     for name in _MODELS.value:
         workdir = Path(common.WORKDIR.value) / name
@@ -227,7 +233,7 @@ def _study(name: str, path: Path, case: Case) -> None:
     for kind, scored in (("exact", exact), ("linearised", linear)):
         reference = scored["float32"].scores
         passing = [n for n in modes if n != "float32" and _passes(*_agreement(scored[n].scores, reference, top)[:2])]
-        print(f"\n{kind} score, Spearman >= {_SPEARMAN} and overlap >= {_OVERLAP}: {'; '.join(passing) or 'none'}")
+        print(f"\n{kind} score, Spearman >= {_SPEARMAN} and overlap >= {_OVERLAP}: {', '.join(passing) or 'none'}")
 
 
 def _print_row(kind: str, mode: str, against: str, scored: Scored, reference: np.ndarray, top: int) -> None:
@@ -257,7 +263,7 @@ def _exact_scores(path: Path, case: Case, name: str, mode: Mode) -> Scored:
     selected, rest = select_weights(case.params, "cross-attn-kv")
     losses, rates = [], []
     for index, tree in enumerate([selected, *case.moved]):
-        folder = path / _file_name("exact", name) / (f"query{index - 1}" if index else "before")
+        folder = path / f"exact-{name}" / (f"query{index - 1}" if index else "before")
         values, rate = _pass(folder, program, cast_params(merge_weights(tree, rest), mode.precision), case)
         losses.append(values)
         rates.append(rate)
@@ -273,7 +279,7 @@ def _linear_scores(path: Path, case: Case, name: str, mode: Mode) -> Scored:
     scores, rates = [], []
     for index, tree in enumerate(case.moved):
         change = jax.tree.map(lambda new, old, like: jnp.asarray(new - old, like.dtype), tree, before, selected)
-        folder = path / _file_name("linear", name) / f"query{index}"
+        folder = path / f"linear-{name}" / f"query{index}"
         values, rate = _pass(folder, program, (selected, rest, change), case)
         scores.append(values)
         rates.append(rate)
@@ -299,10 +305,6 @@ def _derivatives(predict, schedule, key, timesteps, weights, batch) -> jax.Array
         return strided_losses(predict, schedule, merge_weights(selected, rest), key, batch, timesteps)
 
     return jax.jvp(losses, (selected,), (change,))[1]
-
-
-def _file_name(kind: str, mode: str) -> str:
-    return f"{kind}-{mode.replace(',', '').replace(' ', '-')}"
 
 
 def _pass(folder: Path, program: ExampleProgram, weights: Any, case: Case) -> tuple[np.ndarray, float | None]:
