@@ -17,7 +17,7 @@ from attrib_jax.core.keys import example_noise, loss_key, purpose_key
 from attrib_jax.core.weights import flatten_names, merge_weights, select_weights
 from attrib_jax.diffusion.losses import denoising_losses
 from attrib_jax.diffusion.schedule import NoiseSchedule, strided_timesteps
-from attrib_jax.models.precision import cast_params, matmul_precision
+from attrib_jax.models.precision import cast_params, compute_dtype, matmul_precision
 from attrib_jax.models.unet import predictor
 from attrib_jax.runtime.cache import enable_compilation_cache
 from attrib_jax.runtime.mesh import data_mesh, replicate, shard_batch, tile_map
@@ -144,7 +144,7 @@ class OurSide:
     def matmul_rate(self) -> float:
         """FLOP/s of the product of two large matrices on every device, in the model's precision."""
         size = 2048 if self.mesh.devices.flat[0].platform == "cpu" else 8192
-        dtype = jnp.bfloat16 if self._precision.startswith("bfloat16") else jnp.float32
+        dtype = compute_dtype(self._precision) or jnp.float32
         right = jnp.asarray(np.random.default_rng(0).normal(size=(size, size)), dtype)
         left = np.broadcast_to(np.asarray(right), (self.mesh.size, size, size))
         run = tile_map(self.mesh, lambda right, left: left @ right, matmul_precision(self._precision))

@@ -115,7 +115,7 @@ def _modes() -> dict[str, Mode]:
             "bfloat16-products": Mode("float32", BFLOAT16_BITS),
         }
     else:
-        products = {"tensorfloat32": Mode("tensorfloat32")}
+        products = {name: Mode(name) for name in ("tensorfloat32", "bfloat16-products")}
     modes = {**products, "bfloat16": Mode("bfloat16"), "bfloat16-all": Mode("bfloat16-all")}
     for name in _CHOSEN.value or ():
         check_choice("modes", name, modes)

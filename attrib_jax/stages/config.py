@@ -55,7 +55,8 @@ class AttributeConfig:
       loss_seed: of the noise of the scores, of F and of the query's draws: another query reuses the base losses.
       region: (x0, y0, x1, y1) in query pixels; only these count in the query's loss. None for all.
       region_mask: PNG file as large as the query's picture, instead of a box: only pixels that are not black count.
-      precision: of the scores' losses, see `PRECISIONS`; F and unlearning are float32 always. `bfloat16` keeps the
+      precision: of the scores' losses, see `PRECISIONS`; F and unlearning are float32 always. On accelerators
+        `tensorfloat32` is the one to take, for linear scores on a TPU `bfloat16-products`. `bfloat16` keeps the
         cross-attention keys and values in float32 and rounds all other weights, moved ones too. `bfloat16-all` rounds
         every weight, and with it most of the change that an exact score measures: it is there to be studied.
       cascade: coarse to fine: all pictures are scored at `cascade_stride` with their first caption, then this share of

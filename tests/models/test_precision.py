@@ -88,6 +88,7 @@ def traced_dtypes(precision, params, example):
     [
         ("float32", "float32", "float32"),
         ("tensorfloat32", "float32", "float32"),
+        ("bfloat16-products", "float32", "float32"),
         ("bfloat16", "float32", "bfloat16"),
         ("bfloat16-all", "bfloat16", "bfloat16"),
     ],
@@ -117,7 +118,7 @@ def test_float32_is_the_plain_forward(params, example):
 
     arguments = (params, latents, np.int32(3), text)
     expected = str(jax.make_jaxpr(plain)(*arguments))
-    for precision in ("float32", "tensorfloat32"):
+    for precision in ("float32", "tensorfloat32", "bfloat16-products"):
         assert str(jax.make_jaxpr(predictor(UNET, precision))(*arguments)) == expected
         assert cast_params(params, precision) is params
     assert str(jax.make_jaxpr(predictor(UNET))(*arguments)) == expected
@@ -134,7 +135,8 @@ def test_products_of_float32_numbers_are_asked_for_by_name(params, example, prec
         if equation.primitive.name in ("dot_general", "conv_general_dilated")
         for factor in equation.params["precision"]
     }
-    assert asked == {jax.lax.Precision.HIGH if precision == "tensorfloat32" else jax.lax.Precision.HIGHEST}
+    precisions = {"tensorfloat32": jax.lax.Precision.HIGH, "bfloat16-products": jax.lax.Precision.DEFAULT}
+    assert asked == {precisions.get(precision, jax.lax.Precision.HIGHEST)}
 
 
 @pytest.mark.parametrize("precision, kept", [("bfloat16", True), ("bfloat16-all", False)])
@@ -151,7 +153,7 @@ def test_a_small_step_of_keys_and_values_survives_only_unrounded(params, precisi
 
 def test_inputs_are_rounded_but_for_the_text_of_float32_projections():
     latents, text = jnp.full((2, 2, 4), 1 + 2**-12), jnp.full((3, TEXT_WIDTH), 1 + 2**-12)
-    for precision in ("float32", "tensorfloat32"):
+    for precision in ("float32", "tensorfloat32", "bfloat16-products"):
         same = cast_inputs(latents, text, precision)
         assert same[0] is latents and same[1] is text
     rounded, same = cast_inputs(latents, text, "bfloat16")
