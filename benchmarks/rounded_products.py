@@ -28,8 +28,6 @@ def round_products(fn: Callable[..., Any], mantissa_bits: int, truncate: bool = 
       fn: of pytrees of arrays.
       mantissa_bits: that a factor keeps, 1 to 22.
       truncate: towards zero, instead of to the nearest.
-    Raises:
-      TypeError: when called, for products inside of `lax.while_loop` or `lax.cond`.
     """
     rounding = functools.partial(_truncate if truncate else _round, mantissa_bits)
 
@@ -66,33 +64,32 @@ def _apply(eqn: core.JaxprEqn, rounding: Callable[[jax.Array], jax.Array], input
         called = eqn.params[_CALLS[name]]
         closed = called if isinstance(called, core.ClosedJaxpr) else core.ClosedJaxpr(called, ())
         return _evaluate(closed, rounding, *inputs)
-    if name == "scan":
-        return _scan(eqn, rounding, inputs)
+    params = eqn.params
     if name in _PRODUCTS:
         inputs = [rounding(x) if x.dtype == jnp.float32 else x for x in inputs]
     elif _has_products(eqn):
-        raise TypeError(f"products inside of {name}, which round_products does not look into")
-    results = eqn.primitive.bind(*inputs, **eqn.params)
+        # Loops and branches: the same, of jaxprs that round.
+        params = jax.tree.map(lambda value: _rounded(value, rounding), params, is_leaf=_is_jaxpr)
+    results = eqn.primitive.bind(*inputs, **params)
     return results if eqn.primitive.multiple_results else [results]
 
 
-def _scan(eqn: core.JaxprEqn, rounding: Callable[[jax.Array], jax.Array], inputs: list[Any]) -> list[Any]:
-    num_consts, num_carry = eqn.params["num_consts"], eqn.params["num_carry"]
-    consts, carry, xs = inputs[:num_consts], inputs[num_consts:][:num_carry], inputs[num_consts + num_carry :]
-
-    def body(carry, x):
-        results = _evaluate(eqn.params["jaxpr"], rounding, *consts, *carry, *x)
-        return results[:num_carry], results[num_carry:]
-
-    length, reverse = eqn.params["length"], eqn.params["reverse"]
-    carry, ys = jax.lax.scan(body, carry, xs, length=length, reverse=reverse)
-    return [*carry, *ys]
+def _rounded(value: Any, rounding: Callable[[jax.Array], jax.Array]) -> Any:
+    """A parameter of an equation; a jaxpr as one that rounds."""
+    if not isinstance(value, core.ClosedJaxpr):
+        return value
+    shapes = [jax.ShapeDtypeStruct(variable.aval.shape, variable.aval.dtype) for variable in value.jaxpr.invars]
+    return jax.make_jaxpr(lambda *args: _evaluate(value, rounding, *args))(*shapes)
 
 
 def _has_products(eqn: core.JaxprEqn) -> bool:
     return any(
         inner.primitive.name in _PRODUCTS or _has_products(inner)
-        for value in jax.tree.leaves(eqn.params, is_leaf=lambda x: isinstance(x, core.ClosedJaxpr | core.Jaxpr))
-        if isinstance(value, core.ClosedJaxpr | core.Jaxpr)
+        for value in jax.tree.leaves(eqn.params, is_leaf=_is_jaxpr)
+        if _is_jaxpr(value)
         for inner in value.eqns
     )
+
+
+def _is_jaxpr(value: Any) -> bool:
+    return isinstance(value, core.ClosedJaxpr | core.Jaxpr)

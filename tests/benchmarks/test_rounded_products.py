@@ -92,9 +92,14 @@ def test_other_dtypes_stay():
     np.testing.assert_array_equal(round_products(jnp.matmul, 3)(a, a), a @ a)
 
 
-def test_products_that_it_cannot_reach_are_refused():
-    def fn(a):
-        return jax.lax.while_loop(lambda a: jnp.sum(a) < 0, lambda a: a @ a, a)
+def test_products_inside_of_loops_and_branches():
+    def fn(a, x):
+        x = jax.lax.fori_loop(0, 3, lambda i, x: a @ x, x)
+        _, x = jax.lax.while_loop(lambda state: state[0] < 2, lambda state: (state[0] + 1, a @ state[1]), (0, x))
+        return jax.lax.cond(x[0] < jnp.inf, lambda x: a @ x, lambda x: x, x)
 
-    with pytest.raises(TypeError, match="inside of while"):
-        round_products(fn, BFLOAT16_BITS)(normal(0, 4, 4))
+    a, x = normal(0, 4, 4), normal(1, 4)
+    found = jax.jit(round_products(fn, BFLOAT16_BITS))(a, x)
+    for _ in range(6):
+        x = keep_bits(a, BFLOAT16_BITS, False) @ keep_bits(x, BFLOAT16_BITS, False)
+    np.testing.assert_allclose(found, x, rtol=1e-5, atol=1e-5)
