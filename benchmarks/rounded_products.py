@@ -12,7 +12,7 @@ from jax.extend import core
 TENSORFLOAT32_BITS = 10
 BFLOAT16_BITS = 7
 
-_PRODUCTS = ("dot_general", "conv_general_dilated", "winograd_conv")
+_PRODUCTS = ("dot_general", "conv_general_dilated", "winograd_conv", "doubled_conv")
 # Calls, by the parameter that holds what they call.
 _CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "custom_jvp_call": "call_jaxpr"}
 _CALLS |= {"custom_vjp_call": "call_jaxpr", "checkpoint": "jaxpr", "remat2": "jaxpr"}

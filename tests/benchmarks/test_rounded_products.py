@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from attrib_jax.models.doubled_conv import doubled_conv
 from attrib_jax.models.winograd import winograd_conv
 from benchmarks.rounded_products import BFLOAT16_BITS, TENSORFLOAT32_BITS, round_products
 
@@ -41,11 +42,16 @@ def test_bfloat16_bits_are_those_of_the_type():
     np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
 
 
-def test_winograd_is_taken_for_the_convolution_that_it_is():
+def doubled(x, kernel):
+    return conv(jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2), kernel)
+
+
+@pytest.mark.parametrize("form, direct", [(winograd_conv, conv), (doubled_conv, doubled)])
+def test_filtered_convolutions_are_taken_for_what_they_are(form, direct):
     x, kernel = normal(0, 2, 8, 8, 32), normal(1, 3, 3, 32, 32)
-    found = round_products(winograd_conv, BFLOAT16_BITS)(x, kernel)
-    np.testing.assert_allclose(found, round_products(conv, BFLOAT16_BITS)(x, kernel), rtol=1e-4, atol=1e-4)
-    assert np.abs(found - conv(x, kernel)).max() > 1e-2
+    found = round_products(form, BFLOAT16_BITS)(x, kernel)
+    np.testing.assert_allclose(found, round_products(direct, BFLOAT16_BITS)(x, kernel), rtol=1e-4, atol=1e-4)
+    assert np.abs(found - direct(x, kernel)).max() > 1e-2
 
 
 def test_tangents_are_rounded_as_primals_are():
