@@ -16,6 +16,8 @@ _PRODUCTS = ("dot_general", "conv_general_dilated", "winograd_conv", "doubled_co
 # Calls, by the parameter that holds what they call.
 _CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "custom_jvp_call": "call_jaxpr"}
 _CALLS |= {"custom_vjp_call": "call_jaxpr", "checkpoint": "jaxpr", "remat2": "jaxpr"}
+# What takes other jaxprs in place of its own.
+_LOOPS_AND_BRANCHES = ("scan", "while", "cond")
 
 
 def round_products(fn: Callable[..., Any], mantissa_bits: int, truncate: bool = False) -> Callable[..., Any]:
@@ -28,6 +30,8 @@ def round_products(fn: Callable[..., Any], mantissa_bits: int, truncate: bool = 
       fn: of pytrees of arrays.
       mantissa_bits: that a factor keeps, 1 to 22.
       truncate: towards zero, instead of to the nearest.
+    Raises:
+      TypeError: when called, for products inside of other operations than calls, loops and branches.
     """
     rounding = functools.partial(_truncate if truncate else _round, mantissa_bits)
 
@@ -68,7 +72,8 @@ def _apply(eqn: core.JaxprEqn, rounding: Callable[[jax.Array], jax.Array], input
     if name in _PRODUCTS:
         inputs = [rounding(x) if x.dtype == jnp.float32 else x for x in inputs]
     elif _has_products(eqn):
-        # Loops and branches: the same, of jaxprs that round.
+        if name not in _LOOPS_AND_BRANCHES:
+            raise TypeError(f"products inside of {name}, which round_products does not look into")
         params = jax.tree.map(lambda value: _rounded(value, rounding), params, is_leaf=_is_jaxpr)
     results = eqn.primitive.bind(*inputs, **params)
     return results if eqn.primitive.multiple_results else [results]

@@ -40,12 +40,11 @@ def _transpose_transform(filters):
 def _apply(x, *filters, turned: bool):
     """(B, H, W, C) -> (B, 2 H, 2 W, F), or `turned` the transpose of that, which has the same products."""
     channels, features = filters[0].shape
+    batch, height, width, _ = x.shape
     if turned:
-        batch, height, width, _ = x.shape
         result = sum(rows @ matrix.T for rows, matrix in zip(_differences(x), filters, strict=True))
         return result.reshape(batch, height // 2, width // 2, channels)
 
-    batch, height, width, _ = x.shape
     pixels = x.reshape(-1, channels)
     products = [(pixels @ matrix).reshape(batch, height, width, features) for matrix in filters]
     columns = [_double(2, *products[3 * p : 3 * p + 3]) for p in range(3)]

@@ -55,7 +55,7 @@ def _forms(predict, selected: _Layout, rest: _Layout, latent_shape, text_shape) 
     def visit(call, args, kwargs, context):
         module = context.module
         if isinstance(module, Conv) and context.method_name == "__call__":
-            form = module.filtered(*args)
+            form = module.filtered(*args, **kwargs)
             if form is not None:
                 found["/".join((*module.path, "kernel"))] = form
         return call(*args, **kwargs)

@@ -109,3 +109,11 @@ def test_products_inside_of_loops_and_branches():
     for _ in range(6):
         x = keep_bits(a, BFLOAT16_BITS, False) @ keep_bits(x, BFLOAT16_BITS, False)
     np.testing.assert_allclose(found, x, rtol=1e-5, atol=1e-5)
+
+
+def test_products_that_it_cannot_reach_are_refused():
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",))
+    spec = jax.sharding.PartitionSpec()
+    fn = jax.shard_map(lambda a: a @ a, mesh=mesh, in_specs=spec, out_specs=spec)
+    with pytest.raises(TypeError, match="inside of shard_map"):
+        round_products(fn, BFLOAT16_BITS)(normal(0, 4, 4))
