@@ -11,6 +11,7 @@ import math
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.linen.dtypes import promote_dtype
 
 from attrib_jax.models.barrier import materialise_cotangent
@@ -19,8 +20,9 @@ from attrib_jax.models.filtered_conv import FilteredConv, TransformedKernel
 from attrib_jax.models.winograd import winograd_conv
 
 # At or below this many output pixels, XLA's CPU convolution runs at a few GFLOP/s; as patches times a matrix the same
-# product runs at over a hundred. A strided one has a slow derivative, too, and that for more pixels. From the third
-# number of pixels and that of channels on, Winograd's form is faster still ("Speed" in BUILD_NOTES.md).
+# product runs at over a hundred. A strided one has a slow derivative, too, and that for more pixels, and so has one of
+# few channels in or out, for any number of pixels. From the third number of pixels and that of channels on, Winograd's
+# form is faster still ("Speed" in BUILD_NOTES.md).
 _MATMUL_CONV_PIXELS = 4
 _MATMUL_STRIDED_CONV_PIXELS = 64
 _WINOGRAD_PIXELS = 16
@@ -53,10 +55,10 @@ class Conv(nn.Module):
             x = _double(x)[:, : doubled_to[0], : doubled_to[1]]
         if (size, self.stride, self.padding) == (1, 1, ((0, 0), (0, 0))):
             return x @ kernel[0, 0] + bias
-        strided = self.stride > 1 and jax.default_backend() == "cpu"
-        most = _MATMUL_STRIDED_CONV_PIXELS if strided else _MATMUL_CONV_PIXELS
-        if size > 1 and math.prod(self._output_size(x)) <= most:
+        if self._as_patches(x):
             return self._patches(x) @ kernel.reshape(-1, self.features) + bias
+        if self._as_shifts(x):
+            return self._shifts(x, kernel) + bias
         strides = (self.stride, self.stride)
         layout = ("NHWC", "HWIO", "NHWC")
         return jax.lax.conv_general_dilated(x, kernel, strides, self.padding, dimension_numbers=layout) + bias
@@ -77,13 +79,39 @@ class Conv(nn.Module):
             return doubled_conv if tuple(doubled_to) == (2 * height, 2 * width) else None
         return winograd_conv if height * width >= _WINOGRAD_PIXELS and height % 2 == width % 2 == 0 else None
 
+    def _as_patches(self, x) -> bool:
+        """Whether a product with patches is faster than the convolution, or its derivatives by far."""
+        pixels = math.prod(self._output_size(x))
+        if pixels <= _MATMUL_CONV_PIXELS:
+            return True
+        if jax.default_backend() != "cpu":
+            return False
+        strided = self.stride > 1 and pixels <= _MATMUL_STRIDED_CONV_PIXELS
+        return strided or self.kernel_size**2 * x.shape[-1] <= self.features
+
     def _patches(self, x):
         """(B, H, W, C) -> what each output pixel is a function of, (B, H', W', size * size * C)."""
         padded = jnp.pad(x, ((0, 0), *self.padding, (0, 0)))
+        return jnp.concatenate([padded[place] for place in self._places(x)], axis=-1)
+
+    def _as_shifts(self, x) -> bool:
+        """As `_as_patches`, where the outputs are the few. Half precision would round each of the shifted terms."""
+        few = self.kernel_size**2 * self.features <= x.shape[-1]
+        return few and self.stride == 1 and jnp.finfo(x.dtype).bits >= 32 and jax.default_backend() == "cpu"
+
+    def _shifts(self, x, kernel):
+        """The convolution as one product for all places of the kernel, added up where they belong."""
+        columns = jnp.moveaxis(kernel, 2, 0).reshape(x.shape[-1], -1)
+        # Padded after the product, of fewer numbers. The transpose of `split` is a concatenation, that of slices a sum.
+        padded = jnp.pad(x @ columns, ((0, 0), *self.padding, (0, 0)))
+        parts = jnp.split(padded, self.kernel_size**2, axis=-1)
+        return sum(part[place] for part, place in zip(parts, self._places(x)))
+
+    def _places(self, x) -> list[tuple[slice, ...]]:
+        """For each entry of the kernel, row by row, what it takes of the padded input."""
         rows, columns = (self.stride * (extent - 1) + 1 for extent in self._output_size(x))
-        places = [(i, j) for i in range(self.kernel_size) for j in range(self.kernel_size)]
-        shifted = [padded[:, i : i + rows : self.stride, j : j + columns : self.stride] for i, j in places]
-        return jnp.concatenate(shifted, axis=-1)
+        at = range(self.kernel_size)
+        return [np.s_[:, i : i + rows : self.stride, j : j + columns : self.stride] for i in at for j in at]
 
     def _output_size(self, x) -> tuple[int, int]:
         return tuple(
