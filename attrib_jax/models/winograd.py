@@ -12,6 +12,9 @@ from attrib_jax.models.filtered_conv import FilteredConv
 # A kernel's derivative over at most this many pixels is taken from patches: what the transform saves in products it
 # loses in bytes.
 _PATCH_PIXELS = 64
+# The products of the transpose by the pictures have the filters on the left, up to this many pixels: few rows wait for
+# the filters from memory, and these are then read in order. Their results' transposes cost more for many.
+_FILTERS_FIRST_PIXELS = 256
 
 
 def _transpose_by_kernel(cotangent, x):
@@ -57,21 +60,36 @@ def _apply(x, *filters, turned: bool):
     kernel's transform holds the same numbers, its first and last places exchanged. So the places of the inputs are
     exchanged, which are fewer.
     """
-    places, product = ((3, 1, 2, 0), "ptf,pcf->ptc") if turned else (range(4), "ptc,pcf->ptf")
+    places = (3, 1, 2, 0) if turned else range(4)
     batch, height, width, _ = x.shape
+    filters_first = turned and batch * height * width <= _FILTERS_FIRST_PIXELS
 
     bands = _transform(*_inputs_along(1, _pad(x)))
     halves = [None] * 4
     for place, row in zip(places, filters):
         columns = _transform(*_inputs_along(2, bands[place]))
         tiles = _stack_tiles([columns[position] for position in places])
-        products = jnp.einsum(product, tiles, row)
+        if filters_first:
+            products = jnp.einsum("pcf,ptf->pct", row, tiles)
+        else:
+            products = jnp.einsum("ptf,pcf->ptc" if turned else "ptc,pcf->ptf", tiles, row)
         halves[place] = _transform_back(*(products[position] for position in places))
     columns = [_transform_back(*(half[j] for half in halves)) for j in range(2)]
-    # (2 rows, 2 columns) of each tile -> the picture.
-    result = jnp.stack([jnp.stack([columns[j][i] for j in range(2)], axis=1) for i in range(2)], axis=1)
-    result = result.reshape(batch, height // 2, width // 2, 2, 2, -1)
-    return jnp.swapaxes(result, 2, 3).reshape(batch, height, width, -1)
+    return (_from_rows if filters_first else _from_columns)(columns, batch, height // 2, width // 2)
+
+
+def _from_columns(places, batch, height, width):
+    """Results at the two columns of the two rows of every tile, each (tiles, F) -> (batch, 2 height, 2 width, F)."""
+    result = jnp.stack([jnp.stack([column[i] for column in places], axis=1) for i in range(2)], axis=1)
+    result = jnp.swapaxes(result.reshape(batch, height, width, 2, 2, -1), 2, 3)
+    return result.reshape(batch, 2 * height, 2 * width, -1)
+
+
+def _from_rows(places, batch, height, width):
+    """As `_from_columns`, each (F, tiles)."""
+    result = jnp.stack([jnp.stack([column[i] for column in places]) for i in range(2)])
+    result = result.reshape(2, 2, -1, batch, height, width).transpose(3, 4, 0, 5, 1, 2)
+    return result.reshape(batch, 2 * height, 2 * width, -1)
 
 
 def _pad(x):

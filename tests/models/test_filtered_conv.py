@@ -54,11 +54,11 @@ _MODES = {
 }
 
 
-# Winograd's derivative by the kernel has two forms: in the modes that take it of a batch of 3, few pixels are of the
-# one, many of the other.
+# Winograd's derivatives have two forms each. That by the kernel has one for the first case in the modes that take it of
+# a batch of 3, another for the second; that by the pictures changes with the third.
 @pytest.mark.parametrize(
     "form, height, width",
-    [("winograd", 2, 6), ("winograd", 4, 6), ("doubled", 1, 1), ("doubled", 3, 2)],
+    [("winograd", 2, 6), ("winograd", 4, 6), ("winograd", 10, 10), ("doubled", 1, 1), ("doubled", 3, 2)],
 )
 @pytest.mark.parametrize("mode", list(_MODES))
 def test_equals_the_direct_sum(mode, form, height, width):
