@@ -122,7 +122,7 @@ def sum_squares(
         def add(total, gradient):
             squares = jnp.square(gradient.astype(total.dtype) * GRADIENT_SCALE)
             # One after the other: on a CPU a reduction over the first axis of large arrays runs at a tenth of that, and
-            # so does a choice by a mask of the whole array.
+            # a choice by a mask of the whole array at a quarter.
             kept = [jnp.where(keep[place], squares[place], 0) for place in range(len(squares))]
             return functools.reduce(jnp.add, kept, total)
 
