@@ -4,6 +4,7 @@ import importlib
 import multiprocessing
 import os
 import traceback
+from collections.abc import Sequence
 from typing import Any
 
 _INTERVAL = 0.01  # seconds between two looks at the memory
@@ -16,17 +17,22 @@ class Worker:
     at any time, are not in it.
     """
 
-    def __init__(self, target: str, *arguments: Any):
+    def __init__(self, target: str, *arguments: Any, without: Sequence[str] = ()):
         """Starts a process and makes the object there.
 
         Args:
           target: "module:class".
           arguments: of the class; picklable.
+          without: environment variables that the process does not inherit.
         """
         context = multiprocessing.get_context("spawn")
         self._pipe, there = context.Pipe()
         self._process = context.Process(target=_serve, args=(there, target, arguments))
-        self._process.start()
+        kept = {name: os.environ.pop(name) for name in without if name in os.environ}
+        try:
+            self._process.start()
+        finally:
+            os.environ.update(kept)
         there.close()
         self.peak = 0
         self._await(target)

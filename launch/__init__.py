@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-_VARIABLE = "GLIBC_TUNABLES"
+TUNABLES = "GLIBC_TUNABLES"
 _SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
@@ -23,9 +23,9 @@ def huge_pages(argv: Sequence[str], environment: Mapping[str, str], setting: str
       setting: the kernel's, such as `always [madvise] never`; only with `madvise` there is something to ask for.
     """
     module = argv[argv.index("-m") + 1] if "-m" in argv[:-1] else ""
-    if not module.startswith(("launch.", "benchmarks.")) or _VARIABLE in environment or "[madvise]" not in setting:
+    if not module.startswith(("launch.", "benchmarks.")) or TUNABLES in environment or "[madvise]" not in setting:
         return None
-    return {**environment, _VARIABLE: "glibc.malloc.hugetlb=1"}
+    return {**environment, TUNABLES: "glibc.malloc.hugetlb=1"}
 
 
 if sys.platform == "linux" and _SETTING.exists():

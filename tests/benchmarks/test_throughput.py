@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 import types
@@ -71,7 +72,14 @@ def test_sides_agree_and_are_measured(workers, part):
         assert row[side]["rate"] > 0 and row[side]["matmul"] > 0 and row[side]["memory"] < 2**31
     # Ours projects the text once for all timesteps, and its Fisher samples need the keys' and values' gradients only.
     assert 0.4 < row["ours"]["flops"] / row["torch"]["flops"] < 1
-    assert throughput.table(row, "cpu").count("\n") == 3
+    trials = row["torch"]["trials"]
+    assert throughput.table(row, "cpu").count("\n") == 3 + len(trials)
+    compared = {trial["batch"] for trial in trials if "ratio" in trial}
+    fastest = max(trials, key=lambda trial: trial["rate"])["batch"]
+    assert compared == {fastest, throughput.LIMIT_BATCHES.get(part, fastest)}
+    (limited,) = (trial for trial in trials if trial["batch"] == row["torch"]["batch"])
+    assert (limited["ratio"], limited["memory"]) == (row["ratio"], row["torch"]["memory"])
+    assert limited["batch"] == throughput.LIMIT_BATCHES.get(part, fastest)
 
 
 def test_another_noise_is_noticed(workers):
@@ -148,6 +156,15 @@ def test_worker_keeps_its_object_and_reports_errors():
         Worker("no_such_module:Thing")
     with pytest.raises(RuntimeError, match="exit code 3"):
         Worker("os:_exit", 3)
+
+
+def test_worker_inherits_all_variables_but_those_left_out(monkeypatch):
+    monkeypatch.setenv("HOME", "/nowhere")
+    with Worker("pathlib:Path", "~") as worker:
+        assert str(worker.call("expanduser")) == "/nowhere"
+    with Worker("pathlib:Path", "~", without=["HOME", "NOT_SET_ANYWAY"]) as worker:
+        assert str(worker.call("expanduser")) != "/nowhere"
+    assert os.environ["HOME"] == "/nowhere"
 
 
 def test_worker_sees_memory_that_was_freed_again():
