@@ -215,7 +215,8 @@ def table(row: dict[str, Any], device: str) -> str:
             f"  {name:8}{values['rate']:12.2f}{values['flops'] / 1e9:16.3f}{speed / 1e9:10.1f}{speed / machine:7.2f}"
             f"{values['matmul'] / 1e9:10.1f}{values['memory'] / 2**30:7.2f}{values['batch']:7d}{values['idle']:7.2f}"
         )
-    for trial in row["torch"]["trials"]:
+    trials = row["torch"]["trials"]
+    for trial in trials if len(trials) > 1 else ():
         size = f"batches of {trial['batch']} ({trial['memory'] / 2**30:.2f} GiB)"
         line = f"  PyTorch in {size}: {trial['rate']:.2f} {unit}/s in a trial"
         if "ratio" in trial:

@@ -73,7 +73,7 @@ def test_sides_agree_and_are_measured(workers, part):
     # Ours projects the text once for all timesteps, and its Fisher samples need the keys' and values' gradients only.
     assert 0.4 < row["ours"]["flops"] / row["torch"]["flops"] < 1
     trials = row["torch"]["trials"]
-    assert throughput.table(row, "cpu").count("\n") == 3 + len(trials)
+    assert throughput.table(row, "cpu").count("\n") == 3 + (len(trials) if len(trials) > 1 else 0)
     compared = {trial["batch"] for trial in trials if "ratio" in trial}
     fastest = max(trials, key=lambda trial: trial["rate"])["batch"]
     assert compared == {fastest, throughput.LIMIT_BATCHES.get(part, fastest)}
