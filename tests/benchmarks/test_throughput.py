@@ -76,10 +76,10 @@ def test_sides_agree_and_are_measured(workers, part):
     assert throughput.table(row, "cpu").count("\n") == 3 + (len(trials) if len(trials) > 1 else 0)
     compared = {trial["batch"] for trial in trials if "ratio" in trial}
     fastest = max(trials, key=lambda trial: trial["rate"])["batch"]
-    assert compared == {fastest, throughput.LIMIT_BATCHES.get(part, fastest)}
-    (limited,) = (trial for trial in trials if trial["batch"] == row["torch"]["batch"])
-    assert (limited["ratio"], limited["memory"]) == (row["ratio"], row["torch"]["memory"])
-    assert limited["batch"] == throughput.LIMIT_BATCHES.get(part, fastest)
+    assert compared == {fastest, throughput.PLAIN_BATCHES.get(part, fastest)}
+    (chosen,) = (trial for trial in trials if trial["batch"] == fastest)
+    assert chosen.items() >= {"ratio": row["ratio"], "memory": row["torch"]["memory"]}.items()
+    assert row["torch"]["batch"] == fastest
 
 
 def test_another_noise_is_noticed(workers):
