@@ -52,8 +52,8 @@ _UNIT_NAMES = {"losses": "forwards", "fisher": "samples", "fisher-kv": "samples"
 # At least this ratio of the rates, on a CPU, and at most this much memory of ours.
 RATIO_LIMITS = {"losses": 1.3, "fisher": 4.0, "gradient": 1.2}
 MEMORY_LIMITS = {"fisher": 3 * 2**30}
-# PyTorch's batch size on a CPU that is timed beside the fastest, as what users find who do not look for the fastest: one
-# of 5 to 8 GiB, for which the limit of the Fisher information was set.
+# PyTorch's batch size on a CPU that is timed beside the fastest, as what users find who do not look for that: one of 5
+# to 8 GiB, for which the limit of the Fisher information was set.
 PLAIN_BATCHES = {"fisher": 16}
 # The largest difference over the largest absolute value of an array. Rounded products differ by more.
 ERROR_LIMITS = {
