@@ -53,8 +53,8 @@ _UNIT_NAMES = {"losses": "forwards", "fisher": "samples", "fisher-kv": "samples"
 RATIO_LIMITS = {"losses": 1.3, "fisher": 4.0, "gradient": 1.2}
 MEMORY_LIMITS = {"fisher": 3 * 2**30}
 # PyTorch's batch size on a CPU that is timed beside the fastest, as what users find who do not look for that. It has
-# no limit: the Fisher information's was set when PyTorch had been seen with 5 to 8 GiB, which this takes, but holds over
-# the fastest.
+# no limit: that of the Fisher information was set when PyTorch had been seen with 5 to 8 GiB, which this takes, but is
+# held over the fastest.
 PLAIN_BATCHES = {"fisher": 16}
 # The largest difference over the largest absolute value of an array. Rounded products differ by more.
 ERROR_LIMITS = {
