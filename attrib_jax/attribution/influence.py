@@ -6,7 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from attrib_jax.core.groups import example_mask
+from attrib_jax.core.products import float32_products
 
+
+@float32_products
 def influence_scores(
     loss_fn: Callable[[Any, Any, Any], jax.Array],
     selected: Any,
@@ -28,15 +32,20 @@ def influence_scores(
         batch: pytree of arrays with a leading axis B; an example is one slice of it.
         direction: nested dict in the layout of `selected`.
         mask: (B,) 1 for an example, 0 for padding, which scores 0; all are examples if None.
+
+    Raises:
+        ValueError: `mask` is not (B,).
     """
+    mask = example_mask(mask, batch)
 
     def derivative(example):
         return jax.jvp(lambda weights: loss_fn(weights, rest, example), (selected,), (direction,))[1]
 
     scores = jax.vmap(derivative)(batch)
-    return scores if mask is None else jnp.where(mask.astype(bool), scores, 0)
+    return jnp.where(mask, scores, 0)
 
 
+@float32_products
 def influence_matrix(
     loss_fn: Callable[[Any, Any, Any], jax.Array],
     selected: Any,

@@ -10,7 +10,8 @@ import numpy as np
 
 from attrib_jax.core.checks import check_choice, check_positive
 from attrib_jax.core.groups import forward_pixels, group_size, num_pixels, vmap_groups
-from attrib_jax.core.keys import example_noise
+from attrib_jax.core.keys import check_row_ids, example_noise
+from attrib_jax.core.products import float32_products
 from attrib_jax.core.types import Batch, Scores
 from attrib_jax.core.weights import Params
 from attrib_jax.diffusion.losses import Predict, denoising_losses
@@ -22,6 +23,7 @@ FLIP_RULES = ("max", "mean", "none")
 EXAMPLES_PER_TILE = 8
 
 
+@float32_products
 def example_loss(
     predict: Predict, schedule: NoiseSchedule, params: Params, key: jax.Array, example: Batch, timesteps: jax.Array
 ) -> jax.Array:
@@ -89,6 +91,8 @@ def combine_flips(values: np.ndarray, how: str = "max") -> tuple[np.ndarray, np.
     """Scores from numbers of each image's flips (N, flips), such as linearised scores; the rest as `combine_scores`."""
     check_choice("flips", how, FLIP_RULES)
     values = np.asarray(values, np.float64)
+    if values.ndim != 2 or values.shape[1] < 1:
+        raise ValueError(f"values has shape {values.shape}; expected (N, flips)")
     if how == "none":
         values = values[:, :1]
     flip = values.argmax(axis=1).astype(np.int32)
@@ -124,15 +128,14 @@ def dataset_losses(
         progress: called on the host with the number of images x flips x captions done.
 
     Raises:
-        ValueError: leading axes differ, or an image has no caption.
+        TypeError: row ids or timesteps are not integers.
+        ValueError: shapes do not fit, a row id or timestep is out of range, or an image has no caption.
     """
+    _check_data(row_id, latents, text)
+    timesteps = _checked_timesteps(timesteps, schedule)
+    check_positive("batch_size", batch_size, integer=True)
     count, flips = latents.shape[:2]
     captions = text.shape[1]
-    if len(row_id) != count or len(text) != count:
-        raise ValueError(
-            f"row_id, latents and text have {len(row_id)}, {count} and {len(text)} rows; expected as many."
-        )
-    check_positive("batch_size", batch_size, integer=True)
     present = np.ones((count, captions), bool) if caption_mask is None else np.asarray(caption_mask).astype(bool)
     if present.shape != (count, captions) or not present.any(axis=1).all():
         raise ValueError(
@@ -185,8 +188,18 @@ def score_dataset(
         params_before, params_after: the model's parameters before and after unlearning.
         how: what to make of an image's flips, see `combine_scores`.
         loss_before: (N, flips) from `dataset_losses` with the same key and timesteps, if known; computed if None.
-        options: `caption_mask`, `batch_size` and `progress` of `dataset_losses`; other arguments as there.
+        options: `caption_mask`, `batch_size` and `progress` of `dataset_losses`; other arguments and errors as there.
+
+    Raises:
+        ValueError: also for an unknown `how`, or a `loss_before` of another shape; all before the first loss is taken.
     """
+    check_choice("how", how, FLIP_RULES)
+    _check_data(row_id, latents, text)
+    if loss_before is not None and np.shape(loss_before) != latents.shape[:2]:
+        raise ValueError(
+            f"loss_before has shape {np.shape(loss_before)}; expected (N, flips) = {latents.shape[:2]}, as "
+            "dataset_losses returned them"
+        )
     if how == "none":
         latents = latents[:, :1]
         loss_before = None if loss_before is None else loss_before[:, :1]
@@ -198,3 +211,27 @@ def score_dataset(
     loss_after = run(params=params_after, **options)
     score, flip = combine_scores(loss_before, loss_after, how)
     return Scores(row_id, score, loss_before, loss_after, flip)
+
+
+def _check_data(row_id: np.ndarray, latents: np.ndarray, text: np.ndarray) -> None:
+    for name, array, axes in (("latents", latents, "(N, flips, h, w, c)"), ("text", text, "(N, captions, L, d)")):
+        if np.ndim(array) != axes.count(",") + 1 or 0 in np.shape(array)[1:]:
+            raise ValueError(f"{name} has shape {np.shape(array)}; expected {axes}")
+    if np.shape(row_id) != (len(latents),) or len(text) != len(latents):
+        raise ValueError(
+            f"row_id has shape {np.shape(row_id)}, latents has {len(latents)} rows and text {len(text)}; expected one "
+            "of each for each image"
+        )
+    check_row_ids(row_id)
+
+
+def _checked_timesteps(timesteps: np.ndarray, schedule: NoiseSchedule) -> np.ndarray:
+    timesteps, last = np.asarray(timesteps), schedule.num_train_timesteps - 1
+    if timesteps.ndim != 1 or not timesteps.size or not np.issubdtype(timesteps.dtype, np.integer):
+        raise ValueError(
+            f"timesteps has shape {timesteps.shape} {timesteps.dtype}; expected one or more integers, such as "
+            f"strided_timesteps(50, {last + 1})"
+        )
+    if timesteps.min() < 0 or timesteps.max() > last:
+        raise ValueError(f"timesteps run from {timesteps.min()} to {timesteps.max()}; expected 0 to {last}")
+    return timesteps

@@ -11,10 +11,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from attrib_jax.core.checks import check_choice, check_positive, check_range
 from attrib_jax.core.groups import even_group_size, gradient_pixels, num_pixels, sum_groups
+from attrib_jax.core.keys import check_key
+from attrib_jax.core.products import float32_products
 from attrib_jax.core.weights import merge_weights
 from attrib_jax.curvature.diagonal import Diagonal
 from attrib_jax.curvature.ekfac import EKFAC
@@ -71,8 +74,10 @@ def query_draws(
     """The timestep and noise of draws number `indices` (S,) -> ((S,) int32, (S, *shape) float32).
 
     A draw depends on the key and its index alone, so it is the same however draws are grouped. Draws 0..T-1 take each
-    of the T timesteps once, in random order, as do the next T: without replacement (METHOD.md section 3).
+    of the T timesteps once, in random order, as do the next T: without replacement (METHOD.md section 3). TypeError for
+    a key that is no typed threefry key.
     """
+    check_key(key)
     timestep_key, noise_key = jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)
 
     def draw(index):
@@ -86,6 +91,7 @@ def query_draws(
     return jax.vmap(draw)(indices)
 
 
+@float32_products
 def query_gradient(
     predict: Predict,
     schedule: NoiseSchedule,
@@ -116,6 +122,7 @@ def query_gradient(
         tile: draws held at once, static. It changes neither which draws are taken nor, beyond rounding, the result.
 
     Raises:
+        TypeError: `key` is no typed threefry key.
         ValueError: `draws` or `tile` is below 1.
     """
     _check_draws(draws, tile)
@@ -154,7 +161,15 @@ def newton_step(
     Returns:
         The new selected weights, in their dtype. Call `curvature.check_solvable(gradient, damping)` before, on the
         host, if F may hold zeros.
+
+    Raises:
+        ValueError: `num_examples` or `step_size` is not above 0, or `damping` below 0; arrays are not checked.
     """
+    for name, value in (("step_size", step_size), ("num_examples", num_examples)):
+        if isinstance(value, (int, float, np.number)):
+            check_positive(name, value)
+    if isinstance(damping, (int, float, np.number)):
+        check_range("damping", damping, low=0)
     return _add_scaled(selected, curvature.solve(gradient, damping), step_size / num_examples)
 
 
@@ -192,6 +207,7 @@ def scale_by_newton(
     return optax.GradientTransformation(init, update)
 
 
+@float32_products
 def unlearn(
     predict: Predict,
     schedule: NoiseSchedule,
@@ -228,7 +244,7 @@ def unlearn(
         step_size: alpha.
         method: "newton" (eq. 5) or "sgd" (plain ascent, without F).
         curvature: F, for "newton".
-        num_examples: N, for "newton".
+        num_examples: N, for "newton"; plain ascent does not use it.
         steps: number of steps.
         damping: added to F.
         keep_ewc_gradient: keep the pull towards the first weights, see `scale_by_newton`.
@@ -241,6 +257,7 @@ def unlearn(
         on_step: called after every step with the state so far.
 
     Raises:
+        TypeError: `key` is no typed threefry key.
         ValueError: an argument is out of range or contradicts the method; `start` has more steps than asked; F is 0
             where the gradient is not (the leaf is named); the gradient is NaN or infinite.
     """
@@ -248,16 +265,20 @@ def unlearn(
     check_positive("steps", steps, integer=True)
     check_positive("step_size", step_size)
     check_choice("method", method, METHODS)
-    if mask is not None and not (mask > 0).any():
-        raise ValueError("mask selects no latent pixel; give a region that covers part of the picture.")
+    check_key(key)
+    if mask is not None:
+        mask = _checked_mask(mask)
     if method == "newton":
         if curvature is None or num_examples is None:
             raise ValueError("method='newton' needs curvature and num_examples; fit F first, or use method='sgd'.")
         _check_newton(num_examples, damping)
     else:
-        if damping or keep_ewc_gradient:
-            raise ValueError("method='sgd' has no F: damping and keep_ewc_gradient belong to method='newton'.")
-        curvature, num_examples = None, 1
+        if damping or keep_ewc_gradient or curvature is not None:
+            raise ValueError(
+                "method='sgd' has no F: curvature, damping and keep_ewc_gradient belong to method='newton'. Leave them "
+                "out, or take that method."
+            )
+        num_examples = 1
     origin = selected if keep_ewc_gradient else None
     if sum_draws is None:
         fixed = (predict, schedule, rest, latents, text, mask, draws, tile)
@@ -342,6 +363,15 @@ def _ascend(selected, total, curvature, origin, draws, step_size, num_examples, 
 
 def _add_scaled(selected: Any, update: Any, scale) -> Any:
     return jax.tree.map(lambda leaf, change: (leaf + scale * change).astype(leaf.dtype), selected, update)
+
+
+def _checked_mask(mask: Any) -> np.ndarray:
+    mask = np.asarray(mask)
+    if not np.all((mask >= 0) & (mask <= 1)):
+        raise ValueError(f"mask has values from {mask.min()} to {mask.max()}; expected weights in [0, 1]")
+    if not mask.any():
+        raise ValueError("mask selects no latent pixel; give a region that covers part of the picture.")
+    return mask
 
 
 def _check_newton(num_examples: int, damping: float) -> None:

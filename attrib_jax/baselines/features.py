@@ -26,11 +26,11 @@ def image_features(tower: Tower, images: Any) -> np.ndarray:
       images: (B, H, W, 3) floats in [-1, 1], rounded to 8 bits as a picture file would be and then resized, cropped and
         normalised as the tower's image processor does.
 
-    Raises ValueError for another shape, values outside of [-1, 1] or a tower without pictures.
+    Raises ValueError for another shape, no picture, values outside of [-1, 1] or a tower without pictures.
     """
     images = np.asarray(images)
-    if images.ndim != 4 or images.shape[-1] != 3 or not np.issubdtype(images.dtype, np.floating):
-        raise ValueError(f"images has shape {images.shape} {images.dtype}; expected (B, H, W, 3) floats in [-1, 1]")
+    if images.ndim != 4 or len(images) == 0 or images.shape[-1] != 3 or not np.issubdtype(images.dtype, np.floating):
+        raise ValueError(f"images has shape {images.shape} {images.dtype}; expected (B > 0, H, W, 3) floats in [-1, 1]")
     if not np.all(np.abs(images) <= 1):
         raise ValueError(f"images has values from {images.min()} to {images.max()}; expected [-1, 1]")
     return pixel_features(tower, np.round((images + 1) * 127.5).astype(np.uint8))
@@ -45,10 +45,15 @@ def pixel_features(tower: Tower, pictures: np.ndarray) -> np.ndarray:
 
 
 def text_features(tower: Tower, texts: Sequence[str]) -> np.ndarray:
-    """Features of texts in a CLIP tower -> (B, d) float32, on the host; raises ValueError for other towers."""
+    """Features of texts in a CLIP tower -> (B, d) float32, on the host.
+
+    Raises ValueError for another tower or no text, TypeError for one bare string.
+    """
     if tower.tokenizer is None:
         raise ValueError(f"a {tower.family} tower without a text half reads no texts; load a CLIP with both halves")
-    ids = tokenize_prompts(tower.tokenizer, list(texts))
+    if len(texts) == 0:
+        raise ValueError("texts is empty; expected one or more")
+    ids = tokenize_prompts(tower.tokenizer, texts)
     return _in_tiles(functools.partial(_texts, tower.module), tower.params, ids, TEXT_TILE)
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from attrib_jax.core.checks import check_positive
+from attrib_jax.core.checks import check_finite, check_positive
 
 _ROWS_AT_ONCE = 1024
 
@@ -34,12 +34,17 @@ class Kernel(NamedTuple):
 def fit_kernel(features: Any) -> Kernel:
     """The kernel of features (N, ..., k), an array or one on disk that takes slices; every (k,) in it is a row of Phi.
 
-    Raises ValueError where they are all zero: there is then no scale for lambda.
+    Raises ValueError where one is NaN or infinite, or all are zero: there is then no scale for lambda.
     """
     width = features.shape[-1]
     gram = np.zeros((width, width))
     for block in _blocks(features):
         gram += block.T @ block
+    if not np.isfinite(gram).all():
+        raise ValueError(
+            f"features of the {features.shape[0]} examples have values that are NaN or infinite, or overflow when "
+            "squared. Look for a damaged model, or compute them again."
+        )
     if not np.trace(gram) > 0:
         raise ValueError(
             f"the features of all {features.shape[0]} examples are zero: the gradients vanish or underflow. Select "
@@ -63,12 +68,22 @@ def kernel_scores(
         not: scores keep their order when all features are multiplied by one number.
       kernel: of `features`, where the caller has it.
 
-    Raises ValueError for a regularisation that is not positive, or features that are all zero.
+    Raises ValueError for a regularisation that is not positive, query features of another shape or that are not
+    finite, or features that `fit_kernel` refuses.
     """
+    query_features = np.asarray(query_features, np.float64)
+    if query_features.ndim != 2 or not len(query_features) or query_features.shape[1] != features.shape[-1]:
+        raise ValueError(
+            f"query_features has shape {query_features.shape}; expected (Q, {features.shape[-1]}), Q of 1 or more and "
+            "as wide as features"
+        )
+    check_finite("query_features", query_features)
+    if np.ndim(regularisations) != 1 or not len(regularisations):
+        raise ValueError(f"regularisations is {regularisations!r}; expected a list of one or more numbers")
     kernel = fit_kernel(features) if kernel is None else kernel
     damped = [kernel.damped(value) for value in regularisations]
     # Vector by vector: in a product of matrices the last bits of a query would depend on the queries beside it.
-    rotated = [query @ kernel.eigenvectors for query in np.asarray(query_features, np.float64)]
+    rotated = [query @ kernel.eigenvectors for query in query_features]
     solved = [kernel.eigenvectors @ (query / weights) for weights in damped for query in rotated]
     parts = [[block @ direction for direction in solved] for block in _blocks(features)]
     return np.concatenate(parts, axis=1).reshape(len(damped), len(rotated), *features.shape[:-1])

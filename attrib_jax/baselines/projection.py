@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from attrib_jax.core.checks import check_choice, check_positive
+from attrib_jax.core.keys import check_key
+from attrib_jax.core.products import float32_products
 from attrib_jax.core.weights import flatten_names
 
 PROJECTIONS = ("sparse", "rademacher")
@@ -37,6 +39,7 @@ def check_projection(kind: str, dim: int) -> None:
         )
 
 
+@float32_products
 def project(gradients: Any, key: jax.Array, kind: str, dim: int) -> jax.Array:
     """Projects B gradients to `dim` numbers each -> (B, dim); <project(a), project(b)> has the expectation <a, b>.
 
@@ -59,8 +62,10 @@ def project(gradients: Any, key: jax.Array, kind: str, dim: int) -> jax.Array:
       dim: numbers in all; a multiple of 4 for `sparse`.
 
     Raises:
+      TypeError: `key` is no typed threefry key.
       ValueError: unknown `kind`, or a `dim` that does not suit it.
     """
+    check_key(key)
     check_projection(kind, dim)
     rows = DENSE_ROWS if kind == "rademacher" else dim // STRIPES
     blocks, keys = _blocks(gradients, key, rows)
@@ -101,7 +106,7 @@ def _sparse(blocks: jax.Array, keys: jax.Array, dim: int) -> jax.Array:
     # Blocks of zeros fill the last step: whatever their matrix, they add nothing.
     padding = -len(blocks) % group
     blocks = jnp.pad(blocks, ((0, padding), (0, 0), (0, 0))).reshape(-1, group, rows, batch)
-    keys = jnp.concatenate([keys, keys[:1].repeat(padding)]).reshape(-1, group)
+    keys = jnp.concatenate([keys, jnp.broadcast_to(keys[:1], (padding,))]).reshape(-1, group)
 
     def dealt(block, key):
         bits = jax.random.bits(key, (rows + STRIPES,), jnp.uint32)

@@ -14,6 +14,7 @@ import numpy as np
 _IMPL = "threefry2x32"
 _MAX_ROW_ID = 2**31 - 1
 _MAX_SEED = 2**32 - 1
+_INTEGERS = "expected integers, so that two examples never share their noise"
 
 
 def loss_key(seed: int) -> jax.Array:
@@ -68,18 +69,16 @@ def example_noise(
     Raises:
         TypeError: `key` is not a typed threefry2x32 key (other generators give other numbers under vmap), or an index
             is not an integer.
-        ValueError: a `row_id` given as a Python or numpy integer is out of range (a traced one cannot be checked).
+        ValueError: a `row_id` given as a Python integer or in numpy is out of range (a traced one cannot be checked).
     """
-    _check_key(key)
-    if isinstance(row_id, (int, np.integer)) and not 0 <= row_id <= _MAX_ROW_ID:
-        raise ValueError(f"row_id is {row_id}; expected an integer from 0 to {_MAX_ROW_ID}")
+    check_key(key)
+    if isinstance(row_id, (int, np.integer, np.ndarray)):
+        check_row_ids(row_id)
     timesteps = jnp.asarray(timesteps)
     for name, value in (("row_id", row_id), ("flip", flip), ("caption", caption), ("timesteps", timesteps)):
         dtype = jnp.result_type(value)
         if not (jnp.issubdtype(dtype, jnp.integer) or dtype == jnp.bool_):
-            raise TypeError(
-                f"{name} has dtype {dtype}; expected integers, so that two examples never share their noise"
-            )
+            raise TypeError(f"{name} has dtype {dtype}; {_INTEGERS}")
     for index in (row_id, flip, caption):
         key = jax.random.fold_in(key, index)
 
@@ -89,7 +88,21 @@ def example_noise(
     return jax.vmap(draw)(timesteps)
 
 
-def _check_key(key) -> None:
+def check_row_ids(row_id: np.ndarray | int) -> None:
+    """Raises TypeError for ids that are not integers, ValueError where one is below 0 or above 2^31 - 1.
+
+    Cast to the 32 bits that a key takes, two pictures could get one noise.
+    """
+    ids = np.asarray(row_id)
+    if not np.issubdtype(ids.dtype, np.integer):
+        raise TypeError(f"row_id has dtype {ids.dtype}; {_INTEGERS}")
+    wrong = ids[(ids < 0) | (ids > _MAX_ROW_ID)]
+    if wrong.size:
+        raise ValueError(f"row_id is {wrong.flat[0]}; expected an integer from 0 to {_MAX_ROW_ID}")
+
+
+def check_key(key) -> None:
+    """Raises TypeError unless `key` is a typed threefry key: others' numbers depend on what they are drawn beside."""
     dtype = getattr(key, "dtype", None)
     if dtype is None or not jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
         raise TypeError(f"key is {key!r}; expected a typed key, such as loss_key(seed)")

@@ -40,7 +40,7 @@ class Scores:
       flip: (N,) integers, the flip that gave the score (0 as is, 1 mirrored), or None.
 
     Raises:
-      ValueError: lengths differ, a row id occurs twice, or a score is NaN or infinite.
+      ValueError: lengths differ, row ids are not integers or one occurs twice, or a score is NaN or infinite.
     """
 
     row_id: np.ndarray
@@ -60,6 +60,16 @@ class Scores:
                     f"{field.name} has shape {np.shape(value)}, but row_id has shape {self.row_id.shape}: "
                     "expected one row for each image."
                 )
+        if self.row_id.ndim != 1 or self.score.ndim != 1:
+            raise ValueError(
+                f"row_id and score have shapes {self.row_id.shape} and {self.score.shape}; expected (N,), one number "
+                "for each image"
+            )
+        if len(self.row_id) and not np.issubdtype(self.row_id.dtype, np.integer):
+            raise ValueError(f"row_id has dtype {self.row_id.dtype}; expected integers")
+        if not np.issubdtype(self.score.dtype, np.floating):
+            # Unsigned numbers would not order by their negatives.
+            object.__setattr__(self, "score", self.score.astype(np.float64))
         ids, counts = np.unique(self.row_id, return_counts=True)
         if len(ids) < len(self.row_id):
             raise ValueError(

@@ -22,6 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from attrib_jax.core.checks import check_range
+from attrib_jax.core.groups import example_mask
+from attrib_jax.core.products import float32_products
 from attrib_jax.core.weights import flatten_names, unflatten_names
 from attrib_jax.curvature.diagonal import GRADIENT_SCALE, Diagonal
 from attrib_jax.curvature.fisher import FisherSum, fisher_diagonal
@@ -147,6 +149,7 @@ def linear_layers(loss_fn: LossFn, selected: Any, rest: Any, example: Any) -> tu
     return tuple(layers.values())
 
 
+@float32_products
 def factor_sums(
     loss_fn: LossFn,
     layers: Sequence[LinearLayer],
@@ -164,6 +167,7 @@ def factor_sums(
       batch: pytree of arrays with a leading axis B; an example is one slice of it.
       mask: (B,) 1 for an example, 0 for padding, which adds exactly zero; all are examples if None.
     """
+    mask = example_mask(mask, batch)
     sources = {layer.name: layer.input for layer in layers}
 
     def gradients_and_inputs(example):
@@ -187,8 +191,7 @@ def factor_sums(
 
     def outer(rows, scale=1.0):
         rows = rows.astype(dtype) * scale
-        if mask is not None:
-            rows = jnp.where(mask.astype(bool).reshape(-1, *(1,) * (rows.ndim - 1)), rows, 0)
+        rows = jnp.where(mask.reshape(-1, *(1,) * (rows.ndim - 1)), rows, 0)
         rows = rows.reshape(-1, rows.shape[-1])
         return jnp.matmul(rows.T, rows, precision="highest")
 
@@ -261,9 +264,13 @@ def fisher_ekfac(
     on the host. An example should be one (picture, caption, noise, timestep) draw, as in `fisher_diagonal`.
 
     Raises:
-      ValueError: `relative_damping` is negative; no linear layer is selected, or one runs twice.
+      ValueError: `relative_damping` is negative; no linear layer is selected, or one runs twice; `mask` does not
+        fit, or leaves no example.
     """
     check_range("relative_damping", relative_damping, 0.0)
+    mask = example_mask(mask, batch)
+    if not mask.any():
+        raise ValueError(f"mask leaves none of {len(mask)} examples; expected one or more to fit on")
     layers = linear_layers(loss_fn, selected, rest, jax.tree.map(lambda leaf: leaf[0], batch))
     factors = jax.jit(factor_sums, static_argnums=(0, 1))(loss_fn, layers, selected, rest, batch, mask)
     bases = jax.tree.map(lambda basis, factor: basis.astype(factor.dtype), eigenbases(factors), factors)

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from attrib_jax.core.compensated import add_pairs
+from attrib_jax.core.groups import example_mask
+from attrib_jax.core.products import float32_products
 from attrib_jax.curvature.diagonal import GRADIENT_SCALE, Diagonal
 
 # Microbatches that are added plainly before the compensated sum, which reads and writes twice as much. Of so few
@@ -49,6 +51,7 @@ class FisherSum(NamedTuple):
         return Diagonal(jax.tree.map(lambda leaf: leaf / self.count, total), GRADIENT_SCALE)
 
 
+@float32_products
 def fisher_diagonal(
     loss_fn: Callable[[Any, Any, Any], jax.Array],
     selected: Any,
@@ -83,6 +86,7 @@ def fisher_diagonal(
     return sum_squares(gradients, selected, rest, batch, mask, microbatch)
 
 
+@float32_products
 def sum_squares(
     gradients: Callable[[Any, Any, Any], Any],
     selected: Any,
@@ -98,10 +102,8 @@ def sum_squares(
         `selected` with a leading axis; one example's must not depend on the others.
       selected, rest, batch, mask, microbatch: as in `fisher_diagonal`; so are result and errors.
     """
-    sizes = {leaf.shape[:1] for leaf in jax.tree.leaves((batch, mask))}
-    if len(sizes) != 1 or sizes == {()}:
-        raise ValueError(f"batch and mask must share one leading axis, but theirs are {sorted(sizes)}.")
-    ((size,),) = sizes
+    mask = example_mask(mask, batch)
+    size = len(mask)
     if microbatch is None:
         microbatch = size
     if microbatch < 1 or size % microbatch:
@@ -109,9 +111,6 @@ def sum_squares(
             f"microbatch={microbatch} must divide the batch of {size} examples; pad the batch with mask 0, or choose "
             "a divisor."
         )
-    if mask is None:
-        mask = jnp.ones((size,), bool)
-    mask = mask.astype(bool)
     number = size // microbatch
     # A microbatch takes every (size / microbatch)-th example, so that a batch sharded over devices stays sharded.
     split = jax.tree.map(lambda x: x.reshape(microbatch, number, *x.shape[1:]), (batch, mask))

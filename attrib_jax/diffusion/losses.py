@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from attrib_jax.core.groups import FORWARD_PIXELS, group_size, map_groups, num_pixels
+from attrib_jax.core.products import float32_products
 from attrib_jax.diffusion.schedule import NoiseSchedule
 
 # predict(params, noisy_latents (h, w, c), timestep (), text (L, d)) -> model output (h, w, c)
@@ -14,6 +15,7 @@ from attrib_jax.diffusion.schedule import NoiseSchedule
 Predict = Callable[[Any, jax.Array, jax.Array, jax.Array], jax.Array]
 
 
+@float32_products
 def denoising_losses(
     predict: Predict,
     params: Any,
@@ -37,7 +39,7 @@ def denoising_losses(
         latents: (h, w, c), clean, multiplied by the autoencoder's scaling factor.
         text: (L, d) text states.
         noise: (S, h, w, c) standard normal, see `example_noise`.
-        timesteps: (S,) integers below `schedule.num_train_timesteps`; one beyond gives NaN.
+        timesteps: (S,) integers from 0 and below `schedule.num_train_timesteps`; others give NaN.
         mask: (h, w) or (h, w, 1) weights in [0, 1]. The loss is then the sum of weighted squared errors divided by
             (sum of the weights x c); a mask of zeros gives 0, so refuse one before calling.
 
@@ -57,6 +59,7 @@ def denoising_losses(
     return jnp.sum(weights * errors, axis=latent_axes) / jnp.where(size > 0, size, 1)
 
 
+@float32_products
 def predictions(
     predict: Predict,
     params: Any,
@@ -71,6 +74,8 @@ def predictions(
     Arguments and errors as in `denoising_losses`.
     """
     timesteps = jnp.asarray(timesteps)
+    if latents.ndim != 3:
+        raise ValueError(f"latents has shape {latents.shape}; expected (h, w, c), those of one example")
     if timesteps.ndim != 1:
         raise ValueError(f"timesteps has shape {timesteps.shape}; expected (S,)")
     if noise.shape != (*timesteps.shape, *latents.shape):
@@ -92,6 +97,7 @@ def predictions(
     return prediction, target
 
 
+@float32_products
 def batch_losses(
     predict: Predict,
     params: Any,

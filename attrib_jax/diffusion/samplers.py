@@ -11,12 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from attrib_jax.core.products import float32_products
 from attrib_jax.diffusion.losses import Predict
 from attrib_jax.diffusion.schedule import NoiseSchedule
 
 SAMPLERS = ("ddim", "ddpm")
 
 
+@float32_products
 def sample(
     predict: Predict,
     params: Any,
@@ -169,7 +171,9 @@ def _sample(
 ) -> jax.Array:
     dtype, count = latents.dtype, latents.shape[0]
     timesteps = np.array(timesteps, np.int32)
-    alphas, alphas_previous = (x.astype(dtype) for x in _step_alphas(schedule, timesteps, sampler))
+    # A step's arithmetic in half precision would divide 0 by 0: abar of the first timesteps rounds to 1.
+    wide = jnp.promote_types(dtype, jnp.float32)
+    alphas, alphas_previous = (x.astype(wide) for x in _step_alphas(schedule, timesteps, sampler))
     guided = negative_text is not None
     if guided:
         text = jnp.concatenate([jnp.broadcast_to(negative_text, text.shape).astype(text.dtype), text])
@@ -180,21 +184,22 @@ def _sample(
         def draw(image_key):
             return jax.random.normal(jax.random.fold_in(image_key, step), latents.shape[1:], jnp.float32)
 
-        return jnp.where(timestep > 0, jax.vmap(draw)(image_keys), 0).astype(dtype)
+        return jnp.where(timestep > 0, jax.vmap(draw)(image_keys), 0).astype(wide)
 
     def body(latents, xs):
         step, timestep, alpha, alpha_previous = xs
         inputs = jnp.concatenate([latents, latents]) if guided else latents
-        output = batched(params, inputs, timestep, text).astype(dtype)
+        output = batched(params, inputs, timestep, text).astype(wide)
+        latents = latents.astype(wide)
         if guided:
             unconditional, conditional = jnp.split(output, 2)
-            output = unconditional + jnp.asarray(guidance_scale, dtype) * (conditional - unconditional)
+            output = unconditional + jnp.asarray(guidance_scale, wide) * (conditional - unconditional)
         noise = None if image_keys is None else draw_noise(step, timestep)
         if sampler == "ddpm":
             latents = ddpm_step(schedule, output, latents, alpha, alpha_previous, noise)
         else:
-            latents = ddim_step(schedule, output, latents, alpha, alpha_previous, jnp.asarray(eta, dtype), noise)
-        return latents, None
+            latents = ddim_step(schedule, output, latents, alpha, alpha_previous, jnp.asarray(eta, wide), noise)
+        return latents.astype(dtype), None
 
     xs = (np.arange(len(timesteps), dtype=np.int32), timesteps, alphas, alphas_previous)
     return jax.lax.scan(body, latents, xs)[0]

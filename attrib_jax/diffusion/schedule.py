@@ -139,8 +139,8 @@ class NoiseSchedule:
         """sqrt(abar_t) latents + sqrt(1 - abar_t) noise (METHOD.md section 2).
 
         `noise` (*timesteps.shape, ...) has the shape of the result and `latents` broadcasts against it, so timesteps
-        may be () for one example, (B,) for a batch, or (S,) for one latent (h, w, c) at S noise levels. A timestep of T
-        or more gives NaN. Computed in the promoted dtype of latents and noise.
+        may be () for one example, (B,) for a batch, or (S,) for one latent (h, w, c) at S noise levels. A timestep
+        outside of 0..T-1 gives NaN. In the promoted dtype of latents and noise, the two factors rounded to it last.
         """
         signal, spread = self._coefficients(latents, noise, timesteps)
         return signal * latents + spread * noise
@@ -162,10 +162,12 @@ class NoiseSchedule:
                 f"noise has shape {noise.shape}; expected it to start with the shape of timesteps, {timesteps.shape}"
             )
         # A clamped index would silently score another noise level: an out-of-range timestep reads NaN instead.
-        alphas = self.alphas_cumprod.at[timesteps].get(mode="fill", fill_value=jnp.nan)
-        alphas = alphas.astype(jnp.result_type(latents, noise))
+        alphas = self.alphas_cumprod.at[timesteps].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+        dtype = jnp.result_type(latents, noise)
+        # In half precision 1 - abar of the first timesteps would be 0.
+        alphas = alphas.astype(jnp.promote_types(dtype, jnp.float32))
         alphas = alphas.reshape(timesteps.shape + (1,) * (noise.ndim - timesteps.ndim))
-        return jnp.sqrt(alphas), jnp.sqrt(1 - alphas)
+        return jnp.sqrt(alphas).astype(dtype), jnp.sqrt(1 - alphas).astype(dtype)
 
 
 def strided_timesteps(stride: int, num_train_timesteps: int = 1000) -> np.ndarray:

@@ -76,6 +76,8 @@ def test_combining_flips():
         combine_scores(before, after, "maximum")
     with pytest.raises(ValueError, match="expected the same"):
         combine_scores(before, after[:2])
+    with pytest.raises(ValueError, match=r"values has shape \(3,\); expected \(N, flips\)"):
+        combine_flips(after[:, 0])
 
 
 def test_numbers_of_flips_become_scores_as_differences_do():
@@ -123,6 +125,37 @@ def test_score_dataset_reuses_the_losses_before():
     unflipped = run(loss_before=full.loss_before, how="none")
     np.testing.assert_array_equal(unflipped.score, (full.loss_after - full.loss_before)[:, 0])
     assert unflipped.loss_before.shape == unflipped.loss_after.shape == (5, 1)
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        ({"how": "maximum"}, ValueError, "unknown how 'maximum'"),
+        ({"loss_before": np.zeros((4, 2))}, ValueError, r"loss_before has shape \(4, 2\).*\(5, 2\)"),
+        ({"timesteps": np.arange(0, 1000, 50)}, ValueError, "timesteps run from 0 to 950; expected 0 to 99"),
+        ({"timesteps": np.array([-1])}, ValueError, "timesteps run from -1"),
+        ({"timesteps": np.array([], np.int32)}, ValueError, "one or more integers"),
+        ({"latents": lambda x: x[:, 0]}, ValueError, r"latents has shape .*\(N, flips, h, w, c\)"),
+        ({"text": lambda x: x[:, 0]}, ValueError, r"text has shape .*\(N, captions, L, d\)"),
+        ({"text": lambda x: x[:4]}, ValueError, "latents has 5 rows and text 4"),
+        ({"row_id": lambda x: x[:4]}, ValueError, r"row_id has shape \(4,\)"),
+        ({"row_id": np.arange(5) + 2**32}, ValueError, "row_id is 4294967296"),
+        ({"row_id": np.arange(5) - 1}, ValueError, "row_id is -1"),
+        ({"row_id": np.arange(5) + 0.2}, TypeError, "row_id has dtype float64"),
+    ],
+)
+def test_bad_arguments_are_refused_before_the_first_loss(changed, error, message):
+    params = tiny_denoiser.init_params()
+    row_id, latents, text = tiny_denoiser.make_data(5, flips=2)
+    arguments = {"row_id": row_id, "latents": latents, "text": text, "timesteps": TIMESTEPS}
+    for name, value in changed.items():
+        arguments[name] = value(arguments[name]) if callable(value) else value
+
+    def never(done):
+        raise AssertionError("a loss was computed")
+
+    with pytest.raises(error, match=message):
+        score_dataset(predict, SCHEDULE, params, params, KEY, **arguments, progress=never)
 
 
 def small_unet():

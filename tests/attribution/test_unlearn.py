@@ -249,8 +249,43 @@ def test_bad_arguments_are_refused():
         run(**newton, damping=-1)
     with pytest.raises(ValueError, match="selects no latent pixel"):
         run(**newton, mask=np.zeros((4, 4)))
+    for weights in (np.full((4, 4), np.inf), -np.ones((4, 4)), np.full((4, 4), np.nan)):
+        with pytest.raises(ValueError, match=r"mask has values from .*weights in \[0, 1\]"):
+            run(**newton, mask=weights)
+    with pytest.raises(ValueError, match="method='sgd' has no F: curvature"):
+        run(method="sgd", curvature=newton["curvature"])
+    with pytest.raises(TypeError, match="rbg"):
+        unlearn(
+            predict, SCHEDULE, selected, rest, latents, text, jax.random.key(0, impl="rbg"), draws=16, step_size=1.0,
+            method="sgd",
+        )  # fmt: skip
     with pytest.raises(ValueError, match="step 1 of 1 is not finite"):
-        run(method="sgd", steps=1, mask=np.full((4, 4), np.inf))
+        unlearn(predict, SCHEDULE, selected, rest, np.inf * latents, text, KEY, draws=16, step_size=1.0, method="sgd")
+
+
+def test_a_mask_may_be_nested_lists():
+    latents, text = query()
+    selected, rest = select_weights(tiny_denoiser.init_params(), "cross-attn-kv")
+    arguments = predict, SCHEDULE, selected, rest, latents, text, KEY
+    mask = np.eye(4, dtype=np.float32)
+    settings = {"draws": 16, "step_size": 1.0, "method": "sgd"}
+    found, expected = (unlearn(*arguments, **settings, mask=x).query_loss for x in (mask.tolist(), mask))
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"step_size": 0}, "step_size is 0"),
+        ({"num_examples": -1}, "num_examples is -1"),
+        ({"damping": -1.0}, "damping"),
+    ],
+)
+def test_a_newton_step_out_of_range_is_refused(changed, message):
+    selected, _ = select_weights(tiny_denoiser.init_params(), "cross-attn-kv")
+    settings = {"step_size": 1.0, "num_examples": 4, "damping": 0.0} | changed
+    with pytest.raises(ValueError, match=message):
+        newton_step(selected, selected, ones_curvature(selected), **settings)
 
 
 def train(params, latents, text, steps=1000):

@@ -49,3 +49,16 @@ def test_more_numbers_than_examples_and_bad_input():
         fit_kernel(0 * wide)
     with pytest.raises(ValueError, match="regularisation is 0"):
         kernel_scores(wide, wide[:1], [0])
+    for value in (np.nan, np.inf, 1e200):
+        broken = wide.copy()
+        broken[1, 2] = value
+        with pytest.raises(ValueError, match="NaN or infinite"):
+            fit_kernel(broken)
+    for queries in (wide[0], wide[:0], wide[:1, :39]):
+        with pytest.raises(ValueError, match="query_features has shape"):
+            kernel_scores(wide, queries, [1])
+    with pytest.raises(ValueError, match="query_features has values that are NaN"):
+        kernel_scores(wide, np.nan * wide[:1], [1])
+    for values in (1.0, []):
+        with pytest.raises(ValueError, match="regularisations is"):
+            kernel_scores(wide, wide[:1], values)

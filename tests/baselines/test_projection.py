@@ -69,6 +69,18 @@ def test_equals_the_matrix_written_out(kind, dim):
     np.testing.assert_allclose(run(make_tree(), KEY, kind, dim), flat(make_tree()) @ matrix, rtol=1e-4, atol=1e-4)
 
 
+def test_many_sparse_blocks_are_added_in_steps_with_zeros_in_the_last(monkeypatch):
+    expected = run(make_tree(), KEY, "sparse", 64)
+    # Of 44 blocks (one of the bias, 44 - 1 of the kernels) 3 a step.
+    monkeypatch.setattr("attrib_jax.baselines.projection._SPARSE_ROWS_PER_STEP", 3 * 16)
+    np.testing.assert_allclose(project(make_tree(), KEY, "sparse", 64), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_only_a_threefry_key_projects():
+    with pytest.raises(TypeError, match="rbg"):
+        project(make_tree(), jax.random.key(0, impl="rbg"), "sparse", 64)
+
+
 @pytest.mark.parametrize("kind", ["rademacher", "sparse"])
 def test_inner_products_are_kept_in_expectation_with_the_variance_stated(kind):
     dim, seeds = 32, 2000

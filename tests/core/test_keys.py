@@ -103,6 +103,8 @@ def test_bad_arguments():
         jax.jit(lambda k: example_noise(k, 0, 0, 0, [0], SHAPE))(jax.random.key(0, impl="rbg"))
     with pytest.raises(ValueError, match="row_id is 2147483648"):
         example_noise(loss_key(0), 2**31, 0, 0, [0], SHAPE)
+    with pytest.raises(ValueError, match="row_id is 4294967301"):
+        example_noise(loss_key(0), np.array(2**32 + 5), 0, 0, [0], SHAPE)
     with pytest.raises(TypeError, match="row_id has dtype float"):
         example_noise(loss_key(0), 1.5, 0, 0, [0], SHAPE)
     with pytest.raises(ValueError, match="purpose is empty"):

@@ -30,7 +30,18 @@ def test_bad_scores_are_refused():
         Scores([8, 8], [0.0, 1.0])
     with pytest.raises(ValueError, match="loss_after has shape"):
         Scores([8, 9], [0.0, 1.0], loss_after=np.zeros((3, 2)))
+    with pytest.raises(ValueError, match=r"shapes \(2,\) and \(2, 2\)"):
+        Scores([8, 9], np.zeros((2, 2)))
+    with pytest.raises(ValueError, match="row_id has dtype float64"):
+        Scores([8.5, 9.1], [0.0, 1.0])
+    with pytest.raises(ValueError, match="one number for each image"):
+        Scores(3, 0.5)
     with pytest.raises(KeyError, match="row_id=4"):
         Scores([8, 9], [0.0, 1.0]).rank_of(4)
     with pytest.raises(ValueError, match="k is 0"):
         Scores([8, 9], [0.0, 1.0]).top(0)
+
+
+def test_whole_numbers_rank_as_numbers():
+    assert Scores([4, 5, 6], np.uint8([0, 3, 1])).top().row_id.tolist() == [5, 6, 4]
+    assert len(Scores([], [])) == 0

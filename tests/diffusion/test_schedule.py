@@ -119,8 +119,9 @@ def test_add_noise_and_target_are_diffusers(prediction_type):
 def test_a_timestep_out_of_range_is_nan_and_shapes_are_checked():
     schedule = NoiseSchedule.from_config(SD14)
     x = np.ones((2, 4, 4, 3), np.float32)
-    noisy = schedule.add_noise(x, x, np.array([999, 1000]))
-    assert np.isfinite(noisy[0]).all() and np.isnan(noisy[1]).all()
+    for outside in (1000, -1):
+        noisy = schedule.add_noise(x, x, np.array([999, outside]))
+        assert np.isfinite(noisy[0]).all() and np.isnan(noisy[1]).all()
     with pytest.raises(ValueError, match=r"noise has shape \(2, 4, 4, 3\).*\(3,\)"):
         schedule.add_noise(x, x, np.zeros(3, np.int32))
 
@@ -165,3 +166,12 @@ def test_strided_timesteps():
 def test_bad_stride(stride):
     with pytest.raises(ValueError, match=f"stride is {stride}"):
         strided_timesteps(stride)
+
+
+def test_half_precision_keeps_the_noise_of_the_first_timesteps():
+    schedule = NoiseSchedule.from_config(SD14)
+    zeros, ones = jnp.zeros((2, 4, 4, 3), jnp.bfloat16), jnp.ones((2, 4, 4, 3), jnp.bfloat16)
+    noisy = schedule.add_noise(zeros, ones, np.array([0, 1]))
+    assert noisy.dtype == jnp.bfloat16
+    expected = np.sqrt(1 - np.asarray(schedule.alphas_cumprod[:2], np.float64))
+    np.testing.assert_allclose(np.asarray(noisy, np.float64)[:, 0, 0, 0], expected, rtol=2**-8)

@@ -72,8 +72,22 @@ def test_autoencoder_loss_is_the_sum_of_its_terms():
     vae = AutoencoderKL(AutoencoderKLConfig(block_out_channels=(8,), norm_num_groups=4))
     images = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), dtype=np.uint8)
     params = vae.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
+    # The same from the left as from the right, so that mirroring changes nothing.
+    images = np.concatenate([images, images[:, :, ::-1]], axis=2)
     loss, terms = autoencoder_loss(vae, params, images, jax.random.key(1), mse_weight=2.0, kl_weight=0.5)
-    np.testing.assert_allclose(loss, terms["l1"] + 2.0 * terms["mse"] + 0.5 * terms["kl"], rtol=1e-6)
+    scaled = images / np.float32(127.5) - 1
+    mean, logvar = vae.apply({"params": params}, scaled, method=vae.encode)
+    noise = jax.random.normal(jax.random.split(jax.random.key(1))[1], mean.shape)
+    errors = vae.apply({"params": params}, mean + np.exp(logvar / 2) * noise, method=vae.decode) - scaled
+    # KL(N(m, v) || N(0, 1)) = (m^2 + v - 1 - log v) / 2
+    expected = {
+        "l1": np.abs(errors).mean(),
+        "mse": np.square(errors).mean(),
+        "kl": (np.square(mean) + np.exp(logvar) - 1 - logvar).mean() / 2,
+    }
+    for name, value in expected.items():
+        np.testing.assert_allclose(terms[name], value, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(loss, expected["l1"] + 2 * expected["mse"] + expected["kl"] / 2, rtol=1e-4)
 
 
 def test_a_pipeline_trains_is_saved_and_resumes_finished(tmp_path, caplog):
