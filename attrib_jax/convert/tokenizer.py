@@ -3,6 +3,7 @@
 `transformers` and `tokenizers` are imported inside the functions: importing the library stays light.
 """
 
+import hashlib
 import itertools
 import json
 import os
@@ -205,3 +206,25 @@ def inspect_prompt(tokenizer: Any, prompt: str) -> PromptReport:
         elif len(word_ids) > 1:
             split.append(word)
     return PromptReport(prompt[:cut].rstrip(), prompt[cut:], tuple(dict.fromkeys(unknown)), tuple(dict.fromkeys(split)))
+
+
+def tokenizer_fingerprint(tokenizer: Any, added: bool = True) -> str:
+    """sha256 of what decides a text's tokens, but for their number; without the `added` tokens, those of its base."""
+    parts = tokenizer_parts(tokenizer)
+    if not added:
+        parts.pop("added_tokens", None)
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def tokenizer_parts(tokenizer: Any) -> dict[str, Any]:
+    """What decides a text's tokens, but for their number, as JSON values."""
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    parts = {"tokenizer": {part: backend[part] for part in ("model", "normalizer", "pre_tokenizer", "post_processor")}}
+    # Added tokens have no place in the vocabulary, and Stable Diffusion 2 pads with another token than the last. Where
+    # there are none, and one is both, a fingerprint is what it was before these were in it.
+    added = {token["content"]: token["id"] for token in backend["added_tokens"] if not token["special"]}
+    if added:
+        parts["added_tokens"] = added
+    if tokenizer.pad_token_id != tokenizer.eos_token_id:
+        parts["pad_token"] = tokenizer.pad_token_id
+    return parts

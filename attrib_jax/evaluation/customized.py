@@ -162,8 +162,9 @@ def run_customized(
 ) -> str:
     """Ranks of every case's exemplars among them and `rest`, by every method -> a markdown table.
 
-    Each model has a workdir of its own below `workdir`, resumed there. Every rank is kept in `records.json`, and means
-    with standard errors over models in `customized.csv`. EKFAC has no file to come from: it is fitted for each model.
+    Each model has a workdir of its own below `workdir`, resumed there. At the end every rank is kept in `records.json`;
+    means with standard errors over models are in `customized.csv`, see `write_table`. EKFAC has no file to come from:
+    it is fitted for each model.
 
     Raises ValueError where a method needs the base model's Fisher information and has none, or has a cascade, or a
     prompt lacks V*.
@@ -182,11 +183,13 @@ def run_customized(
             )
     folder = make_folder(Path(workdir) / "evaluation" / "customized")
     resolution = picture_resolution(base)
+    grouped = _by_model(cases)
+    # Before anything is written: a picture that cannot be read should not cost an earlier run's records.
+    exemplars_of = {model: _exemplars(members[0], resolution) for model, members in grouped.items()}
     records, table = [], ""
-    for model, members in _by_model(cases).items():
+    for model, members in grouped.items():
         pipeline = apply_custom_diffusion(base, os.fspath(model))
-        first = members[0]
-        exemplars = _exemplars(first, resolution)
+        exemplars = exemplars_of[model]
         place = Path(workdir) / "models" / _name(model)
         make_folder(place)
         with lock(place):
@@ -209,9 +212,11 @@ def run_customized(
                         }
                         for case, result in zip(members, results)
                     ]
-        write_json(folder / "records.json", records)
-        table = write_table(folder, "customized", summary(records, config.k))
-    return f"{len(_by_model(cases))} models, {len(cases)} queries, among {len(rest)} other pictures\n\n{table}"
+        finished = model == list(grouped)[-1]
+        if finished:
+            write_json(folder / "records.json", records)
+        table = write_table(folder, "customized", summary(records, config.k), finished)
+    return f"{len(grouped)} models, {len(cases)} queries, among {len(rest)} other pictures\n\n{table}"
 
 
 def random_rows(dataset: Dataset, count: int, seed: int = 2024) -> Dataset:

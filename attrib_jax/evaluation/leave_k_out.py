@@ -227,7 +227,7 @@ def run_leave_k_out(
                 | {f"random {kind}": float(base[kind][:, place].mean()) for kind in compared}
                 for place, query in enumerate(positions)
             ]
-            _write(attributor, split, rows, per_query)
+            _write(attributor, split, rows, per_query, finished=False)
     folder = _write(attributor, split, rows, per_query)
     title = f"{len(positions)} {split} queries, {len(config.seeds)} training seed(s), {size} training pictures"
     curve_plot(folder / "leave_k_out.png", title, curve, points)
@@ -256,13 +256,13 @@ def _row(
     return row
 
 
-def _write(attributor, split: str, rows: list[dict], per_query: list[dict]):
+def _write(attributor, split: str, rows: list[dict], per_query: list[dict], finished: bool = True):
     folder = attributor.root.workdir / "evaluation" / f"leave-k-out-{split}"
     folder.mkdir(parents=True, exist_ok=True)
     order = sorted(rows, key=lambda row: (row["K"], -row["dL"]))
-    write_table(folder, "leave_k_out", order)
+    write_table(folder, "leave_k_out", order, finished)
     if per_query:
-        write_table(folder, "queries", per_query)
+        write_table(folder, "queries", per_query, finished)
     return folder
 
 

@@ -103,7 +103,7 @@ def method_scores(attributor: Attributor, name: str, config: AttributeConfig, qu
     """
     settings = {"method": config.settings(), "queries": [query_settings(query) for query in queries]}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
-    with attributor.root.stage(f"evaluation/scores/{name}-{digest}", settings, attributor.inputs) as stage:
+    with attributor.root.stage(f"evaluation/scores/{name}-{digest}", settings, attributor.inputs_of(config)) as stage:
         file = stage.path / _FILE
         stored = stored_arrays(file)
         if stored is not None:

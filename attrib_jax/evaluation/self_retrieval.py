@@ -38,7 +38,8 @@ class SelfConfig:
 def run_self(attributor: Attributor, methods: Mapping[str, AttributeConfig], config: SelfConfig) -> str:
     """Ranks of each query itself, and of the best of its near-duplicates, by every method -> a markdown table.
 
-    Queries have their picture's latents as is and its first caption. Kept in the workdir as `self.csv`.
+    Queries have their picture's latents as is and its first caption. Kept in the workdir as `self.csv`, see
+    `write_table`.
     """
     data, dataset = attributor.data, attributor.dataset
     positions = config.positions(len(data))
@@ -58,7 +59,7 @@ def run_self(attributor: Attributor, methods: Mapping[str, AttributeConfig], con
         rows.append({"method": name} | summary(method_scores(attributor, name, method, queries), positions, groups))
         folder = attributor.root.workdir / "evaluation" / f"self-{config.split}"
         folder.mkdir(parents=True, exist_ok=True)
-        table = write_table(folder, "self", rows)
+        table = write_table(folder, "self", rows, finished=len(rows) == len(methods))
     return f"{len(queries)} {config.split} training pictures as queries, among {len(data)}\n\n{table}"
 
 

@@ -18,7 +18,6 @@ import numpy as np
 from attrib_jax.convert.pipeline import Pipeline, latent_size, save_pipeline
 from attrib_jax.convert.tokenizer import train_tokenizer
 from attrib_jax.core.checks import check_positive
-from attrib_jax.core.fingerprint import params_fingerprint
 from attrib_jax.core.keys import purpose_key
 from attrib_jax.data.sources import Dataset
 from attrib_jax.diffusion.schedule import NoiseSchedule
@@ -28,6 +27,7 @@ from attrib_jax.models.pixels import PixelAutoencoder, PixelAutoencoderConfig
 from attrib_jax.models.unet import UNet2DConditionModel, UNetConfig
 from attrib_jax.runtime.state import StateStore
 from attrib_jax.stages.encode import EncodeConfig, encode
+from attrib_jax.stages.identity import model_fingerprint
 from attrib_jax.stages.pictures import picture_side
 from attrib_jax.stages.root import StageRoot
 
@@ -138,7 +138,8 @@ def train_small(
     """
     inputs = {
         "dataset": dataset.fingerprint(),
-        "encoders": params_fingerprint({part: untrained.params[part] for part in ("vae", "text_encoder")}),
+        # Weights, configs, schedule and tokenizer; the UNet's weights are yet to be trained.
+        "model": model_fingerprint(dataclasses.replace(untrained, params=untrained.params | {"unet": {}})),
     }
     settings = {"recipe": recipe.settings(), "seed": seed, "unet": untrained.unet.config.to_dict()}
     root = StageRoot(workdir)

@@ -13,19 +13,23 @@ from attrib_jax.evaluation.metrics import RemovalCurve
 from attrib_jax.runtime.files import write_bytes
 
 
-def write_table(folder: str | os.PathLike, name: str, rows: Sequence[Mapping[str, Any]]) -> str:
+def write_table(folder: str | os.PathLike, name: str, rows: Sequence[Mapping[str, Any]], finished: bool = True) -> str:
     """Writes `<name>.csv` with all digits and `<name>.md` with four -> the markdown.
+
+    While a study runs, what it has so far is `<name>-unfinished`, beside the table of an earlier run; the whole
+    table takes the place of both.
 
     Args:
       folder: that exists.
       name: of the files.
       rows: at least one, all with the same keys, which head the columns.
+      finished: whether these are all rows.
     """
+    unfinished = f"{name}-unfinished"
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    write_bytes(Path(folder) / f"{name}.csv", text.getvalue().encode())
     markdown = "\n".join(
         [
             "| " + " | ".join(rows[0]) + " |",
@@ -33,7 +37,10 @@ def write_table(folder: str | os.PathLike, name: str, rows: Sequence[Mapping[str
             *("| " + " | ".join(_cell(value) for value in row.values()) + " |" for row in rows),
         ]
     )
-    write_bytes(Path(folder) / f"{name}.md", (markdown + "\n").encode())
+    for ending, content in ((".csv", text.getvalue()), (".md", markdown + "\n")):
+        write_bytes(Path(folder) / f"{name if finished else unfinished}{ending}", content.encode())
+        if finished:
+            (Path(folder) / f"{unfinished}{ending}").unlink(missing_ok=True)
     return markdown
 
 

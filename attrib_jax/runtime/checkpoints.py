@@ -24,8 +24,9 @@ class TrainingCheckpoints:
     """The checkpoints of one training run, in `path`.
 
     `save` returns when the checkpoint is complete under its final name, so that a run killed at any moment restarts
-    from the last step for which `save` returned. orbax commits by rename but does not notice a flipped bit, so a
-    checksum of every leaf is stored beside the state and a damaged checkpoint is set aside for the one before it.
+    from the last step for which `save` returned. orbax commits by rename but does not notice a flipped bit, so
+    checksums of every leaf and of the rest are stored beside the state, and a damaged checkpoint is set aside for the
+    one before it.
     Leaves are fully replicated arrays, numpy arrays, typed keys or numbers. Use as a context manager, or call `close`.
     """
 
@@ -58,8 +59,9 @@ class TrainingCheckpoints:
         A step that is stored already is left as it is. Raises ValueError where `extra` is not JSON, StorageError
         where the checkpoint cannot be written: the earlier ones are then still there.
         """
+        leaves, extra = _describe(state, checksums=True), extra or {}
         try:
-            json.dumps(extra)
+            checksum = _checksum(leaves, extra)
         except TypeError as error:
             raise ValueError(f"extra is no JSON value ({error}): expected dicts, lists, strings and numbers") from error
         if step in self._manager.all_steps():
@@ -67,8 +69,9 @@ class TrainingCheckpoints:
             return
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state),
-            leaves=ocp.args.JsonSave(_describe(state, checksums=True)),
-            extra=ocp.args.JsonSave(extra or {}),
+            leaves=ocp.args.JsonSave(leaves),
+            extra=ocp.args.JsonSave(extra),
+            checksum=ocp.args.JsonSave({"crc32": checksum}),
         )
         if jax.process_index() == 0:
             # What a killed save left. Here and not on opening, since a reader may open the folder beside a writer.
@@ -92,9 +95,7 @@ class TrainingCheckpoints:
         damaged = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
-                items = self._manager.restore(
-                    step, args=ocp.args.Composite(leaves=ocp.args.JsonRestore(), extra=ocp.args.JsonRestore())
-                )
+                items = self._read_json(step)
             except Exception as error:  # noqa: BLE001 orbax raises bare Exceptions for unreadable arrays
                 damaged[step] = _first_line(error)
                 continue
@@ -119,6 +120,17 @@ class TrainingCheckpoints:
                 f"no checkpoint in {self.path} can be read ({reasons}). Delete the folder to train from the start."
             )
         return None
+
+    def _read_json(self, step: int) -> Any:
+        """The items `leaves` and `extra` of a checkpoint; ValueError where they are not what was stored."""
+        names = ["leaves", "extra"]
+        # Checkpoints of before have none.
+        if (self.path / str(step) / "checksum").exists():
+            names.append("checksum")
+        items = self._manager.restore(step, args=ocp.args.Composite(**{name: ocp.args.JsonRestore() for name in names}))
+        if "checksum" in names and items.checksum != {"crc32": _checksum(items.leaves, items.extra)}:
+            raise ValueError("the checksum of its description does not match")
+        return items
 
     def _check_leaves(self, step: int, stored: dict, asked: dict) -> None:
         """Raises ValueError where names, shapes or dtypes differ; orbax would cast a dtype without a word."""
@@ -182,6 +194,10 @@ def stopped_by_sigterm(step: int, path: str | os.PathLike) -> InterruptedError:
 def _first_line(error: Exception) -> str:
     """The start of a message: orbax's run over pages."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _checksum(leaves: dict, extra: dict) -> int:
+    return zlib.crc32(json.dumps([leaves, extra], sort_keys=True).encode())
 
 
 def _describe(tree: Any, checksums: bool = False) -> dict[str, dict]:

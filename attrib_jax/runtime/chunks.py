@@ -107,12 +107,16 @@ class ChunkStore:
 
     def read(self, index: int) -> dict[str, np.ndarray]:
         """Chunk `index`; FileNotFoundError where it is not written yet, DamagedFileError where it is damaged."""
-        rows = self.rows(index)
         arrays, header = read_arrays(self._file(index))
+        self._check_place(index, arrays, header)
+        return arrays
+
+    def _check_place(self, index: int, arrays: Mapping[str, np.ndarray], header: Mapping[str, Any]) -> None:
+        """Raises DamagedFileError where a file's content, whole as it is, is that of another."""
+        rows = self.rows(index)
         given = {field: (array.shape[1:], array.dtype) for field, array in arrays.items()}
         if given != self.fields or header != {"rows": [rows.start, rows.stop]}:
             raise DamagedFileError(f"{self._file(index)} holds {_show(given)} of {header}: not the chunk of its name")
-        return arrays
 
     def clear(self) -> None:
         """Removes all chunks; StorageError where the disk refuses."""
@@ -154,7 +158,8 @@ class ChunkStore:
         def part(index: int) -> np.ndarray:
             file = self._file(index)
             try:
-                mapped = map_arrays(file, check=index not in checked)
+                mapped, header = map_arrays(file, check=index not in checked)
+                self._check_place(index, mapped, header)
             except DamagedFileError as error:
                 with storage_errors(file, "delete the damaged"):
                     file.unlink(missing_ok=True)

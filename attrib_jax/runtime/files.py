@@ -172,8 +172,8 @@ def stored_arrays(path: str | os.PathLike) -> dict[str, np.ndarray] | None:
         return None
 
 
-def map_arrays(path: str | os.PathLike, check: bool = True) -> dict[str, np.ndarray]:
-    """The arrays that `write_arrays` stored as read-only memory maps: their pages are read when used, and can go again.
+def map_arrays(path: str | os.PathLike, check: bool = True) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """As `read_arrays`, the arrays as read-only memory maps: their pages are read when used, and can go again.
 
     `check` compares the content with its checksum first, through the maps. Raises as `read_arrays`.
     """
@@ -195,7 +195,7 @@ def map_arrays(path: str | os.PathLike, check: bool = True) -> dict[str, np.ndar
         raise DamagedFileError(f"{path} is truncated or damaged ({error})") from error
     if check and _checksum(arrays, encoded) != checksum:
         raise DamagedFileError(f"{path} is damaged: its content does not match its checksum")
-    return arrays
+    return arrays, json.loads(encoded)
 
 
 def _checksum(arrays: Mapping[str, np.ndarray], header: str) -> int:

@@ -103,8 +103,7 @@ def _open(workdir, name, settings, inputs) -> Stage:
                 f"stage {name!r} in {path} was made with other settings or inputs:\n" + "\n".join(differences) + "\n"
                 f"Give another --workdir, or delete {path} to compute it anew."
             )
-        if not stage.finished:
-            remove_partial_files(path)
+        remove_partial_files(path)
         return stage
     make_folder(path)
     remove_partial_files(path)

@@ -8,7 +8,6 @@ import os
 import tempfile
 import time
 import zipfile
-import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,8 @@ from attrib_jax.stages.config import AttributeConfig
 from attrib_jax.stages.ekfac import fit_ekfac
 from attrib_jax.stages.encode import EncodeConfig, encode, stage_names
 from attrib_jax.stages.encoded import EncodedDataset
+from attrib_jax.stages.feature_settings import SIMILARITIES
+from attrib_jax.stages.features import picture_inputs
 from attrib_jax.stages.fisher import fisher_file, fit_fisher, load_fisher
 from attrib_jax.stages.gradient import GradientProgram
 from attrib_jax.stages.identity import check_query_name, model_fingerprint, query_name, query_settings
@@ -207,6 +208,10 @@ class Attributor:
                 query_mask(query, config),
             )
 
+    def inputs_of(self, config: AttributeConfig) -> dict[str, str]:
+        """Fingerprints of all that decides a method's scores, but for its settings and the query."""
+        return {**self.inputs, **(picture_inputs(self) if config.method in SIMILARITIES else {})}
+
     def attribute(
         self, query: Query, config: AttributeConfig = AttributeConfig(), name: str | None = None
     ) -> Attributed:
@@ -259,7 +264,7 @@ class Attributor:
         with contextlib.ExitStack() as stack:
             jobs = []
             for name, own, each in zip(names, settings, prepared):
-                stage = stack.enter_context(self.root.stage(f"attribution/{name}", own, self.inputs))
+                stage = stack.enter_context(self.root.stage(f"attribution/{name}", own, self.inputs_of(config)))
                 jobs.append(Job(name, own, each, stage))
             results = {}
             for job in jobs:
@@ -318,8 +323,12 @@ def _stored_scores(folder: Path) -> tuple[Scores, tuple[float, ...]] | None:
 
 def _read_npz(file: Path) -> dict[str, np.ndarray] | None:
     try:
+        with zipfile.ZipFile(file) as archive:
+            damaged = archive.testzip()  # reading checks a member only where it is read to its end
+        if damaged is not None:
+            raise zipfile.BadZipFile(f"the checksum of {damaged} does not match")
         with np.load(file) as stored:
             return {name: stored[name] for name in stored.files}
-    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+    except Exception as error:  # noqa: BLE001 a damaged header can fail in the tokenizer of Python itself
         _log.warning("%s cannot be read (%s): it will be computed again", file, error)
         return None

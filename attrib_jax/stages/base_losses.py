@@ -2,21 +2,17 @@
 
 import contextlib
 import dataclasses
-import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from attrib_jax.attribution.scores import EXAMPLES_PER_TILE
 from attrib_jax.stages.config import AttributeConfig
 from attrib_jax.stages.encoded import EncodedDataset
-from attrib_jax.stages.losses import dataset_values, same_device
+from attrib_jax.stages.losses import dataset_values
 from attrib_jax.stages.programs import ScorePrograms
 from attrib_jax.stages.root import StageRoot
-
-_log = logging.getLogger(__name__)
 
 
 class BaseLosses:
@@ -41,14 +37,8 @@ class BaseLosses:
             if self._root.is_finished(*self._stage(both)):
                 # The losses of the pictures as they are, to the bit.
                 return self.losses(both)[:, :1]
-        reused = self._root.is_finished(*stage)
-        with self._timed("base losses", reused):
-            losses = self._run(stage, config)
-            if reused and not self._reproduces(losses, config):
-                _log.warning("the stored base losses are of another kind of device: computing them anew")
-                self._root.discard(stage[0])
-                losses = self._run(stage, config)
-        return losses
+        with self._timed("base losses", self._root.is_finished(*stage)), self._root.stage(*stage) as opened:
+            return self._dataset_values(opened.path, config)
 
     def of_rows(self, config: AttributeConfig, rows: np.ndarray, path: Path, runs: int = 1) -> np.ndarray:
         """Losses of the pictures at the positions `rows` (len(rows), flips).
@@ -66,10 +56,6 @@ class BaseLosses:
         both = dataclasses.replace(config, flips="max")
         return any(self._root.is_finished(*self._stage(stored)) for stored in (config, both))
 
-    def _run(self, stage: tuple, config: AttributeConfig) -> np.ndarray:
-        with self._root.stage(*stage) as opened:
-            return self._dataset_values(opened.path, config)
-
     def _dataset_values(self, path: Path, config: AttributeConfig, rows: np.ndarray | None = None) -> np.ndarray:
         program, params = self._programs.losses(config), self._params(config)
         flips, captions = config.num_flips, config.captions
@@ -85,11 +71,3 @@ class BaseLosses:
         if config.precision != "float32":
             name, settings = f"{name}-{config.precision}", {**settings, "precision": config.precision}
         return name, settings, self._inputs
-
-    def _reproduces(self, losses: np.ndarray, config: AttributeConfig) -> bool:
-        """Whether this machine gives the stored losses of the first rows; kinds of devices differ in rounding."""
-        program = self._programs.losses(config)
-        rows = np.arange(min(EXAMPLES_PER_TILE, len(losses)))
-        weights = program.place(self._params(config))
-        again = program(weights, self._data(), rows, config.num_flips, config.captions, lambda count: None)
-        return same_device(again, losses[rows])

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attrib_jax.convert.pipeline import Pipeline, encode_text, latent_size, tokenize
+from attrib_jax.convert.tokenizer import tokenizer_fingerprint
 from attrib_jax.core.checks import check_choice, check_range
 from attrib_jax.core.fingerprint import params_fingerprint
 from attrib_jax.core.keys import purpose_key
@@ -198,7 +199,8 @@ def _stored_latents(pipeline: Pipeline, dataset: LatentsDataset) -> EncodedDatas
         )
     if dataset.encoders is not None:
         found = encoder_fingerprints(pipeline, dataset.encoders["vocab_size"])
-        others = [name for name, value in found.items() if dataset.encoders[name] != value]
+        # A store of before the tokenizer was noted has nothing to compare.
+        others = [name for name, value in found.items() if dataset.encoders.get(name, value) != value]
         if others:
             raise ValueError(
                 f"dataset {dataset.name!r} was encoded by another model: its {' and '.join(others)} differ. Encode the "
@@ -211,7 +213,7 @@ def _stored_latents(pipeline: Pipeline, dataset: LatentsDataset) -> EncodedDatas
 
 
 def encoder_fingerprints(pipeline: Pipeline, vocab_size: int) -> dict[str, Any]:
-    """What decides latents and text states: the autoencoder, and the text encoder with its first `vocab_size` tokens.
+    """What decides latents and text states: autoencoder, tokenizer, text encoder with its first `vocab_size` tokens.
 
     A customised model whose new tokens stand after those reads the captions of its base model as the base does.
     """
@@ -222,6 +224,7 @@ def encoder_fingerprints(pipeline: Pipeline, vocab_size: int) -> dict[str, Any]:
     return {
         "vae": _digest(pipeline.params["vae"], pipeline.vae.config.to_dict()),
         "text_encoder": _digest(text, config.to_dict() | {"max_tokens": pipeline.tokenizer.model_max_length}),
+        "tokenizer": tokenizer_fingerprint(pipeline.tokenizer, added=False),
         "vocab_size": vocab_size,
     }
 

@@ -57,7 +57,7 @@ def feature_scores(attributor: "Attributor", jobs: Sequence["Job"], config: Attr
         )
     head = load_head(config.features.head, tower.module.feature_width()) if method.mapped else None
     fingerprint = tower_fingerprint(config.features.tower)
-    inputs = {"dataset": attributor.inputs["dataset"], "tower": fingerprint}
+    inputs = {**picture_inputs(attributor), "tower": fingerprint}
     name = f"features/{'captions' if method.text else 'pictures'}-{fingerprint[:12]}"
     reused = attributor.root.is_finished(name, {}, inputs)
     if method.text:
@@ -93,6 +93,22 @@ def check_pictures(dataset: Dataset, method: str) -> None:
             f"method {method!r} compares pictures or captions, and {dataset.name!r} holds latents alone; give the data "
             "set that has them with --images"
         )
+
+
+def picture_inputs(attributor: "Attributor") -> dict[str, str]:
+    """Fingerprints of the data set, and of the pictures beside the latents, which those do not tell."""
+    beside = pictures_fingerprint(attributor.dataset)
+    return {"dataset": attributor.inputs["dataset"]} | ({"images": beside} if beside else {})
+
+
+def pictures_fingerprint(dataset: Dataset) -> str:
+    """Of the pictures that stand beside latents (`--images`); empty where the data set has none of these."""
+    if isinstance(dataset, ConcatDataset):
+        parts = [pictures_fingerprint(part) for part in (dataset.first, dataset.second)]
+        return "+".join(parts) if any(parts) else ""
+    if isinstance(dataset, LatentsDataset) and dataset.images is not None:
+        return dataset.images.fingerprint()
+    return ""
 
 
 def picture_features(

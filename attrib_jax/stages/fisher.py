@@ -20,6 +20,7 @@ from attrib_jax.models.prepared import transform_kernels
 from attrib_jax.runtime.files import DamagedFileError, write_arrays
 from attrib_jax.runtime.hosts import from_first_host
 from attrib_jax.runtime.mesh import data_mesh, replicate
+from attrib_jax.runtime.state import StateStore
 from attrib_jax.runtime.sums import DeviceSums, Pair
 from attrib_jax.stages.draws import (
     Sample,
@@ -35,6 +36,7 @@ from attrib_jax.stages.fisher_files import read_fisher_file
 _log = logging.getLogger(__name__)
 
 _FILE = "fisher.safetensors"
+_PARTIAL = "partial"
 
 
 def fit_fisher(
@@ -54,7 +56,10 @@ def fit_fisher(
     several hosts all return F.
     """
     file = path / _FILE
-    if not from_first_host(lambda: _is_fitted(file, selected)):
+    if from_first_host(lambda: _is_fitted(file, selected)):
+        # What a kill right after storing the result left.
+        from_first_host(StateStore(path, _PARTIAL).remove)
+    else:
         _fit(path, predict, schedule, selected, rest, data, samples, seed, mesh or data_mesh())
     return load_fisher(file, selected)
 
@@ -65,7 +70,7 @@ def _fit(path, predict, schedule, selected, rest, data, samples, seed, mesh) -> 
     shared = replicate(mesh, (selected, prepared, schedule, purpose_key(seed, "fisher")))
     program = _program(predict, mesh, gradients_at_once(selected, samples_per_tile(mesh), data.latent_shape))
     like = (sums_like(selected), np.zeros((), np.int32))
-    total, state = sum_over_draws(path, "partial", program, shared, like, draws, data, "Fisher information")
+    total, state = sum_over_draws(path, _PARTIAL, program, shared, like, draws, data, "Fisher information")
 
     def store():
         write_arrays(path / _FILE, as_fisher_sum(total).mean().to_flat(), {"samples": samples})

@@ -10,25 +10,21 @@ from typing import Any
 import numpy as np
 
 from attrib_jax.convert.pipeline import Pipeline
+from attrib_jax.convert.tokenizer import tokenizer_parts
 from attrib_jax.core.fingerprint import params_fingerprint
 from attrib_jax.stages.query import Query
 
 
 def model_fingerprint(pipeline: Pipeline) -> str:
     """sha256 of all that decides what a model computes: weights, configs, schedule and tokenizer."""
-    backend = json.loads(pipeline.tokenizer.backend_tokenizer.to_str())
     configs = {
         "unet": pipeline.unet.config.to_dict(),
         "vae": pipeline.vae.config.to_dict(),
         "text_encoder": pipeline.text_encoder.config.to_dict(),
         "schedule": pipeline.schedule.to_config(),
-        "tokenizer": {part: backend[part] for part in ("model", "normalizer", "pre_tokenizer", "post_processor")},
         "max_tokens": pipeline.tokenizer.model_max_length,
+        **tokenizer_parts(pipeline.tokenizer),
     }
-    # Added tokens have no place in the vocabulary; a model without them keeps the fingerprint that it had.
-    added = {token["content"]: token["id"] for token in backend["added_tokens"] if not token["special"]}
-    if added:
-        configs["added_tokens"] = added
     text = params_fingerprint(pipeline.params) + json.dumps(configs, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 

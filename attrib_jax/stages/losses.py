@@ -213,26 +213,27 @@ def dataset_values(
 def chunks_left(store: ChunkStore, rows: np.ndarray, losses: Callable[[np.ndarray], np.ndarray] | None) -> list[int]:
     """The chunks that a pass over the data set has still to compute, known to all hosts.
 
-    All of them, and those that were there are removed, where an interrupted pass ran on another kind of device.
+    All of them, and those that were there are removed, where a pass ran on another kind of device, to its end too: what
+    its losses are subtracted from may since have been computed on this one.
 
     Args:
       store: of `rows` (N,), positions in the data set.
       losses: `(positions) -> (len, flips)` on this device; None for values that are not subtracted from others.
     """
     missing = from_first_host(lambda: list(store.missing()))
-    if losses is None or not 0 < len(missing) < store.num_chunks:
+    if losses is None or len(missing) == store.num_chunks:
         return missing
     stored = next(index for index in range(store.num_chunks) if index not in missing)
     again = losses(rows[store.rows(stored)][:EXAMPLES_PER_TILE])
-    if from_first_host(lambda: same_device(again, store.read(stored)["loss"][: len(again)])):
+    if from_first_host(lambda: _same_device(again, store.read(stored)["loss"][: len(again)])):
         return missing
     if is_first_host():
-        _log.warning("%s was begun on another kind of device: computing it anew", store.path)
+        _log.warning("%s was computed on another kind of device: computing it anew", store.path)
     from_first_host(store.clear)
     return list(range(store.num_chunks))
 
 
-def same_device(losses: np.ndarray, stored: np.ndarray) -> bool:
+def _same_device(losses: np.ndarray, stored: np.ndarray) -> bool:
     """Whether losses agree as far as those of one kind of device do."""
     return bool(np.allclose(losses, stored, rtol=LOSS_TOLERANCE, atol=0))
 

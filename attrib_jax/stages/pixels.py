@@ -12,7 +12,7 @@ from attrib_jax.baselines.contrastive import normalise
 from attrib_jax.data.pictures import resize_and_crop
 from attrib_jax.runtime.hosts import from_first_host
 from attrib_jax.stages.config import AttributeConfig
-from attrib_jax.stages.features import check_pictures
+from attrib_jax.stages.features import check_pictures, picture_inputs
 from attrib_jax.stages.fill import fill, make_store
 from attrib_jax.stages.pictures import PictureReader
 from attrib_jax.stages.scoring import make_scores
@@ -37,7 +37,7 @@ def pixel_scores(attributor: "Attributor", jobs: Sequence["Job"], config: Attrib
     digest = hashlib.sha256(repr(queries.shape).encode() + queries.tobytes()).hexdigest()
     size = queries.shape[1:3]
     with attributor.timed("pixels"):
-        inputs = {"dataset": attributor.inputs["dataset"], "queries": digest}
+        inputs = {**picture_inputs(attributor), "queries": digest}
         with attributor.root.stage(f"pixels/{digest[:12]}", {}, inputs) as stage:
             skipped = SkippedRows(stage.path)
             values = fill(

@@ -1,6 +1,7 @@
 """Where the stages of a run lie: its workdir, and stages that came finished with the model."""
 
 import contextlib
+import json
 import logging
 import os
 import shutil
@@ -8,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from attrib_jax.runtime.files import StorageError, commit_folder, make_folder
+from attrib_jax.runtime.files import StorageError, commit_folder, make_folder, storage_errors
 from attrib_jax.runtime.hosts import each_by_itself, from_first_host, is_first_host
 from attrib_jax.runtime.stages import Stage, StageMismatchError, load_stage, open_stage
 
@@ -19,13 +20,12 @@ class StageRoot:
     """Opens stages by name in a workdir; finished ones in `shipped` are copied there when they fit what is asked for.
 
     A shipped stage fits if it is finished and was made with the same settings and inputs. `shipped` is only read. With
-    several hosts all make the same calls, and host 0 alone looks, copies and deletes.
+    several hosts all make the same calls, and host 0 alone looks and copies.
     """
 
     def __init__(self, workdir: str | os.PathLike, shipped: str | os.PathLike | None = None):
         self.workdir = Path(workdir)
         self._shipped = Path(shipped) if shipped is not None else None
-        self._discarded: set[str] = set()
 
     def claim(self, inputs: Mapping[str, Any]) -> None:
         """Makes the workdir one of these inputs.
@@ -79,13 +79,8 @@ class StageRoot:
             lambda: (self.workdir / name / "stage.json").exists() or self._fits(name, settings, inputs)
         )
 
-    def discard(self, name: str) -> None:
-        """Removes a stage from the workdir, to be computed anew and not copied again."""
-        from_first_host(lambda: shutil.rmtree(self.workdir / name))
-        self._discarded.add(name)
-
     def _fits(self, name: str, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> bool:
-        if self._shipped is None or name in self._discarded:
+        if self._shipped is None:
             return False
         if (self.workdir / name).exists() or not (self._shipped / name).exists():
             return False
@@ -94,7 +89,9 @@ class StageRoot:
         except StorageError as error:
             _log.info("not using the %s that came with the model: %s", name, error)
             return False
-        fits = stage.finished and stage.settings == dict(settings) and stage.inputs == dict(inputs)
+        # As JSON has them, to which a tuple is a list.
+        asked = json.loads(json.dumps([dict(settings), dict(inputs)]))
+        fits = stage.finished and [stage.settings, stage.inputs] == asked
         if not fits:
             _log.info("the %s that came with the model is of another model or data set", name)
         return fits
@@ -104,5 +101,21 @@ class StageRoot:
         make_folder(target.parent)
         partial = target.with_name(f".{target.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
-        shutil.copytree(self._shipped / name, partial)
+        try:
+            with storage_errors(target):
+                _copy_content(self._shipped / name, partial)
+        except StorageError:
+            # Half a copy would keep a full disk full.
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
         commit_folder(partial, target)
+
+
+def _copy_content(source: Path, target: Path) -> None:
+    """Copies a folder's files without their modes: what comes with a model may be read-only."""
+    target.mkdir()
+    for entry in sorted(source.iterdir()):
+        if entry.is_dir():
+            _copy_content(entry, target / entry.name)
+        else:
+            shutil.copyfile(entry, target / entry.name)

@@ -6,23 +6,40 @@ into the list when all have done theirs, or when the next run begins.
 
 import json
 import os
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
-from attrib_jax.runtime.files import write_json
+from attrib_jax.runtime.files import DamagedFileError, write_json
 from attrib_jax.runtime.hosts import from_first_host, host_index, num_hosts
 
 SKIPPED = "skipped.json"
 _PARTS = "skipped-*.json"
+_CHECKSUM = "crc32"
 
 # First row, end, and the (row, reason) of those in between that are left out: all that is known of these rows.
 _Note = tuple[int, int, list[tuple[int, str]]]
 
 
 def read_skipped(path: str | os.PathLike) -> dict[int, str]:
-    """Position -> reason, of the rows that an encoding in the folder `path` had to leave out."""
+    """Position -> reason, of the rows that an encoding in the folder `path` had to leave out.
+
+    Raises DamagedFileError where the list is not what was written: which rows there are depends on it.
+    """
     file = Path(path) / SKIPPED
-    return {int(row): why for row, why in json.loads(file.read_text()).items()} if file.exists() else {}
+    try:
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        checksum = stored.pop(_CHECKSUM, None)
+        if checksum is not None and checksum != _checksum(stored):
+            raise ValueError("its content does not match its checksum")
+        return {int(row): str(why) for row, why in stored.items()}
+    except FileNotFoundError:
+        return {}
+    except (ValueError, AttributeError) as error:
+        raise DamagedFileError(
+            f"{file} is damaged ({error}), and which rows could be read depends on it. Delete the folder {file.parent} "
+            "and start the same command again to compute it anew."
+        ) from error
 
 
 class SkippedRows:
@@ -70,4 +87,9 @@ def _replaced(listed: dict[int, str], notes: Iterable[_Note]) -> dict[int, str]:
 
 
 def _write(path: Path, listed: dict[int, str]) -> None:
-    write_json(path / SKIPPED, {str(row): why for row, why in sorted(listed.items())})
+    rows = {str(row): why for row, why in sorted(listed.items())}
+    write_json(path / SKIPPED, {**rows, _CHECKSUM: _checksum(rows)})
+
+
+def _checksum(rows: dict[str, str]) -> int:
+    return zlib.crc32(json.dumps(rows).encode())

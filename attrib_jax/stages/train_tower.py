@@ -13,7 +13,7 @@ import numpy as np
 from attrib_jax.baselines.contrastive import TowerBatch, retrieval_ranks, tower_loss
 from attrib_jax.baselines.features import image_features, normalise_rows, text_features
 from attrib_jax.convert.image_processor import ImageProcessor
-from attrib_jax.convert.tokenizer import tokenize_captions
+from attrib_jax.convert.tokenizer import tokenize_captions, tokenizer_fingerprint
 from attrib_jax.convert.tower import Tower, save_tower
 from attrib_jax.core.checks import check_positive, check_range
 from attrib_jax.core.keys import purpose_key
@@ -103,12 +103,13 @@ def train_tower(
     Returns:
       The tower's folder, see `save_tower`, and the numbers of `retrieval`, which retrieval.json holds too.
 
-    Raises StageMismatchError where the folder holds a run with other settings or another data set.
+    Raises StageMismatchError where the folder holds a run with other settings, another data set or tokenizer.
     """
     settings = dataclasses.asdict(config)
     for name in ("checkpoint_every", "log_every"):  # how often a run is stored does not decide its result
         del settings["run"][name]
-    stage = open_stage(workdir, "tower_training", settings, {"dataset": dataset.fingerprint()})
+    inputs = {"dataset": dataset.fingerprint(), "tokenizer": tokenizer_fingerprint(tokenizer)}
+    stage = open_stage(workdir, "tower_training", settings, inputs)
     held_out = holdout_rows(dataset, config.holdout, config.run.seed)
     rows = np.setdiff1d(np.arange(len(dataset)), held_out)
     side = picture_side(dataset)

@@ -113,6 +113,9 @@ def test_a_tower_learns_resumes_and_is_refused_other_settings(tmp_path):
     assert (again / "model.safetensors").read_bytes() == trained
     with pytest.raises(StageMismatchError, match="settings.holdout: stored 0.25, asked 0.0"):
         train_tower(tmp_path / "whole", dataset, tokenizer, dataclasses.replace(CONFIG, holdout=0.0))
+    with pytest.raises(StageMismatchError, match="inputs.tokenizer"):
+        other = train_tokenizer([text[::-1] for text in COLOURS], vocab_size=520, model_max_length=4)
+        train_tower(tmp_path / "whole", dataset, other, CONFIG)
 
 
 def test_whole_groups_are_held_out():

@@ -1,11 +1,16 @@
 """Retraining: what is drawn, that nothing else decides the weights, and that a stopped training goes on."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 
+from attrib_jax.diffusion.schedule import NoiseSchedule
 from attrib_jax.evaluation.retrain import Recipe, Retrainer, Training, draw_batches
+from attrib_jax.evaluation.small_models import train_small
 from attrib_jax.runtime.mesh import data_mesh
+from attrib_jax.runtime.stages import StageMismatchError
 from attrib_jax.runtime.state import StateStore
 from tests.evaluation.conftest import COUNT, RECIPE
 
@@ -128,3 +133,13 @@ def test_bad_recipes():
         Recipe(steps=0)
     with pytest.raises(ValueError, match="caption_dropout is 1.5"):
         Recipe(caption_dropout=1.5)
+
+
+def test_a_small_model_is_trained_anew_for_another_schedule(tmp_path, tiny_model, tiny_dataset):
+    untrained = dataclasses.replace(tiny_model, params=tiny_model.params | {"unet": {}})
+    recipe = dataclasses.replace(RECIPE, steps=2)
+    train_small(tmp_path, tiny_dataset, untrained, recipe)
+    config = untrained.schedule.to_config() | {"prediction_type": "epsilon"}
+    other = dataclasses.replace(untrained, schedule=NoiseSchedule.from_config(config))
+    with pytest.raises(StageMismatchError, match="inputs.model"):
+        train_small(tmp_path, tiny_dataset, other, recipe)

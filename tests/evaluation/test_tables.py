@@ -19,3 +19,14 @@ def test_markdown_is_rounded_and_csv_is_exact(tmp_path):
         first, second = csv.DictReader(file)
     assert float(first["dL"]) == 1 / 3 and float(first["as random pictures"]) == np.inf
     assert float(second["as random pictures"]) == 1234.5678 and np.isnan(float(second["dL"]))
+
+
+def test_rows_of_an_unfinished_study_leave_an_earlier_table_alone(tmp_path):
+    whole = [{"method": "a"}, {"method": "b"}]
+    write_table(tmp_path, "table", whole)
+    write_table(tmp_path, "table", whole[:1], finished=False)
+    assert (tmp_path / "table.csv").read_text().splitlines() == ["method", "a", "b"]
+    assert (tmp_path / "table-unfinished.csv").read_text().splitlines() == ["method", "a"]
+    write_table(tmp_path, "table", whole[::-1])
+    assert (tmp_path / "table.csv").read_text().splitlines() == ["method", "b", "a"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["table.csv", "table.md"]

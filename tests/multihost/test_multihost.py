@@ -1,6 +1,5 @@
 """One device, eight devices, and two processes of two devices give the same answer; a killed process ends the run."""
 
-import json
 import signal
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from attrib_jax.convert.pipeline import load_pipeline
 from attrib_jax.core.weights import select_weights
 from attrib_jax.runtime.chunks import ChunkStore
 from attrib_jax.stages.fisher import fisher_file, load_fisher
+from attrib_jax.stages.skipped import read_skipped
 from tests.multihost.ports import free_port
 from tests.tiny_dataset import make_dataset
 from tests.tiny_pipeline import make_torch_pipeline
@@ -143,9 +143,8 @@ def test_float64_runs_agree(runs, model, other):
 def test_every_host_encodes_and_the_damaged_picture_is_listed(runs):
     expected, found = (_latents(runs[name].workdir)["latents"] for name in ("one", "hosts"))
     np.testing.assert_allclose(found, expected, atol=1e-6)
-    listed = json.loads((runs["hosts"].workdir / "latents" / "skipped.json").read_text())
-    assert listed == json.loads((runs["one"].workdir / "latents" / "skipped.json").read_text())
-    assert list(listed) == ["6"]
+    listed = read_skipped(runs["hosts"].workdir / "latents")
+    assert listed == read_skipped(runs["one"].workdir / "latents") and list(listed) == [6]
     assert not list((runs["hosts"].workdir / "latents").glob("skipped-*"))
 
 

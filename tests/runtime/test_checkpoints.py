@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import inspect
+import shutil
 import signal
 import subprocess
 import sys
@@ -225,3 +226,31 @@ def test_sigterm_is_left_alone_where_it_cannot_be_noticed():
             assert not stopping()
     finally:
         signal.signal(signal.SIGTERM, outer)
+
+
+@pytest.mark.parametrize("item", ["leaves", "extra"])
+def test_a_flipped_bit_of_what_a_checkpoint_says_of_itself_is_noticed(tmp_path, item):
+    with TrainingCheckpoints(tmp_path) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, make_state(step), {"metrics": {"loss": 0.5 * step}})
+    file = tmp_path / "2" / item / "metadata"
+    whole = file.read_bytes()
+    with TrainingCheckpoints(tmp_path) as checkpoints:
+        for place in range(0, len(whole), 1 + len(whole) // 20):
+            content = bytearray(whole)
+            content[place] ^= 1
+            file.write_bytes(content)
+            step, state, extra = checkpoints.restore_latest(make_state(0))
+            assert extra == {"metrics": {"loss": 0.5 * step}}
+            assert_same_bits(state, make_state(step))
+            (damaged,) = tmp_path.glob("damaged-2-*") or [None]
+            damaged.rename(tmp_path / "2")
+            checkpoints._manager.reload()
+
+
+def test_a_checkpoint_without_a_checksum_of_its_description_is_read(tmp_path):
+    with TrainingCheckpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, make_state(1), {"loss": 0.5})
+    shutil.rmtree(tmp_path / "1" / "checksum")
+    with TrainingCheckpoints(tmp_path) as checkpoints:
+        assert checkpoints.restore_latest(make_state(0))[0] == 1

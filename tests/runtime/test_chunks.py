@@ -226,3 +226,13 @@ def test_damaged_chunk_of_an_array_is_deleted_when_it_is_first_used(tmp_path):
     assert store.absent() == [2]
     assert fill(store) == [2]
     np.testing.assert_array_equal(store.array("loss")[11], make(slice(11, 12))["loss"][0])
+
+
+def test_another_chunk_in_the_place_of_one_is_noticed_when_it_is_first_used(tmp_path):
+    store = open_store(tmp_path)
+    fill(store)
+    files = [tmp_path / "chunks" / f"chunk-{index:06d}.safetensors" for index in (0, 1)]
+    files[1].write_bytes(files[0].read_bytes())
+    with pytest.raises(StorageError, match="not the chunk of its name"):
+        np.asarray(store.array("loss"))
+    assert fill(store) == [1]

@@ -205,7 +205,8 @@ def test_mapped_arrays_are_the_stored_ones(tmp_path):
         "flags": np.array([True, False]),
     }
     files.write_arrays(path, arrays, {"rows": 2})
-    mapped = files.map_arrays(path)
+    mapped, header = files.map_arrays(path)
+    assert header == {"rows": 2}
     assert mapped.keys() == arrays.keys()
     for name, array in arrays.items():
         assert mapped[name].dtype == array.dtype and mapped[name].shape == array.shape
@@ -228,6 +229,6 @@ def test_mapping_a_damaged_file(tmp_path):
     path.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
     with pytest.raises(files.DamagedFileError, match="checksum"):
         files.map_arrays(path)
-    assert files.map_arrays(path, check=False)["x"].shape == (100,)
+    assert files.map_arrays(path, check=False)[0]["x"].shape == (100,)
     with pytest.raises(FileNotFoundError):
         files.map_arrays(tmp_path / "absent")

@@ -1,7 +1,7 @@
 """Encoding: what is stored, what is left out, and that resuming and workers change nothing."""
 
+import copy
 import dataclasses
-import json
 
 import jax
 import numpy as np
@@ -12,11 +12,12 @@ from attrib_jax.convert.tokens import add_tokens
 from attrib_jax.data.concat import concatenate
 from attrib_jax.data.latents import open_latents
 from attrib_jax.data.pictures import UnreadableRowError
-from attrib_jax.runtime.files import StorageError
+from attrib_jax.runtime.files import DamagedFileError, StorageError
 from attrib_jax.runtime.stages import StageMismatchError
 from attrib_jax.stages.attribute import Attributor
 from attrib_jax.stages.config import AttributeConfig
 from attrib_jax.stages.encode import EncodeConfig, encode, read_skipped
+from attrib_jax.stages.identity import model_fingerprint
 from attrib_jax.stages.query import Query, prepare_query, read_stored_query
 from attrib_jax.stages.root import StageRoot
 from tests.failures import UnreadablePictures
@@ -148,7 +149,7 @@ def test_a_deleted_chunk_is_encoded_again_to_the_same_bits(pipeline, dataset, tm
     assert again.skipped == {} and len(again) == len(dataset)
     kept = np.delete(np.arange(len(dataset)), 2)
     np.testing.assert_array_equal(np.asarray(again.latents)[kept], first[kept])
-    assert json.loads((tmp_path / "latents" / "skipped.json").read_text()) == {}
+    assert read_skipped(tmp_path / "latents") == {}
 
 
 def test_wrong_size_is_refused(pipeline, tmp_path):
@@ -275,6 +276,39 @@ def test_an_encoded_workdir_serves_models_with_the_same_encoders_only(pipeline, 
     other = dataclasses.replace(pipeline, params=pipeline.params | {"vae": vae})
     with pytest.raises(ValueError, match="was encoded by another model: its vae differ"):
         encoded(tmp_path / "b", other, open_latents(tmp_path / "a"))
+    with pytest.raises(ValueError, match="was encoded by another model: its tokenizer differ"):
+        encoded(tmp_path / "b", padded_otherwise(pipeline), open_latents(tmp_path / "a"))
+    # A workdir of before the tokenizer was noted.
+    stored = open_latents(tmp_path / "a")
+    del stored.encoders["tokenizer"]
+    encoded(tmp_path / "c", pipeline, stored)
+
+
+def padded_otherwise(pipeline):
+    """The same model, whose tokenizer fills up with another token, as that of Stable Diffusion 2 does."""
+    tokenizer = copy.deepcopy(pipeline.tokenizer)
+    tokenizer.pad_token = "!"
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id
+    return dataclasses.replace(pipeline, tokenizer=tokenizer)
+
+
+def test_the_padding_token_is_part_of_the_model(pipeline):
+    assert model_fingerprint(padded_otherwise(pipeline)) != model_fingerprint(pipeline)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped"])
+def test_a_damaged_list_of_unreadable_pictures_is_named(pipeline, dataset, tmp_path, damage):
+    encoded(tmp_path, pipeline, damaged_pictures(dataset, {4}))
+    file = tmp_path / "latents" / "skipped.json"
+    content = file.read_bytes()
+    file.write_bytes(content[:-9] if damage == "truncated" else content.replace(b'"4"', b'"5"'))
+    with pytest.raises(DamagedFileError, match=r"skipped.json is damaged .*Delete the folder .*latents"):
+        read_skipped(tmp_path / "latents")
+
+
+def test_a_list_of_unreadable_pictures_without_a_checksum_is_read(tmp_path):
+    (tmp_path / "skipped.json").write_text('{"4": "cut off"}')
+    assert read_skipped(tmp_path) == {4: "cut off"}
 
 
 def test_an_unfinished_workdir_is_no_data_set(pipeline, dataset, tmp_path):

@@ -9,11 +9,14 @@ from attrib_jax.baselines.features import image_features, text_features
 from attrib_jax.convert.tower import load_tower
 from attrib_jax.core.types import Scores
 from attrib_jax.data.concat import concatenate
+from attrib_jax.data.latents import open_latents
 from attrib_jax.data.pictures import UnreadableRowError
 from attrib_jax.data.sources import ArrayDataset
+from attrib_jax.runtime.stages import StageMismatchError
 from attrib_jax.stages import features as features_stage
 from attrib_jax.stages.attribute import Attributor
 from attrib_jax.stages.config import AttributeConfig
+from attrib_jax.stages.encode import encode
 from attrib_jax.stages.feature_settings import FeatureSettings, default_tower
 from attrib_jax.stages.query import Query
 from attrib_jax.stages.root import StageRoot
@@ -252,3 +255,20 @@ def test_rows_are_independent_of_how_many_there_are(towers):
     tower = load_tower(towers / "clip")
     images = pictures(make_dataset(21))
     np.testing.assert_array_equal(image_features(tower, images)[17:], image_features(tower, images[17:]))
+
+
+def test_other_pictures_beside_the_same_latents_are_another_data_set(tmp_path, pipeline, towers):
+    first, second = make_dataset(seed=0), make_dataset(seed=1)
+    encode(StageRoot(tmp_path / "encoded"), pipeline, {}, first)
+    query = [Query("", image=second[3].image)]
+    for name, features in (("pixel", None), ("clip", FeatureSettings(tower=str(towers / "clip")))):
+        (other,) = run(tmp_path / name, pipeline, open_latents(tmp_path / "encoded", first), name, features, query)
+        other_pictures = open_latents(tmp_path / "encoded", second)
+        with pytest.raises(StageMismatchError, match="inputs.images"):
+            run(tmp_path / name, pipeline, other_pictures, name, features, query)
+        (own,) = run(tmp_path / f"{name} anew", pipeline, other_pictures, name, features, query)
+        assert (
+            own.rank_of(second.row_ids[3]) == 1
+            and own.score[3] == pytest.approx(1, abs=1e-5)
+            and other.score.max() < 0.9999
+        )
