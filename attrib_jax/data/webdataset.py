@@ -1,5 +1,6 @@
 """`webdataset:PATH`: pictures and captions in tar shards, as img2dataset writes them for LAION."""
 
+import contextlib
 import glob
 import json
 import logging
@@ -50,7 +51,7 @@ class WebDataset:
 
         Raises:
           FileNotFoundError: no shard, or one that the pattern names is missing.
-          ValueError: no shard has a picture.
+          ValueError: no shard has a picture, or no .json has the field `caption_key`.
         """
         self.name = f"webdataset:{path}"
         self._shards = _find_shards(self.name, os.path.expanduser(os.fspath(path)))
@@ -77,6 +78,8 @@ class WebDataset:
         self._shard = np.array([place[0] for place in places], np.int32)
         self._places = np.array([place[1:] for place in places], np.int64)  # (N, picture or text or json, offset, size)
         self.row_ids = np.arange(len(places), dtype=np.int32)
+        if caption_key is not None:
+            self._check_caption_key(caption_key)
 
     def __len__(self) -> int:
         return len(self.row_ids)
@@ -94,10 +97,7 @@ class WebDataset:
             return ("",)
         source = f"{self._keys[index]}.json in {self._shards[self._shard[index]]}"
         try:
-            fields = json.loads(self._read(index, _JSON, _MAX_CAPTION_BYTES))
-            if not isinstance(fields, dict):
-                raise ValueError("no JSON object")
-            return listed_captions(fields.get(self._caption_key or _CAPTION_FIELD), source)
+            return listed_captions(self._fields(index).get(self._caption_key or _CAPTION_FIELD), source)
         except (ValueError, RecursionError) as error:
             _log.warning("no caption for row %d: %s is damaged (%s)", self.row_ids[index], source, error)
             return ("",)
@@ -108,6 +108,27 @@ class WebDataset:
         described = [self._resolution, [os.path.basename(shard) for shard in self._shards]]
         pictures = [self._part(index, _IMAGE) for index in range(len(self))]
         return hash_files((item for items in (described, rows) for item in items), pictures)
+
+    def _check_caption_key(self, key: str) -> None:
+        """ValueError unless the .json of some row has the field; the first one mostly has it, so that few are read."""
+        there: dict[str, None] = {}
+        for index in np.flatnonzero(self._places[:, _JSON, 0] != _ABSENT):
+            with contextlib.suppress(ValueError, RecursionError):  # `captions` reports a damaged one
+                fields = self._fields(index)
+                if key in fields:
+                    return
+                there |= dict.fromkeys(fields)
+        raise ValueError(
+            f"{self.name}: no .json has a field {key!r}; their fields: {', '.join(there) or 'none'}. Name the one with "
+            "the captions as caption_key."
+        )
+
+    def _fields(self, index: int) -> dict:
+        """What a row's .json holds; ValueError or RecursionError for one that is damaged."""
+        fields = json.loads(self._read(index, _JSON, _MAX_CAPTION_BYTES))
+        if not isinstance(fields, dict):
+            raise ValueError("no JSON object")
+        return fields
 
     def _part(self, index: int, which: int) -> FilePart | None:
         offset, size = map(int, self._places[index, which])

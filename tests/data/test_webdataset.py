@@ -107,6 +107,16 @@ def test_where_captions_come_from(tmp_path):
     assert named.captions(3) == ("other",) and named.captions(2) == ("",)
 
 
+def test_a_caption_key_that_no_row_has_is_refused(tmp_path):
+    write_tar(tmp_path / "a.tar", {"a.png": png(1), "a.txt": b"a", "b.png": png(2), "b.json": b"{"})
+    with pytest.raises(ValueError, match="a.tar: no .json has a field 'captoin'; their fields: none"):
+        WebDataset(tmp_path / "a.tar", caption_key="captoin")
+    write_tar(tmp_path / "b.tar", {"c.png": png(3), "c.json": b'{"caption": "c", "alt": null}'})
+    with pytest.raises(ValueError, match="no .json has a field 'captoin'; their fields: caption, alt. .*caption_key"):
+        WebDataset(tmp_path, caption_key="captoin")
+    assert WebDataset(tmp_path, caption_key="alt").captions(2) == ("",)
+
+
 def test_a_damaged_json_is_reported(tmp_path, caplog):
     write_tar(tmp_path / "a.tar", {"e.png": png(5), "e.json": b'{"caption": '})
     assert WebDataset(tmp_path).captions(0) == ("",)
