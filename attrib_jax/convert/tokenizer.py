@@ -166,13 +166,22 @@ def load_tokenizer(path: str, max_length: int | None = None) -> Any:
 
 
 def tokenize_prompts(tokenizer: Any, prompts: Sequence[str]) -> np.ndarray:
-    """Prompts -> input_ids (B, model_max_length) int32, cut and padded as Stable Diffusion does."""
+    """Prompts -> input_ids (B, model_max_length) int32, cut and padded as Stable Diffusion does.
+
+    Half a surrogate pair, which JSON can escape, counts as '?'.
+    """
     if isinstance(prompts, str):
         raise TypeError(f"prompts={prompts!r} is one string; give a list of prompts")
+    prompts = [_without_surrogates(prompt) for prompt in prompts]
     encoded = tokenizer(
-        list(prompts), padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="np"
+        prompts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="np"
     )
     return np.asarray(encoded["input_ids"], np.int32)
+
+
+def _without_surrogates(text: str) -> str:
+    """`text` with '?' for each character that UTF-8 cannot hold, and which `tokenizers` therefore does not take."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def tokenize_captions(tokenizer: Any, captions: Sequence[Sequence[str]]) -> tuple[np.ndarray, np.ndarray]:
@@ -188,6 +197,7 @@ def tokenize_captions(tokenizer: Any, captions: Sequence[Sequence[str]]) -> tupl
 
 def inspect_prompt(tokenizer: Any, prompt: str) -> PromptReport:
     """Says what `tokenizer` keeps of `prompt`, what it cuts, and which words it does not know whole."""
+    prompt = _without_surrogates(prompt)
     # The length is set only because transformers warns about a long prompt where there is none.
     encoded = tokenizer(
         prompt, add_special_tokens=False, truncation=False, max_length=2**30, return_offsets_mapping=True

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import logging
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ from typing import NamedTuple
 from attrib_jax.data.files import PictureFiles, existing_folder, inner_path, listed_captions, warn_listed
 from attrib_jax.data.pictures import picture_suffixes
 
+_log = logging.getLogger(__name__)
 _METADATA = ("metadata.jsonl", "metadata.csv")
 _CAPTION_COLUMNS = ("text", "caption", "captions")
 _SPLIT_FOLDERS = frozenset("train training test testing val valid validation dev eval evaluation".split())
@@ -41,6 +43,7 @@ def open_folder(
         files' sorted paths and then of their lines; pictures that no entry names are left out.
       - `name.txt` beside `name.jpg`, one caption a line. The rows are the pictures, in the order of their sorted paths.
       - nothing: the same rows, with an empty caption.
+    A warning says so where no row has a caption.
 
     Args:
       path: the folder. One that holds nothing but subfolders named after splits (`train`, `test`, ...) stands for its
@@ -67,18 +70,28 @@ def open_folder(
             raise ValueError(f"{name}: {metadata[0]} names {len(files)} pictures, and none of them exists in {root}")
         warn_listed(len(files), f"pictures that the metadata of {name} names do not exist", missing)
         warn_listed(len(pictures), f"pictures of {name} are not in its metadata", sorted(known.difference(files)))
+        _warn_uncaptioned(name, captions)
         return PictureFiles(name, root, files, captions, resolution)
     if caption_key is not None:
         raise ValueError(f"caption_key is {caption_key!r}, but {root} has neither of {', '.join(_METADATA)}")
     if not pictures:
         raise ValueError(f"{name}: no picture in {root}; expected files such as .png, .jpg or .webp")
-    beside = [_text_beside(picture, texts) for picture in pictures]
+    beside = [texts.get(os.path.splitext(picture)[0]) for picture in pictures]
     if any(beside):
         uncaptioned = [picture for picture, text in zip(pictures, beside) if text is None]
         warn_listed(len(pictures), f"pictures of {name} have no .txt beside them", uncaptioned)
     with ThreadPoolExecutor(_READERS) as pool:
         captions = list(pool.map(lambda text: ("",) if text is None else _read_lines(root / text), beside))
+    _warn_uncaptioned(name, captions)
     return PictureFiles(name, root, pictures, captions, resolution)
+
+
+def _warn_uncaptioned(name: str, captions: list[tuple[str, ...]]) -> None:
+    if not any(caption for row in captions for caption in row):
+        _log.warning(
+            "%s has no captions: those of all %d rows are empty; give them as name.txt beside name.jpg, or in %s",
+            *(name, len(captions), " or ".join(_METADATA)),
+        )
 
 
 def _split_folder(folder: Path, path, split: str | None) -> Path:
@@ -101,10 +114,10 @@ def _hidden(name: str) -> bool:
     return name.startswith((".", "__"))
 
 
-def _list_files(root: Path) -> tuple[list[str], set[str], list[str]]:
-    """Pictures, sorted; text files; metadata files, sorted: paths relative to `root`."""
+def _list_files(root: Path) -> tuple[list[str], dict[str, str], list[str]]:
+    """Pictures, sorted; text files by their paths without .txt; metadata files, sorted: paths relative to `root`."""
     suffixes = picture_suffixes()
-    pictures, texts, metadata = [], set(), []
+    pictures, texts, metadata = [], [], []
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = [name for name in subfolders if not _hidden(name)]
         inner = Path(folder).relative_to(root)
@@ -113,17 +126,13 @@ def _list_files(root: Path) -> tuple[list[str], set[str], list[str]]:
             if name in _METADATA:
                 metadata.append(path)
             elif suffix == ".txt":
-                texts.add(path)
+                texts.append(path)
             elif suffix in suffixes and not name.startswith("."):
                 pictures.append(path)
     if len({os.path.basename(file) for file in metadata}) > 1:
         raise ValueError(f"{root} has both {' and '.join(_METADATA)}; keep one kind")
-    return sorted(pictures), texts, sorted(metadata)
-
-
-def _text_beside(picture: str, texts: set[str]) -> str | None:
-    text = os.path.splitext(picture)[0] + ".txt"
-    return text if text in texts else None
+    # Sorted, so that of 1.TXT and 1.txt the second one is taken.
+    return sorted(pictures), {os.path.splitext(text)[0]: text for text in sorted(texts)}, sorted(metadata)
 
 
 def _read_lines(path: Path) -> tuple[str, ...]:

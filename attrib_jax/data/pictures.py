@@ -6,7 +6,7 @@ import math
 import os
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from attrib_jax.data.protocol import ABSENT_ERRNOS
 
@@ -15,6 +15,16 @@ _FORMATS = (
     *("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "QOI", "SGI", "TGA", "TIFF"),
     "WEBP",
 )
+# What shows a picture upright, by its EXIF orientation; that of 1 is upright as it is stored.
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 # More than MAX_IMAGE_PIXELS need when stored without compression, in 16 bits and four channels.
 MAX_FILE_BYTES = 2**30
 
@@ -31,8 +41,8 @@ def picture_suffixes() -> frozenset[str]:
 def decode_picture(source: bytes | str | os.PathLike, name: str | None = None) -> np.ndarray:
     """Decodes a picture file -> (H, W, 3) uint8, RGB.
 
-    It is turned upright as its EXIF orientation says. Transparency is laid on white. Of 16-bit channels the upper 8
-    bits are kept. Of an animation the first frame is read.
+    It is turned upright as its EXIF orientation says; where that is damaged, it stays as it is stored. Transparency is
+    laid on white. Of 16-bit channels the upper 8 bits are kept. Of an animation the first frame is read.
 
     Args:
       source: path of the file, or its content.
@@ -53,7 +63,7 @@ def decode_picture(source: bytes | str | os.PathLike, name: str | None = None) -
             if opened.width * opened.height > (Image.MAX_IMAGE_PIXELS or math.inf):
                 raise Image.DecompressionBombError(f"{opened.width} x {opened.height} pixels are too many")
             opened.load()
-            return np.asarray(_to_rgb(ImageOps.exif_transpose(opened)))
+            return np.asarray(_to_rgb(_turn_upright(opened)))
     # Pillow's decoders answer damaged data with exceptions of many types; reading the disk is done by now.
     except Exception as error:
         reason = "no known format" if isinstance(error, UnidentifiedImageError) else str(error) or type(error).__name__
@@ -122,6 +132,15 @@ def _read_file(path: str | os.PathLike, name: str) -> bytes:
             raise
         what = "is a folder" if error.errno == errno.EISDIR else "does not exist"
         raise UnreadableRowError(f"picture {name!r} {what}") from error
+
+
+def _turn_upright(picture: Image.Image) -> Image.Image:
+    # Not Pillow's `exif_transpose`, which also writes the EXIF anew: one damaged elsewhere would cost the picture.
+    try:
+        method = _UPRIGHT.get(picture.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # of many types, as from the decoders
+        method = None
+    return picture if method is None else picture.transpose(method)
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:

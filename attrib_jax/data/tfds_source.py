@@ -15,6 +15,9 @@ from attrib_jax.data.protocol import FilePart, Row, hash_files
 _FORMAT = "array_record"
 # Which of several texts is the caption; the first names are the surer ones.
 _CAPTION_NAMES = ("captions/text", "captions", "caption", "text")
+_LABEL_NAMES = ("label",)
+# How the names of texts end that say which picture it is, not what it shows.
+_IDENTIFIER = re.compile(r"(^|[/_-])(file_?name|(file)?path|url|uri|id)$", re.IGNORECASE)
 
 
 class _Feature(NamedTuple):
@@ -51,9 +54,10 @@ class TfdsDataset:
           resolution: of the square that pictures are resized and cropped to; None leaves them as they are.
           split: also in TFDS's slicing syntax, `train[:1000]`; `train`, or the only one, if None.
           image_key: the image feature; the only one if None.
-          caption_key: a text, a sequence of texts, or a class label, whose names are the captions. Features within
-            others are named with '/', as in `captions/text`. If None: the only text, or the one with a usual name;
-            without any text the only class label.
+          caption_key: a text, a sequence of texts, or a class label, whose names are the captions; a row without a
+            label (-1) has an empty one. Features within others are named with '/', as in `captions/text`. If None: the
+            only text, or the one with a usual name, where texts named as file names, paths, addresses and ids do not
+            count; without any text the only class label, or `label`.
 
         Raises:
           FileNotFoundError: it is not prepared in `data_dir`.
@@ -152,7 +156,8 @@ class TfdsDataset:
     def _parse_captions(self, record: bytes) -> tuple[str, ...]:
         values = np.ravel(np.asarray(self._parse(record, self._caption), object))
         if self._caption.class_name is not None:
-            return tuple(self._caption.class_name(int(value)) for value in values)
+            # TFDS stores "unlabelled" as -1, whose name would be the last class's.
+            return tuple(self._caption.class_name(int(value)) for value in values if value >= 0) or ("",)
         return tuple(value.decode("utf-8", errors="replace") for value in values) or ("",)
 
 
@@ -229,7 +234,8 @@ def _choose_caption(name: str, features: Any, key: str | None) -> _Feature:
             texts["/".join(keys)] = _Feature(keys)
     if key is not None:
         return _choose(name, features, "caption", texts | labels, key, ())
-    return _choose(name, features, "caption", texts or labels, None, _CAPTION_NAMES)
+    texts = {text: feature for text, feature in texts.items() if not _IDENTIFIER.search(text)}
+    return _choose(name, features, "caption", texts or labels, None, _CAPTION_NAMES if texts else _LABEL_NAMES)
 
 
 def _choose(name, features, what: str, candidates: dict[str, _Feature], key: str | None, usual) -> _Feature:

@@ -1,5 +1,6 @@
 """`webdataset:PATH`: pictures and captions in tar shards, as img2dataset writes them for LAION."""
 
+import contextlib
 import glob
 import json
 import logging
@@ -24,10 +25,11 @@ _IMAGE, _TEXT, _JSON = range(3)
 class WebDataset:
     """Random access to tar shards: their headers are read once, a row's bytes whenever it is asked for.
 
-    A row is what shares a name up to the first dot after the last '/': `<key>.jpg`, `<key>.txt`, `<key>.json`. Rows
-    are numbered through the shards, which are sorted by name, in the order in which their keys are stored. A shard
-    that is damaged or cut off keeps the rows before the damage, so the rows after it have other ids than they would
-    have in a whole copy.
+    A row is what shares a name up to the first dot after the last '/': `<key>.jpg`, `<key>.txt`, `<key>.json`; a
+    picture with a further dot in its name, such as `<key>.v2.jpg`, is left out and counted in a warning. Rows are
+    numbered through the shards, which are sorted by name, in the order in which their keys are stored. A shard that is
+    damaged or cut off keeps the rows before the damage, so the rows after it have other ids than they would have in a
+    whole copy.
     """
 
     groups = credit = credit_url = None
@@ -50,7 +52,7 @@ class WebDataset:
 
         Raises:
           FileNotFoundError: no shard, or one that the pattern names is missing.
-          ValueError: no shard has a picture.
+          ValueError: no shard has a picture, or no .json has the field `caption_key`.
         """
         self.name = f"webdataset:{path}"
         self._shards = _find_shards(self.name, os.path.expanduser(os.fspath(path)))
@@ -58,25 +60,35 @@ class WebDataset:
         suffixes = picture_suffixes() if image_key is None else {"." + image_key.lower().lstrip(".")}
         self._keys: list[str] = []
         places: list[tuple] = []
-        damaged, left_out = [], []
+        damaged, left_out, dotted = [], [], []
         for number, shard in enumerate(self._shards):
             index = index_tar(shard)
-            rows, unused = _group(index.members, suffixes)
+            rows, unused, further_dots = _group(index.members, suffixes)
             if index.damage is not None:
                 _drop_incomplete(rows)
                 damaged.append(f"{shard} (after {len(rows)} rows: {index.damage})")
             left_out += [f"{shard}: {name}" for name in unused]
+            dotted += [f"{shard}: {name}" for name in further_dots]
             for key, parts in rows.items():
                 self._keys.append(key)
                 places.append((number, *((p.offset, p.size) if p else (_ABSENT, _ABSENT) for p in parts)))
         if not places:
             reason = f"; {damaged[0]}" if damaged else ""
+            if dotted:
+                reason += (
+                    f"; endings begin at a name's first dot, which leaves out {dotted[0]}: name pictures without "
+                    "further dots, or give the whole ending, such as 'v2.jpg', as image_key"
+                )
             raise ValueError(f"{self.name}: no picture in {len(self._shards)} shards{reason}")
         warn_listed(len(self._shards), f"shards of {self.name} are damaged, and what follows is left out", damaged)
-        warn_listed(len(places), f"names in {self.name} have no picture or come twice, and are left out", left_out)
+        left_out += dotted
+        what = f"names in {self.name} have no picture, come twice or have a further dot, and are left out"
+        warn_listed(len(places) + len(left_out), what, left_out)
         self._shard = np.array([place[0] for place in places], np.int32)
         self._places = np.array([place[1:] for place in places], np.int64)  # (N, picture or text or json, offset, size)
         self.row_ids = np.arange(len(places), dtype=np.int32)
+        if caption_key is not None:
+            self._check_caption_key(caption_key)
 
     def __len__(self) -> int:
         return len(self.row_ids)
@@ -94,10 +106,7 @@ class WebDataset:
             return ("",)
         source = f"{self._keys[index]}.json in {self._shards[self._shard[index]]}"
         try:
-            fields = json.loads(self._read(index, _JSON, _MAX_CAPTION_BYTES))
-            if not isinstance(fields, dict):
-                raise ValueError("no JSON object")
-            return listed_captions(fields.get(self._caption_key or _CAPTION_FIELD), source)
+            return listed_captions(self._fields(index).get(self._caption_key or _CAPTION_FIELD), source)
         except (ValueError, RecursionError) as error:
             _log.warning("no caption for row %d: %s is damaged (%s)", self.row_ids[index], source, error)
             return ("",)
@@ -108,6 +117,27 @@ class WebDataset:
         described = [self._resolution, [os.path.basename(shard) for shard in self._shards]]
         pictures = [self._part(index, _IMAGE) for index in range(len(self))]
         return hash_files((item for items in (described, rows) for item in items), pictures)
+
+    def _check_caption_key(self, key: str) -> None:
+        """ValueError unless the .json of some row has the field; the first one mostly has it, so that few are read."""
+        there: dict[str, None] = {}
+        for index in np.flatnonzero(self._places[:, _JSON, 0] != _ABSENT):
+            with contextlib.suppress(ValueError, RecursionError):  # `captions` reports a damaged one
+                fields = self._fields(index)
+                if key in fields:
+                    return
+                there |= dict.fromkeys(fields)
+        raise ValueError(
+            f"{self.name}: no .json has a field {key!r}; their fields: {', '.join(there) or 'none'}. Name the one with "
+            "the captions as caption_key."
+        )
+
+    def _fields(self, index: int) -> dict:
+        """What a row's .json holds; ValueError or RecursionError for one that is damaged."""
+        fields = json.loads(self._read(index, _JSON, _MAX_CAPTION_BYTES))
+        if not isinstance(fields, dict):
+            raise ValueError("no JSON object")
+        return fields
 
     def _part(self, index: int, which: int) -> FilePart | None:
         offset, size = map(int, self._places[index, which])
@@ -127,16 +157,20 @@ class WebDataset:
         return content
 
 
-def _group(members, suffixes) -> tuple[dict[str, list[FilePart | None]], list[str]]:
-    """Parts by key: [picture, text, json], in stored order; and the names that make no row."""
+def _group(members, suffixes) -> tuple[dict[str, list[FilePart | None]], list[str], list[str]]:
+    """Parts by key: [picture, text, json], in stored order; the names that make no row; pictures with further dots."""
     rows: dict[str, list[FilePart | None]] = {}
-    unused = []
+    unused, dotted, endings = [], [], tuple(suffixes)
     for name, part in members:
         folder, slash, base = name.rpartition("/")
         stem, dot, suffix = base.partition(".")
         suffix = (dot + suffix).lower()
         which = {".txt": _TEXT, ".json": _JSON}.get(suffix, _IMAGE if suffix in suffixes else None)
-        if which is None or not stem:
+        if not stem:
+            continue
+        if which is None:
+            if suffix.endswith(endings):
+                dotted.append(name)
             continue
         parts = rows.setdefault(folder + slash + stem, [None, None, None])
         if parts[which] is None:
@@ -144,7 +178,7 @@ def _group(members, suffixes) -> tuple[dict[str, list[FilePart | None]], list[st
         else:
             unused.append(name)
     without = [key for key, parts in rows.items() if parts[_IMAGE] is None]
-    return {key: parts for key, parts in rows.items() if parts[_IMAGE] is not None}, unused + without
+    return {key: parts for key, parts in rows.items() if parts[_IMAGE] is not None}, unused + without, dotted
 
 
 def _drop_incomplete(rows: dict[str, list[FilePart | None]]) -> None:

@@ -124,6 +124,14 @@ def test_one_string_is_no_list_of_prompts(tokenizer):
         tokenize_prompts(tokenizer, "red heart")
 
 
+def test_half_a_surrogate_pair_counts_as_a_question_mark(tokenizer):
+    assert np.array_equal(
+        tokenize_prompts(tokenizer, ["red \ud83d heart\udc00", "a\ud83d", "😀 é"]),
+        tokenize_prompts(tokenizer, ["red ? heart?", "a?", "😀 é"]),
+    )
+    assert inspect_prompt(tokenizer, "red \ud83d heart") == inspect_prompt(tokenizer, "red ? heart")
+
+
 def test_empty_folder(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"holds no tokenizer: expected tokenizer\.json"):
         load_tokenizer(str(tmp_path))

@@ -82,10 +82,37 @@ def test_text_files_beside_pictures_and_hidden_files(tmp_path, caplog):
     assert "1 of 3 pictures" in caplog.text and "B.png" in caplog.text
 
 
-def test_plain_pictures_have_empty_captions(tmp_path, caplog):
-    write_pictures(tmp_path, "10.png", "9.png", "sub/1.png")
+def test_text_files_in_capitals(tmp_path, caplog):
+    write_pictures(tmp_path, "1.JPG", "2.jpg")
+    (tmp_path / "1.TXT").write_text("one")
+    (tmp_path / "2.TXT").write_text("capitals")
+    (tmp_path / "2.txt").write_text("two")
     dataset = open_folder(tmp_path)
-    assert contents(dataset) == [(0, ("",), 0), (1, ("",), 1), (2, ("",), 2)]
+    assert [dataset.captions(row) for row in range(2)] == [("one",), ("two",)]
+    assert not caplog.records
+
+
+def test_plain_pictures_have_empty_captions_and_a_warning(tmp_path, caplog):
+    write_pictures(tmp_path, "10.png", "9.png", "sub/1.png")
+    assert contents(open_folder(tmp_path)) == [(0, ("",), 0), (1, ("",), 1), (2, ("",), 2)]
+    warning = "has no captions: those of all 3 rows are empty; give them as name.txt beside name.jpg, or in metadata"
+    assert [record.levelno for record in caplog.records] == [logging.WARNING] and warning in caplog.text
+
+
+def test_empty_texts_are_no_captions(tmp_path, caplog):
+    write_pictures(tmp_path, "a.png", "b.png")
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("\n")
+    open_folder(tmp_path)
+    assert "has no captions: those of all 2 rows" in caplog.text
+    write_jsonl(tmp_path / "metadata.jsonl", {"file_name": "a.png", "text": None}, {"file_name": "b.png", "text": ""})
+    caplog.clear()
+    open_folder(tmp_path)
+    assert "has no captions: those of all 2 rows" in caplog.text
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "metadata.jsonl").unlink()
+    caplog.clear()
+    open_folder(tmp_path)
     assert not caplog.records
 
 

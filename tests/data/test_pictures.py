@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 
 from attrib_jax.data import pictures
 from attrib_jax.data.pictures import UnreadableRowError, decode_picture, picture_suffixes, read_picture, resize_and_crop
@@ -42,6 +42,28 @@ def test_exif_orientation_turns_the_picture_upright():
     exif = Image.Exif()
     exif[0x0112] = 6  # stored turned; "rotate by 90 degrees clockwise to show"
     assert np.array_equal(decode_picture(save(Image.fromarray(image), exif=exif)), np.rot90(image, -1))
+
+
+@pytest.mark.parametrize("form", ["png", "jpeg", "tiff"])
+def test_every_orientation_is_turned_as_pillow_does(form):
+    stored = noise(6, 4)
+    for orientation in range(10):  # 0 and 9 mean nothing
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        content = save(Image.fromarray(stored), form, exif=exif)
+        expected = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(content))))
+        assert np.array_equal(decode_picture(content), expected)
+
+
+@pytest.mark.parametrize("form", ["png", "jpeg"])
+def test_damaged_exif_does_not_cost_the_picture(form):
+    picture = Image.fromarray(noise(6, 4))
+    plain = decode_picture(save(picture, form))
+    assert np.array_equal(decode_picture(save(picture, form, exif=b"Exif\0\0no TIFF header")), plain)
+    # A resolution that is a text: the orientation before it can be read, and the whole cannot be written anew.
+    entries = struct.pack("<HHLHH", 0x0112, 3, 1, 6, 0) + struct.pack("<HHL4s", 0x011A, 2, 4, b"abc")
+    half = b"Exif\0\0" + struct.pack("<2sHLH", b"II", 42, 8, 2) + entries + bytes(4)
+    assert np.array_equal(decode_picture(save(picture, form, exif=half)), np.rot90(plain, -1))
 
 
 def test_transparency_is_laid_on_white():

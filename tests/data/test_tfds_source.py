@@ -67,10 +67,37 @@ class Labelled(CaptionedSquares, skip_registration=True):
         return {"left": png(row), "right": png(row + 100), "label": row}
 
 
+class NamedFiles(CaptionedSquares, skip_registration=True):
+    """The features of `oxford_iiit_pet`, and an address; the second row is unlabelled, the third without objects."""
+
+    FEATURES = {
+        "image": F.Image(encoding_format="png"),
+        "file_name": F.Text(),
+        "flickr_url": F.Text(),
+        "label": F.ClassLabel(names=["Abyssinian", "Beagle"]),
+        "species": F.ClassLabel(names=["cat", "dog"]),
+        "objects": F.Sequence({"label": F.ClassLabel(names=["ear", "tail"])}),
+    }
+    SPLITS = {"train": 3}
+
+    def example(self, row):
+        objects = [{"label": 0}, {"label": -1}] if row < 2 else []
+        texts = {"file_name": f"Beagle_{row}.jpg", "flickr_url": f"https://{row}"}
+        return {"image": png(row), "label": (1, -1, 0)[row], "species": 1, "objects": objects} | texts
+
+
+class WithoutCaption(CaptionedSquares, skip_registration=True):
+    FEATURES = {"image": F.Image(encoding_format="png"), "image/filename": F.Text(), "image_id": F.Text()}
+    SPLITS = {"train": 1}
+
+    def example(self, row):
+        return {"image": png(row), "image/filename": "0.png", "image_id": "0"}
+
+
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tfds")
-    for builder in (CaptionedSquares, TwoTexts, Labelled):
+    for builder in (CaptionedSquares, TwoTexts, Labelled, NamedFiles, WithoutCaption):
         builder(data_dir=folder, file_format="array_record").download_and_prepare()
     return folder
 
@@ -135,6 +162,20 @@ def test_class_names_are_captions_where_there_is_no_text(data_dir):
     assert contents(dataset) == [(100, ("cat",)), (101, ("dog",))]
     with pytest.raises(ValueError, match="several features that could be the image .*left, right.*image_key"):
         open_dataset("tfds:labelled:b", data_dir)
+
+
+def test_file_names_and_addresses_are_no_captions_unless_asked_for(data_dir):
+    assert open_dataset("tfds:named_files", data_dir).captions(0) == ("Beagle",)
+    assert open_dataset("tfds:named_files", data_dir, caption_key="file_name").captions(0) == ("Beagle_0.jpg",)
+    with pytest.raises(ValueError, match="no caption feature .*all features: image, image/filename, image_id.*key"):
+        open_dataset("tfds:without_caption", data_dir)
+
+
+def test_an_unlabelled_row_has_an_empty_caption(data_dir):
+    dataset = open_dataset("tfds:named_files", data_dir, caption_key="label")
+    assert contents(dataset) == [(0, ("Beagle",)), (1, ("",)), (2, ("Abyssinian",))]
+    objects = open_dataset("tfds:named_files", data_dir, caption_key="objects/label")
+    assert [objects.captions(row) for row in range(3)] == [("ear",), ("ear",), ("",)]
 
 
 def test_resolution_pickling_and_fingerprint(data_dir):

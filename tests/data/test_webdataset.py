@@ -107,6 +107,16 @@ def test_where_captions_come_from(tmp_path):
     assert named.captions(3) == ("other",) and named.captions(2) == ("",)
 
 
+def test_a_caption_key_that_no_row_has_is_refused(tmp_path):
+    write_tar(tmp_path / "a.tar", {"a.png": png(1), "a.txt": b"a", "b.png": png(2), "b.json": b"{"})
+    with pytest.raises(ValueError, match="a.tar: no .json has a field 'captoin'; their fields: none"):
+        WebDataset(tmp_path / "a.tar", caption_key="captoin")
+    write_tar(tmp_path / "b.tar", {"c.png": png(3), "c.json": b'{"caption": "c", "alt": null}'})
+    with pytest.raises(ValueError, match="no .json has a field 'captoin'; their fields: caption, alt. .*caption_key"):
+        WebDataset(tmp_path, caption_key="captoin")
+    assert WebDataset(tmp_path, caption_key="alt").captions(2) == ("",)
+
+
 def test_a_damaged_json_is_reported(tmp_path, caplog):
     write_tar(tmp_path / "a.tar", {"e.png": png(5), "e.json": b'{"caption": '})
     assert WebDataset(tmp_path).captions(0) == ("",)
@@ -117,8 +127,19 @@ def test_only_one_picture_a_row_and_rows_without_picture(tmp_path, caplog):
     members = {"x/a.seg.png": png(9), "x/a.jpg": png(1), "x/a.png": png(2), "y/a.jpg": png(3), "lonely.txt": b"?"}
     write_tar(tmp_path / "a.tar", members)
     assert contents(WebDataset(tmp_path)) == [(1, ""), (3, "")]
-    assert "2 of 2 names" in caplog.text and "x/a.png" in caplog.text and "lonely" in caplog.text
+    assert "3 of 5 names" in caplog.text and "x/a.png" in caplog.text and "lonely" in caplog.text
     assert contents(WebDataset(tmp_path, image_key="seg.png")) == [(9, "")]
+
+
+def test_pictures_with_further_dots_are_counted(tmp_path, caplog):
+    dotted = {"b.v2.jpg": png(2), "b.v2.txt": b"b", "x.y/St. Ives.JPG": png(3), "._a.jpg": b"", "c.jpg.part": b""}
+    write_tar(tmp_path / "a.tar", dotted)
+    reason = r"1 shards; endings begin at a name's first dot, which leaves out .*a.tar: b.v2.jpg: .*image_key"
+    with pytest.raises(ValueError, match=reason):
+        WebDataset(tmp_path)
+    write_tar(tmp_path / "a.tar", {"x.y/a.jpg": png(1)} | dotted)
+    assert contents(WebDataset(tmp_path)) == [(1, "")]
+    assert "2 of 3 names" in caplog.text and "a.tar: b.v2.jpg" in caplog.text and "a.tar: x.y/St. Ives" in caplog.text
 
 
 def test_a_broken_picture_is_a_row_that_cannot_be_read(tmp_path):
