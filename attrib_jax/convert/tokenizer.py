@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from attrib_jax.convert.folders import read_json, write_json
+from attrib_jax.core.text import replace_surrogates
 
 START, END, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
 _CONFIG, _SPECIAL, _ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
@@ -172,16 +173,11 @@ def tokenize_prompts(tokenizer: Any, prompts: Sequence[str]) -> np.ndarray:
     """
     if isinstance(prompts, str):
         raise TypeError(f"prompts={prompts!r} is one string; give a list of prompts")
-    prompts = [_without_surrogates(prompt) for prompt in prompts]
+    prompts = [replace_surrogates(prompt) for prompt in prompts]
     encoded = tokenizer(
         prompts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="np"
     )
     return np.asarray(encoded["input_ids"], np.int32)
-
-
-def _without_surrogates(text: str) -> str:
-    """`text` with '?' for each character that UTF-8 cannot hold, and which `tokenizers` therefore does not take."""
-    return text.encode("utf-8", "replace").decode()
 
 
 def tokenize_captions(tokenizer: Any, captions: Sequence[Sequence[str]]) -> tuple[np.ndarray, np.ndarray]:
@@ -197,7 +193,7 @@ def tokenize_captions(tokenizer: Any, captions: Sequence[Sequence[str]]) -> tupl
 
 def inspect_prompt(tokenizer: Any, prompt: str) -> PromptReport:
     """Says what `tokenizer` keeps of `prompt`, what it cuts, and which words it does not know whole."""
-    prompt = _without_surrogates(prompt)
+    prompt = replace_surrogates(prompt)
     # The length is set only because transformers warns about a long prompt where there is none.
     encoded = tokenizer(
         prompt, add_special_tokens=False, truncation=False, max_length=2**30, return_offsets_mapping=True

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from attrib_jax.core.text import replace_surrogates
 from attrib_jax.data.files import PictureFiles, inner_path, warn_listed
 
 # Five of the people who wrote captions are the rule; some pictures have six or seven.
@@ -92,7 +93,7 @@ def _read_annotations(file: Path) -> tuple[list[str], list[tuple[str, ...]], boo
         source = f"{file}, annotations[{position}]"
         image_id, caption = _field(source, annotation, "image_id", int), _field(source, annotation, "caption", str)
         if image_id in captions:
-            captions[image_id].append(caption)
+            captions[image_id].append(replace_surrogates(caption))
         else:
             unknown.append(f"{caption!r} of {image_id}")
     warn_listed(len(content["annotations"]), f"captions in {file} are of pictures that it does not list", unknown)

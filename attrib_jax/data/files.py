@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import numpy as np
 
+from attrib_jax.core.text import replace_surrogates
 from attrib_jax.data.pictures import decode_picture, fit_picture
 from attrib_jax.data.protocol import FilePart, Row, hash_files
 
@@ -69,11 +70,14 @@ def inner_path(name: object, source: str) -> str:
 
 
 def listed_captions(value: object, source: str) -> tuple[str, ...]:
-    """A caption, a list of captions, or None -> captions, at least an empty one; ValueError for anything else."""
+    """A caption, a list of captions, or None -> captions, at least an empty one; ValueError for anything else.
+
+    What JSON escapes of a cut character counts as '?': reports could not be written with it.
+    """
     captions = [] if value is None else [value] if isinstance(value, str) else value
     if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
         raise ValueError(f"{source}: caption {value!r}; expected a text or a list of texts")
-    return tuple(captions) or ("",)
+    return tuple(map(replace_surrogates, captions)) or ("",)
 
 
 def warn_listed(count: int, what: str, names: Sequence[str]) -> None:

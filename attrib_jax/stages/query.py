@@ -13,6 +13,7 @@ import numpy as np
 from attrib_jax.convert.pipeline import Pipeline, encode_text, latent_size, prompt_report, tokenize
 from attrib_jax.core.checks import check_choice, check_finite, check_positive, check_range
 from attrib_jax.core.keys import purpose_key
+from attrib_jax.core.text import replace_surrogates
 from attrib_jax.data.latents import open_npy
 from attrib_jax.data.pictures import read_picture
 from attrib_jax.diffusion.losses import Predict
@@ -27,7 +28,7 @@ class Query:
     """What to attribute.
 
     Attributes:
-      prompt: its caption.
+      prompt: its caption; half a surrogate pair, which JSON can escape, becomes '?'.
       image: path of a picture, or (H, W, 3) uint8; None generates one from the prompt.
       latents: (h, w, c), multiplied by the scaling factor, instead of a picture; None otherwise.
       text: (L, d) text states instead of those of the prompt; None encodes the prompt.
@@ -47,6 +48,9 @@ class Query:
     sampler_steps: int = 50
 
     def __post_init__(self):
+        if not isinstance(self.prompt, str):
+            raise ValueError(f"prompt is {self.prompt!r}; expected a text")
+        object.__setattr__(self, "prompt", replace_surrogates(self.prompt))
         if self.image is not None and self.latents is not None:
             raise ValueError("the query has a picture and latents; give one of them")
         if self.text is not None and self.latents is None and self.image is None:

@@ -241,3 +241,10 @@ def test_any_bytes_as_metadata_give_rows_or_a_message(tmp_path, suffix, content)
     else:
         assert dataset[0].captions == ("a",)
         assert all(isinstance(dataset.captions(index)[0], str) for index in range(len(dataset)))
+
+
+def test_half_a_surrogate_pair_in_a_caption_counts_as_a_question_mark(tmp_path):
+    """JSON can escape it, and no report could be written with it."""
+    write_pictures(tmp_path, "a.png")
+    write_jsonl(tmp_path / "metadata.jsonl", {"file_name": "a.png", "text": "cut \ud83d, whole \U0001f600"})
+    assert open_folder(tmp_path)[0].captions == ("cut ?, whole \U0001f600",)

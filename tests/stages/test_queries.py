@@ -77,14 +77,14 @@ def test_a_killed_pass_resumes_with_other_queries_beside(alone, attributor, monk
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupt_writes(patch, every=6)
         attributor.attribute_many(QUERIES[:2], CONFIG)
-    # Five of the six chunks are stored, and one tile of the second query's is computed again to see that they are of
-    # this device; the third query has none, and chunks of another size.
+    # Five of the six chunks are stored, and one tile of each of these two queries is computed again to see that they are
+    # of this device; the third query has none, and chunks of another size.
     passes.clear()
     monkeypatch.setattr(losses_stage, "_ROWS_PER_CHUNK", 24)
     results = attributor.attribute_many(QUERIES[::-1], CONFIG)
     assert_same(results, alone[1][::-1])
     base_check = resume_check = 8
-    assert sorted(passes) == sorted([37 - 32, 24, 13, base_check, resume_check])
+    assert sorted(passes) == sorted([37 - 32, 24, 13, base_check, resume_check, resume_check])
 
 
 def test_finished_queries_are_not_run_again(alone, attributor, passes):
@@ -255,3 +255,10 @@ def test_files_that_are_absent_or_no_text(tmp_path):
     (tmp_path / "picture.png").write_bytes(b"\x89PNG\xff\xfe")
     with pytest.raises(ValueError, match="picture.png is no UTF-8 text"):
         read_queries(tmp_path / "picture.png")
+
+
+def test_a_prompt_is_a_text_that_reports_can_hold(tmp_path):
+    (tmp_path / "queries.jsonl").write_text('{"prompt": "cut \\ud83d"}')
+    assert read_queries(tmp_path / "queries.jsonl").queries[0].prompt == "cut ?"
+    with pytest.raises(ValueError, match="prompt is None; expected a text"):
+        Query(prompt=None)
