@@ -1,6 +1,7 @@
 """A bare UNet state dict with a config, and a pipeline that takes it."""
 
 import dataclasses
+import functools
 import json
 
 import diffusers
@@ -10,6 +11,7 @@ import pytest
 
 from attrib_jax.convert import pipeline as pipelines
 from attrib_jax.convert.configs import MSCOCO
+from attrib_jax.convert.single_file import save_single_file
 from attrib_jax.convert.state_dicts import state_dict_of
 from attrib_jax.convert.weight_files import write_weights
 from tests.convert import old_layout
@@ -66,6 +68,23 @@ def test_a_replaced_unet_brings_its_schedule(folder, ours, tmp_path):
     assert scheduler.config.clip_sample
     again = pipelines.load_pipeline(str(tmp_path / "saved"))
     assert (again.unet, again.schedule.to_config()) == (replaced.unet, replaced.schedule.to_config())
+
+
+def test_a_prediction_type_of_choice_holds_for_the_schedule_of_a_replaced_unet(folder, ours, tmp_path):
+    config = {"unet": ours.unet.config.to_dict(), "scheduler": MSCOCO.scheduler}
+    single = tmp_path / "model.safetensors"
+    save_single_file(ours, str(single))
+    for model in (folder, single):
+        load = functools.partial(
+            pipelines.load_pipeline, str(model), tokenizer=str(folder), unet=f"{folder}/unet", unet_config=config
+        )
+        assert load().schedule.prediction_type == "epsilon"
+        chosen = load(prediction_type="v_prediction").schedule
+        assert chosen.to_config() == MSCOCO.scheduler | {"prediction_type": "v_prediction"}
+        assert chosen.prediction_type == "v_prediction"
+    same = pipelines.replace_unet(ours, f"{folder}/unet", prediction_type="v_prediction")
+    assert same.schedule.to_config() == ours.schedule.to_config() | {"prediction_type": "v_prediction"}
+    assert MSCOCO.scheduler["prediction_type"] == "epsilon"
 
 
 def test_a_unet_of_other_widths_is_refused(ours, tmp_path):
