@@ -86,7 +86,8 @@ def load_pipeline(
     """Reads a Stable Diffusion pipeline: a diffusers folder, a Hugging Face id, or a single-file checkpoint.
 
     Folders of every age are read as they are: weights as safetensors or `.bin`, whole or in shards, under today's names
-    and those of the published files. Tensors are read one by one.
+    and those of the published files. Tensors are read one by one. A folder's parts that the arguments replace are
+    neither read nor downloaded, and may be missing.
 
     Args:
       path: the folder that holds model_index.json, unet/, vae/, text_encoder/, tokenizer/ and scheduler/; or
@@ -95,13 +96,16 @@ def load_pipeline(
       variant: of the weight files, such as "fp16". None takes full precision, or `fp16` where nothing else is there.
       tokenizer: a tokenizer folder, or a pipeline folder with one, in place of the model's own.
       prediction_type: "epsilon" or "v_prediction", in place of what the scheduler's config says, `unet_config`'s too.
-      unet, unet_config: another UNet and its config, as for `replace_unet`; a folder's own is then not read.
+      unet, unet_config: another UNet and its config, as for `replace_unet`, in place of the model's own.
 
     Raises:
       FileNotFoundError: the model, or files in it, are missing; all of them are listed.
       ValueError: a class, option or tensor that this library does not support, or a damaged file; says which.
     """
-    path = resolve_model(path, variant)
+    scheduler = None if unet is None else _scheduler_of(unet_config)
+    given = {"unet": unet, "tokenizer": tokenizer, "scheduler": scheduler}
+    replaced = [part for part, value in given.items() if value is not None]
+    path = resolve_model(path, variant, replaced=replaced)
     if os.path.isfile(path):
         if variant is not None:
             raise ValueError(f"variant is {variant!r}, but {path} is one file; only a folder has variants")
@@ -109,8 +113,7 @@ def load_pipeline(
 
         pipeline = load_single_file(path, tokenizer, prediction_type, dtype)
         return pipeline if unet is None else replace_unet(pipeline, unet, unet_config, dtype, prediction_type)
-    weights = check_folder(path, variant, needs_tokenizer=tokenizer is None)
-    scheduler = None if unet is None else _scheduler_of(unet_config)
+    weights = check_folder(path, variant, replaced)
     if scheduler is None:
         scheduler = read_json(os.path.join(path, "scheduler", SCHEDULER_CONFIG))
     schedule = _schedule_of(scheduler, prediction_type)
@@ -118,7 +121,6 @@ def load_pipeline(
     length = modules["text_encoder"].config.max_position_embeddings
     loaded_tokenizer = load_tokenizer(os.path.join(path, "tokenizer") if tokenizer is None else tokenizer, length)
     if unet is not None:
-        del weights["unet"]
         modules["unet"], unet_params = load_unet(unet, unet_config, dtype)
     params = {part: _load_part(part, modules[part], weights[part], dtype) for part in weights}
     if unet is not None:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import shutil
 
 import diffusers
 import jax
@@ -94,6 +95,30 @@ def test_a_unet_of_other_widths_is_refused(ours, tmp_path):
     write_weights(state_dict_of(zeros), tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="the parts do not fit: unet cross_attention_dim is 48"):
         pipelines.replace_unet(ours, str(tmp_path / "model.safetensors"), wide.to_dict())
+
+
+def test_a_folder_may_lack_what_is_replaced(folder, ours, tmp_path, monkeypatch):
+    base = old_layout.copy_folder(folder, tmp_path / "base")
+    for part in ("unet", "tokenizer", "scheduler"):
+        shutil.rmtree(base / part)
+    index = old_layout.read(base / "model_index.json")
+    index |= {"unet": ["diffusers", "UNet3DConditionModel"], "tokenizer": [None, None]}
+    old_layout.write(base / "model_index.json", index)
+    unet = {"unet": f"{folder}/unet", "unet_config": {"unet": ours.unet.config.to_dict()}}
+    with pytest.raises(ValueError, match="has unet of class 'UNet3DConditionModel'"):
+        pipelines.load_pipeline(str(base), tokenizer=str(folder))
+    with pytest.raises(ValueError, match="has tokenizer of class None"):
+        pipelines.load_pipeline(str(base), **unet)
+    with pytest.raises(FileNotFoundError, match="it lacks: scheduler/scheduler_config.json$"):
+        pipelines.load_pipeline(str(base), tokenizer=str(folder), **unet)
+    unet["unet_config"]["scheduler"] = ours.schedule.to_config()
+    asked = []
+    monkeypatch.setattr(pipelines, "resolve_model", lambda path, _, replaced: asked.append(replaced) or path)
+    loaded = pipelines.load_pipeline(str(base), tokenizer=str(folder), **unet)
+    assert asked == [["unet", "tokenizer", "scheduler"]]
+    assert loaded.unet == ours.unet
+    assert loaded.schedule.to_config() == ours.schedule.to_config()
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, ours.params)
 
 
 def test_loading_with_another_unet_reads_only_that_one(monkeypatch, tmp_path):
