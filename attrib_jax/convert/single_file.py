@@ -95,12 +95,14 @@ def load_single_file(
     given = _check_config(_stored_config(path) if config is None else config)
     shapes = {name: tensor.shape for name, tensor in state.items()}
     _check_family(shapes, path)
-    tokenizer = load_tokenizer(_tokenizer_folder(tokenizer, path))
+    tokenizer_folder = _tokenizer_folder(tokenizer, path)
     scheduler = _scheduler_config(state, prediction_type, given["scheduler"], path)
     schedule = NoiseSchedule.from_config(scheduler)
     if "alphas_cumprod" in state and not given["scheduler"]:
         _check_schedule(state["alphas_cumprod"], schedule, path)
     configs = _infer_configs(shapes, schedule.prediction_type, path)
+    positions = (configs["text_encoder"] | given["text_encoder"])["max_position_embeddings"]
+    tokenizer = load_tokenizer(tokenizer_folder, positions)
     configs["text_encoder"] |= {
         f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")
     }

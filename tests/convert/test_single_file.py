@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import shutil
 
 import diffusers
 import jax
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from attrib_jax.convert import single_file
-from attrib_jax.convert.pipeline import load_pipeline
+from attrib_jax.convert.pipeline import load_pipeline, tokenize
 from attrib_jax.convert.single_file import load_single_file, save_single_file, untold_config
 from attrib_jax.convert.tensors import LazyTensor
 from attrib_jax.convert.tokenizer import save_tokenizer, train_tokenizer
@@ -343,6 +344,13 @@ def test_tokenizer_is_asked_for(sd1, tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no tokenizer: expected tokenizer.json"):
         load_single_file(sd1.file, str(tmp_path))
     assert len(load_single_file(sd1.file, f"{sd1.folder}/tokenizer").tokenizer) == len(sd1.ours.tokenizer)
+
+
+def test_length_that_the_tokenizer_does_not_tell_is_the_text_encoders(sd1, tmp_path):
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copy(f"{sd1.folder}/tokenizer/{name}", tmp_path)
+    loaded = load_single_file(sd1.file, str(tmp_path))
+    assert tokenize(loaded, CAPTIONS).tolist() == tokenize(sd1.ours, CAPTIONS).tolist()
 
 
 def test_truncated_and_absent_files_are_named(sd1, tmp_path):
