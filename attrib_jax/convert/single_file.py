@@ -33,6 +33,8 @@ from attrib_jax.convert.torch_files import open_torch
 from attrib_jax.convert.weight_files import open_weights, safetensors_layout, write_weights
 from attrib_jax.diffusion.schedule import NoiseSchedule
 from attrib_jax.models.clip import CLIPTextConfig, CLIPTextModel
+from attrib_jax.models.pixels import CLASS_NAME as PIXELS
+from attrib_jax.models.pixels import PixelAutoencoder
 from attrib_jax.models.unet import UNet2DConditionModel, UNetConfig
 from attrib_jax.models.vae import AutoencoderKL, AutoencoderKLConfig
 
@@ -132,7 +134,8 @@ def save_single_file(pipeline: Pipeline, path: str, dtype: Any = None) -> None:
 
     Raises:
       FileNotFoundError: the folder of `path` does not exist.
-      ValueError: a weight holds a NaN or an infinity, or overflows `dtype`.
+      ValueError: a weight holds a NaN or an infinity, or overflows `dtype`; or the model works on pixels, which these
+        files have no place for.
     """
     tensors = {}
     for part, table in _tables(_modules_of(pipeline)).items():
@@ -308,6 +311,11 @@ def _build_modules(configs: Mapping[str, Mapping[str, Any]], source: str) -> dic
 
 
 def _modules_of(pipeline: Pipeline) -> dict[str, Any]:
+    if isinstance(pipeline.vae, PixelAutoencoder):
+        raise ValueError(
+            f"the pipeline's vae is a {PIXELS}: a model that works on pixels cannot be a single file; give a folder as "
+            "output"
+        )
     return {part: getattr(pipeline, part) for part in _TABLES}
 
 

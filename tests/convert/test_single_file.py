@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import pathlib
 import shutil
 
 import diffusers
@@ -293,6 +294,14 @@ def test_what_the_shapes_do_not_tell_is_said_and_taken(tmp_path, caplog):
         load_single_file(bare, str(tmp_path / "folder"))
     with pytest.raises(ValueError, match="config has the parts text; expected some of unet, vae, text_encoder, sched"):
         load_single_file(path, str(tmp_path / "folder"), config={"text": {}})
+
+
+def test_a_model_on_pixels_is_refused(tmp_path):
+    digits = load_pipeline(str(pathlib.Path(__file__).parents[2] / "models/digits"))
+    for export in (untold_config, lambda pipeline: save_single_file(pipeline, str(tmp_path / "x.safetensors"))):
+        with pytest.raises(ValueError, match="vae is a PixelAutoencoder.*cannot be a single file; give a folder as"):
+            export(digits)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("stored", ["{", "[]", '{"unet": 1}', "[" * 100_000])
