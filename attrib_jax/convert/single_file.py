@@ -59,7 +59,7 @@ _SCHEDULER = {
 _STEP_PREDICTIONS = {875_000: "epsilon", 220_000: "epsilon", 110_000: "v_prediction"}
 # Keys that change no result here; a file need not tell them.
 _INERT = {
-    "unet": ("upcast_attention",),
+    "unet": (),
     "vae": ("sample_size",),
     "text_encoder": ("projection_dim", "pad_token_id", "bos_token_id", "eos_token_id"),
 }
@@ -151,7 +151,8 @@ def save_single_file(pipeline: Pipeline, path: str, dtype: Any = None) -> None:
 def untold_config(pipeline: Pipeline) -> dict[str, dict[str, Any]]:
     """What the tensors of `save_single_file`'s file do not tell of the pipeline, as `config` of `load_single_file`.
 
-    Empty for a published model, but for the `prediction_type` of Stable Diffusion 2, which is never in it.
+    Empty for a published model, but for the `upcast_attention` of Stable Diffusion 2.1. The `prediction_type` of Stable
+    Diffusion 2 is never in it.
     """
     modules = _modules_of(pipeline)
     shapes = {}
@@ -165,7 +166,9 @@ def untold_config(pipeline: Pipeline) -> dict[str, dict[str, Any]]:
         defaults = {field.name: field.default for field in dataclasses.fields(module.config)}
         actual = module.config.to_dict()
         told = {key: list(x) if isinstance(x, tuple) else x for key, x in (defaults | inferred[part]).items()}
-        keys = [key for key in told if key not in _INERT[part] and told[key] != actual[key]]
+        # Null, as older files have it, means false or 0.
+        differ = [key for key in told if told[key] != actual[key] and (told[key] or actual[key])]
+        keys = [key for key in differ if key not in _INERT[part]]
         if keys:
             untold[part] = {key: actual[key] for key in keys}
     usual = NoiseSchedule.from_config(_SCHEDULER | {"prediction_type": schedule.prediction_type})

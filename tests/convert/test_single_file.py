@@ -296,6 +296,17 @@ def test_what_the_shapes_do_not_tell_is_said_and_taken(tmp_path, caplog):
         load_single_file(path, str(tmp_path / "folder"), config={"text": {}})
 
 
+@pytest.mark.parametrize("upcast", [True, None])
+def test_upcast_attention_is_kept(sd2, tmp_path, upcast):
+    unet = sd2.ours.unet.clone(config=dataclasses.replace(sd2.ours.unet.config, upcast_attention=upcast))
+    pipeline = dataclasses.replace(sd2.ours, unet=unet)
+    # Null is how older files have false, which needs no telling.
+    assert untold_config(pipeline) == ({"unet": {"upcast_attention": True}} if upcast else {})
+    path = str(tmp_path / "x.safetensors")
+    save_single_file(pipeline, path)
+    assert sd2.load(path).unet.config.upcast_attention is bool(upcast)
+
+
 def test_a_model_on_pixels_is_refused(tmp_path):
     digits = load_pipeline(str(pathlib.Path(__file__).parents[2] / "models/digits"))
     for export in (untold_config, lambda pipeline: save_single_file(pipeline, str(tmp_path / "x.safetensors"))):
