@@ -19,7 +19,7 @@ class ModelSource:
       model: diffusers folder, Hugging Face id, or a single file in the original latent-diffusion naming.
       variant: of the weight files, such as `fp16`; None for full precision where it is there.
       tokenizer: tokenizer or pipeline folder, for a single file, which has none.
-      prediction_type: `epsilon` or `v_prediction`, where a single file does not tell.
+      prediction_type: `epsilon` or `v_prediction`, in place of what the files say; a single file may not tell.
       unet: UNet weights that replace the model's: a folder, or a bare state dict with `unet_config`.
       unet_config: `mscoco`, or a json file; brings the noise schedule that the UNet was trained with.
       custom_diffusion: Custom Diffusion weights, or the folder with them and their `<token>` files.

@@ -107,8 +107,13 @@ def find_weights(folder: str, stem: str, variant: str | None = None) -> str:
     return os.path.join(folder, found[variant])
 
 
-def check_folder(path: str, variant: str | None = None, needs_tokenizer: bool = True) -> dict[str, str]:
+def check_folder(path: str, variant: str | None = None, replaced: Collection[str] = ()) -> dict[str, str]:
     """Checks that a pipeline folder is complete and of a supported family -> the weight file of each part.
+
+    Args:
+      path: the folder.
+      variant: of the weight files, as for `choose_weights`.
+      replaced: parts, as the folder calls them, that another one stands in for: they are left out of the checks.
 
     Raises:
       FileNotFoundError: files are missing (all are listed), or the variant is.
@@ -116,16 +121,16 @@ def check_folder(path: str, variant: str | None = None, needs_tokenizer: bool = 
     """
     if not os.path.isfile(os.path.join(path, INDEX)):
         raise FileNotFoundError(f"{path!r} has no {INDEX}; give the top folder of a pipeline in the diffusers layout")
-    _check_classes(read_json(os.path.join(path, INDEX)), path)
-    names = {part: _files(os.path.join(path, part)) for part in STEMS}
+    _check_classes(read_json(os.path.join(path, INDEX)), path, replaced)
+    names = {part: _files(os.path.join(path, part)) for part in STEMS if part not in replaced}
     chosen = choose_weights(names, variant, f"model folder {path!r}")
     missing = []
-    for part, stem in STEMS.items():
-        missing += [] if "config.json" in names[part] else [f"{part}/config.json"]
-        missing += [] if chosen[part] else [f"{part}/{stem}.safetensors"]
-    if SCHEDULER_CONFIG not in _files(os.path.join(path, "scheduler")):
+    for part, files in names.items():
+        missing += [] if "config.json" in files else [f"{part}/config.json"]
+        missing += [] if chosen[part] else [f"{part}/{STEMS[part]}.safetensors"]
+    if "scheduler" not in replaced and SCHEDULER_CONFIG not in _files(os.path.join(path, "scheduler")):
         missing.append(f"scheduler/{SCHEDULER_CONFIG}")
-    if needs_tokenizer and not os.path.isdir(os.path.join(path, "tokenizer")):
+    if "tokenizer" not in replaced and not os.path.isdir(os.path.join(path, "tokenizer")):
         missing.append("tokenizer/")
     if missing:
         raise FileNotFoundError(f"model folder {path!r} is incomplete, it lacks: {', '.join(missing)}")
@@ -139,7 +144,7 @@ def _files(folder: str) -> list[str]:
     return [name for name in os.listdir(folder) if os.path.isfile(os.path.join(folder, name))]
 
 
-def _check_classes(index: dict[str, Any], path: str) -> None:
+def _check_classes(index: dict[str, Any], path: str, replaced: Collection[str]) -> None:
     class_name = index.get("_class_name")
     if class_name != "StableDiffusionPipeline":
         raise ValueError(
@@ -148,7 +153,7 @@ def _check_classes(index: dict[str, Any], path: str) -> None:
     for part, supported in _SUPPORTED.items():
         entry = index.get(part)
         found = entry[1] if isinstance(entry, list) and len(entry) == 2 else entry
-        if found not in supported:
+        if part not in replaced and found not in supported:
             raise ValueError(f"{path!r} has {part} of class {found!r}; supported: {', '.join(supported)}")
 
 

@@ -15,7 +15,12 @@ _ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*)(@(?P<revisio
 _TIMEOUT = 10.0  # seconds that the hub has to answer before the cache is used
 
 
-def resolve_model(name: str | os.PathLike, variant: str | None = None, cache_dir: str | None = None) -> str:
+def resolve_model(
+    name: str | os.PathLike,
+    variant: str | None = None,
+    cache_dir: str | None = None,
+    replaced: Collection[str] = (),
+) -> str:
     """The local path of a model: a path as it is, a Hugging Face id downloaded or taken from the cache.
 
     Of a repository only the files that `load_pipeline` reads are downloaded: the jsons, the tokenizer, and of the
@@ -26,13 +31,14 @@ def resolve_model(name: str | os.PathLike, variant: str | None = None, cache_dir
       name: a folder or file that exists, or `owner/name`, or `owner/name@revision`.
       variant: of the weight files, such as "fp16".
       cache_dir: huggingface_hub's cache, if it is not where HF_HOME says.
+      replaced: parts, as the folder calls them, that another one stands in for: they are not downloaded.
 
     Raises:
       FileNotFoundError: there is no such path, and no such model on the hub or in the cache.
       ValueError: the repository holds no pipeline in the diffusers layout, or huggingface_hub is not installed.
     """
     forms = "a folder in the diffusers layout, a single-file checkpoint"
-    return _resolve(name, forms, INDEX, lambda names: _wanted(names, variant, os.fspath(name)), cache_dir)
+    return _resolve(name, forms, INDEX, lambda names: _wanted(names, variant, os.fspath(name), replaced), cache_dir)
 
 
 def resolve_tower(name: str | os.PathLike, cache_dir: str | None = None) -> str:
@@ -97,16 +103,19 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
-def _wanted(names: Collection[str], variant: str | None, source: str) -> list[str]:
+def _wanted(names: Collection[str], variant: str | None, source: str, replaced: Collection[str]) -> list[str]:
     """What to download of a repository with the files `names`, as names and glob patterns."""
     if INDEX not in names:
         raise ValueError(
             f"Hugging Face model {source!r} has no {INDEX}: it is no pipeline in the diffusers layout. Download "
             "the file that you want, and give its path"
         )
-    parts = {part: [posixpath.basename(n) for n in names if posixpath.dirname(n) == part] for part in STEMS}
+    kept = [part for part in STEMS if part not in replaced]
+    parts = {part: [posixpath.basename(n) for n in names if posixpath.dirname(n) == part] for part in kept}
     chosen = choose_weights(parts, variant, f"Hugging Face model {source!r}")
-    wanted = [INDEX, f"scheduler/{SCHEDULER_CONFIG}", "tokenizer/*.json", "tokenizer/*.txt"]
+    wanted = [INDEX]
+    wanted += [] if "scheduler" in replaced else [f"scheduler/{SCHEDULER_CONFIG}"]
+    wanted += [] if "tokenizer" in replaced else ["tokenizer/*.json", "tokenizer/*.txt"]
     for part, weights in chosen.items():
         wanted.append(f"{part}/config.json")
         if weights is None:

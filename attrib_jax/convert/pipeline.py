@@ -86,7 +86,8 @@ def load_pipeline(
     """Reads a Stable Diffusion pipeline: a diffusers folder, a Hugging Face id, or a single-file checkpoint.
 
     Folders of every age are read as they are: weights as safetensors or `.bin`, whole or in shards, under today's names
-    and those of the published files. Tensors are read one by one.
+    and those of the published files. Tensors are read one by one. A folder's parts that the arguments replace are
+    neither read nor downloaded, and may be missing.
 
     Args:
       path: the folder that holds model_index.json, unet/, vae/, text_encoder/, tokenizer/ and scheduler/; or
@@ -94,33 +95,33 @@ def load_pipeline(
       dtype: of the loaded parameters, whatever the files hold.
       variant: of the weight files, such as "fp16". None takes full precision, or `fp16` where nothing else is there.
       tokenizer: a tokenizer folder, or a pipeline folder with one, in place of the model's own.
-      prediction_type: "epsilon" or "v_prediction", in place of what the scheduler's config says.
-      unet, unet_config: another UNet and its config, as for `replace_unet`; a folder's own is then not read.
+      prediction_type: "epsilon" or "v_prediction", in place of what the scheduler's config says, `unet_config`'s too.
+      unet, unet_config: another UNet and its config, as for `replace_unet`, in place of the model's own.
 
     Raises:
       FileNotFoundError: the model, or files in it, are missing; all of them are listed.
       ValueError: a class, option or tensor that this library does not support, or a damaged file; says which.
     """
-    path = resolve_model(path, variant)
+    scheduler = None if unet is None else _scheduler_of(unet_config)
+    given = {"unet": unet, "tokenizer": tokenizer, "scheduler": scheduler}
+    replaced = [part for part, value in given.items() if value is not None]
+    path = resolve_model(path, variant, replaced=replaced)
     if os.path.isfile(path):
         if variant is not None:
             raise ValueError(f"variant is {variant!r}, but {path} is one file; only a folder has variants")
         from attrib_jax.convert.single_file import load_single_file  # which builds on this module
 
         pipeline = load_single_file(path, tokenizer, prediction_type, dtype)
-        return pipeline if unet is None else replace_unet(pipeline, unet, unet_config, dtype)
-    weights = check_folder(path, variant, needs_tokenizer=tokenizer is None)
-    scheduler = read_json(os.path.join(path, "scheduler", SCHEDULER_CONFIG))
-    if prediction_type is not None:
-        scheduler["prediction_type"] = prediction_type
-    schedule = NoiseSchedule.from_config(scheduler)
+        return pipeline if unet is None else replace_unet(pipeline, unet, unet_config, dtype, prediction_type)
+    weights = check_folder(path, variant, replaced)
+    if scheduler is None:
+        scheduler = read_json(os.path.join(path, "scheduler", SCHEDULER_CONFIG))
+    schedule = _schedule_of(scheduler, prediction_type)
     modules = {part: _MODULES[part](read_config(os.path.join(path, part))) for part in weights}
     length = modules["text_encoder"].config.max_position_embeddings
     loaded_tokenizer = load_tokenizer(os.path.join(path, "tokenizer") if tokenizer is None else tokenizer, length)
     if unet is not None:
-        del weights["unet"]
         modules["unet"], unet_params = load_unet(unet, unet_config, dtype)
-        schedule = _schedule_of(unet_config) or schedule
     params = {part: _load_part(part, modules[part], weights[part], dtype) for part in weights}
     if unet is not None:
         params["unet"] = unet_params
@@ -150,7 +151,11 @@ def load_unet(
 
 
 def replace_unet(
-    pipeline: Pipeline, path: str, config: str | Mapping[str, Any] | None = None, dtype: Any = jnp.float32
+    pipeline: Pipeline,
+    path: str,
+    config: str | Mapping[str, Any] | None = None,
+    dtype: Any = jnp.float32,
+    prediction_type: str | None = None,
 ) -> Pipeline:
     """`pipeline` with another UNet, and with the noise schedule that its config brings.
 
@@ -159,17 +164,25 @@ def replace_unet(
     Args:
       pipeline: gives the autoencoder, text encoder and tokenizer.
       path, config, dtype: of the UNet, as for `load_unet`.
+      prediction_type: "epsilon" or "v_prediction", in place of what the schedule says.
 
     Raises FileNotFoundError and ValueError as `load_unet`; ValueError if the UNet does not fit the other parts.
     """
     unet, params = load_unet(path, config, dtype)
-    schedule = _schedule_of(config) or pipeline.schedule
+    scheduler, schedule = _scheduler_of(config), pipeline.schedule
+    if scheduler is not None or prediction_type is not None:
+        schedule = _schedule_of(schedule.to_config() if scheduler is None else scheduler, prediction_type)
     return dataclasses.replace(pipeline, unet=unet, schedule=schedule, params=pipeline.params | {"unet": params})
 
 
-def _schedule_of(config: str | Mapping[str, Any] | None) -> NoiseSchedule | None:
-    scheduler = None if config is None else named_config(config).scheduler
-    return None if scheduler is None else NoiseSchedule.from_config(scheduler)
+def _scheduler_of(config: str | Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """The scheduler_config.json that a UNet's config brings."""
+    return None if config is None else named_config(config).scheduler
+
+
+def _schedule_of(scheduler: Mapping[str, Any], prediction_type: str | None) -> NoiseSchedule:
+    given = {} if prediction_type is None else {"prediction_type": prediction_type}
+    return NoiseSchedule.from_config({**scheduler, **given})
 
 
 _MODULES = {

@@ -33,6 +33,8 @@ from attrib_jax.convert.torch_files import open_torch
 from attrib_jax.convert.weight_files import open_weights, safetensors_layout, write_weights
 from attrib_jax.diffusion.schedule import NoiseSchedule
 from attrib_jax.models.clip import CLIPTextConfig, CLIPTextModel
+from attrib_jax.models.pixels import CLASS_NAME as PIXELS
+from attrib_jax.models.pixels import PixelAutoencoder
 from attrib_jax.models.unet import UNet2DConditionModel, UNetConfig
 from attrib_jax.models.vae import AutoencoderKL, AutoencoderKLConfig
 
@@ -57,7 +59,7 @@ _SCHEDULER = {
 _STEP_PREDICTIONS = {875_000: "epsilon", 220_000: "epsilon", 110_000: "v_prediction"}
 # Keys that change no result here; a file need not tell them.
 _INERT = {
-    "unet": ("upcast_attention",),
+    "unet": (),
     "vae": ("sample_size",),
     "text_encoder": ("projection_dim", "pad_token_id", "bos_token_id", "eos_token_id"),
 }
@@ -95,12 +97,14 @@ def load_single_file(
     given = _check_config(_stored_config(path) if config is None else config)
     shapes = {name: tensor.shape for name, tensor in state.items()}
     _check_family(shapes, path)
-    tokenizer = load_tokenizer(_tokenizer_folder(tokenizer, path))
+    tokenizer_folder = _tokenizer_folder(tokenizer, path)
     scheduler = _scheduler_config(state, prediction_type, given["scheduler"], path)
     schedule = NoiseSchedule.from_config(scheduler)
     if "alphas_cumprod" in state and not given["scheduler"]:
         _check_schedule(state["alphas_cumprod"], schedule, path)
     configs = _infer_configs(shapes, schedule.prediction_type, path)
+    positions = (configs["text_encoder"] | given["text_encoder"])["max_position_embeddings"]
+    tokenizer = load_tokenizer(tokenizer_folder, positions)
     configs["text_encoder"] |= {
         f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")
     }
@@ -130,7 +134,8 @@ def save_single_file(pipeline: Pipeline, path: str, dtype: Any = None) -> None:
 
     Raises:
       FileNotFoundError: the folder of `path` does not exist.
-      ValueError: a weight holds a NaN or an infinity, or overflows `dtype`.
+      ValueError: a weight holds a NaN or an infinity, or overflows `dtype`; or the model works on pixels, which these
+        files have no place for.
     """
     tensors = {}
     for part, table in _tables(_modules_of(pipeline)).items():
@@ -146,7 +151,8 @@ def save_single_file(pipeline: Pipeline, path: str, dtype: Any = None) -> None:
 def untold_config(pipeline: Pipeline) -> dict[str, dict[str, Any]]:
     """What the tensors of `save_single_file`'s file do not tell of the pipeline, as `config` of `load_single_file`.
 
-    Empty for a published model, but for the `prediction_type` of Stable Diffusion 2, which is never in it.
+    Empty for a published model, but for the `upcast_attention` of Stable Diffusion 2.1. The `prediction_type` of Stable
+    Diffusion 2 is never in it.
     """
     modules = _modules_of(pipeline)
     shapes = {}
@@ -160,7 +166,9 @@ def untold_config(pipeline: Pipeline) -> dict[str, dict[str, Any]]:
         defaults = {field.name: field.default for field in dataclasses.fields(module.config)}
         actual = module.config.to_dict()
         told = {key: list(x) if isinstance(x, tuple) else x for key, x in (defaults | inferred[part]).items()}
-        keys = [key for key in told if key not in _INERT[part] and told[key] != actual[key]]
+        # Null, as older files have it, means false or 0.
+        differ = [key for key in told if told[key] != actual[key] and (told[key] or actual[key])]
+        keys = [key for key in differ if key not in _INERT[part]]
         if keys:
             untold[part] = {key: actual[key] for key in keys}
     usual = NoiseSchedule.from_config(_SCHEDULER | {"prediction_type": schedule.prediction_type})
@@ -306,6 +314,11 @@ def _build_modules(configs: Mapping[str, Mapping[str, Any]], source: str) -> dic
 
 
 def _modules_of(pipeline: Pipeline) -> dict[str, Any]:
+    if isinstance(pipeline.vae, PixelAutoencoder):
+        raise ValueError(
+            f"the pipeline's vae is a {PIXELS}: a model that works on pixels cannot be a single file; give a folder as "
+            "output"
+        )
     return {part: getattr(pipeline, part) for part in _TABLES}
 
 

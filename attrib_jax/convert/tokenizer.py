@@ -21,7 +21,7 @@ _LONGEST = 10**6  # a `model_max_length` beyond this is transformers' way to say
 
 
 class PromptReport(NamedTuple):
-    """What a tokenizer makes of one prompt.
+    """What a tokenizer makes of one prompt, in which a learnt token of several vectors is written out.
 
     Attributes:
       kept: the part of the prompt that the text encoder sees.
@@ -169,15 +169,37 @@ def load_tokenizer(path: str, max_length: int | None = None) -> Any:
 def tokenize_prompts(tokenizer: Any, prompts: Sequence[str]) -> np.ndarray:
     """Prompts -> input_ids (B, model_max_length) int32, cut and padded as Stable Diffusion does.
 
-    Half a surrogate pair, which JSON can escape, counts as '?'.
+    A learnt token of several vectors, `<a>` with `<a>_1` and so on, stands for all of them, as in diffusers. Half a
+    surrogate pair, which JSON can escape, counts as '?'.
     """
     if isinstance(prompts, str):
         raise TypeError(f"prompts={prompts!r} is one string; give a list of prompts")
-    prompts = [replace_surrogates(prompt) for prompt in prompts]
+    prompts = _with_all_vectors(tokenizer, [replace_surrogates(prompt) for prompt in prompts])
     encoded = tokenizer(
         prompts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="np"
     )
     return np.asarray(encoded["input_ids"], np.int32)
+
+
+def _with_all_vectors(tokenizer: Any, prompts: Sequence[str]) -> list[str]:
+    """Prompts in which each added token `<a>` of several vectors is written out as `<a> <a>_1 <a>_2 ...`.
+
+    Follows diffusers' TextualInversionLoaderMixin.maybe_convert_prompt, which replaces text wherever it stands: in a
+    prompt that spells all of them out too. Where the name of one such token is part of another's, diffusers' result
+    depends on the order of a set; here the token that comes first in the prompt is replaced first.
+    """
+    added = tokenizer.get_added_vocab()
+    several = {token for token in added if f"{token}_1" in added}
+    written = list(prompts)
+    if not several:
+        return written
+    for position, prompt in enumerate(prompts):
+        # The length is set only because transformers warns about a long prompt where there is none.
+        for token in dict.fromkeys(tokenizer.tokenize(prompt, max_length=2**30)):
+            if token in several:
+                further = itertools.takewhile(added.__contains__, (f"{token}_{i}" for i in itertools.count(1)))
+                written[position] = written[position].replace(token, " ".join([token, *further]))
+    return written
 
 
 def tokenize_captions(tokenizer: Any, captions: Sequence[Sequence[str]]) -> tuple[np.ndarray, np.ndarray]:
@@ -193,7 +215,7 @@ def tokenize_captions(tokenizer: Any, captions: Sequence[Sequence[str]]) -> tupl
 
 def inspect_prompt(tokenizer: Any, prompt: str) -> PromptReport:
     """Says what `tokenizer` keeps of `prompt`, what it cuts, and which words it does not know whole."""
-    prompt = replace_surrogates(prompt)
+    (prompt,) = _with_all_vectors(tokenizer, [replace_surrogates(prompt)])
     # The length is set only because transformers warns about a long prompt where there is none.
     encoded = tokenizer(
         prompt, add_special_tokens=False, truncation=False, max_length=2**30, return_offsets_mapping=True

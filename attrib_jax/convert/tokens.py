@@ -29,8 +29,8 @@ def read_token_file(path: str) -> dict[str, np.ndarray]:
       AUTOMATIC1111: `{"string_to_param": {"*": tensor}, "name": token, ...}`, or safetensors `{"emb_params": tensor}`,
         whose token is the file's name;
       Custom Diffusion's delta file: the tokens of its `modifier_token`.
-    A tensor (n, d) with n > 1 becomes n tokens, `token`, `token_1` and so on, as in diffusers; a prompt has to spell
-    out all of them.
+    A tensor (n, d) with n > 1 becomes n tokens, `token`, `token_1` and so on, as in diffusers; in a prompt `token`
+    stands for all of them.
 
     Raises:
       FileNotFoundError: there is no such file.

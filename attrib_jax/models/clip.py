@@ -57,13 +57,18 @@ class CLIPTextConfig:
 
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> "CLIPTextConfig":
-        """Reads a config.json; raises ValueError for another model class or an activation that this port lacks."""
+        """Reads a config.json; raises ValueError for another model class or an option that this port lacks."""
         model_type = config.get("model_type", "clip_text_model")
         if model_type != "clip_text_model":
             raise ValueError(f"text encoder config has model_type={model_type!r}; supported: 'clip_text_model'")
         architectures = config.get("architectures") or ["CLIPTextModel"]
         if "CLIPTextModelWithProjection" in architectures:
             raise ValueError(f"text encoder config has architectures={architectures!r}; supported: ['CLIPTextModel']")
+        # diffusers' pipelines then mask the padding.
+        if config.get("use_attention_mask"):
+            raise ValueError(
+                f"text encoder config has use_attention_mask={config['use_attention_mask']!r}; supported: False"
+            )
         known = {field.name for field in dataclasses.fields(cls)}
         return cls(**{key: value for key, value in config.items() if key in known})
 

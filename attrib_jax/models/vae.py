@@ -22,7 +22,7 @@ class AutoencoderKLConfig:
     layers_per_block: int = 1
     latent_channels: int = 4
     norm_num_groups: int = 32
-    sample_size: int = 32
+    sample_size: int | tuple[int, int] = 32
     scaling_factor: float = 0.18215
     shift_factor: float | None = None
     use_quant_conv: bool = True
@@ -43,10 +43,7 @@ class AutoencoderKLConfig:
             if unknown:
                 raise ValueError(f"autoencoder config has {key} with {unknown}; supported: {block!r}")
         known = {field.name for field in dataclasses.fields(cls)}
-        values = {key: value for key, value in config.items() if key in known}
-        if "block_out_channels" in values:
-            values["block_out_channels"] = tuple(values["block_out_channels"])
-        return cls(**values)
+        return cls(**{key: tuple(v) if isinstance(v, list) else v for key, v in config.items() if key in known})
 
     def to_dict(self) -> dict[str, Any]:
         """The config.json that diffusers' AutoencoderKL reads."""

@@ -42,9 +42,9 @@ def text_states(pipeline, prompts) -> np.ndarray:
 
 def torch_text_states(theirs, prompts) -> np.ndarray:
     """The same of a diffusers pipeline."""
-    ids = theirs.tokenizer(prompts, padding="max_length", max_length=MAX_LENGTH, truncation=True, return_tensors="pt")
     with torch.no_grad():
-        return theirs.text_encoder(ids["input_ids"]).last_hidden_state.numpy()
+        states, _ = theirs.encode_prompt(prompts, "cpu", num_images_per_prompt=1, do_classifier_free_guidance=False)
+    return states.numpy()
 
 
 def relative_error(actual, expected) -> float:

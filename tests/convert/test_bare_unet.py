@@ -1,7 +1,9 @@
 """A bare UNet state dict with a config, and a pipeline that takes it."""
 
 import dataclasses
+import functools
 import json
+import shutil
 
 import diffusers
 import jax
@@ -10,6 +12,7 @@ import pytest
 
 from attrib_jax.convert import pipeline as pipelines
 from attrib_jax.convert.configs import MSCOCO
+from attrib_jax.convert.single_file import save_single_file
 from attrib_jax.convert.state_dicts import state_dict_of
 from attrib_jax.convert.weight_files import write_weights
 from tests.convert import old_layout
@@ -68,6 +71,23 @@ def test_a_replaced_unet_brings_its_schedule(folder, ours, tmp_path):
     assert (again.unet, again.schedule.to_config()) == (replaced.unet, replaced.schedule.to_config())
 
 
+def test_a_prediction_type_of_choice_holds_for_the_schedule_of_a_replaced_unet(folder, ours, tmp_path):
+    config = {"unet": ours.unet.config.to_dict(), "scheduler": MSCOCO.scheduler}
+    single = tmp_path / "model.safetensors"
+    save_single_file(ours, str(single))
+    for model in (folder, single):
+        load = functools.partial(
+            pipelines.load_pipeline, str(model), tokenizer=str(folder), unet=f"{folder}/unet", unet_config=config
+        )
+        assert load().schedule.prediction_type == "epsilon"
+        chosen = load(prediction_type="v_prediction").schedule
+        assert chosen.to_config() == MSCOCO.scheduler | {"prediction_type": "v_prediction"}
+        assert chosen.prediction_type == "v_prediction"
+    same = pipelines.replace_unet(ours, f"{folder}/unet", prediction_type="v_prediction")
+    assert same.schedule.to_config() == ours.schedule.to_config() | {"prediction_type": "v_prediction"}
+    assert MSCOCO.scheduler["prediction_type"] == "epsilon"
+
+
 def test_a_unet_of_other_widths_is_refused(ours, tmp_path):
     wide = dataclasses.replace(ours.unet.config, cross_attention_dim=48)
     abstract = pipelines.abstract_unet_params(ours.unet.clone(config=wide))
@@ -75,6 +95,30 @@ def test_a_unet_of_other_widths_is_refused(ours, tmp_path):
     write_weights(state_dict_of(zeros), tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="the parts do not fit: unet cross_attention_dim is 48"):
         pipelines.replace_unet(ours, str(tmp_path / "model.safetensors"), wide.to_dict())
+
+
+def test_a_folder_may_lack_what_is_replaced(folder, ours, tmp_path, monkeypatch):
+    base = old_layout.copy_folder(folder, tmp_path / "base")
+    for part in ("unet", "tokenizer", "scheduler"):
+        shutil.rmtree(base / part)
+    index = old_layout.read(base / "model_index.json")
+    index |= {"unet": ["diffusers", "UNet3DConditionModel"], "tokenizer": [None, None]}
+    old_layout.write(base / "model_index.json", index)
+    unet = {"unet": f"{folder}/unet", "unet_config": {"unet": ours.unet.config.to_dict()}}
+    with pytest.raises(ValueError, match="has unet of class 'UNet3DConditionModel'"):
+        pipelines.load_pipeline(str(base), tokenizer=str(folder))
+    with pytest.raises(ValueError, match="has tokenizer of class None"):
+        pipelines.load_pipeline(str(base), **unet)
+    with pytest.raises(FileNotFoundError, match="it lacks: scheduler/scheduler_config.json$"):
+        pipelines.load_pipeline(str(base), tokenizer=str(folder), **unet)
+    unet["unet_config"]["scheduler"] = ours.schedule.to_config()
+    asked = []
+    monkeypatch.setattr(pipelines, "resolve_model", lambda path, _, replaced: asked.append(replaced) or path)
+    loaded = pipelines.load_pipeline(str(base), tokenizer=str(folder), **unet)
+    assert asked == [["unet", "tokenizer", "scheduler"]]
+    assert loaded.unet == ours.unet
+    assert loaded.schedule.to_config() == ours.schedule.to_config()
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, ours.params)
 
 
 def test_loading_with_another_unet_reads_only_that_one(monkeypatch, tmp_path):

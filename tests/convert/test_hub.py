@@ -91,9 +91,9 @@ def _server():
 _SCRIPT = """
 import json, pathlib, sys
 from attrib_jax.convert.hub import resolve_model
-for name, variant in json.loads(sys.argv[1]):
+for name, variant, *replaced in json.loads(sys.argv[1]):
     try:
-        answer = resolve_model(name, variant)
+        answer = resolve_model(name, variant, replaced=replaced)
         files = [str(p.relative_to(answer)) for p in pathlib.Path(answer).rglob("*") if p.is_file()]
     except (OSError, ValueError) as error:
         answer, files = f"{type(error).__name__} {error}", []
@@ -102,7 +102,7 @@ for name, variant in json.loads(sys.argv[1]):
 
 
 def resolve(models, home, endpoint, **environment):
-    """The path or error of each (name, variant) and the files under it, then the log.
+    """The path or error of each (name, variant, *replaced) and the files under it, then the log.
 
     In a process of its own, because huggingface_hub reads the environment when it is imported.
     """
@@ -196,3 +196,15 @@ def test_only_the_files_that_are_read_are_downloaded(tmp_path):
     assert "RepositoryNotFoundError" in no_model[0]
     [cached], _ = resolve([("owner/model", None)], tmp_path, endpoint)
     assert cached[0] == first[0]
+
+
+def test_what_is_replaced_is_not_downloaded(tmp_path):
+    with _server() as endpoint:
+        [(_, files)], log = resolve([("owner/model", None, "unet", "tokenizer", "scheduler")], tmp_path, endpoint)
+    assert set(files) == {
+        "model_index.json",
+        "vae/config.json",
+        "vae/diffusion_pytorch_model.safetensors",
+        "text_encoder/config.json",
+        "text_encoder/pytorch_model.bin",
+    }, log

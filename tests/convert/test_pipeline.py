@@ -241,6 +241,14 @@ def test_missing_and_extra_tensors_are_listed(copy):
         pipelines.load_pipeline(str(copy))
 
 
+def test_an_autoencoder_trained_on_two_sides_loads_and_keeps_them(copy, ours, tmp_path):
+    edit_json(copy / "vae/config.json", sample_size=[16, 24])
+    loaded = pipelines.load_pipeline(str(copy))
+    jax.tree.map(np.testing.assert_array_equal, loaded.params["vae"], ours.params["vae"])
+    pipelines.save_pipeline(loaded, str(tmp_path / "saved"))
+    assert json.loads((tmp_path / "saved/vae/config.json").read_text())["sample_size"] == [16, 24]
+
+
 def test_old_autoencoder_names_load(copy, ours):
     path = str(copy / "vae/diffusion_pytorch_model.safetensors")
     renames = {"to_q.": "query.", "to_k.": "key.", "to_v.": "value.", "to_out.0.": "proj_attn."}

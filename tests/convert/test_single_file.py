@@ -2,6 +2,8 @@
 
 import dataclasses
 import logging
+import pathlib
+import shutil
 
 import diffusers
 import jax
@@ -15,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from attrib_jax.convert import single_file
-from attrib_jax.convert.pipeline import load_pipeline
+from attrib_jax.convert.pipeline import load_pipeline, tokenize
 from attrib_jax.convert.single_file import load_single_file, save_single_file, untold_config
 from attrib_jax.convert.tensors import LazyTensor
 from attrib_jax.convert.tokenizer import save_tokenizer, train_tokenizer
@@ -294,6 +296,25 @@ def test_what_the_shapes_do_not_tell_is_said_and_taken(tmp_path, caplog):
         load_single_file(path, str(tmp_path / "folder"), config={"text": {}})
 
 
+@pytest.mark.parametrize("upcast", [True, None])
+def test_upcast_attention_is_kept(sd2, tmp_path, upcast):
+    unet = sd2.ours.unet.clone(config=dataclasses.replace(sd2.ours.unet.config, upcast_attention=upcast))
+    pipeline = dataclasses.replace(sd2.ours, unet=unet)
+    # Null is how older files have false, which needs no telling.
+    assert untold_config(pipeline) == ({"unet": {"upcast_attention": True}} if upcast else {})
+    path = str(tmp_path / "x.safetensors")
+    save_single_file(pipeline, path)
+    assert sd2.load(path).unet.config.upcast_attention is bool(upcast)
+
+
+def test_a_model_on_pixels_is_refused(tmp_path):
+    digits = load_pipeline(str(pathlib.Path(__file__).parents[2] / "models/digits"))
+    for export in (untold_config, lambda pipeline: save_single_file(pipeline, str(tmp_path / "x.safetensors"))):
+        with pytest.raises(ValueError, match="vae is a PixelAutoencoder.*cannot be a single file; give a folder as"):
+            export(digits)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("stored", ["{", "[]", '{"unet": 1}', "[" * 100_000])
 def test_a_damaged_config_in_the_header_is_named(sd1, tmp_path, stored):
     path = str(tmp_path / "x.safetensors")
@@ -343,6 +364,13 @@ def test_tokenizer_is_asked_for(sd1, tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no tokenizer: expected tokenizer.json"):
         load_single_file(sd1.file, str(tmp_path))
     assert len(load_single_file(sd1.file, f"{sd1.folder}/tokenizer").tokenizer) == len(sd1.ours.tokenizer)
+
+
+def test_length_that_the_tokenizer_does_not_tell_is_the_text_encoders(sd1, tmp_path):
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copy(f"{sd1.folder}/tokenizer/{name}", tmp_path)
+    loaded = load_single_file(sd1.file, str(tmp_path))
+    assert tokenize(loaded, CAPTIONS).tolist() == tokenize(sd1.ours, CAPTIONS).tolist()
 
 
 def test_truncated_and_absent_files_are_named(sd1, tmp_path):

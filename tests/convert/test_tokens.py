@@ -138,9 +138,18 @@ def test_several_vectors_become_numbered_tokens(ours, theirs, tmp_path):
     tokens = read_token_file(path)
     assert_tokens(tokens, dict(zip(["<new1>", "<new1>_1", "<new1>_2"], table)))
     theirs.load_textual_inversion(path)
-    prompts = [theirs.maybe_convert_prompt("a <new1>", theirs.tokenizer)]
     extended = add_tokens(ours, tokens)
-    assert relative_error(text_states(extended, prompts), torch_text_states(theirs, prompts)) < 1e-5
+    for prompt in ["a <new1>", "<new1>s, x<new1>", "<NEW1>", "<new1> <new1>_1 <new1>_2", "<new1>_2", *CAPTIONS, ""]:
+        assert relative_error(text_states(extended, [prompt]), torch_text_states(theirs, [prompt])) < 1e-5, prompt
+    written = pipelines.tokenize(ours, ["a"])[0].tolist()
+    written[2:5] = extended.tokenizer.convert_tokens_to_ids(list(tokens))
+    assert pipelines.tokenize(extended, ["a <new1>"]).tolist() == [written]
+
+
+def test_report_shows_which_vectors_are_cut(ours):
+    extended = add_tokens(ours, vectors("<new1>", "<new1>_1", "<new1>_2"))
+    report = pipelines.prompt_report(extended, "a red <new1> heart <new1>")
+    assert (report.kept, report.truncated) == ("a red <new1> <new1>_1 <new1>_2 heart", "<new1> <new1>_1 <new1>_2")
 
 
 def test_one_row_is_one_token(tmp_path):

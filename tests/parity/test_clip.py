@@ -121,11 +121,16 @@ def test_config_round_trip_through_transformers(options):
         ({"num_attention_heads": 5}, "hidden_size=24.*num_attention_heads=5"),
         ({"model_type": "t5"}, "model_type='t5'"),
         ({"architectures": ["CLIPTextModelWithProjection"]}, "CLIPTextModelWithProjection"),
+        ({"use_attention_mask": True}, "use_attention_mask=True; supported: False"),
     ],
 )
 def test_unsupported_config_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
         CLIPTextConfig.from_dict(SD1 | change)
+
+
+def test_padding_that_is_not_masked_may_be_stated():
+    assert CLIPTextConfig.from_dict(SD1 | {"use_attention_mask": False}) == CLIPTextConfig.from_dict(SD1)
 
 
 def test_bad_token_ids_are_refused():
