@@ -20,6 +20,7 @@ setup(
         "jax>=0.10",
         "jinja2",
         "matplotlib",
+        "ml-dtypes",
         "numpy>=2",
         "optax",
         "orbax-checkpoint",
@@ -42,7 +43,7 @@ setup(
         "cuda13": ["jax[cuda13]>=0.10"],
         "tpu": ["jax[tpu]>=0.10"],
         "torch": ["torch"],  # to read .bin, .pt and .ckpt files
-        "studies": ["scikit-learn"],  # the digits, and the metrics of benchmarks/ and launch.evaluate
+        "studies": ["scikit-learn"],  # the digits, and benchmarks/regions.py
         "dev": ["diffusers", "hypothesis", "pytest", "pytest-xdist", "ruff", "scikit-learn", "torch==2.13.0"],
     },
 )

@@ -58,7 +58,7 @@ _MSCOCO_ROWS = flags.DEFINE_integer("mscoco_rows", 64, "mscoco: synthetic pictur
 _MSCOCO_QUERIES = flags.DEFINE_integer("mscoco_queries", 1, "mscoco: queries.", lower_bound=1)
 _MSCOCO_STRIDE = flags.DEFINE_integer("mscoco_stride", 250, "mscoco: timesteps of the scores.", lower_bound=1)
 
-# What a precision has to keep of the float32 scores (issue "Scale and speed") to be the documented choice.
+# What a precision has to keep of the float32 scores to be the documented choice.
 _SPEARMAN, _OVERLAP = 0.999, 0.98
 _TOP = 100
 

@@ -19,6 +19,7 @@ from absl import flags
 
 from attrib_jax.convert.tokenizer import save_tokenizer, train_tokenizer
 from attrib_jax.convert.tower import load_tower
+from attrib_jax.core.checks import check_choice
 from launch import common
 
 _OUTPUT = flags.DEFINE_string(
@@ -33,6 +34,8 @@ _NAMES = {"clip": "CLIP ViT-B/32", "dino": "DINO ViT-B/16", "dinov2": "DINOv2 Vi
 
 
 def main():
+    for family in _TOWERS.value:
+        check_choice("tower", family, _NAMES)
     rows = []
     for family in _TOWERS.value:
         folder = Path(_OUTPUT.value) / family

@@ -1,7 +1,7 @@
 """The commands, `python -m launch.NAME`.
 
 On Linux they start themselves once more with huge pages for large arrays: a compiled program on a CPU allocates its
-working memory anew at every call, and mapping it in pages of 4 KiB cost up to a quarter of the time ("Speed" in
+working memory anew at every call, and mapping it in pages of 4 KiB cost up to a third of the time ("Speed" in
 BUILD_NOTES.md). The C library takes the setting from the environment of a process that starts, and nowhere else.
 """
 

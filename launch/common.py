@@ -85,7 +85,15 @@ def run(main: Callable[[], None], one_host: bool = False) -> None:
         _prepare_jax()
         sys.exit(execute(main))
 
+    _list_shared_flags()
     app.run(wrapped)
+
+
+def _list_shared_flags() -> None:
+    """Makes the flags of this module and of `multihost` the command's own, which are what `--help` lists."""
+    for module in (__name__, multihost.__name__):
+        for flag in flags.FLAGS.get_flags_for_module(module):
+            flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
 
 
 def _run_on_several_hosts(main: Callable[[], None]) -> NoReturn:
@@ -221,7 +229,7 @@ def _cpu_count() -> int:
 def _prepare_jax() -> None:
     absl_logging.set_verbosity(absl_logging.WARNING)
     absl_logging.get_absl_handler().setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
-    # A CPU split into one device a core runs each core's tiles as a program of its own: measured 1.2 to 1.5 times as
+    # A CPU split into one device a core runs each core's tiles as a program of its own: measured 1.1 to 1.3 times as
     # fast as one device whose threads share every operation ("Speed" in BUILD_NOTES.md).
     jax.config.update("jax_num_cpu_devices", DEVICES.value or _cpu_count())
     # Only its tokenizers are used: that PyTorch is missing is no news.

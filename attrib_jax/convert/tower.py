@@ -18,6 +18,7 @@ from attrib_jax.convert.state_dicts import abstract_params, load_params, state_d
 from attrib_jax.convert.tensors import Tensor
 from attrib_jax.convert.tokenizer import load_tokenizer, save_tokenizer
 from attrib_jax.convert.weight_files import open_weights, write_weights
+from attrib_jax.core.checks import check_choice
 from attrib_jax.core.durable import new_folder
 from attrib_jax.models.clip_towers import CLIPConfig, CLIPModel
 from attrib_jax.models.vit import Dinov2Config, VisionTransformer, ViTConfig
@@ -70,6 +71,8 @@ def load_tower(path: str | os.PathLike, family: str | None = None, dtype: Any = 
       ValueError: a model of another family or with options that this library lacks, a tensor that is missing,
         unexpected or misshaped, or a damaged file.
     """
+    if family is not None:
+        check_choice("family", family, _EXAMPLES)
     path = resolve_tower(path)
     config = read_config(path)
     found = config.get("model_type")

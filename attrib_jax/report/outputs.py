@@ -207,6 +207,8 @@ def _method_settings(config: AttributeConfig, size: int) -> dict[str, str]:
             "step size": f"{config.step_size:g}",
             "steps": str(config.steps),
         }
+        if config.keep_ewc_gradient:
+            settings["EWC gradient"] = "kept"
     else:
         settings["curvature"] = curvature
     settings |= {

@@ -95,6 +95,8 @@ def test_other_models_are_refused(folders, tmp_path, family, config, message):
 def test_another_family_than_asked_for(folders):
     with pytest.raises(ValueError, match="family 'dinov2'.*expected 'clip'.*openai/clip-vit-base-patch32"):
         load_tower(folders / "dinov2", "clip")
+    with pytest.raises(ValueError, match="unknown family 'clipp': did you mean 'clip'"):
+        load_tower(folders / "clip", "clipp")
 
 
 @pytest.mark.parametrize(

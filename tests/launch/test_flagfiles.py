@@ -52,3 +52,11 @@ def test_flagfiles_parse(command):
     )
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout) == {file: expected_dataset(file) for file in files}
+
+
+def test_help_lists_the_flags_that_commands_share():
+    result = subprocess.run(
+        [sys.executable, "-m", "launch.encode", "--help"], capture_output=True, text=True, check=False
+    )
+    shown = {line.split(":")[0].strip() for line in result.stdout.splitlines() if line.startswith("  --")}
+    assert {"--model", "--dataset", "--workdir", "--[no]multihost", "--coordinator"} <= shown

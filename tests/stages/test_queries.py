@@ -77,8 +77,8 @@ def test_a_killed_pass_resumes_with_other_queries_beside(alone, attributor, monk
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupt_writes(patch, every=6)
         attributor.attribute_many(QUERIES[:2], CONFIG)
-    # Five of the six chunks are stored, and one tile of each of these two queries is computed again to see that they are
-    # of this device; the third query has none, and chunks of another size.
+    # Five of the six chunks are stored, and one tile of each of these two queries is computed again to see that they
+    # are of this device; the third query has none, and chunks of another size.
     passes.clear()
     monkeypatch.setattr(losses_stage, "_ROWS_PER_CHUNK", 24)
     results = attributor.attribute_many(QUERIES[::-1], CONFIG)
