@@ -38,8 +38,9 @@ def fit_kernel(features: Any) -> Kernel:
     """
     width = features.shape[-1]
     gram = np.zeros((width, width))
-    for block in _blocks(features):
-        gram += block.T @ block
+    with np.errstate(over="ignore", invalid="ignore"):  # told below
+        for block in _blocks(features):
+            gram += block.T @ block
     if not np.isfinite(gram).all():
         raise ValueError(
             f"features of the {features.shape[0]} examples have values that are NaN or infinite, or overflow when "

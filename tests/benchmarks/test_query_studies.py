@@ -55,8 +55,8 @@ def test_cost_and_agreement_of_many_queries(model, tmp_path):
     # As many queries in both parts, so that they share their programs.
     arguments = ("--counts=1,2", "--rows=9", "--agreement_rows=30", "--agreement_queries=2")
     output, results, again = run("queries", model, tmp_path, *arguments)
-    # The eight pictures that tell whether stored losses are of this device.
-    assert again <= 8
+    # Of the base losses and of either query's, the eight pictures that tell whether they are of this device.
+    assert again <= 3 * 8
     assert set(results["costs"]) == {"exact 1", "exact 2", "linear 1", "linear 2"}
     assert all(cost["seconds"] > 0 and cost["rows"] == 9 for cost in results["costs"].values())
     assert results["costs"]["exact 2"]["difference"] == 0 < results["costs"]["linear 2"]["difference"] < 1e-3
