@@ -68,9 +68,11 @@ _STRIDE = flags.DEFINE_integer("stride", 100, "Timesteps of the score: 0, stride
 _CAPTIONS = flags.DEFINE_string("captions", "first", f"Captions of a training picture: {', '.join(CAPTIONS)}.")
 _FLIPS = flags.DEFINE_string("flips", "max", f"Over a picture and its mirror image: {', '.join(FLIP_RULES)}.")
 _LOSS_SEED = flags.DEFINE_integer("loss_seed", 0, "Seeds the noise of losses, Fisher information and unlearning.")
-_REGION = flags.DEFINE_list("region", None, "x0,y0,x1,y1 in query pixels: attribute this box only.")
+_REGION = flags.DEFINE_list(
+    "region", None, "x0,y0,x1,y1 in pixels of the query as the model sees it (query.png): attribute this box only."
+)
 _REGION_MASK = flags.DEFINE_string(
-    "region_mask", None, "PNG file of the query's size: attribute the pixels that are not black, instead of a box."
+    "region_mask", None, "PNG file of that size: attribute the pixels that are not black, instead of a box."
 )
 _PRECISION = flags.DEFINE_string("precision", "float32", f"Of the scores' losses: {', '.join(PRECISIONS)}.")
 _CASCADE = flags.DEFINE_float("cascade", 0.0, "Share of the pictures scored at the full setting, by coarse scores.")
@@ -188,8 +190,15 @@ def _read_queries() -> tuple[list[Query], list[str | None]]:
                 "own; leave them out (--prompt= takes back that of a flagfile)"
             )
         return read_queries(_QUERIES.value, Query(prompt="", **settings))
-    if _QUERY_TEXT.value is None:
-        common.require(prompt=_PROMPT.value)
+    if _QUERY_INDEX.value and _QUERY_LATENTS.value is None:
+        raise ValueError(f"query_index is {_QUERY_INDEX.value}, but there are no --query_latents to choose from")
+    if _QUERY_TEXT.value is None and _PROMPT.value is None:
+        common.require(prompt=None)
+    if not (_PROMPT.value or _QUERY.value or _QUERY_LATENTS.value):
+        # An own picture may have an empty prompt; a generated one would be of nothing.
+        raise ValueError(
+            "prompt is empty, and there is no picture; give --prompt, --query, --query_latents or --queries"
+        )
     return [Query(prompt=_PROMPT.value or "", image=_QUERY.value, **_stored_query(), **settings)], [_NAME.value]
 
 

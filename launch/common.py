@@ -127,7 +127,10 @@ def execute(main: Callable[[], None]) -> int:
         multihost.check_connection(error)
         if os.environ.get("ATTRIB_JAX_TRACEBACK"):
             raise
-        hint = "if it ran out of memory, select fewer weights with --weights, or take a device with more"
+        hint = (
+            "if it ran out of memory, select fewer weights with --weights, take a smaller --batch_size or "
+            "--projection_dim, or a device with more"
+        )
         print(f"error: the device gave up ({error}); {hint}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -138,7 +141,7 @@ def execute(main: Callable[[], None]) -> int:
 
 def require(**values: object) -> None:
     """Raises ValueError naming the flags among `values` that were not given."""
-    missing = [f"--{name}" for name, value in values.items() if value is None]
+    missing = [f"--{name}" for name, value in values.items() if value is None or value == ""]
     if missing:
         raise ValueError(f"{', '.join(missing)} not given; see --help, or start from a flagfile under configs/")
 

@@ -3,10 +3,12 @@
 python -m launch.sample --model=models/openmoji --prompts="red apple,fire engine" --output=sheet.png
 """
 
+from pathlib import Path
+
 from absl import flags
 from PIL import Image
 
-from attrib_jax.core.checks import check_positive
+from attrib_jax.core.checks import check_positive, check_range
 from attrib_jax.models.unet import predictor
 from attrib_jax.stages.query import Query, decode, generate, prompt_notes
 from launch import common
@@ -18,11 +20,17 @@ _ROWS = flags.DEFINE_integer("rows", 1, "Seeds to draw each prompt with.")
 _GUIDANCE = flags.DEFINE_float("guidance_scale", 7.5, "Classifier-free guidance.")
 _SAMPLER = flags.DEFINE_string("sampler", "ddim", "ddim or ddpm.")
 _STEPS = flags.DEFINE_integer("sampler_steps", 50, "Sampling steps.")
+_MAX_SEED = 2**32 - 1
 
 
 def main():
-    common.require(model=common.MODEL.value, prompts=_PROMPTS.value)
+    common.require(model=common.MODEL.value, prompts=_PROMPTS.value or None)
     check_positive("rows", _ROWS.value, integer=True)
+    # Before pictures are drawn, which takes minutes.
+    check_range("seed", _SEED.value, 0, _MAX_SEED - _ROWS.value + 1, integer=True)
+    output = Path(_OUTPUT.value)
+    if output.suffix.lower() != ".png" or not output.parent.is_dir() or output.is_dir():
+        raise ValueError(f"output is {_OUTPUT.value!r}; expected the name of a .png in a folder that exists")
     settings = Query(
         prompt="", guidance_scale=_GUIDANCE.value, sampler=_SAMPLER.value, sampler_steps=_STEPS.value, seed=_SEED.value
     )

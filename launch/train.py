@@ -133,6 +133,8 @@ def _scratch():
 
 
 def _unet():
+    if not _CHANNELS.value or not all(text.isdecimal() for text in _CHANNELS.value):
+        raise ValueError(f"unet_channels is {','.join(_CHANNELS.value)!r}; expected whole numbers, one a level")
     unet = SmallUNet(channels=tuple(map(int, _CHANNELS.value)))
     steps = _given(_STEPS, 400)
     recipe = Recipe(

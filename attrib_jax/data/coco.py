@@ -67,8 +67,8 @@ def _annotation_file(path: Path, split: str | None) -> Path:
         return found[0]
     there = ", ".join(file.name for file in found) or "none"
     raise FileNotFoundError(
-        f"dataset coco:{path}: no {wanted} (captions_*.json there: {there}); expected COCO's annotations folder, or "
-        "name one of these with split"
+        f"dataset coco:{path}: no {wanted} (captions_*.json there: {there}); expected COCO's annotations folder; "
+        "give the path of one of these files in its place"
     )
 
 

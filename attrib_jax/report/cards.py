@@ -118,7 +118,7 @@ def _card(report: ReportData, rank: int, position: int, first: int, duplicate_of
         row_id=row_id,
         score=score,
         relative=float(np.clip(score / best, 0.0, 1.0)) if best > 0 else None,
-        captions=captions or ("(no caption)",),
+        captions=captions or ((f"row {row_id}",) if picture is None else ("(no caption)",)),
         mirrored=mirrored,
         picture=picture,
         duplicate_of=duplicate_of,

@@ -75,24 +75,31 @@ class Stage:
         from_first_host(lambda: write_json(self.path / _RECORD, {**_read_record(self.path), "finished": True}))
 
 
-def open_stage(workdir: str | os.PathLike, name: str, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> Stage:
+def open_stage(
+    workdir: str | os.PathLike,
+    name: str,
+    settings: Mapping[str, Any],
+    inputs: Mapping[str, str],
+    remedy: str | None = None,
+) -> Stage:
     """Creates the stage `<workdir>/<name>/`, or opens it to be resumed or reused if it was made in the same way.
 
     `settings` are JSON values (None, bool, numbers, str, lists, dicts with str keys) that decide the result;
     `inputs` maps a name to the fingerprint of what the stage reads. `name` may be nested, as `attribution/cat`.
     Hold `lock(workdir)` from before this call until the stage is written: it clears what a killed run left.
     With several hosts every host calls it: host 0 creates or checks the stage, and the others then read its record.
+    `remedy` is what to do where it was made otherwise: for most stages, to take another workdir or delete it.
 
     Raises StageMismatchError where the stored stage has other settings or inputs, StorageError where it cannot be
     read or written, ValueError where settings are no JSON.
     """
     # Only host 0 clears what a killed run left: it may be writing by the time that the others come here.
     return first_host_first(
-        lambda: _open(workdir, name, settings, inputs) if is_first_host() else load_stage(workdir, name)
+        lambda: _open(workdir, name, settings, inputs, remedy) if is_first_host() else load_stage(workdir, name)
     )
 
 
-def _open(workdir, name, settings, inputs) -> Stage:
+def _open(workdir, name, settings, inputs, remedy) -> Stage:
     path = _stage_path(workdir, name)
     asked = {"settings": _as_json("settings", settings), "inputs": _as_json("inputs", inputs)}
     if (path / _RECORD).exists():
@@ -100,8 +107,10 @@ def _open(workdir, name, settings, inputs) -> Stage:
         differences = _differences({"settings": stage.settings, "inputs": stage.inputs}, asked)
         if differences:
             raise StageMismatchError(
-                f"stage {name!r} in {path} was made with other settings or inputs:\n" + "\n".join(differences) + "\n"
-                f"Give another --workdir, or delete {path} to compute it anew."
+                f"stage {name!r} in {path} was made with other settings or inputs:\n"
+                + "\n".join(differences)
+                + "\n"
+                + (remedy or f"Give another --workdir, or delete {path} to compute it anew.")
             )
         remove_partial_files(path)
         return stage

@@ -264,12 +264,18 @@ class Attributor:
         with contextlib.ExitStack() as stack:
             jobs = []
             for name, own, each in zip(names, settings, prepared):
-                stage = stack.enter_context(self.root.stage(f"attribution/{name}", own, self.inputs_of(config)))
+                remedy = (
+                    f"Give another --query_name than {name!r}, or delete {self.root.workdir / 'attribution' / name}."
+                )
+                stage = stack.enter_context(self.root.stage(f"attribution/{name}", own, self.inputs_of(config), remedy))
                 jobs.append(Job(name, own, each, stage))
             results = {}
             for job in jobs:
-                stored = _stored_scores(job.folder) if job.stage.finished else None
+                if not job.stage.finished:
+                    continue
+                began, stored = time.monotonic(), _stored_scores(job.folder)
                 if stored is not None:
+                    self.timings["scores"] = (round(time.monotonic() - began, 2), True)
                     results[job.name] = self._attributed(job, *stored, len(jobs))
             left = [job for job in jobs if job.name not in results]
             size = queries_in_pass(config, self.programs.selected(config))

@@ -144,11 +144,14 @@ class AttributeConfig:
             "cascade": self.cascade > 0,
             "score": self.score != "exact",
             "fisher": self.fisher is not None,
+            "update": self.update != "newton",
+            "keep_ewc_gradient": self.keep_ewc_gradient,
+            "curvature": self.curvature != "diagonal",
         }
         for name in (name for name, is_given in given.items() if is_given):
             raise ValueError(
                 f"{name} is {getattr(self, name)!r}, but method={self.method!r} has no use for it: it belongs to "
-                f"method='unlearn'. Leave out {name}, or change the method."
+                f"methods 'unlearn' and 'influence'. Leave out {name}, or change the method."
             )
 
     def _check_curvature(self) -> None:

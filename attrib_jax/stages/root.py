@@ -40,19 +40,23 @@ class StageRoot:
                     f"the {' and '.join(others)} of this host and of host 0 differ: expected the same files and "
                     "settings on every host"
                 )
-        stage = open_stage(self.workdir, "inputs", {}, inputs)
+        remedy = "Give another --workdir: this one holds the results of that model and data set."
+        stage = open_stage(self.workdir, "inputs", {}, inputs, remedy)
         if not stage.finished:
             stage.finish()
 
     @contextlib.contextmanager
-    def stage(self, name: str, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> Iterator[Stage]:
+    def stage(
+        self, name: str, settings: Mapping[str, Any], inputs: Mapping[str, str], remedy: str | None = None
+    ) -> Iterator[Stage]:
         """Opens a stage to be filled or read, and marks it finished when the block ends without an error.
 
         A stage in which an error left nothing stored is removed, so that other settings can take its name. Raises
-        StageMismatchError where the workdir's stage of that name has other settings or inputs.
+        StageMismatchError where the workdir's stage of that name has other settings or inputs; it says `remedy`, see
+        `open_stage`.
         """
         from_first_host(lambda: self._copy(name) if self._fits(name, settings, inputs) else None)
-        stage = open_stage(self.workdir, name, settings, inputs)
+        stage = open_stage(self.workdir, name, settings, inputs, remedy)
         try:
             yield stage
         except Exception:

@@ -125,8 +125,10 @@ def train(workdir: str | os.PathLike, dataset: Dataset, config: TrainConfig, dty
     split = {"autoencoder": ("autoencoder", "vae_channels", "vae_groups", "mse_weight", "kl_weight")}
     split["diffusion"] = tuple(name for name in settings if name not in split["autoencoder"])
     autoencoder, diffusion = (_stage_settings(settings, keys) for keys in split.values())
+    # Before anything is stored: pictures that cannot be trained on should leave nothing behind.
+    vae = _autoencoder(dataset, config)
     stage = open_stage(workdir, "autoencoder", autoencoder, {"dataset": fingerprint})
-    vae, vae_params = _train_autoencoder(stage.path, dataset, config)
+    vae_params = _train_autoencoder(stage.path, vae, dataset, config)
     stage.finish()
 
     inputs = {"dataset": fingerprint, "autoencoder": params_fingerprint(vae_params)}
@@ -157,7 +159,7 @@ def _stage_settings(settings: Mapping[str, Any], keys: tuple[str, ...]) -> dict[
     return picked
 
 
-def _train_autoencoder(folder: Path, dataset: Dataset, config: TrainConfig) -> tuple[AutoencoderKL, Any]:
+def _autoencoder(dataset: Dataset, config: TrainConfig) -> AutoencoderKL:
     side = picture_side(dataset)
     vae = AutoencoderKL(
         AutoencoderKLConfig(
@@ -172,13 +174,17 @@ def _train_autoencoder(folder: Path, dataset: Dataset, config: TrainConfig) -> t
             f"dataset {dataset.name!r} has pictures of {side} pixels a side; expected a multiple of "
             f"{vae.config.downscale}, by which the autoencoder shrinks them. Give such a --resolution."
         )
-    key = purpose_key(config.autoencoder.seed, "autoencoder weights")
+    return vae
+
+
+def _train_autoencoder(folder: Path, vae: AutoencoderKL, dataset: Dataset, config: TrainConfig) -> Any:
+    side, key = vae.config.sample_size, purpose_key(config.autoencoder.seed, "autoencoder weights")
     params = jax.jit(vae.init)(key, jnp.zeros((1, side, side, 3)))["params"]
 
     def loss_fn(params, images, key):
         return autoencoder_loss(vae, params, images, key, config.mse_weight, config.kl_weight)
 
-    return vae, fit(folder, loss_fn, params, _Images(dataset, side), config.autoencoder, "train autoencoder")
+    return fit(folder, loss_fn, params, _Images(dataset, side), config.autoencoder, "train autoencoder")
 
 
 def _train_diffusion(folder, captions, config: TrainConfig, vae, vae_params, latents) -> Pipeline:

@@ -108,12 +108,13 @@ def train_tower(
     settings = dataclasses.asdict(config)
     for name in ("checkpoint_every", "log_every"):  # how often a run is stored does not decide its result
         del settings["run"][name]
+    # Before anything is stored: pictures that cannot be trained on should leave nothing behind.
+    side = picture_side(dataset)
+    module = CLIPModel(_clip_config(config, side, tokenizer))
     inputs = {"dataset": dataset.fingerprint(), "tokenizer": tokenizer_fingerprint(tokenizer)}
     stage = open_stage(workdir, "tower_training", settings, inputs)
     held_out = holdout_rows(dataset, config.holdout, config.run.seed)
     rows = np.setdiff1d(np.arange(len(dataset)), held_out)
-    side = picture_side(dataset)
-    module = CLIPModel(_clip_config(config, side, tokenizer))
     key = purpose_key(config.run.seed, "tower weights")
     ids = jnp.zeros((1, tokenizer.model_max_length), jnp.int32)
     params = jax.jit(module.init)(key, jnp.zeros((1, side, side, 3)), ids)["params"]

@@ -98,6 +98,11 @@ def _results(workdir):
         (["--method=das", "--region=0,0,8,8"], "region is (0, 0, 8, 8), but method='das' has no use for it"),
         (["--method=trak", "--ensemble=nowhere"], "ensemble holds 'nowhere'"),
         (["--method=journey-trak", "--journey_timestep=1000"], "journey_timestep is 1000"),
+        (["--prompt="], "prompt is empty, and there is no picture; give --prompt, --query"),
+        (["--query_index=1"], "query_index is 1, but there are no --query_latents"),
+        (["--method=pixel", "--curvature=ekfac"], "curvature is 'ekfac', but method='pixel' has no use for it"),
+        (["--method=random", "--update=sgd"], "update is 'sgd', but method='random' has no use for it"),
+        (["--workdir="], "--workdir not given"),
     ],
 )
 def test_wrong_input_is_one_clear_line_and_costs_nothing(command, workdir, arguments, message):
@@ -105,6 +110,12 @@ def test_wrong_input_is_one_clear_line_and_costs_nothing(command, workdir, argum
     code, output = command(*arguments)
     assert code == 1 and message in output.err and output.err.startswith("error:")
     assert _results(workdir) == before
+
+
+def test_a_name_that_another_query_has_is_refused_with_what_to_do(command):
+    command("--method=random", "--query_name=taken")
+    code, output = command("--method=random", "--query_name=taken", "--prompt=hat")
+    assert code == 1 and "Give another --query_name than 'taken'" in output.err
 
 
 def test_missing_flags_are_named(command):

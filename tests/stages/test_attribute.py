@@ -193,7 +193,8 @@ def test_finished_scores_are_read_and_damaged_ones_computed_again(finished, pipe
     shutil.copytree(workdir, tmp_path / "copy")
     attributor = Attributor(pipeline, dataset, StageRoot(tmp_path / "copy"))
     again = attributor.attribute(QUERY, CONFIG)
-    assert set(again.timings) == {"query"} and again.query_loss == first.query_loss
+    assert set(again.timings) == {"query", "scores"} and again.timings["scores"][1]
+    assert again.query_loss == first.query_loss
     np.testing.assert_array_equal(again.scores.loss_after, first.scores.loss_after)
     file = again.folder / "scores.npz"
     file.write_bytes(file.read_bytes()[:-100])

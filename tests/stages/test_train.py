@@ -148,6 +148,7 @@ def test_pictures_of_sizes_that_do_not_fit(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             train(tmp_path / str(images.shape[2]), ArrayDataset(images, [["hat"]] * 3), config)
+    assert not list(tmp_path.rglob("stage.json"))
     mixed = TrainingPictures(ArrayDataset(pixels, [["hat"]] * 3), 18)
     with pytest.raises(ValueError, match="a picture of 18 x 20 pixels at position 1, and others of 18 x 18; give"):
         mixed(1)
