@@ -72,6 +72,10 @@ def _write_outputs(result, dataset, query, config, model_name, model_credit, top
     write_bytes(folder / "query.png", png.getvalue())
     write_bytes(folder / "top.csv", _top_csv(result.scores.top(top_k), dataset, position))
 
+    notes = list(result.query.notes)
+    unreadable = 0 if cascade else len(dataset) - len(result.scores)
+    if unreadable:
+        notes.append(f"{unreadable} of {len(dataset)} training pictures could not be read and have no score.")
     groups = dataset.groups
     report = ReportData(
         query_image=result.query.image,
@@ -98,7 +102,7 @@ def _write_outputs(result, dataset, query, config, model_name, model_credit, top
         timings={stage: Timing(seconds, reused) for stage, (seconds, reused) in result.timings.items()},
         region=config.region,
         region_mask=_region_mask(config, result.query.image),
-        warnings=result.query.notes,
+        warnings=tuple(notes),
         model_credit=None if model_credit is None else Credit(model_credit),
         dataset_credit=None if dataset.credit is None else Credit(dataset.credit, dataset.credit_url),
     )
@@ -117,7 +121,7 @@ def _write_outputs(result, dataset, query, config, model_name, model_credit, top
             "timings_seconds": {name: seconds for name, (seconds, _) in result.timings.items()},
             "reused": [name for name, (_, reused) in result.timings.items() if reused],
             "query_loss": list(result.query_loss),
-            "notes": list(result.query.notes),
+            "notes": notes,
             "scored": report.scored,
             "queries_together": result.together,
             **record,

@@ -70,6 +70,17 @@ def test_outputs(finished, dataset):
         assert (result.folder / name).stat().st_size > 500
 
 
+def test_pictures_that_have_no_score_are_told_of(finished, dataset, tmp_path):
+    workdir, _, result = finished
+    shutil.copytree(workdir, tmp_path / "copy")
+    scores = result.scores.top(len(dataset) - 2)
+    partial = dataclasses.replace(result, scores=scores, folder=tmp_path / "copy" / result.folder.relative_to(workdir))
+    write_outputs(partial, dataset, QUERY, CONFIG, model_name="tiny", top_k=5)
+    note = "2 of 37 training pictures could not be read and have no score."
+    assert json.loads((partial.folder / "manifest.json").read_text())["notes"] == [note]
+    assert note in (partial.folder / "report.html").read_text()
+
+
 def test_second_query_reuses_what_does_not_depend_on_it(finished, pipeline, dataset, monkeypatch):
     workdir, _, first = finished
     again = Attributor(pipeline, dataset, StageRoot(workdir)).attribute(QUERY, CONFIG)
