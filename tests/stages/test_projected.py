@@ -340,7 +340,10 @@ def test_settings_hold_what_the_method_uses():
         (lambda: GradientSettings(projection_seed=2**32), "projection_seed"),
         (lambda: GradientSettings(ensemble="model"), "expected a tuple of folders"),
         (lambda: GradientSettings(ensemble=("a", "a")), "more than once"),
-        (lambda: AttributeConfig(method="trak", region=(0, 0, 8, 8)), "region is .* belongs to method='unlearn'"),
+        (
+            lambda: AttributeConfig(method="trak", region=(0, 0, 8, 8)),
+            "region is .* belongs to methods 'unlearn' and 'influence'",
+        ),
         (lambda: AttributeConfig(method="das", region_mask="mask.png"), "region_mask is 'mask.png', but method='das'"),
         (
             lambda: AttributeConfig(method="pixel", region_mask="mask.png"),
