@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from attrib_jax.core.groups import example_mask
+from attrib_jax.core.checks import example_mask
 from attrib_jax.core.products import float32_products
 
 

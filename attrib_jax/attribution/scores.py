@@ -128,8 +128,9 @@ def dataset_losses(
         progress: called on the host with the number of images x flips x captions done.
 
     Raises:
-        TypeError: row ids or timesteps are not integers.
-        ValueError: shapes do not fit, a row id or timestep is out of range, or an image has no caption.
+        TypeError: row ids are not integers.
+        ValueError: shapes do not fit, timesteps are not integers, a row id or timestep is out of range, or an image has
+            no caption.
     """
     _check_data(row_id, latents, text)
     timesteps = _checked_timesteps(timesteps, schedule)

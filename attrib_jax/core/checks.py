@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 _LISTED = 20  # names shown of each kind of problem
@@ -64,6 +65,21 @@ def check_finite(name: str, tree: Any) -> None:
             f"{name} has values that are NaN or infinite: {', '.join(wrong)}. The file is damaged or the computation "
             "diverged: load another copy, or repeat it with a smaller step."
         )
+
+
+def example_mask(mask: Any, batch: Any) -> jax.Array:
+    """`mask` of a batch of B examples as (B,) bool, all of them examples if None.
+
+    Raises ValueError unless `mask` is (B,) and every array of `batch` has a leading axis B.
+    """
+    sizes = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(batch)}
+    sizes |= set() if mask is None else {np.shape(mask)}
+    if len(sizes) != 1 or sizes == {()}:
+        raise ValueError(
+            f"batch and mask must share one leading axis, but theirs are {sorted(sizes)}; expected (B,) of every one"
+        )
+    ((size,),) = sizes
+    return jnp.ones((size,), bool) if mask is None else jnp.asarray(mask).astype(bool)
 
 
 def raise_problems(summary: str, problems: Mapping[str, Iterable[str]]) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 # Latent pixels of the forwards that are held at once; and of those whose activations a backward pass needs.
 FORWARD_PIXELS = 2**17
@@ -34,21 +33,6 @@ def num_pixels(latent_shape: tuple[int, ...]) -> int:
     """Latent pixels of one forward, (h, w, c) -> h w."""
     height, width, _ = latent_shape
     return height * width
-
-
-def example_mask(mask: Any, batch: Any) -> jax.Array:
-    """`mask` of a batch of B examples as (B,) bool, all of them examples if None.
-
-    Raises ValueError unless `mask` is (B,) and every array of `batch` has a leading axis B.
-    """
-    sizes = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(batch)}
-    sizes |= set() if mask is None else {np.shape(mask)}
-    if len(sizes) != 1 or sizes == {()}:
-        raise ValueError(
-            f"batch and mask must share one leading axis, but theirs are {sorted(sizes)}; expected (B,) of every one"
-        )
-    ((size,),) = sizes
-    return jnp.ones((size,), bool) if mask is None else jnp.asarray(mask).astype(bool)
 
 
 def group_size(count: int, pixels: int, limit: int) -> int:

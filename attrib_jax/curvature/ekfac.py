@@ -21,8 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attrib_jax.core.checks import check_range
-from attrib_jax.core.groups import example_mask
+from attrib_jax.core.checks import check_range, example_mask
 from attrib_jax.core.products import float32_products
 from attrib_jax.core.weights import flatten_names, unflatten_names
 from attrib_jax.curvature.diagonal import GRADIENT_SCALE, Diagonal

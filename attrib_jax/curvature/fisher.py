@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from attrib_jax.core.checks import example_mask
 from attrib_jax.core.compensated import add_pairs
-from attrib_jax.core.groups import example_mask
 from attrib_jax.core.products import float32_products
 from attrib_jax.curvature.diagonal import GRADIENT_SCALE, Diagonal
 
