@@ -17,16 +17,16 @@ from pathlib import Path
 import numpy as np
 from absl import flags
 
+from attrib_jax.attribute import Attributor
 from attrib_jax.attribution.scores import FLIP_RULES
 from attrib_jax.diffusion.schedule import strided_timesteps
-from attrib_jax.runtime.files import write_json
-from attrib_jax.runtime.stages import lock
-from attrib_jax.stages.attribute import Attributor
-from attrib_jax.stages.config import CAPTIONS, SCORES, AttributeConfig
-from attrib_jax.stages.identity import query_name, query_settings
-from attrib_jax.stages.query import Query
-from attrib_jax.stages.root import StageRoot
-from attrib_jax.stages.scoring import best_positions
+from attrib_jax.jobs.identity import query_name, query_settings
+from attrib_jax.jobs.query import Query
+from attrib_jax.jobs.scoring import best_positions
+from attrib_jax.methods.config import CAPTIONS, SCORES, AttributeConfig
+from attrib_jax.storage.files import write_json
+from attrib_jax.storage.stage_root import StageRoot
+from attrib_jax.storage.stages import lock
 from launch import common
 
 _QUERIES = flags.DEFINE_integer("queries", 3, "Queries.", lower_bound=1)

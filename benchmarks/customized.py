@@ -21,16 +21,16 @@ import numpy as np
 from absl import flags
 from PIL import Image, ImageDraw, ImageFilter
 
-from attrib_jax.convert.adapters import apply_custom_diffusion
+from attrib_jax.convert.adapters.custom_diffusion import apply_custom_diffusion
 from attrib_jax.convert.pipeline import Pipeline, load_pipeline
 from attrib_jax.core.checks import check_choice
 from attrib_jax.data.openmoji import RESOLUTION, render
 from attrib_jax.data.sources import Dataset, open_dataset
+from attrib_jax.jobs.query import Query, decode, generate
 from attrib_jax.models.unet import predictor
-from attrib_jax.runtime.files import write_json
-from attrib_jax.runtime.stages import lock
-from attrib_jax.stages.customize import CustomizeConfig, customize
-from attrib_jax.stages.query import Query, decode, generate
+from attrib_jax.storage.files import write_json
+from attrib_jax.storage.stages import lock
+from attrib_jax.training.customize import CustomizeConfig, customize
 from launch import common
 
 _CONCEPTS = flags.DEFINE_list("concepts", None, "Names of concepts; all reported ones if not given.")

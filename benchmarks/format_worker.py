@@ -12,7 +12,7 @@ import numpy as np
 import torch  # noqa: F401 readers of .bin files import it
 import transformers
 
-from attrib_jax.convert.assemble import ModelSource, load_model
+from attrib_jax.convert.load import ModelSource, load_model
 from attrib_jax.convert.pipeline import Pipeline, encode_text, load_unet, save_pipeline, tokenize
 from attrib_jax.convert.single_file import save_single_file
 

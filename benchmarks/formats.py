@@ -24,10 +24,10 @@ from typing import Any
 
 from absl import flags
 
-from attrib_jax.convert.assemble import ModelSource
+from attrib_jax.convert.load import ModelSource
 from attrib_jax.core.checks import check_choice
-from attrib_jax.runtime.cache import enable_compilation_cache
-from attrib_jax.runtime.files import write_json
+from attrib_jax.parallel.compilation_cache import enable_compilation_cache
+from attrib_jax.storage.files import write_json
 from benchmarks import format_worker, torch_formats, torch_models
 from launch import common
 

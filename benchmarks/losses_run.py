@@ -13,11 +13,11 @@ from attrib_jax.attribution.scores import EXAMPLES_PER_TILE
 from attrib_jax.convert.pipeline import abstract_unet_params
 from attrib_jax.data.latents import open_latents
 from attrib_jax.diffusion.schedule import NoiseSchedule
+from attrib_jax.jobs.encoded_dataset import EncodedDataset
+from attrib_jax.jobs.losses import LossProgram, dataset_values
 from attrib_jax.models.unet import UNet2DConditionModel, UNetConfig, predictor
-from attrib_jax.runtime.cache import enable_compilation_cache
-from attrib_jax.runtime.mesh import data_mesh, shard_batch
-from attrib_jax.stages.encoded import EncodedDataset
-from attrib_jax.stages.losses import LossProgram, dataset_values
+from attrib_jax.parallel.compilation_cache import enable_compilation_cache
+from attrib_jax.parallel.mesh import data_mesh, shard_batch
 from benchmarks.sizes import Size
 
 

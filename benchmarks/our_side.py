@@ -11,21 +11,21 @@ import numpy as np
 
 from attrib_jax.attribution.scores import EXAMPLES_PER_TILE
 from attrib_jax.attribution.unlearn import DRAWS_PER_TILE, query_draws
-from attrib_jax.convert.names import name_table, to_torch
 from attrib_jax.convert.pipeline import load_unet
+from attrib_jax.convert.weights.names import name_table, to_torch
 from attrib_jax.core.keys import example_noise, loss_key, purpose_key
 from attrib_jax.core.weights import flatten_names, merge_weights, select_weights
 from attrib_jax.diffusion.losses import denoising_losses
 from attrib_jax.diffusion.schedule import NoiseSchedule, strided_timesteps
+from attrib_jax.jobs.draws import fisher_draws, samples_per_tile
+from attrib_jax.jobs.encoded_dataset import EncodedDataset
+from attrib_jax.jobs.fisher import fit_fisher
+from attrib_jax.jobs.losses import LossProgram
+from attrib_jax.jobs.query_gradient import GradientProgram
 from attrib_jax.models.precision import cast_params, compute_dtype, matmul_precision
 from attrib_jax.models.unet import predictor
-from attrib_jax.runtime.cache import enable_compilation_cache
-from attrib_jax.runtime.mesh import data_mesh, replicate, shard_batch, tile_map
-from attrib_jax.stages.draws import fisher_draws, samples_per_tile
-from attrib_jax.stages.encoded import EncodedDataset
-from attrib_jax.stages.fisher import fit_fisher
-from attrib_jax.stages.gradient import GradientProgram
-from attrib_jax.stages.losses import LossProgram
+from attrib_jax.parallel.compilation_cache import enable_compilation_cache
+from attrib_jax.parallel.mesh import data_mesh, replicate, shard_batch, tile_map
 from benchmarks.sizes import Size
 
 _SEED = 0

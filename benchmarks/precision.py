@@ -28,24 +28,24 @@ import numpy as np
 import scipy.stats
 from absl import flags
 
+from attrib_jax.attribute import Attributor
 from attrib_jax.attribution.scores import strided_losses
 from attrib_jax.convert.configs import MSCOCO
 from attrib_jax.core.checks import check_choice
 from attrib_jax.core.weights import flatten_names, merge_weights, select_weights, unflatten_names
 from attrib_jax.diffusion.schedule import NoiseSchedule
+from attrib_jax.jobs.encoded_dataset import EncodedDataset
+from attrib_jax.jobs.fisher import fit_fisher
+from attrib_jax.jobs.losses import ExampleProgram, dataset_values
+from attrib_jax.jobs.query import PreparedQuery, Query, prepare_query
+from attrib_jax.jobs.query_gradient import GradientProgram
+from attrib_jax.methods.config import AttributeConfig
+from attrib_jax.methods.unlearn import unlearn_query
 from attrib_jax.models.precision import cast_params, matmul_precision
 from attrib_jax.models.unet import UNet2DConditionModel, UNetConfig, predictor
-from attrib_jax.runtime.files import make_folder, write_json
-from attrib_jax.runtime.stages import lock
-from attrib_jax.stages.attribute import Attributor
-from attrib_jax.stages.config import AttributeConfig
-from attrib_jax.stages.encoded import EncodedDataset
-from attrib_jax.stages.fisher import fit_fisher
-from attrib_jax.stages.gradient import GradientProgram
-from attrib_jax.stages.losses import ExampleProgram, dataset_values
-from attrib_jax.stages.query import PreparedQuery, Query, prepare_query
-from attrib_jax.stages.root import StageRoot
-from attrib_jax.stages.unlearn import unlearn_query
+from attrib_jax.storage.files import make_folder, write_json
+from attrib_jax.storage.stage_root import StageRoot
+from attrib_jax.storage.stages import lock
 from benchmarks.rounded_products import BFLOAT16_BITS, TENSORFLOAT32_BITS, round_products
 from launch import common
 

@@ -15,19 +15,19 @@ import jax
 import numpy as np
 from absl import flags
 
+from attrib_jax.attribute import Attributor
+from attrib_jax.attribution.projection import PROJECTIONS, project
 from attrib_jax.attribution.scores import FLIP_RULES
-from attrib_jax.baselines.projection import PROJECTIONS, project
 from attrib_jax.convert.pipeline import load_pipeline
 from attrib_jax.core.keys import purpose_key
 from attrib_jax.core.weights import select_weights
 from attrib_jax.data.sources import open_dataset
-from attrib_jax.runtime.stages import lock
-from attrib_jax.stages.attribute import Attributor
-from attrib_jax.stages.config import AttributeConfig
-from attrib_jax.stages.gradient_settings import PROJECTED_METHODS, GradientSettings
-from attrib_jax.stages.projected import scores_by_regularisation
-from attrib_jax.stages.query import PreparedQuery
-from attrib_jax.stages.root import StageRoot
+from attrib_jax.jobs.query import PreparedQuery
+from attrib_jax.methods.config import AttributeConfig
+from attrib_jax.methods.gradient_settings import PROJECTED_METHODS, GradientSettings
+from attrib_jax.methods.projected import scores_by_regularisation
+from attrib_jax.storage.stage_root import StageRoot
+from attrib_jax.storage.stages import lock
 from launch import common
 
 _METHODS = flags.DEFINE_list("methods", list(PROJECTED_METHODS), "To run.")

@@ -19,15 +19,15 @@ import numpy as np
 import scipy.stats
 from absl import flags
 
-from attrib_jax.runtime.files import write_json
-from attrib_jax.runtime.progress import progress
-from attrib_jax.runtime.stages import lock
-from attrib_jax.stages.attribute import Attributor
-from attrib_jax.stages.config import SCORES, AttributeConfig
-from attrib_jax.stages.queries import query_values
-from attrib_jax.stages.query import Query, prepare_query
-from attrib_jax.stages.root import StageRoot
-from attrib_jax.stages.scoring import make_scores
+from attrib_jax.attribute import Attributor
+from attrib_jax.jobs.queries import query_values
+from attrib_jax.jobs.query import Query, prepare_query
+from attrib_jax.jobs.scoring import make_scores
+from attrib_jax.methods.config import SCORES, AttributeConfig
+from attrib_jax.parallel.progress import progress
+from attrib_jax.storage.files import write_json
+from attrib_jax.storage.stage_root import StageRoot
+from attrib_jax.storage.stages import lock
 from launch import common
 
 _COUNTS = flags.DEFINE_list("counts", ["1", "8", "64"], "Queries in a pass.")

@@ -20,14 +20,14 @@ from absl import flags
 from PIL import Image, ImageDraw
 from sklearn.metrics import roc_auc_score
 
+from attrib_jax.attribute import Attributed, Attributor
 from attrib_jax.convert.pipeline import load_pipeline
 from attrib_jax.data.sources import open_dataset
-from attrib_jax.runtime.files import write_json
-from attrib_jax.runtime.stages import lock
-from attrib_jax.stages.attribute import Attributed, Attributor
-from attrib_jax.stages.config import SCORES, AttributeConfig
-from attrib_jax.stages.query import Query
-from attrib_jax.stages.root import StageRoot
+from attrib_jax.jobs.query import Query
+from attrib_jax.methods.config import SCORES, AttributeConfig
+from attrib_jax.storage.files import write_json
+from attrib_jax.storage.stage_root import StageRoot
+from attrib_jax.storage.stages import lock
 from launch import common
 
 _OUTPUT = flags.DEFINE_string("output", "docs/regions.png", "PNG of the regions and their top pictures.")

@@ -9,8 +9,8 @@ from PIL import Image, ImageDraw
 
 from attrib_jax.convert.pipeline import load_pipeline
 from attrib_jax.data.sources import open_dataset
+from attrib_jax.jobs.query import Query, decode, generate
 from attrib_jax.models.unet import predictor
-from attrib_jax.stages.query import Query, decode, generate
 from launch import common
 
 _OUTPUT = flags.DEFINE_string("output", "docs/samples.png", "PNG to write.")

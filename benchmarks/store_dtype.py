@@ -9,13 +9,13 @@ import numpy as np
 import scipy.stats
 from absl import flags
 
+from attrib_jax.attribute import Attributor
 from attrib_jax.data.sources import ArrayDataset
-from attrib_jax.runtime.stages import lock
-from attrib_jax.stages.attribute import Attributor
-from attrib_jax.stages.config import AttributeConfig
-from attrib_jax.stages.encode import STORE_DTYPES, EncodeConfig
-from attrib_jax.stages.query import Query
-from attrib_jax.stages.root import StageRoot
+from attrib_jax.jobs.encode import STORE_DTYPES, EncodeConfig
+from attrib_jax.jobs.query import Query
+from attrib_jax.methods.config import AttributeConfig
+from attrib_jax.storage.stage_root import StageRoot
+from attrib_jax.storage.stages import lock
 from launch import common
 
 _ROWS = flags.DEFINE_integer("rows", 1000, "Random training pictures to score.", lower_bound=100)

@@ -11,25 +11,25 @@ from typing import Any
 
 from absl import flags
 
+from attrib_jax.attribute import Attributed, Attributor
+from attrib_jax.attribution.projection import PROJECTIONS
 from attrib_jax.attribution.scores import FLIP_RULES
 from attrib_jax.attribution.unlearn import METHODS as UPDATES
-from attrib_jax.baselines.projection import PROJECTIONS
 from attrib_jax.core.weights import WEIGHT_SUBSETS
 from attrib_jax.curvature.ekfac import RELATIVE_DAMPING
 from attrib_jax.data.sources import Dataset
 from attrib_jax.diffusion.samplers import SAMPLERS
+from attrib_jax.jobs.encode import picture_resolution
+from attrib_jax.jobs.queries import read_queries
+from attrib_jax.jobs.query import Query, read_stored_query
+from attrib_jax.methods.config import CAPTIONS, CURVATURES, METHODS, SCORES, AttributeConfig
+from attrib_jax.methods.feature_settings import TOWER_METHODS, FeatureSettings, default_tower
+from attrib_jax.methods.gradient_settings import PROJECTED_METHODS, GradientSettings
 from attrib_jax.models.precision import PRECISIONS
+from attrib_jax.parallel.hosts import is_first_host
 from attrib_jax.report.outputs import write_outputs
-from attrib_jax.runtime.hosts import is_first_host
-from attrib_jax.runtime.stages import lock
-from attrib_jax.stages.attribute import Attributed, Attributor
-from attrib_jax.stages.config import CAPTIONS, CURVATURES, METHODS, SCORES, AttributeConfig
-from attrib_jax.stages.encode import picture_resolution
-from attrib_jax.stages.feature_settings import TOWER_METHODS, FeatureSettings, default_tower
-from attrib_jax.stages.gradient_settings import PROJECTED_METHODS, GradientSettings
-from attrib_jax.stages.queries import read_queries
-from attrib_jax.stages.query import Query, read_stored_query
-from attrib_jax.stages.root import StageRoot
+from attrib_jax.storage.stage_root import StageRoot
+from attrib_jax.storage.stages import lock
 from launch import common
 
 _PROMPT = flags.DEFINE_string("prompt", None, "The query's caption.")

@@ -13,16 +13,16 @@ import jax
 from absl import app, flags
 from absl import logging as absl_logging
 
-from attrib_jax.convert import assemble
-from attrib_jax.convert.assemble import ModelSource
+from attrib_jax.convert import load as assemble
+from attrib_jax.convert.load import ModelSource
 from attrib_jax.convert.pipeline import Pipeline
 from attrib_jax.data.concat import concatenate
 from attrib_jax.data.latents import open_latents
 from attrib_jax.data.sources import Dataset, open_dataset
-from attrib_jax.runtime.cache import enable_compilation_cache
-from attrib_jax.runtime.files import StorageError
-from attrib_jax.runtime.hosts import each_by_itself, from_first_host
-from attrib_jax.stages.encode import EncodeConfig
+from attrib_jax.jobs.encode import EncodeConfig
+from attrib_jax.parallel.compilation_cache import enable_compilation_cache
+from attrib_jax.parallel.hosts import each_by_itself, from_first_host
+from attrib_jax.storage.files import StorageError
 from launch import multihost
 
 _LATENTS = "latents:"

@@ -16,9 +16,9 @@ from absl import flags
 
 from attrib_jax.convert.pipeline import save_pipeline
 from attrib_jax.convert.single_file import save_single_file
-from attrib_jax.stages.fisher import fisher_file
-from attrib_jax.stages.fisher_files import FISHER_SUFFIXES, read_fisher_file, write_fisher
-from attrib_jax.stages.score_files import SCORE_SUFFIXES, read_scores, write_scores
+from attrib_jax.jobs.fisher import fisher_file
+from attrib_jax.jobs.fisher_files import FISHER_SUFFIXES, read_fisher_file, write_fisher
+from attrib_jax.storage.score_files import SCORE_SUFFIXES, read_scores, write_scores
 from launch import common
 
 _SINGLE_FILE = ".safetensors"

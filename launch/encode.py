@@ -3,10 +3,10 @@
 python -m launch.encode --model=models/openmoji --dataset=openmoji --workdir=runs/openmoji
 """
 
-from attrib_jax.runtime.stages import lock
-from attrib_jax.stages.attribute import Attributor
-from attrib_jax.stages.encode import picture_resolution
-from attrib_jax.stages.root import StageRoot
+from attrib_jax.attribute import Attributor
+from attrib_jax.jobs.encode import picture_resolution
+from attrib_jax.storage.stage_root import StageRoot
+from attrib_jax.storage.stages import lock
 from launch import common
 
 

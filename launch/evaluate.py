@@ -10,6 +10,7 @@ from pathlib import Path
 
 from absl import flags
 
+from attrib_jax.attribute import Attributor
 from attrib_jax.convert.pipeline import Pipeline
 from attrib_jax.convert.tower import load_tower
 from attrib_jax.data.sources import Dataset
@@ -21,14 +22,13 @@ from attrib_jax.evaluation.named import SPLITS, QuerySet, read_methods
 from attrib_jax.evaluation.retrain import Recipe
 from attrib_jax.evaluation.self_retrieval import SelfConfig, run_self
 from attrib_jax.evaluation.similarity import check_sees_pictures
-from attrib_jax.runtime.files import write_json
-from attrib_jax.runtime.stages import lock
-from attrib_jax.stages.attribute import Attributor
-from attrib_jax.stages.config import AttributeConfig
-from attrib_jax.stages.encode import picture_resolution
-from attrib_jax.stages.queries import read_queries
-from attrib_jax.stages.query import Query, prepare_query
-from attrib_jax.stages.root import StageRoot
+from attrib_jax.jobs.encode import picture_resolution
+from attrib_jax.jobs.queries import read_queries
+from attrib_jax.jobs.query import Query, prepare_query
+from attrib_jax.methods.config import AttributeConfig
+from attrib_jax.storage.files import write_json
+from attrib_jax.storage.stage_root import StageRoot
+from attrib_jax.storage.stages import lock
 from launch import common
 
 _PROTOCOL = flags.DEFINE_enum(

@@ -9,13 +9,13 @@ its damping.
 
 from absl import flags
 
+from attrib_jax.attribute import Attributor
 from attrib_jax.core.weights import WEIGHT_SUBSETS, count_weights
 from attrib_jax.curvature.ekfac import EKFAC
-from attrib_jax.runtime.stages import lock
-from attrib_jax.stages.attribute import Attributor
-from attrib_jax.stages.config import CURVATURES, AttributeConfig
-from attrib_jax.stages.encode import picture_resolution
-from attrib_jax.stages.root import StageRoot
+from attrib_jax.jobs.encode import picture_resolution
+from attrib_jax.methods.config import CURVATURES, AttributeConfig
+from attrib_jax.storage.stage_root import StageRoot
+from attrib_jax.storage.stages import lock
 from launch import common
 
 _WEIGHTS = flags.DEFINE_string("weights", "cross-attn-kv", f"Weight subset: {', '.join(WEIGHT_SUBSETS)}.")

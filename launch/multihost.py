@@ -19,7 +19,7 @@ import jax
 from absl import flags
 from absl import logging as absl_logging
 
-from attrib_jax.runtime import hosts
+from attrib_jax.parallel import hosts
 
 # Of a run that lost a host (sysexits.h: try again), so that a scheduler can tell it from a mistake.
 LOST_HOST = 75

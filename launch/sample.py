@@ -9,8 +9,8 @@ from absl import flags
 from PIL import Image
 
 from attrib_jax.core.checks import check_positive, check_range
+from attrib_jax.jobs.query import Query, decode, generate, prompt_notes
 from attrib_jax.models.unet import predictor
-from attrib_jax.stages.query import Query, decode, generate, prompt_notes
 from launch import common
 
 _PROMPTS = flags.DEFINE_list("prompts", None, "Prompts, separated by commas.")

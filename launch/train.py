@@ -10,17 +10,17 @@ import functools
 
 from absl import flags
 
-from attrib_jax.convert.adapters import apply_custom_diffusion
+from attrib_jax.convert.adapters.custom_diffusion import apply_custom_diffusion
 from attrib_jax.convert.pipeline import save_pipeline
 from attrib_jax.convert.tokenizer import load_tokenizer
 from attrib_jax.evaluation.retrain import Recipe
 from attrib_jax.evaluation.small_models import SmallUNet, pixel_pipeline, replace_unet_architecture, train_small
-from attrib_jax.runtime.stages import lock
-from attrib_jax.stages.customize import CustomizeConfig, customize
-from attrib_jax.stages.encode import picture_resolution
-from attrib_jax.stages.fit import FitConfig
-from attrib_jax.stages.train import TrainConfig, train
-from attrib_jax.stages.train_tower import TowerConfig, train_tower
+from attrib_jax.jobs.encode import picture_resolution
+from attrib_jax.storage.stages import lock
+from attrib_jax.training.customize import CustomizeConfig, customize
+from attrib_jax.training.loop import FitConfig
+from attrib_jax.training.pipeline import TrainConfig, train
+from attrib_jax.training.tower import TowerConfig, train_tower
 from launch import common
 
 _MODE = flags.DEFINE_enum(

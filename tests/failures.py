@@ -3,7 +3,7 @@
 from collections.abc import Callable, Collection
 from typing import Any
 
-from attrib_jax.runtime.chunks import ChunkStore
+from attrib_jax.storage.chunks import ChunkStore
 
 
 def interrupt_writes(patch, every: int) -> None:

@@ -23,11 +23,11 @@ from attrib_jax.curvature.fisher import sum_squares
 from attrib_jax.diffusion.losses import denoising_losses
 from attrib_jax.diffusion.samplers import sample
 from attrib_jax.diffusion.schedule import NoiseSchedule
+from attrib_jax.jobs.draws import Sample, sample_gradients
 from attrib_jax.models.precision import cast_params, matmul_precision
 from attrib_jax.models.projected_text import project_text
 from attrib_jax.models.unet import UNet2DConditionModel, UNetConfig, predictor
-from attrib_jax.runtime.mesh import data_mesh, tile_map
-from attrib_jax.stages.draws import Sample, sample_gradients
+from attrib_jax.parallel.mesh import data_mesh, tile_map
 
 BACKENDS = {"cuda": "gpu", "tpu": "tpu"}  # platform -> what `jax.default_backend` calls it
 TILE, STEPS, LENGTH, WIDTH, SIZE = 2, 3, 5, 768, 8

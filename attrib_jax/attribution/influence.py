@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from attrib_jax.core.checks import example_mask
-from attrib_jax.core.products import float32_products
+from attrib_jax.ops.matmul_precision import float32_products
 
 
 @float32_products

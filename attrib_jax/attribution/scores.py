@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from attrib_jax.core.checks import check_choice, check_positive
-from attrib_jax.core.groups import forward_pixels, group_size, num_pixels, vmap_groups
 from attrib_jax.core.keys import check_row_ids, example_noise
-from attrib_jax.core.products import float32_products
 from attrib_jax.core.types import Batch, Scores
 from attrib_jax.core.weights import Params
 from attrib_jax.diffusion.losses import Predict, denoising_losses
 from attrib_jax.diffusion.schedule import NoiseSchedule
+from attrib_jax.ops.matmul_precision import float32_products
+from attrib_jax.ops.micro_batching import forward_pixels, group_size, num_pixels, vmap_groups
 
 FLIP_RULES = ("max", "mean", "none")
 

@@ -15,15 +15,15 @@ import numpy as np
 import optax
 
 from attrib_jax.core.checks import check_choice, check_positive, check_range
-from attrib_jax.core.groups import even_group_size, gradient_pixels, num_pixels, sum_groups
 from attrib_jax.core.keys import check_key
-from attrib_jax.core.products import float32_products
 from attrib_jax.core.weights import merge_weights
 from attrib_jax.curvature.diagonal import Diagonal
 from attrib_jax.curvature.ekfac import EKFAC
 from attrib_jax.diffusion.losses import Predict, denoising_losses
 from attrib_jax.diffusion.schedule import NoiseSchedule
 from attrib_jax.models.projected_text import ProjectedWeights, kernel_gradient, project_text
+from attrib_jax.ops.matmul_precision import float32_products
+from attrib_jax.ops.micro_batching import even_group_size, gradient_pixels, num_pixels, sum_groups
 
 METHODS = ("newton", "sgd")
 

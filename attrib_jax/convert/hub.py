@@ -6,7 +6,7 @@ import posixpath
 import re
 from collections.abc import Callable, Collection
 
-from attrib_jax.convert.folders import INDEX, SCHEDULER_CONFIG, STEMS, choose_weights
+from attrib_jax.convert.diffusers_folder import INDEX, SCHEDULER_CONFIG, STEMS, choose_weights
 
 _log = logging.getLogger(__name__)
 

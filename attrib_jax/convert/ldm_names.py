@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from attrib_jax.convert.tensors import LazyTensor, Tensor
+from attrib_jax.convert.weights.tensors import LazyTensor, Tensor
 from attrib_jax.core.checks import raise_problems
 from attrib_jax.models.clip import CLIPTextConfig
 from attrib_jax.models.unet import UNetConfig

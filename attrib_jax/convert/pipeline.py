@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attrib_jax.convert.configs import named_config
-from attrib_jax.convert.folders import (
+from attrib_jax.convert.diffusers_folder import (
     INDEX,
     SCHEDULER_CONFIG,
     STEMS,
@@ -22,15 +22,15 @@ from attrib_jax.convert.folders import (
     write_json,
 )
 from attrib_jax.convert.hub import resolve_model
-from attrib_jax.convert.names import text_encoder_names, vae_names
-from attrib_jax.convert.state_dicts import abstract_params, load_params, state_dict_of
 from attrib_jax.convert.tokenizer import PromptReport, inspect_prompt, load_tokenizer, save_tokenizer, tokenize_prompts
-from attrib_jax.convert.weight_files import open_weights, write_weights
+from attrib_jax.convert.weights.files import open_weights, write_weights
+from attrib_jax.convert.weights.names import text_encoder_names, vae_names
+from attrib_jax.convert.weights.state_dicts import abstract_params, load_params, state_dict_of
 from attrib_jax.core.durable import new_folder
 from attrib_jax.diffusion.schedule import NoiseSchedule
 from attrib_jax.models.clip import CLIPTextConfig, CLIPTextModel
-from attrib_jax.models.pixels import CLASS_NAME as PIXELS
-from attrib_jax.models.pixels import PixelAutoencoder, PixelAutoencoderConfig
+from attrib_jax.models.pixel_autoencoder import CLASS_NAME as PIXELS
+from attrib_jax.models.pixel_autoencoder import PixelAutoencoder, PixelAutoencoderConfig
 from attrib_jax.models.unet import UNet2DConditionModel, UNetConfig
 from attrib_jax.models.vae import AutoencoderKL, AutoencoderKLConfig
 

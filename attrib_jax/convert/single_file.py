@@ -24,17 +24,17 @@ from attrib_jax.convert.ldm_names import (
     unpack,
     vae_table,
 )
-from attrib_jax.convert.names import name_table
 from attrib_jax.convert.pipeline import Pipeline, abstract_text_params, abstract_unet_params, abstract_vae_params
-from attrib_jax.convert.state_dicts import load_params, state_dict_of
-from attrib_jax.convert.tensors import Tensor
 from attrib_jax.convert.tokenizer import load_tokenizer
-from attrib_jax.convert.torch_files import open_torch
-from attrib_jax.convert.weight_files import open_weights, safetensors_layout, write_weights
+from attrib_jax.convert.weights.files import open_weights, safetensors_layout, write_weights
+from attrib_jax.convert.weights.names import name_table
+from attrib_jax.convert.weights.state_dicts import load_params, state_dict_of
+from attrib_jax.convert.weights.tensors import Tensor
+from attrib_jax.convert.weights.torch_files import open_torch
 from attrib_jax.diffusion.schedule import NoiseSchedule
 from attrib_jax.models.clip import CLIPTextConfig, CLIPTextModel
-from attrib_jax.models.pixels import CLASS_NAME as PIXELS
-from attrib_jax.models.pixels import PixelAutoencoder
+from attrib_jax.models.pixel_autoencoder import CLASS_NAME as PIXELS
+from attrib_jax.models.pixel_autoencoder import PixelAutoencoder
 from attrib_jax.models.unet import UNet2DConditionModel, UNetConfig
 from attrib_jax.models.vae import AutoencoderKL, AutoencoderKLConfig
 

@@ -10,14 +10,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from attrib_jax.convert.folders import find_weights, read_config, write_json
+from attrib_jax.convert.diffusers_folder import find_weights, read_config, write_json
 from attrib_jax.convert.hub import resolve_tower
 from attrib_jax.convert.image_processor import ImageProcessor, load_image_processor, save_image_processor
-from attrib_jax.convert.names import tower_names
-from attrib_jax.convert.state_dicts import abstract_params, load_params, state_dict_of
-from attrib_jax.convert.tensors import Tensor
 from attrib_jax.convert.tokenizer import load_tokenizer, save_tokenizer
-from attrib_jax.convert.weight_files import open_weights, write_weights
+from attrib_jax.convert.weights.files import open_weights, write_weights
+from attrib_jax.convert.weights.names import tower_names
+from attrib_jax.convert.weights.state_dicts import abstract_params, load_params, state_dict_of
+from attrib_jax.convert.weights.tensors import Tensor
 from attrib_jax.core.checks import check_choice
 from attrib_jax.core.durable import new_folder
 from attrib_jax.models.clip_towers import CLIPConfig, CLIPModel

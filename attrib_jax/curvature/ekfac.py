@@ -22,10 +22,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from attrib_jax.core.checks import check_range, example_mask
-from attrib_jax.core.products import float32_products
 from attrib_jax.core.weights import flatten_names, unflatten_names
 from attrib_jax.curvature.diagonal import GRADIENT_SCALE, Diagonal
 from attrib_jax.curvature.fisher import FisherSum, fisher_diagonal
+from attrib_jax.ops.matmul_precision import float32_products
 
 RELATIVE_DAMPING = 0.1
 

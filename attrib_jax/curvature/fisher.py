@@ -9,8 +9,8 @@ import jax.numpy as jnp
 
 from attrib_jax.core.checks import example_mask
 from attrib_jax.core.compensated import add_pairs
-from attrib_jax.core.products import float32_products
 from attrib_jax.curvature.diagonal import GRADIENT_SCALE, Diagonal
+from attrib_jax.ops.matmul_precision import float32_products
 
 # Microbatches that are added plainly before the compensated sum, which reads and writes twice as much. Of so few
 # positive numbers rounding takes no more than it takes from each square.

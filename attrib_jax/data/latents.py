@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 
 from attrib_jax.data.protocol import Dataset, Row
-from attrib_jax.runtime.chunks import ChunkStore
-from attrib_jax.runtime.files import StorageError, read_arrays
-from attrib_jax.runtime.joined import JoinedArray
-from attrib_jax.runtime.stages import load_stage
+from attrib_jax.storage.chunks import ChunkStore
+from attrib_jax.storage.files import StorageError, read_arrays
+from attrib_jax.storage.joined import JoinedArray
+from attrib_jax.storage.stages import load_stage
 
 _LATENTS, _TEXT = "_latents.npy", "_text_embeddings.npy"
 _MIRRORED_COUNT = 2

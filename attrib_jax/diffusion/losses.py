@@ -6,9 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from attrib_jax.core.groups import FORWARD_PIXELS, group_size, map_groups, num_pixels
-from attrib_jax.core.products import float32_products
 from attrib_jax.diffusion.schedule import NoiseSchedule
+from attrib_jax.ops.matmul_precision import float32_products
+from attrib_jax.ops.micro_batching import FORWARD_PIXELS, group_size, map_groups, num_pixels
 
 # predict(params, noisy_latents (h, w, c), timestep (), text (L, d)) -> model output (h, w, c)
 # It may have an attribute `of_batch`, a faster form for several: attrib_jax/models/unet.py:predictor.

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attrib_jax.core.products import float32_products
 from attrib_jax.diffusion.losses import Predict
 from attrib_jax.diffusion.schedule import NoiseSchedule
+from attrib_jax.ops.matmul_precision import float32_products
 
 SAMPLERS = ("ddim", "ddpm")
 

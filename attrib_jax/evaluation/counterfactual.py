@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from attrib_jax.attribute import Attributor
 from attrib_jax.convert.pipeline import Pipeline, encode_text, tokenize
 from attrib_jax.core.checks import check_positive, check_range
 from attrib_jax.core.keys import example_noise, loss_key
@@ -24,12 +25,11 @@ from attrib_jax.diffusion.samplers import sample
 from attrib_jax.diffusion.schedule import strided_timesteps
 from attrib_jax.evaluation.results import ResultTable
 from attrib_jax.evaluation.retrain import Recipe, Retrainer, Training
+from attrib_jax.jobs.identity import query_settings
+from attrib_jax.jobs.query import PreparedQuery, Query, initial_noise
 from attrib_jax.models.unet import predictor
-from attrib_jax.runtime.mesh import replicate, shard_batch, tile_map
-from attrib_jax.runtime.state import StateStore
-from attrib_jax.stages.attribute import Attributor
-from attrib_jax.stages.identity import query_settings
-from attrib_jax.stages.query import PreparedQuery, Query, initial_noise
+from attrib_jax.parallel.mesh import replicate, shard_batch, tile_map
+from attrib_jax.storage.state import StateStore
 
 _TABLE = "models.safetensors"
 

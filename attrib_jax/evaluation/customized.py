@@ -17,7 +17,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from attrib_jax.convert.adapters import apply_custom_diffusion
+from attrib_jax.attribute import Attributor
+from attrib_jax.convert.adapters.custom_diffusion import apply_custom_diffusion
 from attrib_jax.convert.pipeline import Pipeline
 from attrib_jax.core.checks import check_positive, check_range
 from attrib_jax.data.concat import concatenate
@@ -27,13 +28,12 @@ from attrib_jax.data.protocol import Row
 from attrib_jax.data.sources import ArrayDataset, Dataset
 from attrib_jax.evaluation.metrics import average_precision, mean_and_error, recall_at
 from attrib_jax.evaluation.tables import write_table
-from attrib_jax.runtime.files import make_folder, write_json
-from attrib_jax.runtime.stages import lock
-from attrib_jax.stages.attribute import Attributor
-from attrib_jax.stages.config import AttributeConfig
-from attrib_jax.stages.encode import EncodeConfig, picture_resolution
-from attrib_jax.stages.query import Query
-from attrib_jax.stages.root import StageRoot
+from attrib_jax.jobs.encode import EncodeConfig, picture_resolution
+from attrib_jax.jobs.query import Query
+from attrib_jax.methods.config import AttributeConfig
+from attrib_jax.storage.files import make_folder, write_json
+from attrib_jax.storage.stage_root import StageRoot
+from attrib_jax.storage.stages import lock
 
 _log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from attrib_jax.evaluation.metrics import Lds, half_subsets, lds
 from attrib_jax.evaluation.named import QuerySet, method_scores
 from attrib_jax.evaluation.retrain import Training
 from attrib_jax.evaluation.tables import bar_plot, write_table
-from attrib_jax.stages.config import AttributeConfig
+from attrib_jax.methods.config import AttributeConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,8 +19,8 @@ from attrib_jax.evaluation.named import QuerySet, method_scores
 from attrib_jax.evaluation.retrain import Training
 from attrib_jax.evaluation.similarity import check_sees_pictures, picture_directions
 from attrib_jax.evaluation.tables import curve_plot, picture_grid, write_table
-from attrib_jax.stages.config import AttributeConfig
-from attrib_jax.stages.query import decode
+from attrib_jax.jobs.query import decode
+from attrib_jax.methods.config import AttributeConfig
 
 # Rows of the references; no method can have these names, see `read_methods`.
 RANDOM = "random pictures"

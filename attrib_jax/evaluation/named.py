@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 
+from attrib_jax.attribute import Attributor
 from attrib_jax.core.checks import check_choice
-from attrib_jax.runtime.files import stored_arrays, write_arrays
-from attrib_jax.stages.attribute import Attributor
-from attrib_jax.stages.config import AttributeConfig
-from attrib_jax.stages.feature_settings import FeatureSettings
-from attrib_jax.stages.gradient_settings import GradientSettings
-from attrib_jax.stages.identity import check_query_name, query_settings
-from attrib_jax.stages.query import Query
+from attrib_jax.jobs.identity import check_query_name, query_settings
+from attrib_jax.jobs.query import Query
+from attrib_jax.methods.config import AttributeConfig
+from attrib_jax.methods.feature_settings import FeatureSettings
+from attrib_jax.methods.gradient_settings import GradientSettings
+from attrib_jax.storage.files import stored_arrays, write_arrays
 
 _SHARED = "shared"
 _FILE = "scores.safetensors"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from attrib_jax.runtime.files import DamagedFileError, StorageError, read_arrays, write_arrays
+from attrib_jax.storage.files import DamagedFileError, StorageError, read_arrays, write_arrays
 
 _log = logging.getLogger(__name__)
 

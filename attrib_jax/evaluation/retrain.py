@@ -23,11 +23,11 @@ from attrib_jax.core.keys import purpose_key
 from attrib_jax.diffusion.losses import Predict
 from attrib_jax.diffusion.schedule import NoiseSchedule
 from attrib_jax.diffusion.training import denoising_batch_loss, init_state, make_optimizer, train_step
+from attrib_jax.jobs.encoded_dataset import EncodedDataset
 from attrib_jax.models.unet import UNet2DConditionModel, predictor
-from attrib_jax.runtime.mesh import data_mesh, replicate, shard_batch, tile_map
-from attrib_jax.runtime.progress import progress
-from attrib_jax.runtime.state import StateStore
-from attrib_jax.stages.encoded import EncodedDataset
+from attrib_jax.parallel.mesh import data_mesh, replicate, shard_batch, tile_map
+from attrib_jax.parallel.progress import progress
+from attrib_jax.storage.state import StateStore
 
 # Steps whose batches are drawn on the host and sent to the devices together.
 _STEPS_PER_DRAW = 100

@@ -5,13 +5,13 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from attrib_jax.attribute import Attributor
 from attrib_jax.core.checks import check_choice, check_positive
 from attrib_jax.evaluation.metrics import ranks, recall_at
 from attrib_jax.evaluation.named import SPLITS, method_scores
 from attrib_jax.evaluation.tables import write_table
-from attrib_jax.stages.attribute import Attributor
-from attrib_jax.stages.config import AttributeConfig
-from attrib_jax.stages.query import Query
+from attrib_jax.jobs.query import Query
+from attrib_jax.methods.config import AttributeConfig
 
 _ORDER_SEED = 2024
 

@@ -4,11 +4,11 @@ from typing import Any
 
 import numpy as np
 
-from attrib_jax.baselines.features import IMAGE_TILE, normalise_rows, pixel_features
+from attrib_jax.attribution.features import IMAGE_TILE, normalise_rows, pixel_features
 from attrib_jax.convert.pipeline import Pipeline
 from attrib_jax.convert.tower import Tower
-from attrib_jax.runtime.mesh import padded_tiles
-from attrib_jax.stages.query import decode
+from attrib_jax.jobs.query import decode
+from attrib_jax.parallel.mesh import padded_tiles
 
 
 def picture_directions(pipeline: Pipeline, tower: Tower, latents: Any) -> np.ndarray:

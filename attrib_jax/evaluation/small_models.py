@@ -19,17 +19,17 @@ from attrib_jax.convert.pipeline import Pipeline, latent_size, save_pipeline
 from attrib_jax.convert.tokenizer import train_tokenizer
 from attrib_jax.core.checks import check_positive
 from attrib_jax.core.keys import purpose_key
+from attrib_jax.data.readers import picture_side
 from attrib_jax.data.sources import Dataset
 from attrib_jax.diffusion.schedule import NoiseSchedule
 from attrib_jax.evaluation.retrain import Recipe, Retrainer, Training
+from attrib_jax.jobs.encode import EncodeConfig, encode
+from attrib_jax.jobs.identity import model_fingerprint
 from attrib_jax.models.clip import CLIPTextConfig, CLIPTextModel
-from attrib_jax.models.pixels import PixelAutoencoder, PixelAutoencoderConfig
+from attrib_jax.models.pixel_autoencoder import PixelAutoencoder, PixelAutoencoderConfig
 from attrib_jax.models.unet import UNet2DConditionModel, UNetConfig
-from attrib_jax.runtime.state import StateStore
-from attrib_jax.stages.encode import EncodeConfig, encode
-from attrib_jax.stages.identity import model_fingerprint
-from attrib_jax.stages.pictures import picture_side
-from attrib_jax.stages.root import StageRoot
+from attrib_jax.storage.stage_root import StageRoot
+from attrib_jax.storage.state import StateStore
 
 # The betas of denoising diffusion in pixels (arXiv 2006.11239). v prediction (arXiv 2202.00512), because a small model
 # that predicts the noise does so too coarsely where there is almost nothing else: its samples stay noise.

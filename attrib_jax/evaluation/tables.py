@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from attrib_jax.evaluation.metrics import RemovalCurve
-from attrib_jax.runtime.files import write_bytes
+from attrib_jax.storage.files import write_bytes
 
 
 def write_table(folder: str | os.PathLike, name: str, rows: Sequence[Mapping[str, Any]], finished: bool = True) -> str:

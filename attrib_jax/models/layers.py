@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax.linen.dtypes import promote_dtype
 
-from attrib_jax.models.barrier import materialise_cotangent
-from attrib_jax.models.doubled_conv import doubled_conv
-from attrib_jax.models.filtered_conv import FilteredConv, TransformedKernel
-from attrib_jax.models.winograd import winograd_conv
+from attrib_jax.ops.barrier import materialise_cotangent
+from attrib_jax.ops.transform_conv import FilteredConv, TransformedKernel
+from attrib_jax.ops.upsample_conv import doubled_conv
+from attrib_jax.ops.winograd import winograd_conv
 
 # At or below this many output pixels, XLA's CPU convolution runs at a few GFLOP/s; as patches times a matrix the same
 # product runs at over a hundred. A strided one has a slow derivative, too, and that for more pixels, and so has one of

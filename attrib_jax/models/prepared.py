@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from attrib_jax.core.weights import Params, flatten_names, merge_weights, unflatten_names
-from attrib_jax.models.filtered_conv import FilteredConv
 from attrib_jax.models.layers import Conv
+from attrib_jax.ops.transform_conv import FilteredConv
 
 # Name, shape and dtype of every leaf.
 _Layout = tuple[tuple[str, tuple[int, ...], Any], ...]

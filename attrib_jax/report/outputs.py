@@ -10,19 +10,19 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from attrib_jax.attribute import Attributed
 from attrib_jax.core.types import Scores
 from attrib_jax.data.pictures import UnreadableRowError
 from attrib_jax.data.sources import Dataset
+from attrib_jax.jobs.query import Query
+from attrib_jax.jobs.regions import read_region_mask
+from attrib_jax.methods.config import AttributeConfig
+from attrib_jax.methods.feature_settings import SIMILARITIES, TOWER_METHODS
+from attrib_jax.methods.gradient_settings import PROJECTED_METHODS
+from attrib_jax.parallel.hosts import from_first_host
 from attrib_jax.report import Credit, ReportData, Timing, write_contact_sheet, write_report
-from attrib_jax.runtime.files import write_bytes, write_json
-from attrib_jax.runtime.hosts import from_first_host
-from attrib_jax.runtime.stages import load_stage
-from attrib_jax.stages.attribute import Attributed
-from attrib_jax.stages.config import AttributeConfig
-from attrib_jax.stages.feature_settings import SIMILARITIES, TOWER_METHODS
-from attrib_jax.stages.gradient_settings import PROJECTED_METHODS
-from attrib_jax.stages.query import Query
-from attrib_jax.stages.regions import read_region_mask
+from attrib_jax.storage.files import write_bytes, write_json
+from attrib_jax.storage.stages import load_stage
 
 # Methods that take gradients of the model's own loss, whose settings are those of `AttributeConfig`.
 _GRADIENT_METHODS = ("unlearn", "influence")

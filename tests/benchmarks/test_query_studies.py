@@ -14,7 +14,7 @@ SCRIPT = """
 import sys
 import tests.conftest
 from absl import flags
-from attrib_jax.stages.losses import ExampleProgram
+from attrib_jax.jobs.losses import ExampleProgram
 from benchmarks import STUDY as study
 from launch import common
 from tests.tiny_dataset import make_dataset

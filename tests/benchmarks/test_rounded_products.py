@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attrib_jax.models.doubled_conv import doubled_conv
-from attrib_jax.models.winograd import winograd_conv
+from attrib_jax.ops.upsample_conv import doubled_conv
+from attrib_jax.ops.winograd import winograd_conv
 from benchmarks.rounded_products import BFLOAT16_BITS, TENSORFLOAT32_BITS, round_products
 
 

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attrib_jax.convert import pipeline as pipelines
-from attrib_jax.convert.adapters import apply_custom_diffusion, save_custom_diffusion
-from attrib_jax.convert.tokens import add_tokens, read_tokens
+from attrib_jax.convert.adapters.custom_diffusion import apply_custom_diffusion, save_custom_diffusion
+from attrib_jax.convert.adapters.textual_inversion import add_tokens, read_tokens
 from attrib_jax.core.weights import flatten_names, unflatten_names
 from tests.convert.outputs import relative_error, text_states, torch_text_states, torch_unet_output, unet_output
 from tests.tiny_pipeline import TEXT_WIDTH

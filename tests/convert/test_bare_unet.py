@@ -13,8 +13,8 @@ import pytest
 from attrib_jax.convert import pipeline as pipelines
 from attrib_jax.convert.configs import MSCOCO
 from attrib_jax.convert.single_file import save_single_file
-from attrib_jax.convert.state_dicts import state_dict_of
-from attrib_jax.convert.weight_files import write_weights
+from attrib_jax.convert.weights.files import write_weights
+from attrib_jax.convert.weights.state_dicts import state_dict_of
 from tests.convert import old_layout
 from tests.tiny_pipeline import make_torch_pipeline
 

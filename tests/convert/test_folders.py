@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
-from attrib_jax.convert.folders import check_folder, choose_weights, find_weights, read_json, weight_choices
+from attrib_jax.convert.diffusers_folder import check_folder, choose_weights, find_weights, read_json, weight_choices
 
 UNET = "diffusion_pytorch_model"
 

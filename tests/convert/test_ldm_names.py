@@ -8,7 +8,7 @@ from diffusers.loaders import single_file_utils
 
 from attrib_jax.convert import single_file
 from attrib_jax.convert.ldm_names import pack
-from attrib_jax.convert.state_dicts import state_dict_of
+from attrib_jax.convert.weights.state_dicts import state_dict_of
 from attrib_jax.models.clip import CLIPTextConfig, CLIPTextModel
 from attrib_jax.models.unet import UNet2DConditionModel, UNetConfig
 from attrib_jax.models.vae import AutoencoderKL, AutoencoderKLConfig

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attrib_jax.convert.lora import merge_lora
+from attrib_jax.convert.adapters.lora import merge_lora
 from attrib_jax.core.weights import flatten_names
 from tests.convert.outputs import relative_error, text_states, torch_text_states, torch_unet_output, unet_output
 from tests.tiny_pipeline import CAPTIONS

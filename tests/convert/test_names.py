@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from attrib_jax.convert.names import from_torch, name_table, text_encoder_names, to_torch, torch_name, vae_names
-from attrib_jax.convert.tensors import LazyTensor
+from attrib_jax.convert.weights.names import from_torch, name_table, text_encoder_names, to_torch, torch_name, vae_names
+from attrib_jax.convert.weights.tensors import LazyTensor
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import torch
 
 from attrib_jax.convert import pipeline as pipelines
 from attrib_jax.convert import single_file
-from attrib_jax.convert.weight_files import write_weights
+from attrib_jax.convert.weights.files import write_weights
 from tests.convert import old_layout
 from tests.tiny_pipeline import CAPTIONS, MAX_LENGTH, make_torch_pipeline
 

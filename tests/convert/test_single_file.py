@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from attrib_jax.convert import single_file
 from attrib_jax.convert.pipeline import load_pipeline, tokenize
 from attrib_jax.convert.single_file import load_single_file, save_single_file, untold_config
-from attrib_jax.convert.tensors import LazyTensor
 from attrib_jax.convert.tokenizer import save_tokenizer, train_tokenizer
+from attrib_jax.convert.weights.tensors import LazyTensor
 from tests.tiny_pipeline import CAPTIONS, MAX_LENGTH, make_scheduler, make_torch_pipeline, randomise
 
 PARTS = ("unet", "vae", "text_encoder")

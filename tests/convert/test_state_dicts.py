@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from attrib_jax.convert.state_dicts import abstract_params, load_params, state_dict_of
-from attrib_jax.convert.tensors import LazyTensor
-from attrib_jax.convert.weight_files import open_weights, write_weights
+from attrib_jax.convert.weights.files import open_weights, write_weights
+from attrib_jax.convert.weights.state_dicts import abstract_params, load_params, state_dict_of
+from attrib_jax.convert.weights.tensors import LazyTensor
 
 ABSTRACT = {
     "conv_in": {"kernel": jax.ShapeDtypeStruct((3, 3, 2, 4), jnp.float32), "bias": jax.ShapeDtypeStruct((4,), float)},

@@ -4,7 +4,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from attrib_jax.convert.tensors import LazyTensor, dtype_of
+from attrib_jax.convert.weights.tensors import LazyTensor, dtype_of
 
 
 class Counted:

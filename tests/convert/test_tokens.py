@@ -11,9 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from attrib_jax.attribute import model_fingerprint
 from attrib_jax.convert import pipeline as pipelines
-from attrib_jax.convert.tokens import add_tokens, read_token_file, read_tokens, write_token_file
-from attrib_jax.stages.attribute import model_fingerprint
+from attrib_jax.convert.adapters.textual_inversion import add_tokens, read_token_file, read_tokens, write_token_file
 from tests.convert.outputs import relative_error, text_states, torch_text_states
 from tests.tiny_pipeline import CAPTIONS, MAX_LENGTH, TEXT_WIDTH
 

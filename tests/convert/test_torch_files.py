@@ -16,7 +16,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from attrib_jax.convert.torch_files import open_torch
+from attrib_jax.convert.weights.torch_files import open_torch
 
 CALLBACK = "pytorch_lightning.callbacks.model_checkpoint"
 

@@ -15,8 +15,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from attrib_jax.convert.tensors import LazyTensor
-from attrib_jax.convert.weight_files import open_weights, write_weights
+from attrib_jax.convert.weights.files import open_weights, write_weights
+from attrib_jax.convert.weights.tensors import LazyTensor
 
 DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool", "complex64")
 
@@ -322,7 +322,7 @@ def test_safetensors_need_no_pytorch(tmp_path):
     torch.save({"a": torch.zeros(1)}, tmp_path / "x.bin")
     program = (
         "import sys; sys.modules['torch'] = None\n"
-        "from attrib_jax.convert.weight_files import open_weights, write_weights\n"
+        "from attrib_jax.convert.weights.files import open_weights, write_weights\n"
         "write_weights(open_weights('x.safetensors'), 'y.safetensors')\n"
         "print(open_weights('y.safetensors')['a'].read().sum())\n"
         "try: open_weights('x.bin')\n"

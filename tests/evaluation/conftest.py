@@ -8,14 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from attrib_jax.attribute import Attributor
 from attrib_jax.data.sources import ArrayDataset
 from attrib_jax.evaluation.retrain import Recipe, initial_params
 from attrib_jax.evaluation.small_models import SmallUNet, pixel_pipeline
 from attrib_jax.models.unet import UNetConfig
-from attrib_jax.runtime.mesh import data_mesh
-from attrib_jax.runtime.stages import lock
-from attrib_jax.stages.attribute import Attributor
-from attrib_jax.stages.root import StageRoot
+from attrib_jax.parallel.mesh import data_mesh
+from attrib_jax.storage.stage_root import StageRoot
+from attrib_jax.storage.stages import lock
 
 COUNT = 13
 RECIPE = Recipe(steps=6, batch_size=4, learning_rate=1e-3, warmup_steps=1)

@@ -17,8 +17,8 @@ from attrib_jax.evaluation.leave_k_out import LeaveKOutConfig, random_positions,
 from attrib_jax.evaluation.metrics import half_subsets
 from attrib_jax.evaluation.named import QuerySet, method_scores, read_methods
 from attrib_jax.evaluation.retrain import Retrainer, Training
-from attrib_jax.stages.config import AttributeConfig
-from attrib_jax.stages.query import Query, prepare_query
+from attrib_jax.jobs.query import Query, prepare_query
+from attrib_jax.methods.config import AttributeConfig
 from tests.evaluation.conftest import COUNT, RECIPE
 
 QUERIES = tuple(Query(f"digit {word}", seed=3, guidance_scale=1.5, sampler_steps=4) for word in ("one", "two", "three"))

@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 
+from attrib_jax.attribute import Attributor
 from attrib_jax.data.concat import concatenate
 from attrib_jax.data.latents import open_latents
 from attrib_jax.data.pictures import UnreadableRowError
@@ -20,11 +21,10 @@ from attrib_jax.evaluation.customized import (
 )
 from attrib_jax.evaluation.self_retrieval import SelfConfig, run_self
 from attrib_jax.evaluation.self_retrieval import summary as self_summary
-from attrib_jax.runtime.files import make_folder
-from attrib_jax.runtime.stages import lock
-from attrib_jax.stages.attribute import Attributor
-from attrib_jax.stages.config import AttributeConfig
-from attrib_jax.stages.root import StageRoot
+from attrib_jax.methods.config import AttributeConfig
+from attrib_jax.storage.files import make_folder
+from attrib_jax.storage.stage_root import StageRoot
+from attrib_jax.storage.stages import lock
 from tests.evaluation.conftest import COUNT
 from tests.failures import UnreadablePictures
 

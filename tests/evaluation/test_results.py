@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from attrib_jax.evaluation.results import ResultTable
-from attrib_jax.runtime.files import StorageError
+from attrib_jax.storage.files import StorageError
 
 FIELDS = {"loss": (2,), "mse": ()}
 

@@ -9,9 +9,9 @@ import pytest
 from attrib_jax.diffusion.schedule import NoiseSchedule
 from attrib_jax.evaluation.retrain import Recipe, Retrainer, Training, draw_batches
 from attrib_jax.evaluation.small_models import train_small
-from attrib_jax.runtime.mesh import data_mesh
-from attrib_jax.runtime.stages import StageMismatchError
-from attrib_jax.runtime.state import StateStore
+from attrib_jax.parallel.mesh import data_mesh
+from attrib_jax.storage.stages import StageMismatchError
+from attrib_jax.storage.state import StateStore
 from tests.evaluation.conftest import COUNT, RECIPE
 
 NOTHING = np.array([], np.int64)
@@ -19,8 +19,8 @@ NOTHING = np.array([], np.int64)
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory, tiny_model, tiny_dataset):
-    from attrib_jax.stages.attribute import Attributor
-    from attrib_jax.stages.root import StageRoot
+    from attrib_jax.attribute import Attributor
+    from attrib_jax.storage.stage_root import StageRoot
 
     return Attributor(tiny_model, tiny_dataset, StageRoot(tmp_path_factory.mktemp("encoded"))).data
 

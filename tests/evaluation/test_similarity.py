@@ -14,7 +14,7 @@ from attrib_jax.evaluation.leave_k_out import LeaveKOutConfig, random_positions,
 from attrib_jax.evaluation.named import QuerySet, method_scores
 from attrib_jax.evaluation.retrain import Training
 from attrib_jax.evaluation.similarity import picture_directions
-from attrib_jax.stages.config import AttributeConfig
+from attrib_jax.methods.config import AttributeConfig
 from tests.evaluation.test_counterfactual import QUERIES, SET, make
 from tests.towers import save_torch_tower
 

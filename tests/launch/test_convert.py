@@ -22,9 +22,9 @@ from attrib_jax.core.types import Scores
 from attrib_jax.core.weights import select_weights
 from attrib_jax.curvature import Diagonal
 from attrib_jax.curvature.diagonal import GRADIENT_SCALE
-from attrib_jax.runtime.files import write_arrays
-from attrib_jax.stages.fisher import load_fisher
-from attrib_jax.stages.score_files import read_scores
+from attrib_jax.jobs.fisher import load_fisher
+from attrib_jax.storage.files import write_arrays
+from attrib_jax.storage.score_files import read_scores
 from tests.tiny_pipeline import CAPTIONS, make_torch_pipeline
 
 # Reads one command's arguments a line, and answers with its exit code and what it printed.

@@ -10,7 +10,7 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-from attrib_jax.runtime.files import read_arrays
+from attrib_jax.storage.files import read_arrays
 from launch import attribute, common
 from tests.evaluation.conftest import make_dataset, make_model
 
@@ -57,7 +57,7 @@ def test_attribution_takes_the_ekfac_that_was_fitted_before(attributed, tmp_path
     alone, _ = attributed(tmp_path / "alone", *EKFAC)
     with monkeypatch.context() as patch:
         for half in ("_fit_bases", "_fit_eigenvalues"):
-            patch.setattr(f"attrib_jax.stages.ekfac.{half}", lambda *args: pytest.fail("fitted again"))
+            patch.setattr(f"attrib_jax.jobs.ekfac.{half}", lambda *args: pytest.fail("fitted again"))
         scores, manifest = attributed(tmp_path / "before", *EKFAC)
     np.testing.assert_array_equal(scores, alone)
     assert np.abs(scores).max() > 0

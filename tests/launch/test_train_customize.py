@@ -8,7 +8,7 @@ from absl import flags
 from absl.testing import flagsaver
 from PIL import Image
 
-from attrib_jax.convert.adapters import apply_custom_diffusion
+from attrib_jax.convert.adapters.custom_diffusion import apply_custom_diffusion
 from attrib_jax.convert.pipeline import load_pipeline, tokenize
 from launch import common, train
 

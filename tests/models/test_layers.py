@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from jax import export
 
-from attrib_jax.models.barrier import materialise_cotangent
 from attrib_jax.models.layers import Conv, GroupNorm, LayerNorm
+from attrib_jax.ops.barrier import materialise_cotangent
 
 jnp = jax.numpy
 

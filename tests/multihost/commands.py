@@ -11,10 +11,10 @@ import jax
 import numpy as np
 from absl import flags
 
-import attrib_jax.stages.draws
-import attrib_jax.stages.fill
-import attrib_jax.stages.losses
-from attrib_jax.runtime.state import StateStore
+import attrib_jax.jobs.draws
+import attrib_jax.jobs.fill
+import attrib_jax.jobs.losses
+from attrib_jax.storage.state import StateStore
 from launch import attribute, common
 
 _DOUBLE = flags.DEFINE_boolean("then_float64", False, "Run again in float64, in <workdir>/float64.")
@@ -46,10 +46,10 @@ def _slow(write):
 
 
 if __name__ == "__main__":
-    attrib_jax.stages.fill._MAX_ROWS_PER_CHUNK = 4
-    attrib_jax.stages.losses._ROWS_PER_CHUNK = 4
-    attrib_jax.stages.losses._TILES_PER_CHUNK = 0
-    attrib_jax.stages.draws._SAMPLES_PER_CPU = 8
-    attrib_jax.stages.draws.tiles_per_checkpoint = lambda mesh: 1
+    attrib_jax.jobs.fill._MAX_ROWS_PER_CHUNK = 4
+    attrib_jax.jobs.losses._ROWS_PER_CHUNK = 4
+    attrib_jax.jobs.losses._TILES_PER_CHUNK = 0
+    attrib_jax.jobs.draws._SAMPLES_PER_CPU = 8
+    attrib_jax.jobs.draws.tiles_per_checkpoint = lambda mesh: 1
     StateStore.write = _slow(StateStore.write)
     common.run(main)

@@ -10,13 +10,13 @@ import jax
 import numpy as np
 
 import tests.conftest  # noqa: F401 the tests' compilation cache
-from attrib_jax.runtime.files import StorageError
-from attrib_jax.runtime.hosts import each_by_itself, fetch, first_host_first, from_first_host, host_index
-from attrib_jax.runtime.mesh import data_mesh, host_share, replicate, shard_batch, tile_map
-from attrib_jax.runtime.stages import StageMismatchError, lock, open_stage
-from attrib_jax.runtime.sums import DeviceSums, Pair
-from attrib_jax.stages.root import StageRoot
-from attrib_jax.stages.skipped import SkippedRows, read_skipped
+from attrib_jax.parallel.hosts import each_by_itself, fetch, first_host_first, from_first_host, host_index
+from attrib_jax.parallel.mesh import data_mesh, host_share, replicate, shard_batch, tile_map
+from attrib_jax.parallel.sums import DeviceSums, Pair
+from attrib_jax.storage.files import StorageError
+from attrib_jax.storage.skipped import SkippedRows, read_skipped
+from attrib_jax.storage.stage_root import StageRoot
+from attrib_jax.storage.stages import StageMismatchError, lock, open_stage
 
 
 def raised(block) -> str:

@@ -11,9 +11,9 @@ from PIL import Image
 
 from attrib_jax.convert.pipeline import load_pipeline
 from attrib_jax.core.weights import select_weights
-from attrib_jax.runtime.chunks import ChunkStore
-from attrib_jax.stages.fisher import fisher_file, load_fisher
-from attrib_jax.stages.skipped import read_skipped
+from attrib_jax.jobs.fisher import fisher_file, load_fisher
+from attrib_jax.storage.chunks import ChunkStore
+from attrib_jax.storage.skipped import read_skipped
 from tests.multihost.ports import free_port
 from tests.tiny_dataset import make_dataset
 from tests.tiny_pipeline import make_torch_pipeline

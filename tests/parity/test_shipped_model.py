@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 import torch
 
+from attrib_jax.attribute import Attributor
 from attrib_jax.convert.pipeline import load_pipeline
 from attrib_jax.data.sources import open_dataset
+from attrib_jax.jobs.query import Query, decode, generate, initial_noise
+from attrib_jax.methods.config import AttributeConfig
 from attrib_jax.models.unet import predictor
-from attrib_jax.runtime.chunks import ChunkStore
-from attrib_jax.runtime.stages import load_stage
-from attrib_jax.stages.attribute import Attributor
-from attrib_jax.stages.config import AttributeConfig
-from attrib_jax.stages.query import Query, decode, generate, initial_noise
-from attrib_jax.stages.root import StageRoot
+from attrib_jax.storage.chunks import ChunkStore
+from attrib_jax.storage.stage_root import StageRoot
+from attrib_jax.storage.stages import load_stage
 
 FOLDER = Path(__file__).parents[2] / "models" / "openmoji"
 PROMPTS = ["fire engine", "red apple"]

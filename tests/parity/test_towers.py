@@ -9,9 +9,9 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from attrib_jax.baselines.features import pixel_features, text_features
+from attrib_jax.attribution.features import pixel_features, text_features
 from attrib_jax.convert.tower import load_tower
-from attrib_jax.stages.feature_settings import default_tower
+from attrib_jax.methods.feature_settings import default_tower
 from tests.towers import CLIP, DINO, DINOV2, save_torch_tower
 
 TOLERANCE = 1e-4

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from attrib_jax.methods.config import AttributeConfig
 from attrib_jax.report import ReportData, Timing, write_report
 from attrib_jax.report.outputs import _method_settings
 from attrib_jax.report.page import render_report
-from attrib_jax.stages.config import AttributeConfig
 
 _VOID = {"meta", "link", "img", "br", "input", "hr"}
 

@@ -1,0 +1,1 @@
+"""LoRA, Custom Diffusion and textual inversion, read and applied."""

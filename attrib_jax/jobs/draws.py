@@ -1,0 +1,219 @@
+"""Sums over random draws of the training set, as curvature is fitted: on all devices, checkpointed and resumed."""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from attrib_jax.core.weights import count_weights, merge_weights
+from attrib_jax.diffusion.losses import Predict, batch_losses, denoising_losses
+from attrib_jax.diffusion.schedule import NoiseSchedule
+from attrib_jax.jobs.encoded_dataset import EncodedDataset
+from attrib_jax.models.projected_text import kernel_gradient, project_text
+from attrib_jax.ops.micro_batching import even_group_size, gradient_pixels, num_pixels
+from attrib_jax.parallel.hosts import from_first_host, is_first_host
+from attrib_jax.parallel.mesh import host_share, shard_batch
+from attrib_jax.parallel.progress import progress
+from attrib_jax.parallel.sums import DeviceSums, Pair
+from attrib_jax.storage.state import StateStore
+
+# Samples that one call of the program takes on each device. A core runs them in groups that follow each other
+# (`gradients_at_once`) in the same memory, which is mapped anew at every call; an accelerator has to be filled.
+_SAMPLES_PER_CPU, _SAMPLES_PER_ACCELERATOR = 32, 64
+# The memory that the gradients of a tile may fill.
+_GRADIENT_BYTES = 2**30
+# Storing the sums so far takes half a second, in which an accelerator could do many samples.
+_CHECKPOINT_TILES_ON_CPU, _CHECKPOINT_TILES_ON_ACCELERATOR = 16, 64
+
+
+class FisherDraws(NamedTuple):
+    """One (picture, flip, caption, timestep, noise) draw for each sample; arrays (S,), the noise by its index."""
+
+    index: np.ndarray
+    row: np.ndarray
+    flip: np.ndarray
+    caption: np.ndarray
+    timestep: np.ndarray
+
+
+class Sample(NamedTuple):
+    """What a draw gives the model; `mask` is 1 for a sample, 0 for padding."""
+
+    latents: Any
+    text: Any
+    index: Any
+    timestep: Any
+    mask: Any
+
+
+def fisher_draws(seed: int, samples: int, num_captions: np.ndarray, num_train_timesteps: int) -> FisherDraws:
+    """The first `samples` draws: every picture once, in random order, before any comes twice.
+
+    Draws are a function of the seed and their index, so more samples extend fewer.
+    """
+    generator = np.random.Generator(np.random.Philox(key=[seed, 0xF15]))
+    rows, flips, captions, timesteps = [], [], [], []
+    for _ in range(-(-samples // len(num_captions))):
+        order = generator.permutation(len(num_captions))
+        rows.append(order)
+        flips.append(generator.integers(0, 2, len(order)))
+        captions.append(generator.integers(0, num_captions[order]))
+        timesteps.append(generator.integers(0, num_train_timesteps, len(order)))
+    cut = (np.concatenate(parts)[:samples].astype(np.int32) for parts in (rows, flips, captions, timesteps))
+    return FisherDraws(np.arange(samples, dtype=np.int32), *cut)
+
+
+def sample_loss(predict: Predict, schedule: NoiseSchedule, key: jax.Array) -> Callable[[Any, Any, Sample], jax.Array]:
+    """`loss_fn(selected, rest, sample) -> ()`: the loss of one draw, its noise a function of `key` and its index."""
+
+    def loss_fn(selected, rest, sample):
+        noise, params = _noise(key, sample)[None], merge_weights(selected, rest)
+        return denoising_losses(predict, params, schedule, sample.latents, sample.text, noise, sample.timestep[None])[0]
+
+    return loss_fn
+
+
+def sample_gradients(
+    predict: Predict, schedule: NoiseSchedule, key: jax.Array
+) -> Callable[[Any, Any, tuple[Sample, jax.Array]], Any]:
+    """`gradients(selected, rest, (samples, columns))`, the gradient of `sample_loss` of each of several, in one tree.
+
+    `columns` (B, D, L) are the samples' text states, transposed (`kernel_gradient`). Where the selected weights all
+    project the text, the model runs once on the batch, and not under `vmap`, whose additional axes cost copies.
+    """
+
+    def gradients(selected, rest, inputs):
+        samples, columns = inputs
+        weights = project_text(predict, selected, samples.text)
+        if weights.others or not weights.projections:
+            return jax.vmap(jax.grad(sample_loss(predict, schedule, key)), (None, None, 0))(selected, rest, samples)
+        noise = jax.vmap(functools.partial(_noise, key))(samples)
+
+        def loss_sum(weights):
+            text = weights.text(samples.text)
+            losses = batch_losses(predict, rest, schedule, samples.latents, text, noise, samples.timestep)
+            return jnp.sum(losses)
+
+        return kernel_gradient(jax.grad(loss_sum)(weights), selected, columns)
+
+    return gradients
+
+
+def _noise(key: jax.Array, sample: Sample) -> jax.Array:
+    return jax.random.normal(jax.random.fold_in(key, sample.index), (1, *sample.latents.shape))[0]
+
+
+def sum_over_draws(
+    path: Path,
+    name: str,
+    program: DeviceSums,
+    shared: Any,
+    like: Any,
+    draws: FisherDraws,
+    data: EncodedDataset,
+    description: str,
+) -> tuple[Pair, StateStore]:
+    """Sums `program` over all draws, resuming from the state in `path/name`.
+
+    Every device keeps the compensated sum of its tiles; at a checkpoint these are added in device order. So kills
+    change nothing, and another number of devices only the rounding within a tile. With several hosts each reads its
+    share of every tile, and host 0 keeps the total and writes.
+
+    Args:
+      path, name: of the folder of the state.
+      program: the compiled sum of a tile of `Sample`s.
+      shared: what every device holds whole, from `replicate`.
+      like: the tree that is summed, for its layout, shapes and dtypes.
+      draws: all of them.
+      data: where they are taken from.
+      description: of the progress.
+
+    Returns:
+      The sum, on host 0 (a part of it on the others), and the state, to be removed when the sum is stored elsewhere.
+    """
+    total, mesh, samples = _Total(path, name, like), program.mesh, len(draws.index)
+    start = from_first_host(total.read)
+    size = samples_per_tile(mesh) * mesh.size
+    share = host_share(mesh, size)
+    running = program.zero(like)
+    with progress(samples, description, "sample", initial=start) as bar:
+        since = 0
+        while start < samples:
+            places = np.arange(start, start + size)[share]
+            taken = np.minimum(places, samples - 1)
+            row, flip, caption = draws.row[taken], draws.flip[taken], draws.caption[taken]
+            latents, text = data.inputs(row, flip, caption)
+            batch = Sample(
+                latents=latents,
+                text=text,
+                index=draws.index[taken],
+                timestep=draws.timestep[taken],
+                mask=(places < samples).astype(np.float32),
+            )
+            running = program.add(running, shared, shard_batch(mesh, batch))
+            done = min(size, samples - start)
+            start, since = start + done, since + 1
+            if since == tiles_per_checkpoint(mesh) or start == samples:
+                total.add(program.total(running))
+                from_first_host(functools.partial(total.write, start))
+                running, since = program.zero(like), 0
+            bar.update(done)
+    return total.sum, total.state
+
+
+class _Total:
+    """The sum up to the last checkpoint, kept by host 0 in memory and on disk."""
+
+    def __init__(self, path: Path, name: str, like: Any):
+        zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), like)
+        self.sum = Pair(zeros, zeros)
+        self.state = StateStore(path, name)
+
+    def read(self) -> int:
+        """Takes up the stored sum -> the number of samples in it."""
+        stored = self.state.read(self.sum)
+        if stored is None:
+            return 0
+        self.sum, samples = stored
+        return samples
+
+    def add(self, part: Pair) -> None:
+        """Adds what all devices have summed since the last checkpoint."""
+        if is_first_host():
+            self.sum = jax.tree.map(np.asarray, _add(self.sum, part))
+
+    def write(self, samples: int) -> None:
+        """Stores the sum of the first `samples` samples."""
+        self.state.write(self.sum, samples)
+
+
+@jax.jit
+def _add(total: Pair, part: Pair) -> Pair:
+    return total + part
+
+
+def samples_per_tile(mesh: Mesh) -> int:
+    """Samples that each device of `mesh` takes in one call."""
+    return _SAMPLES_PER_CPU if _on_cpu(mesh) else _SAMPLES_PER_ACCELERATOR
+
+
+def tiles_per_checkpoint(mesh: Mesh) -> int:
+    """Calls after which the sums so far are stored."""
+    return _CHECKPOINT_TILES_ON_CPU if _on_cpu(mesh) else _CHECKPOINT_TILES_ON_ACCELERATOR
+
+
+def _on_cpu(mesh: Mesh) -> bool:
+    return mesh.devices.flat[0].platform == "cpu"
+
+
+def gradients_at_once(selected: Any, tile: int, latent_shape: tuple[int, ...]) -> int:
+    """Per-sample gradients that one device holds at once, of a tile of `tile` samples."""
+    microbatch = even_group_size(tile, num_pixels(latent_shape), gradient_pixels())
+    while microbatch > 1 and microbatch * 4 * count_weights(selected).values > _GRADIENT_BYTES:
+        microbatch //= 2
+    return microbatch

@@ -1,0 +1,316 @@
+"""Stage 1: pictures and captions -> latents and text states, encoded once and stored in chunks."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import logging
+import os
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from attrib_jax.convert.pipeline import Pipeline, encode_text, latent_size, tokenize
+from attrib_jax.convert.tokenizer import tokenizer_fingerprint
+from attrib_jax.core.checks import check_choice, check_range
+from attrib_jax.core.fingerprint import params_fingerprint
+from attrib_jax.core.keys import purpose_key
+from attrib_jax.core.weights import flatten_names
+from attrib_jax.data.concat import ConcatDataset
+from attrib_jax.data.latents import ROWS_FILE, LatentsDataset
+from attrib_jax.data.readers import PictureReader
+from attrib_jax.data.sources import Dataset
+from attrib_jax.jobs.encoded_dataset import EncodedDataset, join
+from attrib_jax.jobs.fill import fill, make_store
+from attrib_jax.parallel.hosts import from_first_host, is_first_host
+from attrib_jax.storage.files import DamagedFileError, read_arrays, write_arrays
+from attrib_jax.storage.joined import JoinedArray, ScaledArray
+from attrib_jax.storage.skipped import SKIPPED, SkippedRows, read_skipped
+from attrib_jax.storage.stage_root import StageRoot
+from attrib_jax.storage.stages import Stage
+
+_log = logging.getLogger(__name__)
+
+# Pictures, and captions, that one device holds at a time.
+IMAGE_TILE = 16
+TEXT_TILE = 64
+_SKIPPED_SHOWN = 5
+
+STORE_DTYPES = ("float32", "float16")
+POSTERIORS = ("mean", "sample")
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodeConfig:
+    """How pictures and captions are encoded and kept.
+
+    Attributes:
+      dtype: `float32`, or `float16` for half the disk space; BUILD_NOTES.md says what that does to scores.
+      posterior: `mean` of the autoencoder's distribution, or one seeded `sample` for each picture and mirror image.
+      seed: of the samples, which depend on it, the row id and the flip alone.
+      workers: processes that read and decode pictures, 0 for threads of this one; changes the speed only.
+    """
+
+    dtype: str = "float32"
+    posterior: str = "mean"
+    seed: int = 0
+    workers: int = 0
+
+    def __post_init__(self):
+        check_choice("dtype", self.dtype, STORE_DTYPES)
+        check_choice("posterior", self.posterior, POSTERIORS)
+        check_range("seed", self.seed, 0, 2**32 - 1, integer=True)
+        check_range("workers", self.workers, 0, integer=True)
+
+    def describe(self) -> str:
+        """What decides the stored values, as one of the inputs that later stages are checked against."""
+        return f"{self.dtype} {self.posterior}" + (f" seed {self.seed}" if self.posterior == "sample" else "")
+
+
+def encode(
+    root: StageRoot, pipeline: Pipeline, inputs: dict[str, str], dataset: Dataset, config: EncodeConfig = EncodeConfig()
+) -> EncodedDataset:
+    """Encodes a data set with a pipeline's autoencoder and text encoder, resuming or reusing what `root` has.
+
+    Pictures that cannot be read are left out: counted, logged, and listed in `skipped.json`. A `LatentsDataset` is
+    checked and passed through; a `ConcatDataset` is encoded part by part.
+
+    Args:
+      root: where the stages `latents` and `text` are kept.
+      pipeline: its `vae` and `text_encoder`.
+      inputs: fingerprints of model and data set, and `config.describe()`.
+      dataset: see `open_dataset`; pictures have the model's resolution.
+      config: see `EncodeConfig`.
+
+    Raises:
+      ValueError: pictures or latents of another size than the model's, text states of another width, or no picture
+        could be read.
+      StageMismatchError: a stored stage is of another model or data set.
+    """
+    data = _encode_part(root, "", pipeline, inputs, dataset, config)
+    if not len(data):
+        reason = next(iter(data.skipped.values()), "it is empty")
+        raise ValueError(f"dataset {dataset.name!r} has no picture that can be read (the first: {reason})")
+    return data
+
+
+def picture_size(pipeline: Pipeline) -> tuple[int, int]:
+    """Height and width in pixels of the pictures that a pipeline was trained on."""
+    height, width = (size * pipeline.vae.config.downscale for size in latent_size(pipeline))
+    return height, width
+
+
+def picture_resolution(pipeline: Pipeline) -> int:
+    """Side in pixels of the square pictures that a pipeline was trained on; ValueError where they are not square."""
+    height, width = picture_size(pipeline)
+    if height != width:
+        raise ValueError(
+            f"the model was trained on pictures of {height} x {width} pixels; data sets are read as squares"
+        )
+    return height
+
+
+def stage_names(dataset: Dataset, prefix: str = "") -> tuple[str, ...]:
+    """The stages that `encode` fills for a data set: none for one that comes encoded."""
+    if isinstance(dataset, ConcatDataset):
+        return stage_names(dataset.first, prefix + "first-") + stage_names(dataset.second, prefix)
+    return () if isinstance(dataset, LatentsDataset) else (f"{prefix}latents", f"{prefix}text")
+
+
+def _encode_part(root, prefix: str, pipeline, inputs, dataset, config) -> EncodedDataset:
+    if isinstance(dataset, ConcatDataset):
+        first = _encode_part(root, prefix + "first-", pipeline, inputs, dataset.first, config)
+        second = _encode_part(root, prefix, pipeline, inputs, dataset.second, config)
+        return join(first, second, np.concatenate([first.row_ids, second.row_ids + dataset.shift]).astype(np.int32))
+    if isinstance(dataset, LatentsDataset):
+        return _stored_latents(pipeline, dataset)
+    # Reading a caption may mean reading its picture's whole record: not where nothing is left to encode.
+    captions = functools.cache(lambda: [dataset.captions(index) for index in range(len(dataset))])
+    latents_name, text_name = stage_names(dataset, prefix)
+    with root.stage(latents_name, {}, inputs) as stage:
+        latents = encode_images(
+            stage.path, dataset, pipeline.vae, pipeline.params["vae"], config, picture_size(pipeline)
+        )
+        skipped = dict(from_first_host(lambda: list(read_skipped(stage.path).items())))
+    kept = np.setdiff1d(np.arange(len(dataset)), list(skipped))
+    with root.stage(text_name, {}, inputs) as stage:
+        stored = _stored_first_caption(stage)
+        if stored is None:
+            first_caption = np.concatenate([[0], np.cumsum([len(row) for row in captions()])])
+        else:
+            first_caption = stored
+        text = _encode_captions(stage.path, pipeline, first_caption, captions, config)
+
+        def describe() -> None:
+            if stored is not None:
+                return
+            # What `latents:WORKDIR` needs to know, for other models with the same encoders.
+            rows = {"row_ids": dataset.row_ids[kept], "positions": kept, "first_caption": first_caption}
+            header = {
+                "latents": [latents.shape[1:], latents.dtype.name],
+                "text": [text.shape[1:], text.dtype.name],
+                "encoders": encoder_fingerprints(pipeline, pipeline.text_encoder.config.vocab_size),
+            }
+            write_arrays(stage.path / ROWS_FILE, rows, header)
+
+        from_first_host(describe)
+    if skipped and is_first_host():
+        _log.warning(
+            "%d of %d pictures of %s cannot be read and are left out, such as: %s. All are listed in %s.",
+            len(skipped),
+            len(dataset),
+            dataset.name,
+            "; ".join(list(skipped.values())[:_SKIPPED_SHOWN]),
+            root.workdir / latents_name / SKIPPED,
+        )
+    return EncodedDataset(dataset.row_ids[kept], latents, text, first_caption, kept, skipped)
+
+
+def _stored_first_caption(stage: Stage) -> np.ndarray | None:
+    """Where each picture's captions begin, as a finished stage has it."""
+
+    def read() -> np.ndarray | None:
+        if not stage.finished:
+            return None
+        try:
+            return read_arrays(stage.path / ROWS_FILE)[0]["first_caption"]
+        except (FileNotFoundError, DamagedFileError):
+            return None
+
+    return from_first_host(read)
+
+
+def _stored_latents(pipeline: Pipeline, dataset: LatentsDataset) -> EncodedDataset:
+    size = (*latent_size(pipeline), pipeline.unet.config.in_channels)
+    if dataset.latents.shape[2:] != size:
+        raise ValueError(
+            f"dataset {dataset.name!r} has latents (height, width, channels) {dataset.latents.shape[2:]}; the model "
+            f"was trained on {size}. Give the latents of the model's own training set."
+        )
+    width = pipeline.unet.config.cross_attention_dim
+    if dataset.text.shape[-1] != width:
+        raise ValueError(
+            f"dataset {dataset.name!r} has text states of width {dataset.text.shape[-1]}; the model reads {width}. "
+            "Encode the captions with the model's own text encoder."
+        )
+    if dataset.encoders is not None:
+        found = encoder_fingerprints(pipeline, dataset.encoders["vocab_size"])
+        # A store of before the tokenizer was noted has nothing to compare.
+        others = [name for name, value in found.items() if dataset.encoders.get(name, value) != value]
+        if others:
+            raise ValueError(
+                f"dataset {dataset.name!r} was encoded by another model: its {' and '.join(others)} differ. Encode the "
+                "data set with this model, or with its base."
+            )
+    latents = dataset.latents
+    if not dataset.scaled:
+        latents = ScaledArray(latents, pipeline.vae.config.scaling_factor)
+    return EncodedDataset(dataset.row_ids, latents, dataset.text, dataset.first_caption, dataset.positions)
+
+
+def encoder_fingerprints(pipeline: Pipeline, vocab_size: int) -> dict[str, Any]:
+    """What decides latents and text states: autoencoder, tokenizer, text encoder with its first `vocab_size` tokens.
+
+    A customised model whose new tokens stand after those reads the captions of its base model as the base does.
+    """
+    text = flatten_names(pipeline.params["text_encoder"])
+    (embedding,) = (name for name in text if name.endswith("token_embedding/embedding"))
+    text[embedding] = text[embedding][:vocab_size]
+    config = dataclasses.replace(pipeline.text_encoder.config, vocab_size=vocab_size)
+    return {
+        "vae": _digest(pipeline.params["vae"], pipeline.vae.config.to_dict()),
+        "text_encoder": _digest(text, config.to_dict() | {"max_tokens": pipeline.tokenizer.model_max_length}),
+        "tokenizer": tokenizer_fingerprint(pipeline.tokenizer, added=False),
+        "vocab_size": vocab_size,
+    }
+
+
+def _digest(params: Any, config: dict[str, Any]) -> str:
+    return hashlib.sha256((params_fingerprint(params) + json.dumps(config, sort_keys=True)).encode()).hexdigest()
+
+
+def encode_images(
+    path: str | os.PathLike,
+    dataset: Dataset,
+    vae: Any,
+    params: Any,
+    config: EncodeConfig = EncodeConfig(),
+    size: tuple[int, int] | None = None,
+) -> JoinedArray:
+    """Latents of every picture and of its mirror image -> (N, 2, h, w, c), scaled, in `config.dtype`.
+
+    Kept in chunks in `path`, and resumed there. Rows that cannot be read hold zeros; `read_skipped(path)` names them.
+    `size` is (height, width) of the pictures, that of the first one if None. Raises ValueError for a picture of another
+    size.
+    """
+    size = size or dataset[0].image.shape[:2]
+    scale = vae.config.downscale
+    shape = (2, size[0] // scale, size[1] // scale, vae.config.latent_channels)
+    skipped = SkippedRows(path)
+    stored = fill(
+        make_store(path, "latents", shape, config.dtype, len(dataset)),
+        _latents,
+        (params, purpose_key(config.seed, "posterior")),
+        PictureReader(dataset, size),
+        IMAGE_TILE,
+        "encode pictures",
+        "image",
+        workers=config.workers,
+        store_skipped=skipped.store,
+        static=(vae, config.posterior),
+    )
+    skipped.join()
+    return stored
+
+
+def _latents(vae: Any, posterior: str, shared: Any, batch: Any) -> jax.Array:
+    """Pictures (B, H, W, 3) uint8 and their row ids (B,) -> (B, 2, h, w, c), as they are and mirrored."""
+    params, key = shared
+    images, row_ids = batch
+    images = images.astype(jnp.float32) / 127.5 - 1.0
+
+    def latents(flip: int, views):
+        distribution = vae.apply({"params": params}, views, method=vae.encode)
+        if posterior == "mean":
+            return distribution.mean
+
+        def noise(row_id):
+            key_of_row = jax.random.fold_in(jax.random.fold_in(key, row_id), flip)
+            return jax.random.normal(key_of_row, distribution.mean.shape[1:])
+
+        return distribution.mean + jnp.exp(0.5 * distribution.logvar) * jax.vmap(noise)(row_ids)
+
+    both = [latents(0, images), latents(1, images[:, :, ::-1])]
+    return jnp.stack(both, axis=1) * vae.config.scaling_factor
+
+
+def _encode_captions(
+    path,
+    pipeline: Pipeline,
+    first_caption: np.ndarray,
+    captions: Callable[[], Sequence[Sequence[str]]],
+    config: EncodeConfig,
+) -> JoinedArray:
+    shape = (pipeline.tokenizer.model_max_length, pipeline.text_encoder.config.hidden_size)
+    lock = threading.Lock()
+
+    def read(rows):
+        with lock:  # a tokenizer's padding is state that two threads must not set at once
+            pictures = np.searchsorted(first_caption, rows, side="right") - 1
+            places = zip(pictures, rows - first_caption[pictures])
+            return tokenize(pipeline, [captions()[picture][caption] for picture, caption in places]), {}
+
+    return fill(
+        make_store(path, "text", shape, config.dtype, int(first_caption[-1])),
+        encode_text,
+        pipeline.params["text_encoder"],
+        read,
+        TEXT_TILE,
+        "encode captions",
+        "caption",
+        static=(pipeline.text_encoder,),
+    )

@@ -1,0 +1,82 @@
+"""A data set as the UNet sees it: latents and text states, in memory or on disk."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from attrib_jax.storage.joined import JoinedArray
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class EncodedDataset:
+    """Latents and text states of N training pictures; the arrays may be numpy's, memory-mapped, or `JoinedArray`s.
+
+    Attributes:
+      row_ids: (N,) int32.
+      latents: (R, 2, h, w, c), of all stored pictures; [:, 1] of the mirrored picture.
+      text: (M, L, d), the text states of all captions of all stored pictures, one picture after the other.
+      first_caption: (R + 1,) int64; the captions of stored picture r are text[first_caption[r]:first_caption[r + 1]].
+      positions: (N,) where the pictures lie among the R stored ones, of which some may be left out; None for all.
+      skipped: picture -> why it was left out.
+    """
+
+    row_ids: np.ndarray
+    latents: Any
+    text: Any
+    first_caption: np.ndarray
+    positions: np.ndarray | None = None
+    skipped: dict[int, str] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        if self.positions is None:
+            object.__setattr__(self, "positions", np.arange(len(self.row_ids)))
+
+    def __len__(self) -> int:
+        return len(self.row_ids)
+
+    @property
+    def num_captions(self) -> np.ndarray:
+        """(N,) captions of each row."""
+        return np.diff(self.first_caption)[self.positions]
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """(h, w, c)."""
+        return tuple(self.latents.shape[2:])
+
+    @property
+    def text_shape(self) -> tuple[int, int]:
+        """(L, d) of a caption's states."""
+        return tuple(self.text.shape[1:])
+
+    def inputs(self, row: np.ndarray, flip: np.ndarray, caption: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The UNet's inputs for examples (picture, flip, caption), each index (n,) or an integer for all.
+
+        `row` counts from 0 to N - 1. Returns latents (n, h, w, c) and text states (n, L, d), float32.
+        """
+        row = self.positions[np.atleast_1d(row)]
+        flip, caption = (np.broadcast_to(np.asarray(index, np.int64), row.shape) for index in (flip, caption))
+        latents, text = self.latents[row, flip], self.text[self.first_caption[row] + caption]
+        return np.asarray(latents, np.float32), np.asarray(text, np.float32)
+
+
+def join(first: EncodedDataset, second: EncodedDataset, row_ids: np.ndarray) -> EncodedDataset:
+    """One data set after another, under new row ids (N1 + N2,).
+
+    Raises ValueError where the shapes of their latents or text states differ.
+    """
+    parts = [first, second]
+    for name in ("latents", "text"):
+        shapes = [tuple(getattr(part, name).shape[1:]) for part in parts]
+        if shapes[0] != shapes[1]:
+            raise ValueError(f"the two data sets have {name} of shapes {shapes[0]} and {shapes[1]}; expected one shape")
+    stored = len(first.first_caption) - 1
+    return EncodedDataset(
+        row_ids=row_ids,
+        latents=JoinedArray.of([part.latents for part in parts]),
+        text=JoinedArray.of([part.text for part in parts]),
+        first_caption=np.concatenate([first.first_caption[:-1], second.first_caption + first.first_caption[-1]]),
+        positions=np.concatenate([first.positions, second.positions + stored]),
+        skipped=first.skipped | {stored + row: reason for row, reason in second.skipped.items()},
+    )

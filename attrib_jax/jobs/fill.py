@@ -1,0 +1,129 @@
+"""Filling a store of one array: batches are read ahead, encoded on all devices, and written chunk by chunk.
+
+Of several hosts, each fills chunks of its own with its own devices: they share nothing but the folder.
+"""
+
+import functools
+import os
+from collections.abc import Callable
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+from absl import flags
+from jax.sharding import Mesh
+
+from attrib_jax.parallel.hosts import each_by_itself, first_host_first, from_first_host, host_index, num_hosts
+from attrib_jax.parallel.mesh import data_mesh, padded_tiles, replicate, shard_batch, tile_map
+from attrib_jax.parallel.progress import progress
+from attrib_jax.storage.chunks import ChunkStore
+from attrib_jax.storage.joined import JoinedArray
+
+_MAX_ROWS_PER_CHUNK = 1024
+_CHUNK_BYTES = 2**26
+# Stores up to this size are checked whole whenever they are opened; chunks of larger ones when they are first used.
+_CHECKED_BYTES = 2**31
+
+
+def make_store(path: str | os.PathLike, field: str, shape: tuple[int, ...], dtype: str, num_rows: int) -> ChunkStore:
+    """A store of one field in `<path>/<field>/`, `shape` the shape of a row; its chunks have at most 64 MiB."""
+    row_bytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    rows = min(_MAX_ROWS_PER_CHUNK, max(1, _CHUNK_BYTES // row_bytes))
+    return first_host_first(lambda: ChunkStore(path, {field: (shape, np.dtype(dtype))}, num_rows, rows, name=field))
+
+
+def fill(
+    store: ChunkStore,
+    encode_tile: Callable[..., jax.Array],
+    shared: Any,
+    read: Callable[[np.ndarray], tuple[Any, dict[int, str]]],
+    tile: int,
+    description: str,
+    unit: str,
+    workers: int = 0,
+    store_skipped: Callable[[slice, dict[int, str]], None] | None = None,
+    static: tuple = (),
+) -> JoinedArray:
+    """Computes the missing chunks of a store of one field and returns the whole, on disk.
+
+    With several hosts, host 0 decides what is missing, the chunks are dealt out in turn, and all wait for all; an error
+    of one is then raised on every host.
+
+    Args:
+      store: from `make_store`.
+      encode_tile: `(*static, shared, batch) -> (rows, ...)`, run on one tile on every device.
+      shared: what every device holds whole, such as parameters.
+      read: rows (R,) of a tile on all devices -> the batch, leaves (R, ...), and the reasons of rows that could not be
+        read, which are stored as zeros. Called from several threads or, with `workers`, processes.
+      tile: rows that one device takes at a time.
+      description, unit: of the progress bar.
+      workers: processes that read; 0 for threads of this one.
+      store_skipped: called with the rows of a chunk and its reasons, before the chunk is written.
+      static: hashable first arguments of `encode_tile`, such as the model.
+    """
+    ((field, (shape, dtype)),) = store.fields.items()
+    small = store.num_rows * int(np.prod(shape)) * dtype.itemsize <= _CHECKED_BYTES
+    missing = from_first_host(lambda: list(store.missing()) if small else store.absent())
+    mine = missing[host_index() :: num_hosts()]
+    with each_by_itself():
+        if mine:
+            done = store.num_rows - sum(store.rows(chunk).stop - store.rows(chunk).start for chunk in missing)
+            run = _compiled(encode_tile, static, data_mesh(jax.local_devices()))
+            _fill(store, mine, done, run, shared, read, tile, description, unit, workers, store_skipped)
+    return store.array(field)
+
+
+def _fill(store, chunks, done, run, shared, read, tile, description, unit, workers, store_skipped) -> None:
+    """Computes `chunks` on this host's devices; `done` counts the rows that are stored already."""
+    ((field, (_, dtype)),) = store.fields.items()
+    mesh = data_mesh(jax.local_devices())
+    shared = replicate(mesh, shared)
+    # Tiles never reach over the end of a chunk, so that a resumed run has the tiles of an uninterrupted one.
+    tiles, counts = [], {}
+    for chunk in chunks:
+        rows = np.arange(store.num_rows)[store.rows(chunk)]
+        cut, _ = padded_tiles(len(rows), tile * mesh.size)
+        tiles.extend(rows[cut])
+        counts[chunk] = len(cut)
+    batches = grain.MapDataset.source(tiles).map(read)
+    batches = batches.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4))
+    if workers:
+        if not flags.FLAGS.is_parsed():
+            # Grain's worker processes take its own flags from absl, which only programs of absl have parsed.
+            flags.FLAGS.mark_as_parsed()
+        batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+    reader = iter(batches)
+    # Of several hosts, the first shows its own share.
+    total = done + sum(store.rows(chunk).stop - store.rows(chunk).start for chunk in chunks)
+    with progress(total, description, unit, initial=done) as bar:
+        for chunk in chunks:
+            rows, results, reasons = store.rows(chunk), [], {}
+            size = rows.stop - rows.start
+            for number in range(counts[chunk]):
+                batch, unreadable = next(reader)
+                results.append(run(shared, shard_batch(mesh, batch)))
+                reasons |= unreadable
+                bar.update(min(tile * mesh.size, size - number * tile * mesh.size))
+            values = np.concatenate([np.asarray(result) for result in results])[:size].astype(dtype)
+            _check_finite(values, store, description, dtype)
+            for row in reasons:
+                values[row - rows.start] = 0
+            if store_skipped is not None:
+                # Before the chunk: once that is there, nobody reads its pictures again.
+                store_skipped(rows, reasons)
+            store.write(chunk, {field: values})
+
+
+@functools.lru_cache(maxsize=4)
+def _compiled(encode_tile: Callable[..., jax.Array], static: tuple, mesh: Mesh):
+    """Made once: other weights of the same architecture compile nothing."""
+    return tile_map(mesh, functools.partial(encode_tile, *static))
+
+
+def _check_finite(values: np.ndarray, store: ChunkStore, description: str, dtype: np.dtype) -> None:
+    if not np.isfinite(values).all():
+        raise ValueError(
+            f"{description} gives NaN or infinity as {dtype.name}: look for a damaged model, or keep float32 "
+            f"(stored in {store.path})"
+        )

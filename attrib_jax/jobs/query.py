@@ -1,0 +1,231 @@
+"""The query: a picture that the model generates from a prompt, or one that is given, as latents and text states."""
+
+import dataclasses
+import functools
+import logging
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from attrib_jax.convert.pipeline import Pipeline, encode_text, latent_size, prompt_report, tokenize
+from attrib_jax.core.checks import check_choice, check_finite, check_positive, check_range
+from attrib_jax.core.keys import purpose_key
+from attrib_jax.core.text import replace_surrogates
+from attrib_jax.data.latents import open_npy
+from attrib_jax.data.pictures import read_picture
+from attrib_jax.diffusion.losses import Predict
+from attrib_jax.diffusion.samplers import SAMPLERS, sample
+from attrib_jax.jobs.encode import picture_size
+
+_log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Query:
+    """What to attribute.
+
+    Attributes:
+      prompt: its caption; half a surrogate pair, which JSON can escape, becomes '?'.
+      image: path of a picture, or (H, W, 3) uint8; None generates one from the prompt.
+      latents: (h, w, c), multiplied by the scaling factor, instead of a picture; None otherwise.
+      text: (L, d) text states instead of those of the prompt; None encodes the prompt.
+      seed: of the initial noise of a generated picture.
+      guidance_scale: weight of classifier-free guidance.
+      sampler: `ddim` or `ddpm`.
+      sampler_steps: steps of the sampler.
+    """
+
+    prompt: str
+    image: str | os.PathLike | np.ndarray | None = None
+    latents: np.ndarray | None = None
+    text: np.ndarray | None = None
+    seed: int = 0
+    guidance_scale: float = 7.5
+    sampler: str = "ddim"
+    sampler_steps: int = 50
+
+    def __post_init__(self):
+        if not isinstance(self.prompt, str):
+            raise ValueError(f"prompt is {self.prompt!r}; expected a text")
+        object.__setattr__(self, "prompt", replace_surrogates(self.prompt))
+        if self.image is not None and self.latents is not None:
+            raise ValueError("the query has a picture and latents; give one of them")
+        if self.text is not None and self.latents is None and self.image is None:
+            raise ValueError("the query has text states but no picture or latents; give one of them too")
+        check_range("seed", self.seed, 0, 2**32 - 1, integer=True)
+        check_range("guidance_scale", self.guidance_scale, 0)
+        check_choice("sampler", self.sampler, SAMPLERS)
+        check_positive("sampler_steps", self.sampler_steps, integer=True)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PreparedQuery:
+    """A query as picture and as the UNet's input.
+
+    Attributes:
+      image: (H, W, 3) uint8.
+      latents: (h, w, c) float32, multiplied by the scaling factor.
+      text: (L, d) float32.
+      notes: what a user should know of how the prompt or picture was read.
+      prompt: its caption.
+    """
+
+    image: np.ndarray
+    latents: np.ndarray
+    text: np.ndarray
+    notes: tuple[str, ...]
+    prompt: str = ""
+
+
+def prepare_query(pipeline: Pipeline, predict: Predict, query: Query) -> PreparedQuery:
+    """Generates or reads the query's picture and encodes it.
+
+    A generated query keeps the latents that the sampler ended with: they are what the model made; encoding its decoded
+    picture again would add the autoencoder's error.
+
+    Raises:
+      ValueError: the picture is no image, or the sampler cannot run with these steps.
+      FileNotFoundError: the picture does not exist.
+    """
+    notes = () if query.text is not None else prompt_notes(pipeline, query.prompt)
+    if query.latents is not None:
+        latents = _given("latents", query.latents, (*latent_size(pipeline), pipeline.unet.config.in_channels))[None]
+        image = decode(pipeline, latents)[0]
+    elif query.image is None:
+        latents = generate(pipeline, predict, [query.prompt], [query.seed], query)
+        image = decode(pipeline, latents)[0]
+    else:
+        image, latents = _encode_picture(pipeline, query.image)
+    if query.text is not None:
+        text = _given("text", query.text, (None, pipeline.unet.config.cross_attention_dim))
+    else:
+        text = _text_states(pipeline, [query.prompt])[0]
+    return PreparedQuery(image, np.asarray(latents[0]), np.asarray(text), notes, query.prompt)
+
+
+def _given(name: str, array: Any, shape: tuple[int | None, ...]) -> np.ndarray:
+    array = np.asarray(array, np.float32)
+    if array.ndim != len(shape) or any(size not in (None, given) for size, given in zip(shape, array.shape)):
+        expected = ", ".join("any" if size is None else str(size) for size in shape)
+        raise ValueError(f"the query's {name} have shape {array.shape}; the model takes ({expected})")
+    check_finite(f"the query's {name}", array)
+    return array
+
+
+def read_stored_query(latents: str | os.PathLike, text: str | os.PathLike | None, index: int) -> dict[str, Any]:
+    """The fields `latents` and `text` of a `Query` from numpy files as METHOD.md section 9 has them.
+
+    Args:
+      latents: (Q, c, h, w), multiplied by the scaling factor.
+      text: (Q, captions, L, d), of which the first caption is taken; None for none.
+      index: of the query.
+
+    Raises ValueError for a damaged file, another shape or an index outside it; FileNotFoundError for a missing one.
+    """
+    arrays = {"latents": open_npy(latents)} | ({} if text is None else {"text": open_npy(text)})
+    for name, array in arrays.items():
+        if array.ndim != 4:
+            raise ValueError(f"query {name} have shape {array.shape}; expected four axes, the queries first")
+        check_range("query_index", index, 0, len(array) - 1, integer=True)
+    fields = {"latents": np.moveaxis(arrays["latents"][index], 0, -1)}
+    return fields | ({} if text is None else {"text": arrays["text"][index, 0]})
+
+
+def prompt_notes(pipeline: Pipeline, prompt: str) -> tuple[str, ...]:
+    """Sentences on what a tokenizer cuts off or does not know of a prompt; logged as warnings too."""
+    report = prompt_report(pipeline, prompt)
+    notes = []
+    if report.truncated:
+        notes.append(f"The prompt is longer than the model reads; cut off: {report.truncated!r}.")
+    if report.unknown:
+        notes.append(f"Words with characters that the tokenizer does not know: {', '.join(report.unknown)}.")
+    if report.split:
+        notes.append(
+            "Words that the tokenizer knows only in pieces, rare or absent in its training captions: "
+            f"{', '.join(report.split)}."
+        )
+    for note in notes:
+        _log.warning(note)
+    return tuple(notes)
+
+
+def generate(pipeline: Pipeline, predict: Predict, prompts: list[str], seeds: list[int], query: Query) -> np.ndarray:
+    """Draws one latent for each prompt with the sampler settings of `query` -> (B, h, w, c), scaled.
+
+    The initial noise of a picture depends on its seed alone.
+    """
+    text = _text_states(pipeline, list(prompts) + [""])
+    initial = [initial_noise(pipeline, seed) for seed in seeds]
+    if query.sampler == "ddim":
+        return _sample(pipeline, predict, text[:-1], text[-1], jnp.stack(initial), None, query)
+    # Fresh noise at every step, so one by one: a picture's noise must not depend on its place in a batch.
+    pictures = [
+        _sample(pipeline, predict, row[None], text[-1], noise[None], purpose_key(seed, "sampler noise"), query)
+        for row, noise, seed in zip(text, initial, seeds)
+    ]
+    return np.concatenate(pictures)
+
+
+def _sample(pipeline, predict, text, empty_text, initial, key, query: Query) -> np.ndarray:
+    with jax.default_matmul_precision("highest"):
+        latents = sample(
+            predict,
+            pipeline.params["unet"],
+            pipeline.schedule,
+            text,
+            empty_text,
+            initial,
+            query.sampler_steps,
+            query.guidance_scale,
+            sampler=query.sampler,
+            key=key,
+        )
+    return np.asarray(latents)
+
+
+def initial_noise(pipeline: Pipeline, seed: int) -> np.ndarray:
+    """The noise (h, w, c) that a picture with this seed starts from."""
+    config = pipeline.unet.config
+    shape = (*latent_size(pipeline), config.in_channels)
+    return np.asarray(jax.random.normal(purpose_key(seed, "sample"), shape))
+
+
+def decode(pipeline: Pipeline, latents: np.ndarray) -> np.ndarray:
+    """Scaled latents (B, h, w, c) -> pictures (B, H, W, 3) uint8."""
+    with jax.default_matmul_precision("highest"):
+        images = _decode(pipeline.vae, pipeline.params["vae"], latents)
+    return np.asarray(jnp.round(jnp.clip(images * 0.5 + 0.5, 0, 1) * 255)).astype(np.uint8)
+
+
+def _encode_picture(pipeline: Pipeline, image: Any) -> tuple[np.ndarray, np.ndarray]:
+    height, width = picture_size(pipeline)
+    if not isinstance(image, np.ndarray):
+        image = read_picture(image, height, width)
+    if image.shape != (height, width, 3) or image.dtype != np.uint8:
+        raise ValueError(f"query image has shape {image.shape} {image.dtype}; expected {(height, width, 3)} uint8")
+    with jax.default_matmul_precision("highest"):
+        mean = _encode(pipeline.vae, pipeline.params["vae"], image[None].astype(np.float32) / 127.5 - 1.0)
+    return image, np.asarray(mean) * pipeline.vae.config.scaling_factor
+
+
+def _text_states(pipeline: Pipeline, prompts: list[str]) -> jax.Array:
+    with jax.default_matmul_precision("highest"):
+        return _encode_prompts(pipeline.text_encoder, pipeline.params["text_encoder"], tokenize(pipeline, prompts))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _encode_prompts(text_encoder, params, input_ids):
+    return encode_text(text_encoder, params, input_ids)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _decode(vae, params, latents):
+    return vae.apply({"params": params}, latents / vae.config.scaling_factor, method=vae.decode)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _encode(vae, params, images):
+    return vae.apply({"params": params}, images, method=vae.encode).mean

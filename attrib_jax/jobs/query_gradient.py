@@ -1,0 +1,75 @@
+"""The query's gradient on all devices: the draws of `query_gradient`, one tile a device at a time."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from attrib_jax.attribution.unlearn import DRAWS_PER_TILE, QueryGradient, by_selected, tile_gradient, zero_gradient
+from attrib_jax.diffusion.losses import Predict
+from attrib_jax.diffusion.schedule import NoiseSchedule
+from attrib_jax.models.prepared import transform_kernels
+from attrib_jax.models.projected_text import project_text
+from attrib_jax.parallel.mesh import data_mesh, host_share, replicate, shard_batch
+from attrib_jax.parallel.sums import DeviceSums, Pair
+
+
+class GradientProgram:
+    """The compiled gradient of any query's loss, made once for a model; `bind` makes the `sum_draws` of `unlearn`.
+
+    Devices keep compensated sums of their tiles, which are added in device order: another number of devices changes
+    only the rounding within a tile. With several hosts all make the same calls, and all get the sums.
+    """
+
+    def __init__(self, predict: Predict, schedule: NoiseSchedule, mesh: Mesh | None = None):
+        self.mesh, self.predict = mesh or data_mesh(), predict
+        self._schedule = replicate(self.mesh, schedule)
+        self._sums, self._project, self._by_selected = _programs(predict, self.mesh)
+
+    def bind(
+        self, rest: Any, latents: np.ndarray, text: np.ndarray, draws: int, mask: np.ndarray | None = None
+    ) -> Callable[[Any, jax.Array, Callable[[int], None]], QueryGradient]:
+        """`(selected, key, advance) -> sums over the draws` for one query: arguments as in `query_gradient`."""
+        count, fixed = self.mesh.size, None
+        tiles = np.arange(-(-draws // (DRAWS_PER_TILE * count)) * count, dtype=np.int32).reshape(-1, count)
+        share = host_share(self.mesh, count)
+
+        def sum_draws(selected, key, advance):
+            nonlocal fixed
+            if fixed is None:
+                prepared = transform_kernels(self.predict, selected, rest, latents.shape, text.shape)
+                fixed = replicate(self.mesh, (prepared, self._schedule, jnp.asarray(latents), jnp.asarray(text), mask))
+            weights = self._project(selected, jnp.asarray(text))
+            shared = (fixed, replicate(self.mesh, (weights, key, np.int32(draws))))
+            sums = self._sums.zero(jax.eval_shape(zero_gradient, weights))
+            for number, row in enumerate(tiles, start=1):
+                sums = self._sums.add(sums, shared, shard_batch(self.mesh, row[share]))
+                jax.block_until_ready(sums.high.loss)
+                advance(min(number * count * DRAWS_PER_TILE, draws))
+            return self._by_selected(self._sums.total(sums).value(), selected, jnp.asarray(text))
+
+        return sum_draws
+
+
+@functools.lru_cache(maxsize=4)
+def _programs(predict: Predict, mesh: Mesh) -> tuple[DeviceSums, Callable[..., Any], Callable[..., Any]]:
+    """Made once: another model of the same architecture compiles nothing."""
+    sums = DeviceSums(mesh, functools.partial(_tile_gradient, predict))
+    return sums, _exactly(functools.partial(project_text, predict)), _exactly(by_selected)
+
+
+def _exactly(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """`fn` compiled, with products of float32 numbers as those of `DeviceSums`."""
+    return jax.jit(jax.default_matmul_precision("highest")(fn))
+
+
+def _tile_gradient(predict: Predict, shared: Any, tile: jax.Array) -> Pair:
+    """The sums of tile number `tile` (1,); draws beyond the last count zero."""
+    (rest, schedule, latents, text, mask), (weights, key, draws) = shared
+    indices = tile[0] * DRAWS_PER_TILE + jnp.arange(DRAWS_PER_TILE, dtype=jnp.int32)
+    sums = tile_gradient(predict, schedule, weights, rest, latents, text, key, mask, indices, draws)
+    return Pair(sums, jax.tree.map(jnp.zeros_like, sums))

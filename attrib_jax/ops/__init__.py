@@ -1,0 +1,1 @@
+"""What a platform computes differently, one function each: convolution, attention, norms, micro-batching."""

@@ -1,1 +1,0 @@
-"""Storage, devices and progress: what a long run needs so that no work is lost."""

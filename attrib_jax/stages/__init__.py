@@ -1,1 +1,0 @@
-"""The resumable loops that join pure functions, data and files."""

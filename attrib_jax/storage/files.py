@@ -1,0 +1,209 @@
+"""Atomic file writing: a reader sees the old content or the new one, never a part of it."""
+
+import contextlib
+import json
+import logging
+import math
+import os
+import tempfile
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import safetensors.numpy
+from safetensors import SafetensorError
+
+from attrib_jax.convert.weights.files import safetensors_layout
+from attrib_jax.core.durable import sync, sync_all
+
+_log = logging.getLogger(__name__)
+
+_TEMP_PREFIX = ".partial-"
+
+
+class StorageError(RuntimeError):
+    """A file could not be written, read or trusted; the message names the path, the reason and the remedy."""
+
+
+class DamagedFileError(StorageError):
+    """A file is truncated, or its content does not match its checksum."""
+
+
+@contextlib.contextmanager
+def storage_errors(path: str | os.PathLike, doing: str = "write") -> Iterator[None]:
+    """Turns an OSError of the block (full disk, read-only folder, no permission) into a StorageError naming `path`."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise StorageError(
+            f"cannot {doing} {path}: {reason}. What was stored before is unchanged; make room or choose a writable "
+            "folder, then start the same command again to resume."
+        ) from error
+
+
+def make_folder(path: str | os.PathLike) -> Path:
+    """Creates the folder and its parents if absent, and returns it as a Path."""
+    path = Path(path)
+    with storage_errors(path, "create the folder"):
+        created = [folder for folder in (path, *path.parents) if not folder.exists()]
+        path.mkdir(parents=True, exist_ok=True)
+        # Else a power loss could take the folder with all that was stored in it since.
+        for folder in reversed(created):
+            sync(folder.parent)
+    return path
+
+
+def commit_folder(temporary: str | os.PathLike, path: str | os.PathLike) -> None:
+    """Gives a finished folder its name `path`, where nothing is yet, once all of its content is on disk."""
+    temporary, path = Path(temporary), Path(path)
+    with storage_errors(path):
+        sync_all(temporary)
+        os.rename(temporary, path)
+        sync(path.parent)
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
+    """Opens a binary file that takes the name `path` only when the block has ended well and its bytes are on disk.
+
+    Written to a temporary file in the same folder, flushed, fsynced, renamed, and the folder fsynced. If anything
+    fails the temporary file is removed and an earlier `path` stays as it was. An OSError is raised as StorageError.
+    """
+    path = Path(path)
+    with storage_errors(path):
+        descriptor, temporary = tempfile.mkstemp(prefix=_TEMP_PREFIX, suffix=f"-{path.name}", dir=path.parent)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            # mkstemp creates 0600; a result should be as readable as any other file of the user.
+            os.chmod(temporary, 0o666 & ~_umask())
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
+        sync(path.parent)
+
+
+def _umask() -> int:
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
+def remove_partial_files(folder: str | os.PathLike) -> None:
+    """Deletes the temporary files that a killed writer left in `folder` and below; only while nobody writes there."""
+    for leftover in Path(folder).rglob(f"{_TEMP_PREFIX}*"):
+        with contextlib.suppress(OSError):
+            leftover.unlink()
+
+
+def write_bytes(path: str | os.PathLike, content: bytes) -> None:
+    """Replaces `path` atomically with `content`."""
+    with atomic_write(path) as file:
+        file.write(content)
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """Replaces `path` atomically with `value` as indented JSON; a value that is no JSON writes nothing."""
+    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def write_npz(path: str | os.PathLike, arrays: Mapping[str, np.ndarray]) -> None:
+    """Replaces `path` atomically with an uncompressed npz of `arrays`, readable with `numpy.load`."""
+    with atomic_write(path) as file:
+        np.savez(file, **arrays)
+
+
+def write_arrays(path: str | os.PathLike, arrays: Mapping[str, np.ndarray], header: dict[str, Any]) -> None:
+    """Replaces `path` atomically with a safetensors file of `arrays` that carries `header` (JSON) and a checksum."""
+    arrays = {name: np.asarray(array, order="C") for name, array in arrays.items()}
+    foreign = {name: str(array.dtype) for name, array in arrays.items() if array.dtype.kind not in "biufc"}
+    if foreign:
+        raise ValueError(f"arrays for {path} have dtypes that cannot be stored: {foreign}. Cast them to float32 first.")
+    encoded = json.dumps(header, sort_keys=True, allow_nan=False)
+    metadata = {"header": encoded, "crc32": str(_checksum(arrays, encoded))}
+    content = safetensors.numpy.save(arrays, metadata=metadata)
+    write_bytes(path, content)
+
+
+def read_arrays(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The arrays and the header that `write_arrays` stored.
+
+    Raises DamagedFileError where the file is truncated or any array, name, shape, dtype or header value has changed,
+    FileNotFoundError where there is none, StorageError where it cannot be read.
+    """
+    try:
+        content = Path(path).read_bytes()
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise StorageError(
+            f"cannot read {path}: {error.strerror or error}. Check its permissions and the disk."
+        ) from error
+    try:
+        arrays = safetensors.numpy.load(content)
+        length = int.from_bytes(content[:8], "little")
+        metadata = json.loads(content[8 : 8 + length])["__metadata__"]
+        encoded, checksum = metadata["header"], int(metadata["crc32"])
+    except (SafetensorError, KeyError, ValueError, TypeError) as error:
+        raise DamagedFileError(f"{path} is truncated or damaged ({error})") from error
+    if _checksum(arrays, encoded) != checksum:
+        raise DamagedFileError(f"{path} is damaged: its content does not match its checksum")
+    return arrays, json.loads(encoded)
+
+
+def stored_arrays(path: str | os.PathLike) -> dict[str, np.ndarray] | None:
+    """The arrays that `write_arrays` stored; None where they have to be computed, with a warning for a damaged file.
+
+    Raises StorageError where the file cannot be read.
+    """
+    try:
+        return read_arrays(path)[0]
+    except FileNotFoundError:
+        return None
+    except DamagedFileError as error:
+        _log.warning("%s: it will be computed again", error)
+        return None
+
+
+def map_arrays(path: str | os.PathLike, check: bool = True) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """As `read_arrays`, the arrays as read-only memory maps: their pages are read when used, and can go again.
+
+    `check` compares the content with its checksum first, through the maps. Raises as `read_arrays`.
+    """
+    try:
+        metadata, places = safetensors_layout(path)
+        encoded, checksum = metadata["header"], int(metadata["crc32"])
+        arrays = {
+            # An empty map cannot be made.
+            name: np.memmap(path, dtype, "r", offset, shape) if math.prod(shape) else np.empty(shape, dtype)
+            for name, (dtype, shape, offset) in places.items()
+        }
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise StorageError(
+            f"cannot read {path}: {error.strerror or error}. Check its permissions and the disk."
+        ) from error
+    except (KeyError, ValueError, TypeError) as error:
+        raise DamagedFileError(f"{path} is truncated or damaged ({error})") from error
+    if check and _checksum(arrays, encoded) != checksum:
+        raise DamagedFileError(f"{path} is damaged: its content does not match its checksum")
+    return arrays, json.loads(encoded)
+
+
+def _checksum(arrays: Mapping[str, np.ndarray], header: str) -> int:
+    """crc32 of all that `read_arrays` returns: the header, and each array's name, dtype, shape and bytes."""
+    value = zlib.crc32(header.encode())
+    for name in sorted(arrays):
+        array = arrays[name]
+        value = zlib.crc32(f"{name} {array.dtype} {array.shape}".encode(), value)
+        # A flat byte view: zlib refuses zero-sized and multi-dimensional views of some dtypes.
+        value = zlib.crc32(array.reshape(-1).view(np.uint8).data, value)
+    return value

@@ -1,0 +1,125 @@
+"""Where the stages of a run lie: its workdir, and stages that came finished with the model."""
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from attrib_jax.parallel.hosts import each_by_itself, from_first_host, is_first_host
+from attrib_jax.storage.files import StorageError, commit_folder, make_folder, storage_errors
+from attrib_jax.storage.stages import Stage, StageMismatchError, load_stage, open_stage
+
+_log = logging.getLogger(__name__)
+
+
+class StageRoot:
+    """Opens stages by name in a workdir; finished ones in `shipped` are copied there when they fit what is asked for.
+
+    A shipped stage fits if it is finished and was made with the same settings and inputs. `shipped` is only read. With
+    several hosts all make the same calls, and host 0 alone looks and copies.
+    """
+
+    def __init__(self, workdir: str | os.PathLike, shipped: str | os.PathLike | None = None):
+        self.workdir = Path(workdir)
+        self._shipped = Path(shipped) if shipped is not None else None
+
+    def claim(self, inputs: Mapping[str, Any]) -> None:
+        """Makes the workdir one of these inputs.
+
+        Raises StageMismatchError if it is one of others, or if another host has other inputs.
+        """
+        first = from_first_host(lambda: dict(inputs))
+        with each_by_itself():
+            others = [name for name, value in inputs.items() if first[name] != value]
+            if others:
+                raise StageMismatchError(
+                    f"the {' and '.join(others)} of this host and of host 0 differ: expected the same files and "
+                    "settings on every host"
+                )
+        remedy = "Give another --workdir: this one holds the results of that model and data set."
+        stage = open_stage(self.workdir, "inputs", {}, inputs, remedy)
+        if not stage.finished:
+            stage.finish()
+
+    @contextlib.contextmanager
+    def stage(
+        self, name: str, settings: Mapping[str, Any], inputs: Mapping[str, str], remedy: str | None = None
+    ) -> Iterator[Stage]:
+        """Opens a stage to be filled or read, and marks it finished when the block ends without an error.
+
+        A stage in which an error left nothing stored is removed, so that other settings can take its name. Raises
+        StageMismatchError where the workdir's stage of that name has other settings or inputs; it says `remedy`, see
+        `open_stage`.
+        """
+        from_first_host(lambda: self._copy(name) if self._fits(name, settings, inputs) else None)
+        stage = open_stage(self.workdir, name, settings, inputs, remedy)
+        try:
+            yield stage
+        except Exception:
+            # With no call to the other hosts: they may not have failed.
+            if is_first_host() and [path.name for path in stage.path.iterdir()] == ["stage.json"]:
+                shutil.rmtree(stage.path)
+            raise
+        if not stage.finished:
+            stage.finish()
+
+    def is_finished(self, name: str, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> bool:
+        """Whether `stage` with the same arguments would find everything done."""
+
+        def look() -> bool:
+            if (self.workdir / name / "stage.json").exists():
+                return load_stage(self.workdir, name).finished
+            return self._fits(name, settings, inputs)
+
+        return from_first_host(look)
+
+    def holds(self, name: str, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> bool:
+        """Whether `stage` with the same arguments would find anything: begun in the workdir, or come with the model."""
+        return from_first_host(
+            lambda: (self.workdir / name / "stage.json").exists() or self._fits(name, settings, inputs)
+        )
+
+    def _fits(self, name: str, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> bool:
+        if self._shipped is None:
+            return False
+        if (self.workdir / name).exists() or not (self._shipped / name).exists():
+            return False
+        try:
+            stage = load_stage(self._shipped, name)
+        except StorageError as error:
+            _log.info("not using the %s that came with the model: %s", name, error)
+            return False
+        # As JSON has them, to which a tuple is a list.
+        asked = json.loads(json.dumps([dict(settings), dict(inputs)]))
+        fits = stage.finished and [stage.settings, stage.inputs] == asked
+        if not fits:
+            _log.info("the %s that came with the model is of another model or data set", name)
+        return fits
+
+    def _copy(self, name: str) -> None:
+        target = self.workdir / name
+        make_folder(target.parent)
+        partial = target.with_name(f".{target.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            with storage_errors(target):
+                _copy_content(self._shipped / name, partial)
+        except StorageError:
+            # Half a copy would keep a full disk full.
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        commit_folder(partial, target)
+
+
+def _copy_content(source: Path, target: Path) -> None:
+    """Copies a folder's files without their modes: what comes with a model may be read-only."""
+    target.mkdir()
+    for entry in sorted(source.iterdir()):
+        if entry.is_dir():
+            _copy_content(entry, target / entry.name)
+        else:
+            shutil.copyfile(entry, target / entry.name)

@@ -1,0 +1,325 @@
+"""Custom Diffusion: a pipeline learns a new word from one or a few pictures, to be attributed to them later.
+
+Kumari et al., "Multi-Concept Customization of Text-to-Image Diffusion", CVPR 2023: the key and value projections of the
+cross-attention layers and the embedding of one new token are trained, everything else keeps its bits. These are the
+models of the Customized-Model benchmark (METHOD.md section 6).
+"""
+
+import dataclasses
+import functools
+import json
+import logging
+import os
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import traverse_util
+from jax.sharding import NamedSharding, PartitionSpec
+
+from attrib_jax.attribute import model_fingerprint
+from attrib_jax.convert.adapters.custom_diffusion import save_custom_diffusion
+from attrib_jax.convert.adapters.textual_inversion import add_tokens
+from attrib_jax.convert.pipeline import Pipeline, encode_text, tokenize
+from attrib_jax.convert.tokenizer import tokenize_captions
+from attrib_jax.core.checks import check_finite, check_positive, check_range
+from attrib_jax.core.keys import purpose_key
+from attrib_jax.core.weights import count_weights, merge_weights, select_weights
+from attrib_jax.data.sources import Dataset
+from attrib_jax.diffusion.losses import Predict
+from attrib_jax.diffusion.schedule import NoiseSchedule
+from attrib_jax.diffusion.training import DiffusionBatch, TrainState, diffusion_loss, init_state, train_step
+from attrib_jax.jobs.encode import encode_images, picture_size, read_skipped
+from attrib_jax.models.clip import CLIPTextModel
+from attrib_jax.models.unet import predictor
+from attrib_jax.parallel.mesh import data_mesh, replicate
+from attrib_jax.parallel.progress import progress
+from attrib_jax.storage.checkpoints import TrainingCheckpoints, sigterm_noticed, stopped_by_sigterm
+from attrib_jax.storage.files import write_bytes
+from attrib_jax.storage.stages import open_stage
+from attrib_jax.training.loop import usable_devices
+
+_log = logging.getLogger(__name__)
+
+_WEIGHTS = "cross-attn-kv"
+# Where a text encoder keeps its table of token embeddings, (vocabulary, d).
+_EMBEDDING = ("text_model", "embeddings", "token_embedding", "embedding")
+
+
+@dataclasses.dataclass(frozen=True)
+class CustomizeConfig:
+    """How to fine-tune.
+
+    Attributes:
+      initializer_token: a word that the tokenizer knows whole; the new token starts with its embedding.
+      token: the new token, as prompts will hold it.
+      caption: replaces the exemplars' own captions; None keeps them. Either way each caption holds `token`.
+      steps: optimiser steps.
+      batch_size: exemplars a step, drawn with replacement, over all devices. Beside them as many prior pictures.
+      learning_rate: of AdamW, the same at every step. 1e-5 suits Stable Diffusion, small models need more.
+      weight_decay: AdamW's.
+      prior_weight: of the loss on the prior pictures beside the exemplars' 1.
+      random_flips: mirror half of the pictures that are drawn; the method's own setting is off.
+      seed: of every draw.
+      checkpoint_every: steps between two checkpoints.
+      log_every: steps between two lines of metrics.jsonl.
+    """
+
+    initializer_token: str
+    token: str = "<new1>"
+    caption: str | None = None
+    steps: int = 300
+    batch_size: int = 8
+    learning_rate: float = 1e-5
+    weight_decay: float = 0.01
+    prior_weight: float = 1.0
+    random_flips: bool = False
+    seed: int = 0
+    checkpoint_every: int = 100
+    log_every: int = 10
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "checkpoint_every", "log_every"):
+            check_positive(name, getattr(self, name), integer=True)
+        check_positive("learning_rate", self.learning_rate)
+        check_range("weight_decay", self.weight_decay, 0.0)
+        check_range("prior_weight", self.prior_weight, 0.0)
+        check_range("seed", self.seed, 0, 2**32 - 1, integer=True)
+        if not re.fullmatch(r"<[^\s/\0]+>", self.token):
+            raise ValueError(f"token is {self.token!r}; expected a name in <> without spaces or '/', such as '<new1>'")
+        if self.caption is not None and self.token not in self.caption:
+            raise ValueError(f"exemplar caption {self.caption!r} does not hold the token {self.token!r}; add it")
+
+    def settings(self) -> dict[str, Any]:
+        """What decides the result: how often a run is logged and stored does not."""
+        settings = dataclasses.asdict(self)
+        del settings["checkpoint_every"], settings["log_every"]
+        return settings
+
+
+class _Frozen(NamedTuple):
+    """What a step reads and never changes; arguments of the compiled step, not constants in it."""
+
+    learning_rate: float
+    weight_decay: float
+    prior_weight: float
+
+    rest: Any
+    text_params: Any
+    token_id: jax.Array
+    schedule: NoiseSchedule
+    empty_ids: jax.Array
+    exemplars: DiffusionBatch
+    prior: DiffusionBatch | None
+
+
+def customize(
+    workdir: str | os.PathLike,
+    pipeline: Pipeline,
+    exemplars: Dataset,
+    config: CustomizeConfig,
+    prior: Dataset | None = None,
+) -> Path:
+    """Fine-tunes `pipeline` on `exemplars` -> `<workdir>/custom`, a folder that `apply_custom_diffusion` reads.
+
+    The folder holds `pytorch_custom_diffusion_weights.pt` (the trained UNet weights) and `<token>.bin` (its embedding).
+    A run resumes from its newest checkpoint, to the bit. Hold the lock of `workdir`.
+
+    Args:
+      workdir: keeps latents, checkpoints and `metrics.jsonl` in its stage `customize`.
+      pipeline: the base; it is not changed.
+      exemplars: pictures of the new concept at the model's resolution.
+      config: see `CustomizeConfig`.
+      prior: real pictures with captions of the concept's kind, to keep the model from forgetting it; None for none.
+
+    Raises:
+      ValueError: the token exists, `initializer_token` is no single token, a caption lacks the token or is cut before
+        it, pictures have another size than the model's, or the loss is not finite.
+      StageMismatchError: `workdir` holds a run with other settings, model or pictures.
+    """
+    check_finite("model", pipeline.params)
+    start = _with_new_token(pipeline, config)
+    token_id = int(start.tokenizer.convert_tokens_to_ids(config.token))
+    captions = {"exemplars": [[config.caption] if config.caption else list(row) for row in _captions(exemplars)]}
+    _check_captions(start, captions["exemplars"], token_id, config.token)
+    sources = {"exemplars": exemplars}
+    if prior is not None:
+        captions["prior"], sources["prior"] = _captions(prior), prior
+    for name, dataset in sources.items():
+        _check_size(pipeline, name, dataset)
+
+    inputs = {name: dataset.fingerprint() for name, dataset in sources.items()}
+    inputs["model"] = model_fingerprint(pipeline)
+    stage = open_stage(workdir, "customize", config.settings(), inputs)
+    batches = {
+        name: _encode(stage.path / name, start, dataset, captions[name], config.random_flips)
+        for name, dataset in sources.items()
+    }
+    trained = _train(stage.path, start, token_id, batches["exemplars"], batches.get("prior"), config)
+    folder = Path(workdir) / "custom"
+    rest = select_weights(start.params["unet"], _WEIGHTS)[1]
+    params = start.params | _join(trained, rest, start.params["text_encoder"], token_id)
+    tuned = dataclasses.replace(start, params=params)
+    save_custom_diffusion(tuned, pipeline, str(folder), [config.token], overwrite=True)
+    if not stage.finished:
+        stage.finish()
+    return folder
+
+
+def _captions(dataset: Dataset) -> list[tuple[str, ...]]:
+    return [dataset.captions(index) for index in range(len(dataset))]
+
+
+def _with_new_token(pipeline: Pipeline, config: CustomizeConfig) -> Pipeline:
+    """The pipeline with the new token, its embedding that of the initializer token; an existing token is refused."""
+    ids = pipeline.tokenizer(config.initializer_token, add_special_tokens=False)["input_ids"]
+    if len(ids) != 1:
+        pieces = pipeline.tokenizer.convert_ids_to_tokens(ids)
+        raise ValueError(
+            f"initializer_token {config.initializer_token!r} is {len(ids)} tokens for this model: {', '.join(pieces)}; "
+            "give one word that it knows whole, near the concept in meaning"
+        )
+    return add_tokens(pipeline, {config.token: np.asarray(_embedding(pipeline)[ids[0]])})
+
+
+def _embedding(pipeline: Pipeline) -> Any:
+    return traverse_util.flatten_dict(pipeline.params["text_encoder"])[_EMBEDDING]
+
+
+def _check_captions(pipeline: Pipeline, captions: list[list[str]], token_id: int, token: str) -> None:
+    """Raises ValueError unless every caption of the exemplars still holds the token when it is tokenized."""
+    for row in captions:
+        for text, ids in zip(row, tokenize(pipeline, row)):
+            if token_id not in ids:
+                why = "does not hold" if token not in text else "is cut off before"
+                raise ValueError(
+                    f"exemplar caption {text!r} {why} the token {token!r}, so the picture would teach it nothing; "
+                    "mend the captions, or give one for all with --exemplar_caption"
+                )
+
+
+def _check_size(pipeline: Pipeline, name: str, dataset: Dataset) -> None:
+    expected = picture_size(pipeline)
+    found = dataset[0].image.shape[:2]
+    if found != expected:
+        raise ValueError(
+            f"{name} {dataset.name!r} has pictures of {found} pixels (height, width); the model was trained on "
+            f"{expected}. Open the data set with resolution={expected[0]}."
+        )
+
+
+def _encode(path: Path, pipeline: Pipeline, dataset: Dataset, captions: list, random_flips: bool) -> DiffusionBatch:
+    latents = encode_images(path, dataset, pipeline.vae, pipeline.params["vae"], size=picture_size(pipeline))
+    skipped = read_skipped(path)
+    if skipped:
+        raise ValueError(f"{dataset.name!r} has pictures that cannot be read: {'; '.join(skipped.values())}")
+    latents = np.asarray(latents)
+    if not random_flips:
+        # The loss draws one of the two at random: here both are the picture as it is.
+        latents = np.repeat(latents[:, :1], 2, axis=1)
+    return DiffusionBatch(latents, *tokenize_captions(pipeline.tokenizer, captions))
+
+
+def _train(path: Path, start: Pipeline, token_id: int, exemplars, prior, config: CustomizeConfig) -> dict[str, Any]:
+    """All steps, from the newest checkpoint in `path` -> `{"unet": selected weights, "token": (d,)}`."""
+    selected, rest = select_weights(start.params["unet"], _WEIGHTS)
+    count = count_weights(selected)
+    _log.info("fine-tuning %d matrices with %d values, and the token %s", *count, config.token)
+    trained = {"unet": selected, "token": _embedding(start)[token_id]}
+    mesh = data_mesh(jax.local_devices()[: usable_devices(config.batch_size, jax.local_device_count())])
+    frozen = _Frozen(
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        prior_weight=config.prior_weight,
+        rest=rest,
+        text_params=start.params["text_encoder"],
+        token_id=token_id,
+        schedule=start.schedule,
+        empty_ids=tokenize(start, [""])[0],
+        exemplars=exemplars,
+        prior=prior,
+    )
+    state = init_state(trained, _optimizer(config.learning_rate, config.weight_decay))
+    # Copies: a step may reuse the memory of the state that it is given, and the base must stay whole.
+    state = replicate(mesh, jax.tree.map(np.array, state))
+    frozen, key = replicate(mesh, (frozen, purpose_key(config.seed, "customize")))
+    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    step_fn = functools.partial(_step, start.unet, start.text_encoder, sharding, config.batch_size)
+    with TrainingCheckpoints(path) as checkpoints, sigterm_noticed() as stopping:
+        first, lines = 0, []
+        stored = checkpoints.restore_latest(state)
+        if stored is not None:
+            first, state, extra = stored
+            lines = extra["metrics"]
+        with progress(config.steps, "fine-tune", "step", initial=first) as bar:
+            for step in range(first + 1, config.steps + 1):
+                state, metrics = step_fn(state, frozen, key)
+                if step % config.log_every == 0 or step == config.steps:
+                    lines.append({"step": step, **{name: float(value) for name, value in metrics.items()}})
+                stop = stopping()
+                if step % config.checkpoint_every == 0 or step == config.steps or stop:
+                    # Before the last good checkpoint makes room for a spoilt one.
+                    if not np.isfinite(loss := float(metrics["loss"])):
+                        raise ValueError(
+                            f"the loss is {loss} at step {step} with learning_rate={config.learning_rate}; fine-tune "
+                            "with a lower one in another workdir"
+                        )
+                    checkpoints.save(step, state, {"metrics": lines})
+                    write_bytes(path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
+                bar.update()
+                if stop:
+                    raise stopped_by_sigterm(step, path)
+    return jax.tree.map(np.asarray, state.params)
+
+
+def _optimizer(learning_rate: Any, weight_decay: Any) -> optax.GradientTransformation:
+    """AdamW at a constant rate; the gradient's norm is clipped to 1, as in diffusers' Custom Diffusion training."""
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(learning_rate, weight_decay=weight_decay))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=4)
+def _step(unet, text_encoder, sharding, batch_size, state: TrainState, frozen: _Frozen, key: jax.Array):
+    """One optimiser step -> new state and metrics; every draw is a function of the key and the step's number."""
+    loss_fn = functools.partial(_loss, predictor(unet), text_encoder, sharding, batch_size)
+    return train_step(loss_fn, _optimizer(frozen.learning_rate, frozen.weight_decay), 0.0, state, frozen, key)
+
+
+def _loss(
+    predict: Predict,
+    text_encoder: CLIPTextModel,
+    sharding: NamedSharding,
+    batch_size: int,
+    trained: dict[str, Any],
+    frozen: _Frozen,
+    key: jax.Array,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Denoising loss on a batch of exemplars, plus `prior_weight` times that on a batch of prior pictures."""
+    params = _join(trained, frozen.rest, frozen.text_params, frozen.token_id)
+
+    def batch_loss(data: DiffusionBatch, key: jax.Array) -> jax.Array:
+        row_key, loss_key = jax.random.split(key)
+        rows = jax.random.randint(row_key, (batch_size,), 0, len(data.latents))
+        batch = jax.lax.with_sharding_constraint(jax.tree.map(lambda leaf: leaf[rows], data), sharding)
+        encode = functools.partial(encode_text, text_encoder)
+        return diffusion_loss(
+            predict, encode, frozen.schedule, params, batch, loss_key, frozen.empty_ids, caption_dropout=0.0
+        )[0]
+
+    exemplar_key, prior_key = jax.random.split(key)
+    loss = exemplar_loss = batch_loss(frozen.exemplars, exemplar_key)
+    metrics = {"exemplar_loss": exemplar_loss}
+    if frozen.prior is not None:
+        metrics["prior_loss"] = batch_loss(frozen.prior, prior_key)
+        loss = exemplar_loss + frozen.prior_weight * metrics["prior_loss"]
+    return loss, metrics
+
+
+def _join(trained: dict[str, Any], rest: Any, text_params: Any, token_id: jax.Array | int) -> dict[str, Any]:
+    """The UNet's and text encoder's parameters with the trained ones in place."""
+    text = traverse_util.flatten_dict(text_params)
+    text[_EMBEDDING] = jnp.asarray(text[_EMBEDDING]).at[token_id].set(trained["token"])
+    return {"unet": merge_weights(trained["unet"], rest), "text_encoder": traverse_util.unflatten_dict(text)}

@@ -1,0 +1,257 @@
+"""Training a latent-diffusion pipeline from scratch: autoencoder, tokenizer, then text encoder and UNet together."""
+
+import dataclasses
+import functools
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from attrib_jax.convert.pipeline import Pipeline, encode_text, save_pipeline
+from attrib_jax.convert.tokenizer import (
+    load_tokenizer,
+    save_tokenizer,
+    tokenize_captions,
+    tokenize_prompts,
+    train_tokenizer,
+)
+from attrib_jax.core.fingerprint import params_fingerprint
+from attrib_jax.core.keys import purpose_key
+from attrib_jax.data.readers import TrainingPictures, picture_side
+from attrib_jax.data.sources import Dataset
+from attrib_jax.diffusion.schedule import NoiseSchedule
+from attrib_jax.diffusion.training import DiffusionBatch, autoencoder_loss, diffusion_loss
+from attrib_jax.jobs.encode import encode_images
+from attrib_jax.models.clip import CLIPTextConfig, CLIPTextModel
+from attrib_jax.models.unet import UNet2DConditionModel, UNetConfig, predictor
+from attrib_jax.models.vae import AutoencoderKL, AutoencoderKLConfig
+from attrib_jax.storage.files import commit_folder
+from attrib_jax.storage.skipped import read_skipped
+from attrib_jax.storage.stages import open_stage
+from attrib_jax.training.loop import FitConfig, fit
+
+_SCHEDULER = {
+    "_class_name": "DDIMScheduler",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "num_train_timesteps": 1000,
+    "prediction_type": "epsilon",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+    "timestep_spacing": "leading",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """The architecture and the schedule of a pipeline that is trained from scratch.
+
+    Attributes:
+      autoencoder: its training run.
+      diffusion: the training run of UNet and text encoder.
+      vae_channels, vae_groups: block_out_channels and norm_num_groups of the autoencoder.
+      mse_weight, kl_weight: of the autoencoder's squared error and of its KL term, see `autoencoder_loss`.
+      unet_channels: block_out_channels; all levels but the last cross-attend to the text.
+      unet_heads, unet_groups: attention heads of every level, and norm_num_groups.
+      text_width, text_layers, text_heads: of the CLIP text encoder.
+      vocab_size, max_tokens: of the tokenizer.
+      caption_dropout: share of empty captions, for classifier-free guidance.
+    """
+
+    autoencoder: FitConfig
+    diffusion: FitConfig
+    vae_channels: tuple[int, ...] = (16, 32, 64, 64)
+    vae_groups: int = 8
+    mse_weight: float = 2.0
+    kl_weight: float = 2e-4
+    unet_channels: tuple[int, ...] = (64, 128, 128)
+    unet_heads: int = 4
+    unet_groups: int = 16
+    text_width: int = 128
+    text_layers: int = 2
+    text_heads: int = 4
+    vocab_size: int = 1536
+    max_tokens: int = 16
+    caption_dropout: float = 0.1
+
+
+class _Images:
+    """The pictures of a data set alone, for the autoencoder's batches."""
+
+    def __init__(self, dataset: Dataset, side: int):
+        self._pictures = TrainingPictures(dataset, side)
+
+    def __len__(self) -> int:
+        return len(self._pictures)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self._pictures(index)[1]
+
+
+class _Latents:
+    """Latents and token ids, for the UNet's batches."""
+
+    def __init__(self, latents: np.ndarray, input_ids: np.ndarray, num_captions: np.ndarray):
+        self._arrays = DiffusionBatch(latents, input_ids, num_captions)
+
+    def __len__(self) -> int:
+        return len(self._arrays.latents)
+
+    def __getitem__(self, index: int) -> DiffusionBatch:
+        return DiffusionBatch(*(array[index] for array in self._arrays))
+
+
+def train(workdir: str | os.PathLike, dataset: Dataset, config: TrainConfig, dtype: Any = None) -> Path:
+    """Trains what is missing and writes `<workdir>/model`, a pipeline folder in the diffusers layout -> its path.
+
+    `dtype` is of the written weights, float32 if None.
+
+    Both runs resume from their newest checkpoint, and leave out pictures that cannot be read. Hold the lock of
+    `workdir`.
+
+    Raises:
+      StageMismatchError: the folder holds a run with other settings or another data set.
+      ValueError: pictures of several sizes, or of one that is not square or that the autoencoder cannot shrink evenly.
+    """
+    settings = dataclasses.asdict(config)
+    fingerprint = dataset.fingerprint()
+    split = {"autoencoder": ("autoencoder", "vae_channels", "vae_groups", "mse_weight", "kl_weight")}
+    split["diffusion"] = tuple(name for name in settings if name not in split["autoencoder"])
+    autoencoder, diffusion = (_stage_settings(settings, keys) for keys in split.values())
+    # Before anything is stored: pictures that cannot be trained on should leave nothing behind.
+    vae = _autoencoder(dataset, config)
+    stage = open_stage(workdir, "autoencoder", autoencoder, {"dataset": fingerprint})
+    vae_params = _train_autoencoder(stage.path, vae, dataset, config)
+    stage.finish()
+
+    inputs = {"dataset": fingerprint, "autoencoder": params_fingerprint(vae_params)}
+    stage = open_stage(workdir, "diffusion", diffusion, inputs)
+    folder = stage.path
+    size = (vae.config.sample_size, vae.config.sample_size)
+    latents = np.asarray(encode_images(folder, dataset, vae, vae_params, size=size))
+    kept = np.setdiff1d(np.arange(len(dataset)), list(read_skipped(folder)))
+    latents, captions = latents[kept], [dataset.captions(row) for row in kept.tolist()]
+    # One scale for all latents, so that they have the unit variance that the noise schedule expects.
+    vae = AutoencoderKL(dataclasses.replace(vae.config, scaling_factor=float(1.0 / latents.std())))
+    pipeline = _train_diffusion(folder, captions, config, vae, vae_params, latents * vae.config.scaling_factor)
+    model = Path(workdir) / "model"
+    for leftover in model.parent.glob(f".{model.name}.*"):
+        # What `save_pipeline` was writing when a run was killed.
+        shutil.rmtree(leftover, ignore_errors=True)
+    save_pipeline(pipeline, model, dtype, overwrite=model.exists())
+    stage.finish()
+    return model
+
+
+def _stage_settings(settings: Mapping[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
+    """The settings that decide a result: how often a run is logged and stored does not."""
+    picked = {key: settings[key] for key in keys}
+    for key, value in picked.items():
+        if isinstance(value, dict):
+            picked[key] = {k: v for k, v in value.items() if k not in ("checkpoint_every", "log_every")}
+    return picked
+
+
+def _autoencoder(dataset: Dataset, config: TrainConfig) -> AutoencoderKL:
+    side = picture_side(dataset)
+    vae = AutoencoderKL(
+        AutoencoderKLConfig(
+            block_out_channels=config.vae_channels,
+            norm_num_groups=config.vae_groups,
+            sample_size=side,
+            scaling_factor=1.0,
+        )
+    )
+    if side % vae.config.downscale:
+        raise ValueError(
+            f"dataset {dataset.name!r} has pictures of {side} pixels a side; expected a multiple of "
+            f"{vae.config.downscale}, by which the autoencoder shrinks them. Give such a --resolution."
+        )
+    return vae
+
+
+def _train_autoencoder(folder: Path, vae: AutoencoderKL, dataset: Dataset, config: TrainConfig) -> Any:
+    side, key = vae.config.sample_size, purpose_key(config.autoencoder.seed, "autoencoder weights")
+    params = jax.jit(vae.init)(key, jnp.zeros((1, side, side, 3)))["params"]
+
+    def loss_fn(params, images, key):
+        return autoencoder_loss(vae, params, images, key, config.mse_weight, config.kl_weight)
+
+    return fit(folder, loss_fn, params, _Images(dataset, side), config.autoencoder, "train autoencoder")
+
+
+def _train_diffusion(folder, captions, config: TrainConfig, vae, vae_params, latents) -> Pipeline:
+    tokenizer = _tokenizer(folder / "tokenizer", [text for row in captions for text in row], config)
+    input_ids, num_captions = tokenize_captions(tokenizer, captions)
+    empty_ids = jnp.asarray(tokenize_prompts(tokenizer, [""])[0])
+
+    unet, text_encoder = _modules(config, vae.config, tokenizer)
+    schedule = NoiseSchedule.from_config(_SCHEDULER)
+    unet_key, text_key = jax.random.split(purpose_key(config.diffusion.seed, "diffusion weights"))
+    size = (1, *latents.shape[2:])
+    text = jnp.zeros((1, config.max_tokens, config.text_width))
+    params = {
+        "unet": jax.jit(unet.init)(unet_key, jnp.zeros(size), jnp.zeros((1,), jnp.int32), text)["params"],
+        "text_encoder": jax.jit(text_encoder.init)(text_key, empty_ids[None])["params"],
+    }
+    loss_fn = functools.partial(
+        diffusion_loss,
+        predictor(unet),
+        functools.partial(encode_text, text_encoder),
+        schedule,
+        empty_ids=empty_ids,
+        caption_dropout=config.caption_dropout,
+    )
+    source = _Latents(latents, input_ids, num_captions)
+    trained = fit(folder, loss_fn, params, source, config.diffusion, "train diffusion")
+    return Pipeline(unet, vae, text_encoder, tokenizer, schedule, {**trained, "vae": vae_params})
+
+
+def _tokenizer(folder: Path, captions: list[str], config: TrainConfig) -> Any:
+    """Trained once and kept, so that a resumed run has the token ids that it started with."""
+    if not folder.exists():
+        partial = folder.with_suffix(".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        save_tokenizer(train_tokenizer(captions, config.vocab_size, config.max_tokens), str(partial))
+        commit_folder(partial, folder)
+    return load_tokenizer(str(folder))
+
+
+def _modules(config: TrainConfig, vae: AutoencoderKLConfig, tokenizer) -> tuple[UNet2DConditionModel, CLIPTextModel]:
+    levels = len(config.unet_channels)
+    unet = UNetConfig.from_dict(
+        {
+            "sample_size": vae.sample_size // vae.downscale,
+            "in_channels": vae.latent_channels,
+            "out_channels": vae.latent_channels,
+            "block_out_channels": config.unet_channels,
+            "layers_per_block": 1,
+            "down_block_types": ["CrossAttnDownBlock2D"] * (levels - 1) + ["DownBlock2D"],
+            "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * (levels - 1),
+            "attention_head_dim": config.unet_heads,
+            "norm_num_groups": config.unet_groups,
+            "cross_attention_dim": config.text_width,
+        }
+    )
+    text_encoder = CLIPTextConfig.from_dict(
+        {
+            "hidden_size": config.text_width,
+            "intermediate_size": 4 * config.text_width,
+            "num_hidden_layers": config.text_layers,
+            "num_attention_heads": config.text_heads,
+            "max_position_embeddings": config.max_tokens,
+            "vocab_size": len(tokenizer),
+            "hidden_act": "quick_gelu",
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        }
+    )
+    return UNet2DConditionModel(unet), CLIPTextModel(text_encoder)

@@ -1,0 +1,121 @@
+"""Random projections against matrices written out, and that they keep inner products."""
+
+import hashlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from attrib_jax.attribution.projection import project
+from attrib_jax.core.keys import purpose_key
+
+KEY = purpose_key(3, "projection")
+SHAPES = {"a/kernel": (23, 30), "a/bias": (5,), "b/kernel": (40, 16)}
+run = jax.jit(project, static_argnames=("kind", "dim"))
+
+
+def make_tree(count=7, seed=0, dtype=np.float32):
+    rng = np.random.default_rng(seed)
+    leaf = {name: rng.normal(size=(count, *shape)).astype(dtype) for name, shape in SHAPES.items()}
+    return {"a": {"kernel": leaf["a/kernel"], "bias": leaf["a/bias"]}, "b": {"kernel": leaf["b/kernel"]}}
+
+
+def flat(tree):
+    leaves = tree["a"]["bias"], tree["a"]["kernel"], tree["b"]["kernel"]
+    return np.concatenate([np.asarray(leaf, np.float64).reshape(len(leaf), -1) for leaf in leaves], axis=1)
+
+
+def block_bits(name, block, shape):
+    leaf_key = jax.random.fold_in(KEY, int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big"))
+    return np.asarray(jax.random.bits(jax.random.fold_in(leaf_key, block), shape, jnp.uint32))
+
+
+def dense_block(name, block, dim):
+    words = block_bits(name, block, (256, -(-dim // 32)))
+    matrix = np.empty((256, dim))
+    for row in range(256):
+        for column in range(dim):
+            matrix[row, column] = -1 if words[row, column // 32] >> (column % 32) & 1 else 1
+    return matrix / np.sqrt(dim)
+
+
+def sparse_block(name, block, dim):
+    rows = dim // 4
+    bits = block_bits(name, block, (rows + 4,))
+    matrix = np.zeros((rows, dim))
+    for row in range(rows):
+        for stripe in range(4):
+            place = (row + int(bits[rows + stripe]) % rows) % rows
+            matrix[row, stripe * rows + place] = -0.5 if bits[row] >> stripe & 1 else 0.5
+    return matrix
+
+
+BLOCKS = {"rademacher": (dense_block, lambda dim: 256), "sparse": (sparse_block, lambda dim: dim // 4)}
+
+
+@pytest.mark.parametrize(("kind", "dim"), [("rademacher", 64), ("rademacher", 50), ("sparse", 64), ("sparse", 2000)])
+def test_equals_the_matrix_written_out(kind, dim):
+    make_block, rows = BLOCKS[kind]
+    parts = []
+    for name in sorted(SHAPES):
+        size, rows_of_block = int(np.prod(SHAPES[name])), rows(dim)
+        blocks = [make_block(name, block, dim) for block in range(-(-size // rows_of_block))]
+        parts.append(np.concatenate(blocks)[:size])
+    matrix = np.concatenate(parts)
+    with jax.enable_x64(True):
+        tree = make_tree(dtype=np.float64)
+        np.testing.assert_allclose(run(tree, KEY, kind, dim), flat(tree) @ matrix, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(run(make_tree(), KEY, kind, dim), flat(make_tree()) @ matrix, rtol=1e-4, atol=1e-4)
+
+
+def test_many_sparse_blocks_are_added_in_steps_with_zeros_in_the_last(monkeypatch):
+    expected = run(make_tree(), KEY, "sparse", 64)
+    # Of 44 blocks (one of the bias, 44 - 1 of the kernels) 3 a step.
+    monkeypatch.setattr("attrib_jax.attribution.projection._SPARSE_ROWS_PER_STEP", 3 * 16)
+    np.testing.assert_allclose(project(make_tree(), KEY, "sparse", 64), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_only_a_threefry_key_projects():
+    with pytest.raises(TypeError, match="rbg"):
+        project(make_tree(), jax.random.key(0, impl="rbg"), "sparse", 64)
+
+
+@pytest.mark.parametrize("kind", ["rademacher", "sparse"])
+def test_inner_products_are_kept_in_expectation_with_the_variance_stated(kind):
+    dim, seeds = 32, 2000
+    tree = make_tree(2)
+    keys = jax.vmap(lambda seed: jax.random.fold_in(KEY, seed))(jnp.arange(seeds))
+    projected = jax.jit(jax.vmap(lambda key: project(tree, key, kind, dim)))(keys)
+    first, second = np.moveaxis(np.asarray(projected, np.float64), 1, 0)
+    products = np.stack([np.sum(first * second, axis=1), np.sum(first * first, axis=1)])
+    a, b = flat(tree)
+    for got, exact, variance in zip(
+        products, (a @ b, a @ a), ((a @ a * (b @ b) + (a @ b) ** 2) / dim, 2 * (a @ a) ** 2 / dim)
+    ):
+        assert abs(got.mean() - exact) < 4 * np.sqrt(variance / seeds)
+        assert 0.8 < got.var() / variance < 1.2
+
+
+@pytest.mark.parametrize("kind", ["rademacher", "sparse"])
+def test_an_example_does_not_depend_on_its_batch_nor_a_leaf_on_the_others(kind):
+    tree = make_tree()
+    whole = run(tree, KEY, kind, 64)
+    np.testing.assert_allclose(
+        run(jax.tree.map(lambda leaf: leaf[2:5], tree), KEY, kind, 64), whole[2:5], rtol=1e-5, atol=1e-5
+    )
+    parts = [run({"b": tree["b"]}, KEY, kind, 64), run({"a": tree["a"]}, KEY, kind, 64)]
+    np.testing.assert_allclose(sum(parts), whole, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "dim", "message"),
+    [
+        ("spars", 64, "did you mean 'sparse'"),
+        ("sparse", 66, "projection_dim is 66: expected a multiple of 4"),
+        ("rademacher", 0, "projection_dim is 0"),
+    ],
+)
+def test_wrong_settings_are_refused(kind, dim, message):
+    with pytest.raises(ValueError, match=message):
+        project(make_tree(), KEY, kind, dim)

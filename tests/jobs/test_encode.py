@@ -1,0 +1,319 @@
+"""Encoding: what is stored, what is left out, and that resuming and workers change nothing."""
+
+import copy
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from attrib_jax.attribute import Attributor
+from attrib_jax.convert.adapters.textual_inversion import add_tokens
+from attrib_jax.convert.pipeline import encode_text, tokenize
+from attrib_jax.data.concat import concatenate
+from attrib_jax.data.latents import open_latents
+from attrib_jax.data.pictures import UnreadableRowError
+from attrib_jax.jobs.encode import EncodeConfig, encode, read_skipped
+from attrib_jax.jobs.identity import model_fingerprint
+from attrib_jax.jobs.query import Query, prepare_query, read_stored_query
+from attrib_jax.methods.config import AttributeConfig
+from attrib_jax.storage.files import DamagedFileError, StorageError
+from attrib_jax.storage.stage_root import StageRoot
+from attrib_jax.storage.stages import StageMismatchError
+from tests.failures import UnreadablePictures
+from tests.tiny_dataset import make_dataset
+
+QUERY = Query(prompt="red heart", seed=3, sampler_steps=3)
+CONFIG = AttributeConfig(query_draws=32, fisher_samples=64, stride=300)
+
+
+def damaged_pictures(dataset, rows):
+    return UnreadablePictures(dataset, rows, lambda row: UnreadableRowError(f"picture {row}.png is cut off"))
+
+
+def encoded(path, pipeline, dataset, config=EncodeConfig()):  # noqa: B008
+    inputs = {"model": "m", "dataset": dataset.fingerprint(), "encoding": config.describe()}
+    return encode(StageRoot(path), pipeline, inputs, dataset, config)
+
+
+@pytest.fixture(scope="module")
+def plain(pipeline, dataset, tmp_path_factory):
+    return encoded(tmp_path_factory.mktemp("plain"), pipeline, dataset)
+
+
+def distribution(pipeline, images):
+    values = images.astype(np.float32) / 127.5 - 1
+    vae = pipeline.vae
+    return jax.jit(lambda p, x: vae.apply({"params": p}, x, method=vae.encode))(pipeline.params["vae"], values)
+
+
+def test_latents_and_text_states_are_the_models(plain, pipeline, dataset):
+    rows = np.array([0, 20, 36])
+    images = np.stack([dataset[row].image for row in rows])
+    latents, text = plain.inputs(rows, 0, 0)
+    scale = pipeline.vae.config.scaling_factor
+    np.testing.assert_allclose(latents, distribution(pipeline, images).mean * scale, atol=1e-5)
+    mirrored, _ = plain.inputs(rows, 1, 0)
+    np.testing.assert_allclose(mirrored, distribution(pipeline, images[:, :, ::-1]).mean * scale, atol=1e-5)
+    ids = tokenize(pipeline, [dataset.captions(row)[0] for row in rows])
+    expected = jax.jit(lambda p, x: encode_text(pipeline.text_encoder, p, x))(pipeline.params["text_encoder"], ids)
+    np.testing.assert_allclose(text, expected, atol=1e-5)
+    last = plain.num_captions[rows] - 1
+    _, text = plain.inputs(rows, 0, last)
+    ids = tokenize(pipeline, [dataset.captions(row)[-1] for row in rows])
+    expected = jax.jit(lambda p, x: encode_text(pipeline.text_encoder, p, x))(pipeline.params["text_encoder"], ids)
+    np.testing.assert_allclose(text, expected, atol=1e-5)
+
+
+def test_half_precision_store_is_rounded_once(plain, pipeline, dataset, tmp_path):
+    half = encoded(tmp_path, pipeline, dataset, EncodeConfig(dtype="float16"))
+    assert half.latents.dtype == half.text.dtype == np.float16
+    np.testing.assert_array_equal(np.asarray(half.latents), np.asarray(plain.latents).astype(np.float16))
+    latents, text = half.inputs(np.arange(3), 0, 0)
+    assert latents.dtype == text.dtype == np.float32
+
+
+def test_sampled_latents_follow_the_distribution_and_depend_on_the_row_alone(pipeline, dataset, tmp_path):
+    config = EncodeConfig(posterior="sample", seed=5)
+    sampled = encoded(tmp_path / "a", pipeline, dataset, config)
+    images = np.stack([dataset[row].image for row in range(len(dataset))])
+    mean, logvar = distribution(pipeline, images)
+    latents, _ = sampled.inputs(np.arange(len(dataset)), 0, 0)
+    noise = (latents / pipeline.vae.config.scaling_factor - mean) / np.exp(0.5 * logvar)
+    assert abs(float(noise.mean())) < 0.05 and abs(float(noise.std()) - 1) < 0.05
+    mirrored, _ = sampled.inputs(np.arange(len(dataset)), 1, 0)
+    assert np.abs(latents - mirrored[:, :, ::-1]).max() > 0.01
+    order = np.random.default_rng(0).permutation(len(dataset))
+    shuffled = type(dataset)(
+        images[order], [dataset.captions(row) for row in order], row_ids=np.asarray(dataset.row_ids)[order]
+    )
+    again = encoded(tmp_path / "b", pipeline, shuffled, config)
+    np.testing.assert_allclose(again.inputs(np.arange(len(dataset)), 0, 0)[0], latents[order], atol=1e-6)
+    other = encoded(tmp_path / "c", pipeline, dataset, EncodeConfig(posterior="sample", seed=6))
+    assert np.abs(other.inputs(0, 0, 0)[0] - latents[0]).max() > 1e-4
+
+
+def test_worker_processes_change_nothing(plain, pipeline, dataset, tmp_path):
+    workers = encoded(tmp_path, pipeline, dataset, EncodeConfig(workers=2))
+    np.testing.assert_array_equal(np.asarray(workers.latents), np.asarray(plain.latents))
+
+
+def test_unreadable_pictures_are_left_out_counted_and_listed(plain, pipeline, dataset, tmp_path, caplog):
+    damaged = encoded(tmp_path, pipeline, damaged_pictures(dataset, {0, 17}))
+    kept = np.delete(np.arange(len(dataset)), [0, 17])
+    np.testing.assert_array_equal(damaged.row_ids, np.asarray(dataset.row_ids)[kept])
+    assert "2 of 37 pictures" in caplog.text and "picture 17.png is cut off" in caplog.text
+    assert read_skipped(tmp_path / "latents") == {0: "picture 0.png is cut off", 17: "picture 17.png is cut off"}
+    np.testing.assert_array_equal(damaged.num_captions, plain.num_captions[kept])
+    for field in (0, 1):
+        ours, theirs = damaged.inputs(np.arange(35), 1, 0)[field], plain.inputs(kept, 1, 0)[field]
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_scores_of_the_readable_pictures_do_not_depend_on_the_others(pipeline, dataset, tmp_path):
+    config = AttributeConfig(query_draws=32, update="sgd", stride=300)
+    whole = Attributor(pipeline, dataset, StageRoot(tmp_path / "a")).attribute(QUERY, config).scores
+    attributor = Attributor(pipeline, damaged_pictures(dataset, {3}), StageRoot(tmp_path / "b"))
+    damaged = attributor.attribute(QUERY, config).scores
+    kept = np.delete(np.arange(len(dataset)), 3)
+    np.testing.assert_array_equal(damaged.row_id, whole.row_id[kept])
+    np.testing.assert_array_equal(damaged.score, whole.score[kept])
+
+
+def test_captions_are_read_again_only_where_they_have_to_be_encoded(plain, pipeline, dataset, tmp_path, monkeypatch):
+    first = encoded(tmp_path, pipeline, dataset)
+    calls, captions = [], type(dataset).captions
+    monkeypatch.setattr(type(dataset), "captions", lambda self, index: calls.append(index) or captions(self, index))
+    again = encoded(tmp_path, pipeline, dataset)
+    np.testing.assert_array_equal(again.first_caption, first.first_caption)
+    assert not calls
+    (file,) = (tmp_path / "text" / "text").glob("chunk-*")
+    file.unlink()
+    np.testing.assert_array_equal(np.asarray(encoded(tmp_path, pipeline, dataset).text), np.asarray(plain.text))
+    assert calls
+    (tmp_path / "text" / "rows.safetensors").write_bytes(b"damaged")
+    np.testing.assert_array_equal(encoded(tmp_path, pipeline, dataset).first_caption, first.first_caption)
+
+
+def test_a_data_set_without_a_readable_picture(pipeline, dataset, tmp_path):
+    with pytest.raises(ValueError, match=r"no picture that can be read \(the first: picture 0.png is cut off\)"):
+        encoded(tmp_path, pipeline, damaged_pictures(dataset, set(range(len(dataset)))))
+
+
+def test_a_deleted_chunk_is_encoded_again_to_the_same_bits(pipeline, dataset, tmp_path):
+    first = np.asarray(encoded(tmp_path, pipeline, damaged_pictures(dataset, {2})).latents)
+    (file,) = (tmp_path / "latents" / "latents").glob("chunk-*")
+    file.unlink()
+    # The picture has been mended meanwhile.
+    again = encoded(tmp_path, pipeline, dataset)
+    assert again.skipped == {} and len(again) == len(dataset)
+    kept = np.delete(np.arange(len(dataset)), 2)
+    np.testing.assert_array_equal(np.asarray(again.latents)[kept], first[kept])
+    assert read_skipped(tmp_path / "latents") == {}
+
+
+def test_wrong_size_is_refused(pipeline, tmp_path):
+    images = np.zeros((3, 24, 16, 3), np.uint8)
+    dataset = type(make_dataset())(images, [["a"]] * 3)
+    with pytest.raises(ValueError, match=r"\(24, 16\) pixels .* at position 0; the model was trained on \(16, 16\)"):
+        encoded(tmp_path, pipeline, dataset)
+
+
+def save_latents(path, data, count):
+    latents = np.asarray(data.latents)[:count].transpose(1, 0, 4, 2, 3)
+    np.save(f"{path}_latents.npy", latents.reshape(2 * count, *latents.shape[2:]))
+    text = np.stack([data.inputs(row, 0, 0)[1] for row in range(count)])
+    np.save(f"{path}_text_embeddings.npy", text)
+
+
+def test_stored_latents_are_attributed_as_their_pictures_are(plain, pipeline, dataset, tmp_path):
+    save_latents(tmp_path / "x", plain, len(dataset))
+    config = AttributeConfig(query_draws=32, update="sgd", stride=300)
+    images = (
+        Attributor(
+            pipeline,
+            type(dataset)(
+                np.stack([dataset[row].image for row in range(len(dataset))]),
+                [dataset.captions(row)[:1] for row in range(len(dataset))],
+            ),
+            StageRoot(tmp_path / "a"),
+        )
+        .attribute(QUERY, config)
+        .scores
+    )
+    stored = Attributor(pipeline, open_latents(tmp_path / "x"), StageRoot(tmp_path / "b")).attribute(QUERY, config)
+    np.testing.assert_array_equal(stored.scores.score, images.score)
+    unscaled = np.load(tmp_path / "x_latents.npy") / pipeline.vae.config.scaling_factor
+    np.save(tmp_path / "x_latents.npy", unscaled)
+    dataset = open_latents(tmp_path / "x", scaled=False)
+    scores = Attributor(pipeline, dataset, StageRoot(tmp_path / "c")).attribute(QUERY, config).scores
+    np.testing.assert_allclose(scores.loss_before, images.loss_before, rtol=1e-5)
+
+
+def test_exemplars_before_stored_latents(plain, pipeline, dataset, tmp_path):
+    save_latents(tmp_path / "x", plain, 9)
+    exemplars = make_dataset(4, seed=1)
+    joined = concatenate(exemplars, open_latents(tmp_path / "x"))
+    data = encoded(tmp_path / "joined", pipeline, joined)
+    assert len(data) == 13 and np.array_equal(data.row_ids, joined.row_ids)
+    alone = encoded(tmp_path / "alone", pipeline, exemplars)
+    for rows, part, inner in ((np.arange(4), alone, np.arange(4)), (np.arange(4, 13), plain, np.arange(9))):
+        for flip in (0, 1):
+            for ours, theirs in zip(data.inputs(rows, flip, 0), part.inputs(inner, flip, 0)):
+                np.testing.assert_allclose(ours, theirs, atol=1e-6)
+    assert data.num_captions.tolist() == [*alone.num_captions, *[1] * 9]
+
+
+def test_exemplars_before_a_workdir_that_left_pictures_out(plain, pipeline, dataset, tmp_path):
+    encoded(tmp_path / "first", pipeline, damaged_pictures(dataset, {3, 17}))
+    joined = concatenate(make_dataset(4, seed=1), open_latents(tmp_path / "first"))
+    data = encoded(tmp_path / "joined", pipeline, joined)
+    np.testing.assert_array_equal(data.row_ids, joined.row_ids)
+    kept = np.delete(np.arange(len(dataset)), [3, 17])
+    for ours, theirs in zip(data.inputs(np.arange(4, len(data)), 1, 0), plain.inputs(kept, 1, 0)):
+        np.testing.assert_allclose(ours, theirs, atol=1e-6)
+
+
+def test_latents_of_another_model_are_refused(plain, pipeline, tmp_path):
+    save_latents(tmp_path / "x", plain, 5)
+    text = np.load(tmp_path / "x_text_embeddings.npy")
+    np.save(tmp_path / "x_text_embeddings.npy", text[..., :-1])
+    with pytest.raises(ValueError, match="text states of width 31; the model reads 32"):
+        encoded(tmp_path / "w", pipeline, open_latents(tmp_path / "x"))
+    np.save(tmp_path / "x_latents.npy", np.load(tmp_path / "x_latents.npy")[:, :, :4])
+    with pytest.raises(ValueError, match=r"\(4, 8, 4\); the model was trained on \(8, 8, 4\)"):
+        encoded(tmp_path / "w", pipeline, open_latents(tmp_path / "x"))
+
+
+def test_encoding_is_part_of_what_made_a_workdir(pipeline, dataset, tmp_path):
+    Attributor(pipeline, dataset, StageRoot(tmp_path))
+    with pytest.raises(StageMismatchError, match='inputs.encoding: stored "float32 mean", asked "float16 mean"'):
+        Attributor(pipeline, dataset, StageRoot(tmp_path), EncodeConfig(dtype="float16"))
+
+
+def test_query_from_numpy_files(plain, pipeline, dataset, tmp_path):
+    latents, text = plain.inputs(np.arange(2), 0, 0)
+    np.save(tmp_path / "l.npy", latents.transpose(0, 3, 1, 2))
+    np.save(tmp_path / "t.npy", text[:, None])
+    query = Query(prompt="", **read_stored_query(tmp_path / "l.npy", tmp_path / "t.npy", 1))
+    prepared = prepare_query(pipeline, None, query)
+    np.testing.assert_array_equal(prepared.latents, latents[1])
+    np.testing.assert_array_equal(prepared.text, text[1])
+    assert prepared.image.shape == (16, 16, 3)
+    with pytest.raises(ValueError, match="query_index is 2: expected a whole number from 0 to 1"):
+        read_stored_query(tmp_path / "l.npy", None, 2)
+    wrong = Query(prompt="", latents=latents[0][:4])
+    with pytest.raises(ValueError, match=r"latents have shape \(4, 8, 4\); the model takes \(8, 8, 4\)"):
+        prepare_query(pipeline, None, wrong)
+    with pytest.raises(ValueError, match="holds NaN|NaN or infinite"):
+        prepare_query(pipeline, None, Query(prompt="", latents=np.full((8, 8, 4), np.nan)))
+    with pytest.raises(ValueError, match="give one of them too"):
+        Query(prompt="", text=text[0])
+
+
+def test_an_encoded_workdir_is_a_data_set(pipeline, dataset, tmp_path):
+    damaged = damaged_pictures(dataset, {5})
+    stored = encoded(tmp_path / "a", pipeline, damaged)
+    reopened = open_latents(tmp_path / "a", images=dataset)
+    again = encoded(tmp_path / "b", pipeline, reopened)
+    assert not (tmp_path / "b").exists()
+    np.testing.assert_array_equal(again.row_ids, stored.row_ids)
+    np.testing.assert_array_equal(again.num_captions, stored.num_captions)
+    rows = np.array([3, 4, 5, 35])
+    for ours, theirs in zip(again.inputs(rows, 1, 0), stored.inputs(rows, 1, 0)):
+        np.testing.assert_array_equal(ours, theirs)
+    assert reopened.captions(5) == dataset.captions(6) and reopened[5].row_id == dataset.row_ids[6]
+    assert reopened.fingerprint() == open_latents(tmp_path / "a").fingerprint()
+    with pytest.raises(ValueError, match="has 9 pictures; expected the 37 stored ones"):
+        open_latents(tmp_path / "a", images=make_dataset(9))
+
+
+def test_an_encoded_workdir_serves_models_with_the_same_encoders_only(pipeline, dataset, tmp_path):
+    encoded(tmp_path / "a", pipeline, dataset)
+    customised = add_tokens(pipeline, {"<new1>": np.ones(32, np.float32)})
+    encoded(tmp_path / "b", customised, open_latents(tmp_path / "a"))
+    vae = jax.tree.map(lambda leaf: leaf * 1.001, pipeline.params["vae"])
+    other = dataclasses.replace(pipeline, params=pipeline.params | {"vae": vae})
+    with pytest.raises(ValueError, match="was encoded by another model: its vae differ"):
+        encoded(tmp_path / "b", other, open_latents(tmp_path / "a"))
+    with pytest.raises(ValueError, match="was encoded by another model: its tokenizer differ"):
+        encoded(tmp_path / "b", padded_otherwise(pipeline), open_latents(tmp_path / "a"))
+    # A workdir of before the tokenizer was noted.
+    stored = open_latents(tmp_path / "a")
+    del stored.encoders["tokenizer"]
+    encoded(tmp_path / "c", pipeline, stored)
+
+
+def padded_otherwise(pipeline):
+    """The same model, whose tokenizer fills up with another token, as that of Stable Diffusion 2 does."""
+    tokenizer = copy.deepcopy(pipeline.tokenizer)
+    tokenizer.pad_token = "!"
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id
+    return dataclasses.replace(pipeline, tokenizer=tokenizer)
+
+
+def test_the_padding_token_is_part_of_the_model(pipeline):
+    assert model_fingerprint(padded_otherwise(pipeline)) != model_fingerprint(pipeline)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped"])
+def test_a_damaged_list_of_unreadable_pictures_is_named(pipeline, dataset, tmp_path, damage):
+    encoded(tmp_path, pipeline, damaged_pictures(dataset, {4}))
+    file = tmp_path / "latents" / "skipped.json"
+    content = file.read_bytes()
+    file.write_bytes(content[:-9] if damage == "truncated" else content.replace(b'"4"', b'"5"'))
+    with pytest.raises(DamagedFileError, match=r"skipped.json is damaged .*Delete the folder .*latents"):
+        read_skipped(tmp_path / "latents")
+
+
+def test_a_list_of_unreadable_pictures_without_a_checksum_is_read(tmp_path):
+    (tmp_path / "skipped.json").write_text('{"4": "cut off"}')
+    assert read_skipped(tmp_path) == {4: "cut off"}
+
+
+def test_an_unfinished_workdir_is_no_data_set(pipeline, dataset, tmp_path):
+    encoded(tmp_path, pipeline, dataset)
+    record = tmp_path / "latents" / "stage.json"
+    record.write_text(record.read_text().replace('"finished": true', '"finished": false'))
+    with pytest.raises(StorageError, match="is not finished"):
+        open_latents(tmp_path)

@@ -1,0 +1,238 @@
+"""Chunks: exact content, detection of damage, and kills at random moments."""
+
+import errno
+import logging
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import numpy as np
+import pytest
+
+from attrib_jax.storage import chunks, files
+from attrib_jax.storage.chunks import ChunkStore
+from attrib_jax.storage.files import DamagedFileError, StorageError
+
+FIELDS = {"loss": ((2, 3), np.float32), "row_id": ((), np.int32)}
+NUM_ROWS, ROWS = 23, 5
+
+
+def make(rows: slice) -> dict[str, np.ndarray]:
+    ids = np.arange(rows.start, rows.stop, dtype=np.int32)
+    loss = np.sin(ids[:, None, None] * 1.7 + np.arange(6).reshape(2, 3)).astype(np.float32)
+    return {"loss": loss, "row_id": ids}
+
+
+def fill(store: ChunkStore) -> list[int]:
+    computed = []
+    for index in store.missing():
+        store.write(index, make(store.rows(index)))
+        computed.append(index)
+    return computed
+
+
+def open_store(path) -> ChunkStore:
+    return ChunkStore(path, FIELDS, NUM_ROWS, ROWS)
+
+
+def assert_complete(store: ChunkStore) -> None:
+    assert list(store.missing()) == []
+    stored, expected = store.read_all(), make(slice(0, NUM_ROWS))
+    assert stored.keys() == expected.keys()
+    for name in expected:
+        assert stored[name].dtype == expected[name].dtype
+        np.testing.assert_array_equal(stored[name], expected[name])
+
+
+def test_chunks_in_any_order_make_the_whole(tmp_path):
+    store = open_store(tmp_path)
+    assert store.num_chunks == 5
+    assert store.rows(4) == slice(20, 23)
+    assert list(store.missing()) == [0, 1, 2, 3, 4]
+    for index in (4, 1):
+        store.write(index, make(store.rows(index)))
+    assert list(store.missing([1, 2, 3])) == [2, 3]
+    with pytest.raises(StorageError, match=r"chunk 0 of 5 in .* is absent or damaged"):
+        store.read_all()
+    assert fill(open_store(tmp_path)) == [0, 2, 3]
+    assert_complete(open_store(tmp_path))
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "empty", "other"])
+def test_a_damaged_chunk_is_computed_again(tmp_path, caplog, damage):
+    store = open_store(tmp_path)
+    fill(store)
+    file = store.path / "chunk-000002.safetensors"
+    content = bytearray(file.read_bytes())
+    if damage == "flip":
+        content[-7] ^= 1
+    elif damage == "truncate":
+        del content[-1]
+    elif damage == "empty":
+        content.clear()
+    else:
+        content = (store.path / "chunk-000001.safetensors").read_bytes()
+    file.write_bytes(content)
+    with pytest.raises(DamagedFileError, match="chunk-000002"):
+        store.read(2)
+    with caplog.at_level(logging.WARNING):
+        assert fill(open_store(tmp_path)) == [2]
+    assert "chunk-000002.safetensors" in caplog.text
+    assert_complete(open_store(tmp_path))
+
+
+def test_a_cleared_store_lacks_every_chunk_and_keeps_its_layout(tmp_path):
+    store = open_store(tmp_path)
+    fill(store)
+    store.clear()
+    assert store.absent() == list(range(store.num_chunks)) == fill(open_store(tmp_path))
+
+
+def test_other_rows_per_chunk_keeps_what_is_stored(tmp_path):
+    store = open_store(tmp_path)
+    store.write(0, make(store.rows(0)))
+    other = ChunkStore(tmp_path, FIELDS, NUM_ROWS, 7)
+    assert other.rows_per_chunk == ROWS
+    assert fill(other) == [1, 2, 3, 4]
+    assert_complete(other)
+
+
+def test_other_rows_or_fields_are_refused_naming_both(tmp_path):
+    fill(open_store(tmp_path))
+    with pytest.raises(StorageError, match="num_rows stored 23, asked 24"):
+        ChunkStore(tmp_path, FIELDS, 24, ROWS)
+    with pytest.raises(StorageError, match=r"fields stored loss \(2, 3\) float32.*, asked loss \(2, 4\) float32"):
+        ChunkStore(tmp_path, {**FIELDS, "loss": ((2, 4), np.float32)}, NUM_ROWS, ROWS)
+    assert_complete(open_store(tmp_path))
+    (tmp_path / "chunks" / "layout.json").write_text('{"rows_per')
+    with pytest.raises(StorageError, match=r"layout\.json is damaged"):
+        open_store(tmp_path)
+
+
+def test_two_stores_in_one_stage(tmp_path):
+    text = ChunkStore(tmp_path, {"text": ((4,), np.float16)}, 3, 2, name="text")
+    text.write(0, {"text": np.ones((2, 4), np.float16)})
+    assert list(text.missing()) == [1]
+    assert list(open_store(tmp_path).missing()) == [0, 1, 2, 3, 4]
+
+
+def test_misshaped_arrays_are_refused(tmp_path):
+    store = open_store(tmp_path)
+    good = make(store.rows(4))
+    for bad in (make(store.rows(0)), {"loss": good["loss"]}, {**good, "row_id": good["row_id"].astype(np.int64)}):
+        with pytest.raises(ValueError, match=r"chunk 4 of .* has .*: expected loss \(3, 2, 3\) float32"):
+            store.write(4, bad)
+    with pytest.raises(ValueError, match="chunk index is 5: expected 0 to 4"):
+        store.write(5, good)
+    with pytest.raises(ValueError, match="rows_per_chunk is 0"):
+        ChunkStore(tmp_path / "other", FIELDS, NUM_ROWS, 0)
+    assert list(store.missing()) == [0, 1, 2, 3, 4]
+
+
+def test_a_full_disk_keeps_the_finished_chunks(tmp_path, monkeypatch):
+    store = open_store(tmp_path)
+    store.write(0, make(store.rows(0)))
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(StorageError, match=r"chunk-000001\.safetensors: No space left on device.*resume"):
+        fill(store)
+    monkeypatch.undo()
+    assert sorted(os.listdir(store.path)) == ["chunk-000000.safetensors", "layout.json"]
+    assert fill(open_store(tmp_path)) == [1, 2, 3, 4]
+    assert_complete(open_store(tmp_path))
+
+
+def test_kills_at_random_moments_lose_nothing_that_was_written(tmp_path):
+    """Killed until done, the run gives the bits of an uninterrupted one and computes no stored chunk again."""
+    script = textwrap.dedent(
+        f"""
+        import time
+        import numpy as np
+        from attrib_jax.storage.chunks import ChunkStore
+        from attrib_jax.storage.stages import lock, open_stage
+
+        with lock({str(tmp_path)!r}):
+            stage = open_stage({str(tmp_path)!r}, "losses", {{"stride": 100}}, {{"model": "ab"}})
+            store = ChunkStore(stage.path, {{"loss": ((1000,), np.float64)}}, 60, 2)
+            for index in store.missing():
+                rows = store.rows(index)
+                ids = np.arange(rows.start, rows.stop)[:, None]
+                print(index, flush=True)
+                store.write(index, {{"loss": np.cos(ids * 0.3 + np.arange(1000))}})
+            stage.finish()
+        """
+    )
+    seed = random.randrange(2**32)
+    delays = random.Random(seed)
+    computed, kills = [], 0
+    for attempt in range(50):
+        process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+        first = process.stdout.readline()
+        if attempt < 4:
+            time.sleep(delays.uniform(0, 0.03))
+            process.send_signal(signal.SIGKILL)
+        computed += (first + process.communicate()[0]).split()
+        if process.returncode == 0:
+            break
+        assert process.returncode == -signal.SIGKILL
+        kills += 1
+    assert 30 <= len(computed) <= 30 + kills, f"seed {seed}: {computed}"
+    store = ChunkStore(tmp_path / "losses", {"loss": ((1000,), np.float64)}, 60, 2)
+    expected = np.cos(np.arange(60)[:, None] * 0.3 + np.arange(1000))
+    assert store.read_all()["loss"].tobytes() == expected.tobytes(), f"seed {seed}"
+    assert not list(tmp_path.rglob(".partial-*")), f"seed {seed}"
+
+
+def test_field_as_an_array_on_disk(tmp_path):
+    store = open_store(tmp_path)
+    fill(store)
+    expected = make(slice(0, NUM_ROWS))
+    for field in FIELDS:
+        array = open_store(tmp_path).array(field)
+        assert array.shape == expected[field].shape and array.dtype == expected[field].dtype
+        np.testing.assert_array_equal(np.asarray(array), expected[field])
+    rows = np.array([22, 0, 7])
+    np.testing.assert_array_equal(store.array("loss")[rows, 1], expected["loss"][rows, 1])
+
+
+def test_array_keeps_few_chunks_open(tmp_path, monkeypatch):
+    monkeypatch.setattr(chunks, "_MAPPED_CHUNKS", 2)
+    store = open_store(tmp_path)
+    fill(store)
+    array = store.array("loss")
+    for _ in range(2):
+        np.testing.assert_array_equal(array[:], make(slice(0, NUM_ROWS))["loss"])
+
+
+def test_damaged_chunk_of_an_array_is_deleted_when_it_is_first_used(tmp_path):
+    store = open_store(tmp_path)
+    fill(store)
+    file = tmp_path / "chunks" / "chunk-000002.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 1
+    file.write_bytes(content)
+    assert store.absent() == []
+    array = store.array("loss")
+    array[0]
+    with pytest.raises(StorageError, match="does not match its checksum. It was deleted: start the same command again"):
+        array[11]
+    assert store.absent() == [2]
+    assert fill(store) == [2]
+    np.testing.assert_array_equal(store.array("loss")[11], make(slice(11, 12))["loss"][0])
+
+
+def test_another_chunk_in_the_place_of_one_is_noticed_when_it_is_first_used(tmp_path):
+    store = open_store(tmp_path)
+    fill(store)
+    files = [tmp_path / "chunks" / f"chunk-{index:06d}.safetensors" for index in (0, 1)]
+    files[1].write_bytes(files[0].read_bytes())
+    with pytest.raises(StorageError, match="not the chunk of its name"):
+        np.asarray(store.array("loss"))
+    assert fill(store) == [1]

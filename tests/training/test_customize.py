@@ -1,0 +1,167 @@
+"""Custom Diffusion: what moves and what does not, resuming to the bit, and what is refused."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from attrib_jax.convert.adapters.custom_diffusion import apply_custom_diffusion
+from attrib_jax.convert.adapters.textual_inversion import add_tokens, read_tokens
+from attrib_jax.core.weights import flatten_names, select_weights
+from attrib_jax.data.sources import ArrayDataset
+from attrib_jax.storage.checkpoints import TrainingCheckpoints
+from attrib_jax.storage.stages import StageMismatchError
+from attrib_jax.training.customize import CustomizeConfig, customize
+from tests.tiny_dataset import make_dataset
+
+CONFIG = CustomizeConfig("heart", steps=8, batch_size=4, learning_rate=1e-2, checkpoint_every=4, log_every=1)
+EMBEDDING = "text_model/embeddings/token_embedding/embedding"
+
+
+def _exemplars(captions=("a <new1>", "red <new1> hat"), size=16):
+    images = np.random.default_rng(5).integers(0, 256, (len(captions), size, size, 3), dtype=np.uint8)
+    return ArrayDataset(images, [[caption] for caption in captions])
+
+
+def _metrics(workdir):
+    return [json.loads(line) for line in (workdir / "customize" / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def tuned(pipeline, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("tuned")
+    before = jax.tree.map(np.array, pipeline.params)
+    folder = customize(workdir, pipeline, _exemplars(), CONFIG)
+    jax.tree.map(np.testing.assert_array_equal, pipeline.params, before)  # the base is not changed in place
+    return workdir, folder, apply_custom_diffusion(pipeline, str(folder))
+
+
+def test_only_keys_values_and_the_token_move(pipeline, tuned):
+    _, folder, result = tuned
+    assert {path.name for path in folder.iterdir()} == {"pytorch_custom_diffusion_weights.pt", "<new1>.bin"}
+    moved, rest = select_weights(result.params["unet"], "cross-attn-kv")
+    base_moved, base_rest = select_weights(pipeline.params["unet"], "cross-attn-kv")
+    jax.tree.map(np.testing.assert_array_equal, rest, base_rest)
+    jax.tree.map(np.testing.assert_array_equal, result.params["vae"], pipeline.params["vae"])
+    for name, leaf in flatten_names(moved).items():
+        assert np.all(leaf != flatten_names(base_moved)[name]), name
+    text, base_text = (flatten_names(side.params["text_encoder"]) for side in (result, pipeline))
+    table = np.asarray(text.pop(EMBEDDING))
+    base_table = np.asarray(base_text.pop(EMBEDDING))
+    jax.tree.map(np.testing.assert_array_equal, text, base_text)
+    np.testing.assert_array_equal(table[: len(base_table)], base_table)
+    start = base_table[pipeline.tokenizer.convert_tokens_to_ids("heart</w>")]
+    assert len(table) == len(base_table) + 1 and np.all(table[-1] != start)
+    assert np.abs(table[-1] - start).max() <= 1.5 * CONFIG.steps * CONFIG.learning_rate
+
+
+def test_the_first_step_is_adamw_on_the_denoising_loss(pipeline, tmp_path):
+    # Adam's first step is the rate times the sign of the gradient; decay takes rate x decay x weight.
+    config = dataclasses.replace(CONFIG, steps=1, learning_rate=1e-3, weight_decay=0.5)
+    result = apply_custom_diffusion(pipeline, str(customize(tmp_path, pipeline, _exemplars(), config)))
+    before, _ = select_weights(pipeline.params["unet"], "cross-attn-kv")
+    after, _ = select_weights(result.params["unet"], "cross-attn-kv")
+    steps = jax.tree.map(lambda new, old: np.asarray(new) - (1 - 1e-3 * 0.5) * np.asarray(old), after, before)
+    sizes = np.abs(np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(steps)]))
+    np.testing.assert_allclose(np.median(sizes), 1e-3, rtol=1e-2)
+
+
+def test_the_loss_falls(pipeline, tmp_path):
+    config = dataclasses.replace(CONFIG, steps=60, checkpoint_every=60)
+    customize(tmp_path, pipeline, _exemplars(), config)
+    losses = [line["exemplar_loss"] for line in _metrics(tmp_path)]
+    assert len(losses) == 60 and np.mean(losses[-10:]) < 0.8 * np.mean(losses[:10])
+
+
+def test_an_interrupted_run_resumes_to_the_same_bits(pipeline, tuned, tmp_path, monkeypatch):
+    workdir, _, whole = tuned
+    save = TrainingCheckpoints.save
+
+    def failing(self, step, state, extra=None):
+        save(self, step, state, extra)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(TrainingCheckpoints, "save", failing)
+    with pytest.raises(KeyboardInterrupt):
+        customize(tmp_path, pipeline, _exemplars(), CONFIG)
+    monkeypatch.setattr(TrainingCheckpoints, "save", save)
+    resumed = apply_custom_diffusion(pipeline, str(customize(tmp_path, pipeline, _exemplars(), CONFIG)))
+    jax.tree.map(np.testing.assert_array_equal, resumed.params, whole.params)
+    assert _metrics(tmp_path) == _metrics(workdir)
+
+
+def test_a_finished_run_is_written_again_and_other_settings_are_refused(pipeline, tuned):
+    workdir, folder, whole = tuned
+    for file in folder.iterdir():
+        file.unlink()
+    assert customize(workdir, pipeline, _exemplars(), CONFIG) == folder
+    again = apply_custom_diffusion(pipeline, str(folder))
+    jax.tree.map(np.testing.assert_array_equal, again.params, whole.params)
+    with pytest.raises(StageMismatchError, match="learning_rate"):
+        customize(workdir, pipeline, _exemplars(), dataclasses.replace(CONFIG, learning_rate=0.5))
+    with pytest.raises(StageMismatchError, match="exemplars"):
+        customize(workdir, pipeline, _exemplars(("<new1>",)), CONFIG)
+
+
+def test_one_caption_for_all_and_prior_pictures(pipeline, tmp_path):
+    config = dataclasses.replace(CONFIG, steps=2, caption="<new1>", prior_weight=0.5)
+    folder = customize(tmp_path, pipeline, _exemplars(("hat", "flag")), config, prior=make_dataset())
+    assert read_tokens(apply_custom_diffusion(pipeline, str(folder)), ["<new1>"])["<new1>"].shape == (32,)
+    for line in _metrics(tmp_path):
+        np.testing.assert_allclose(line["loss"], line["exemplar_loss"] + 0.5 * line["prior_loss"], rtol=1e-6)
+
+
+def test_mirror_images_are_drawn_on_demand_only(pipeline, tmp_path):
+    # To symmetric pictures flips make no difference, to others they do.
+    pictures = np.stack([_exemplars()[i].image for i in range(2)])
+    captions = [_exemplars().captions(i) for i in range(2)]
+    losses = {}
+    for kind, images in (("any", pictures), ("symmetric", pictures | pictures[:, :, ::-1])):
+        for flips in (False, True):
+            workdir = tmp_path / f"{kind}{flips}"
+            config = dataclasses.replace(CONFIG, steps=1, random_flips=flips)
+            customize(workdir, pipeline, ArrayDataset(images, captions), config)
+            losses[kind, flips] = _metrics(workdir)[0]["loss"]
+    assert losses["symmetric", True] == losses["symmetric", False]
+    assert losses["any", True] != losses["any", False]
+
+
+@pytest.mark.parametrize(
+    ("changes", "captions", "message"),
+    [
+        ({}, ("a <new1>", "a hat"), "'a hat' does not hold the token '<new1>'"),
+        ({}, ("a hat grinning polar bear white woman <new1>",), "is cut off before"),
+        ({"initializer_token": "zebra"}, ("<new1>",), "'zebra' is . tokens"),
+        ({"learning_rate": 1e30, "steps": 4}, ("<new1>", "<new1>"), "learning_rate=1e"),
+    ],
+)
+def test_refused(pipeline, tmp_path, changes, captions, message):
+    with pytest.raises(ValueError, match=message):
+        customize(tmp_path, pipeline, _exemplars(captions), dataclasses.replace(CONFIG, **changes))
+
+
+def test_a_token_that_exists_and_pictures_of_another_size_are_refused(pipeline, tmp_path):
+    known = add_tokens(pipeline, {"<new1>": np.ones(32, np.float32)})
+    with pytest.raises(ValueError, match="'<new1>' is in the tokenizer already"):
+        customize(tmp_path, known, _exemplars(), CONFIG)
+    with pytest.raises(ValueError, match=r"exemplars 'arrays' has pictures of \(8, 8\)"):
+        customize(tmp_path, pipeline, _exemplars(size=8), CONFIG)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"token": "new1"}, "token is 'new1'"),
+        ({"token": "<a/b>"}, "token is '<a/b>'"),
+        ({"caption": "a hat"}, "does not hold the token"),
+        ({"learning_rate": 0.0}, "learning_rate"),
+        ({"steps": 0}, "steps"),
+        ({"prior_weight": -1.0}, "prior_weight"),
+    ],
+)
+def test_config_is_checked(changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(CONFIG, **changes)
