@@ -1,0 +1,136 @@
+"""Command-line flags made from the settings of configs (attrib_jax/core/settings.py): declared there, once."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from absl import flags
+
+from attrib_jax.core.checks import check_choice
+from attrib_jax.core.settings import Declared, Settings, declared, refuse_unread
+
+
+class _ChoiceParser(flags.ArgumentParser):
+    """An enumeration whose error suggests the nearest name."""
+
+    def __init__(self, name: str, choices: Iterable[str]):
+        self.name, self.choices = name, tuple(choices)
+        self.syntactic_help = f"<{'|'.join(self.choices)}>: "
+
+    def parse(self, argument: str) -> str:
+        check_choice(self.name, argument, self.choices)
+        return argument
+
+    def flag_type(self) -> str:
+        return "string enum"
+
+
+def define_flags(*configs: type[Settings], skip: Iterable[str] = (), defaults: Mapping[str, Any] | None = None) -> None:
+    """Defines a flag for every setting of the configs, once where several have it; a module calls it when imported.
+
+    Args:
+      configs: config classes.
+      skip: fields that get no flag, such as the one that chooses the config.
+      defaults: field -> default of the flag, where the command's differs from the config's.
+    """
+    for field in _fields(configs).values():
+        if field.name in skip or field.flag in flags.FLAGS:
+            continue
+        _define(field, (defaults or {}).get(field.name, field.default))
+
+
+def read_config(config: type[Settings], **values: Any) -> Any:
+    """The config that the flags give; `values` are those of fields without a flag."""
+    given = {
+        name: flags.FLAGS[field.flag].value
+        for name, field in declared(config).items()
+        if name not in values and field.flag in flags.FLAGS
+    }
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    return config(**{**given, **values})
+
+
+def check_unread(chosen: str, readers: Mapping[str, type[Settings]]) -> None:
+    """Raises ValueError where a flag was given whose setting the chosen config does not read; see `refuse_unread`."""
+    fields = _fields(readers.values())
+    # `present` counts how often a flag was given, in a flagfile or after it; a default that is repeated does no harm.
+    given = {
+        name: flags.FLAGS[field.flag].value
+        for name, field in fields.items()
+        if field.flag in flags.FLAGS
+        and flags.FLAGS[field.flag].present
+        and flags.FLAGS[field.flag].value != flags.FLAGS[field.flag].default
+    }
+    refuse_unread(given, chosen, readers)
+
+
+def _fields(configs: Iterable[type[Settings]]) -> dict[str, Declared]:
+    found: dict[str, Declared] = {}
+    for config in configs:
+        for name, field in declared(config).items():
+            found.setdefault(name, field)
+    return found
+
+
+def _define(field: Declared, default: Any) -> None:
+    known, name, text = field.setting, field.flag, help_text(field)
+    if field.many:
+        values = None if default is None else [str(value) for value in default]
+        parser = None if field.kind is str else _NumbersParser(field)
+        if parser is None:
+            flags.DEFINE_list(name, values, text)
+        else:
+            flags.DEFINE(
+                parser, name, None if default is None else tuple(default), text, serializer=_NumbersSerializer()
+            )
+    elif field.kind is str and known.choices is not None:
+        flags.DEFINE(_ChoiceParser(name, known.choices), name, default, text, serializer=flags.ArgumentSerializer())
+    elif field.kind is bool:
+        flags.DEFINE_boolean(name, default, text)
+    elif field.kind is int:
+        low = known.low if known.low is not None else None if known.above is None else int(known.above) + 1
+        flags.DEFINE_integer(name, default, text, lower_bound=low, upper_bound=known.high)
+    elif field.kind is float:
+        flags.DEFINE_float(name, default, text, lower_bound=known.low, upper_bound=known.high)
+    else:
+        flags.DEFINE_string(name, default, text)
+
+
+class _NumbersParser(flags.ArgumentParser):
+    """Numbers separated by commas."""
+
+    def __init__(self, field: Declared):
+        self.field = field
+        self.syntactic_help = "a comma separated list of numbers"
+
+    def parse(self, argument: Any) -> tuple[float, ...] | None:
+        if not isinstance(argument, str):
+            return argument
+        try:
+            return tuple(self.field.kind(part) for part in argument.split(",")) if argument else None
+        except ValueError as error:
+            kind = "whole numbers" if self.field.kind is int else "numbers"
+            raise ValueError(f"{self.field.flag} is {argument!r}: expected {kind}, separated by commas") from error
+
+    def flag_type(self) -> str:
+        return "comma separated list of numbers"
+
+
+class _NumbersSerializer(flags.ArgumentSerializer):
+    def serialize(self, value: tuple[float, ...]) -> str:
+        return ",".join(map(str, value))
+
+
+def help_text(field: Declared) -> str:
+    """Help of a setting with its symbol and unit."""
+    known = field.setting
+    notes = [
+        *([f"{known.symbol} in docs/METHOD.md"] if known.symbol else []),
+        *([f"in {known.unit}"] if known.unit else []),
+        *([f"only with {_condition(known.only_if)}"] if known.only_if else []),
+        *(["changes speed and memory only"] if known.performance else []),
+    ]
+    return f"{known.help} ({'; '.join(notes)})" if notes else known.help
+
+
+def _condition(only_if: str | tuple[str, Any]) -> str:
+    return f"--{only_if}" if isinstance(only_if, str) else f"--{only_if[0]}={only_if[1]}"
