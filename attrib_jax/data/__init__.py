@@ -1,1 +1,1 @@
-"""Data sets of captioned pictures."""
+"""Data sets of captioned images."""

@@ -1,4 +1,4 @@
-"""`coco:PATH`: captions in COCO's annotation format, beside the folder of pictures."""
+"""`coco:PATH`: captions in COCO's annotation format, beside the folder of images."""
 
 import json
 import os
@@ -7,34 +7,34 @@ from pathlib import Path
 from typing import Any
 
 from attrib_jax.core.text import replace_surrogates
-from attrib_jax.data.files import PictureFiles, inner_path, warn_listed
+from attrib_jax.data.files import ImageFiles, inner_path, warn_listed
 
-# Five of the people who wrote captions are the rule; some pictures have six or seven.
+# Five of the people who wrote captions are the rule; some images have six or seven.
 _MAX_CAPTIONS = 5
 _CREDIT = (
-    "COCO, Common Objects in Context. Captions: COCO Consortium, CC BY 4.0; pictures: their Flickr authors, under "
+    "COCO, Common Objects in Context. Captions: COCO Consortium, CC BY 4.0; images: their Flickr authors, under "
     "Flickr's terms of use"
 )
 _CREDIT_URL = "https://cocodataset.org/#termsofuse"
 
 
-def open_coco(path: str | os.PathLike, resolution: int | None = None, split: str | None = None) -> PictureFiles:
+def open_coco(path: str | os.PathLike, resolution: int | None = None, split: str | None = None) -> ImageFiles:
     """Opens COCO 2017, or another data set in its format.
 
-    Rows are the pictures in the order of the json's `images`, as pycocotools lists them and as the published latents
+    Rows are the images in the order of the json's `images`, as pycocotools lists them and as the published latents
     are taken to have them (not by id, as torchvision's CocoCaptions sorts them); row ids are positions in that order.
-    Of more than five captions the first five in the file are kept. Pictures that the json names and the folder lacks
+    Of more than five captions the first five in the file are kept. Images that the json names and the folder lacks
     stay rows, which cannot be read; a warning counts them.
 
     Args:
-      path: folder with `annotations/captions_<split>.json` and the pictures in `<split>/` or `images/<split>/`; or
+      path: folder with `annotations/captions_<split>.json` and the images in `<split>/` or `images/<split>/`; or
         that json.
-      resolution: of the square that pictures are resized and cropped to; None leaves them as they are.
+      resolution: of the square that images are resized and cropped to; None leaves them as they are.
       split: such as `val2017`; if None `train2017`, or the only one that has captions.
 
     Raises:
-      FileNotFoundError: no such folder, annotation file or folder of pictures.
-      ValueError: the json is damaged or no COCO captions, or none of its pictures exists.
+      FileNotFoundError: no such folder, annotation file or folder of images.
+      ValueError: the json is damaged or no COCO captions, or none of its images exists.
     """
     name, file = f"coco:{path}", _annotation_file(Path(path).expanduser(), split)
     root = file.parent.parent if file.parent.name == "annotations" else file.parent
@@ -42,15 +42,15 @@ def open_coco(path: str | os.PathLike, resolution: int | None = None, split: str
     places = [root / part, root / "images" / part]
     folder = next((place for place in places if place.is_dir()), None)
     if folder is None:
-        raise FileNotFoundError(f"{name}: no folder of pictures; expected {places[0]} or {places[1]}")
+        raise FileNotFoundError(f"{name}: no folder of images; expected {places[0]} or {places[1]}")
     files, captions, official = _read_annotations(file)
     present = set(os.listdir(folder))
-    missing = [picture for picture in files if picture not in present and not os.path.isfile(folder / picture)]
+    missing = [image for image in files if image not in present and not os.path.isfile(folder / image)]
     if len(missing) == len(files):
-        raise ValueError(f"{name}: {file} names {len(files)} pictures, and none of them exists in {folder}")
-    warn_listed(len(files), f"pictures that {file} names do not exist in {folder}", missing)
+        raise ValueError(f"{name}: {file} names {len(files)} images, and none of them exists in {folder}")
+    warn_listed(len(files), f"images that {file} names do not exist in {folder}", missing)
     credit, credit_url = (_CREDIT, _CREDIT_URL) if official else (None, None)
-    return PictureFiles(name, folder, files, captions, resolution, credit, credit_url)
+    return ImageFiles(name, folder, files, captions, resolution, credit, credit_url)
 
 
 def _annotation_file(path: Path, split: str | None) -> Path:
@@ -96,7 +96,7 @@ def _read_annotations(file: Path) -> tuple[list[str], list[tuple[str, ...]], boo
             captions[image_id].append(replace_surrogates(caption))
         else:
             unknown.append(f"{caption!r} of {image_id}")
-    warn_listed(len(content["annotations"]), f"captions in {file} are of pictures that it does not list", unknown)
+    warn_listed(len(content["annotations"]), f"captions in {file} are of images that it does not list", unknown)
     kept = [tuple(captions[image_id][:_MAX_CAPTIONS]) or ("",) for image_id in names]
     info = content.get("info")
     official = isinstance(info, dict) and "cocodataset.org" in str(info.get("url"))

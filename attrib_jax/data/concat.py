@@ -1,4 +1,4 @@
-"""Two data sets as one: exemplars in front of the pictures that they are scored among."""
+"""Two data sets as one: exemplars in front of the images that they are scored among."""
 
 import hashlib
 

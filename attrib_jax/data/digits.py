@@ -14,7 +14,7 @@ _WHITEST = 16  # the scans have values from 0 to 16
 
 
 class DigitsDataset:
-    """The scans as grey pictures (8, 8, 3) uint8, white ink on black, with captions such as "digit three".
+    """The scans as grey images (8, 8, 3) uint8, white ink on black, with captions such as "digit three".
 
     Digits are not mirror symmetric: train on and score them as they are (`flips="none"`).
     """
@@ -48,5 +48,5 @@ class DigitsDataset:
         return (f"digit {WORDS[self.labels[index]]}",)
 
     def fingerprint(self) -> str:
-        """sha256 over every picture's pixels, row id and captions."""
+        """sha256 over every image's pixels, row id and captions."""
         return hash_rows(self)

@@ -1,4 +1,4 @@
-"""Pictures that lie in files of their own: what `folder:` and `coco:` share."""
+"""Images that lie in files of their own: what `folder:` and `coco:` share."""
 
 import logging
 import os
@@ -9,15 +9,15 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 import numpy as np
 
 from attrib_jax.core.text import replace_surrogates
-from attrib_jax.data.pictures import decode_picture, fit_picture
+from attrib_jax.data.images import decode_image, fit_image
 from attrib_jax.data.protocol import FilePart, Row, hash_files
 
 _log = logging.getLogger(__name__)
 _SHOWN = 5
 
 
-class PictureFiles:
-    """Picture files under one folder, with their captions in memory."""
+class ImageFiles:
+    """Image files under one folder, with their captions in memory."""
 
     groups = None
 
@@ -31,7 +31,7 @@ class PictureFiles:
         credit: str | None = None,
         credit_url: str | None = None,
     ):
-        """Takes the pictures' paths relative to `folder`, with '/', in row order; row ids are their positions."""
+        """Takes the images' paths relative to `folder`, with '/', in row order; row ids are their positions."""
         self.name, self.credit, self.credit_url = name, credit, credit_url
         self.row_ids = np.arange(len(files), dtype=np.int32)
         self._folder, self._files, self._captions = os.fspath(folder), list(files), list(captions)
@@ -41,7 +41,7 @@ class PictureFiles:
         return len(self.row_ids)
 
     def __getitem__(self, index: int) -> Row:
-        image = fit_picture(decode_picture(self._path(index)), self._resolution)
+        image = fit_image(decode_image(self._path(index)), self._resolution)
         return Row(image, self._captions[index], int(self.row_ids[index]))
 
     def captions(self, index: int) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""`folder:PATH`: a folder of pictures, with captions in a metadata file, in text files beside them, or without."""
+"""`folder:PATH`: a folder of images, with captions in a metadata file, in text files beside them, or without."""
 
 import csv
 import io
@@ -10,8 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from attrib_jax.data.files import PictureFiles, existing_folder, inner_path, listed_captions, warn_listed
-from attrib_jax.data.pictures import picture_suffixes
+from attrib_jax.data.files import ImageFiles, existing_folder, inner_path, listed_captions, warn_listed
+from attrib_jax.data.images import image_suffixes
 
 _log = logging.getLogger(__name__)
 _METADATA = ("metadata.jsonl", "metadata.csv")
@@ -22,7 +22,7 @@ _READERS = 8
 
 
 class _Entry(NamedTuple):
-    """One entry of a metadata file: where it stands, for messages; the picture it names; its columns."""
+    """One entry of a metadata file: where it stands, for messages; the image it names; its columns."""
 
     source: str
     file: str
@@ -34,56 +34,56 @@ def open_folder(
     resolution: int | None = None,
     split: str | None = None,
     caption_key: str | None = None,
-) -> PictureFiles:
-    """Opens a folder of pictures, subfolders included; hidden files and folders are passed over.
+) -> ImageFiles:
+    """Opens a folder of images, subfolders included; hidden files and folders are passed over.
 
     Captions come from the first of these that is there:
       - `metadata.jsonl` or `metadata.csv`, in the folder or in subfolders, as in Hugging Face's imagefolder: a column
         `file_name`, relative to the metadata file, and a caption column. The rows are the entries, in the order of the
-        files' sorted paths and then of their lines; pictures that no entry names are left out.
-      - `name.txt` beside `name.jpg`, one caption a line. The rows are the pictures, in the order of their sorted paths.
+        files' sorted paths and then of their lines; images that no entry names are left out.
+      - `name.txt` beside `name.jpg`, one caption a line. The rows are the images, in the order of their sorted paths.
       - nothing: the same rows, with an empty caption.
     A warning says so where no row has a caption.
 
     Args:
       path: the folder. One that holds nothing but subfolders named after splits (`train`, `test`, ...) stands for its
         `train`.
-      resolution: of the square that pictures are resized and cropped to; None leaves them as they are.
+      resolution: of the square that images are resized and cropped to; None leaves them as they are.
       split: name of the subfolder to take.
       caption_key: the caption column; the first of `text`, `caption`, `captions` that exists if None. In a .jsonl file
         its values may be lists.
 
     Raises:
       FileNotFoundError: no such folder.
-      ValueError: no picture, none of the files that the metadata names exists, or the metadata is damaged, lacks a
+      ValueError: no image, none of the files that the metadata names exists, or the metadata is damaged, lacks a
         column or names files outside of its folder.
     """
     name, root = f"folder:{path}", _split_folder(existing_folder("folder", path), path, split)
-    pictures, texts, metadata = _list_files(root)
+    images, texts, metadata = _list_files(root)
     if metadata:
         entries = [entry for file in metadata for entry in _read_metadata(root, file)]
         captions = _metadata_captions(entries, caption_key, metadata)
         files = [entry.file for entry in entries]
-        known = set(pictures)
+        known = set(images)
         missing = [file for file in files if file not in known and not os.path.isfile(root / file)]
         if len(missing) == len(files):
-            raise ValueError(f"{name}: {metadata[0]} names {len(files)} pictures, and none of them exists in {root}")
-        warn_listed(len(files), f"pictures that the metadata of {name} names do not exist", missing)
-        warn_listed(len(pictures), f"pictures of {name} are not in its metadata", sorted(known.difference(files)))
+            raise ValueError(f"{name}: {metadata[0]} names {len(files)} images, and none of them exists in {root}")
+        warn_listed(len(files), f"images that the metadata of {name} names do not exist", missing)
+        warn_listed(len(images), f"images of {name} are not in its metadata", sorted(known.difference(files)))
         _warn_uncaptioned(name, captions)
-        return PictureFiles(name, root, files, captions, resolution)
+        return ImageFiles(name, root, files, captions, resolution)
     if caption_key is not None:
         raise ValueError(f"caption_key is {caption_key!r}, but {root} has neither of {', '.join(_METADATA)}")
-    if not pictures:
-        raise ValueError(f"{name}: no picture in {root}; expected files such as .png, .jpg or .webp")
-    beside = [texts.get(os.path.splitext(picture)[0]) for picture in pictures]
+    if not images:
+        raise ValueError(f"{name}: no image in {root}; expected files such as .png, .jpg or .webp")
+    beside = [texts.get(os.path.splitext(image)[0]) for image in images]
     if any(beside):
-        uncaptioned = [picture for picture, text in zip(pictures, beside) if text is None]
-        warn_listed(len(pictures), f"pictures of {name} have no .txt beside them", uncaptioned)
+        uncaptioned = [image for image, text in zip(images, beside) if text is None]
+        warn_listed(len(images), f"images of {name} have no .txt beside them", uncaptioned)
     with ThreadPoolExecutor(_READERS) as pool:
         captions = list(pool.map(lambda text: ("",) if text is None else _read_lines(root / text), beside))
     _warn_uncaptioned(name, captions)
-    return PictureFiles(name, root, pictures, captions, resolution)
+    return ImageFiles(name, root, images, captions, resolution)
 
 
 def _warn_uncaptioned(name: str, captions: list[tuple[str, ...]]) -> None:
@@ -101,13 +101,13 @@ def _split_folder(folder: Path, path, split: str | None) -> Path:
             there = ", ".join(sorted(subfolders)) or "none"
             raise ValueError(f"split is {split!r}, but there is no such subfolder in {path} (there are: {there})")
         return folder / split
-    # A subfolder `train` beside others is a class of pictures, such as locomotives.
+    # A subfolder `train` beside others is a class of images, such as locomotives.
     alone = all(_hidden(entry.name) or entry.is_dir() or not _is_data(entry.name) for entry in folder.iterdir())
     return folder / "train" if "train" in subfolders and subfolders <= _SPLIT_FOLDERS and alone else folder
 
 
 def _is_data(name: str) -> bool:
-    return name in _METADATA or os.path.splitext(name)[1].lower() in picture_suffixes()
+    return name in _METADATA or os.path.splitext(name)[1].lower() in image_suffixes()
 
 
 def _hidden(name: str) -> bool:
@@ -115,9 +115,9 @@ def _hidden(name: str) -> bool:
 
 
 def _list_files(root: Path) -> tuple[list[str], dict[str, str], list[str]]:
-    """Pictures, sorted; text files by their paths without .txt; metadata files, sorted: paths relative to `root`."""
-    suffixes = picture_suffixes()
-    pictures, texts, metadata = [], [], []
+    """Images, sorted; text files by their paths without .txt; metadata files, sorted: paths relative to `root`."""
+    suffixes = image_suffixes()
+    images, texts, metadata = [], [], []
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = [name for name in subfolders if not _hidden(name)]
         inner = Path(folder).relative_to(root)
@@ -128,11 +128,11 @@ def _list_files(root: Path) -> tuple[list[str], dict[str, str], list[str]]:
             elif suffix == ".txt":
                 texts.append(path)
             elif suffix in suffixes and not name.startswith("."):
-                pictures.append(path)
+                images.append(path)
     if len({os.path.basename(file) for file in metadata}) > 1:
         raise ValueError(f"{root} has both {' and '.join(_METADATA)}; keep one kind")
     # Sorted, so that of 1.TXT and 1.txt the second one is taken.
-    return sorted(pictures), {os.path.splitext(text)[0]: text for text in sorted(texts)}, sorted(metadata)
+    return sorted(images), {os.path.splitext(text)[0]: text for text in sorted(texts)}, sorted(metadata)
 
 
 def _read_lines(path: Path) -> tuple[str, ...]:
@@ -152,7 +152,7 @@ def _read_metadata(root: Path, metadata: str) -> Iterator[_Entry]:
         source = f"{path}, line {line}"
         if "file_name" not in columns:
             names = ", ".join(map(str, columns)) or "none"
-            raise ValueError(f"{source}: no column 'file_name' (columns: {names}); expected the picture's path")
+            raise ValueError(f"{source}: no column 'file_name' (columns: {names}); expected the image's path")
         yield _Entry(source, (folder / inner_path(columns["file_name"], source)).as_posix(), columns)
 
 

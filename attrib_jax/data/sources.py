@@ -11,8 +11,8 @@ from attrib_jax.data.coco import open_coco
 from attrib_jax.data.digits import RESOLUTION as DIGITS_RESOLUTION
 from attrib_jax.data.digits import DigitsDataset
 from attrib_jax.data.folder import open_folder
+from attrib_jax.data.images import fit_image
 from attrib_jax.data.latents import open_latents
-from attrib_jax.data.pictures import fit_picture
 from attrib_jax.data.protocol import Dataset, Row, hash_rows
 from attrib_jax.data.tfds_source import TfdsDataset, quiet_tfds
 from attrib_jax.data.webdataset import WebDataset
@@ -47,9 +47,9 @@ def open_dataset(
         see `DigitsDataset`, `TfdsDataset`, `open_folder`, `open_coco`, `WebDataset` and `open_latents`.
       data_dir: where prepared data sets are kept; TFDS's own default (`$TFDS_DATA_DIR` or `~/tensorflow_datasets`) if
         None.
-      resolution: of the square that pictures are resized and cropped to; None leaves them as they are.
+      resolution: of the square that images are resized and cropped to; None leaves them as they are.
       split: of `tfds`, `folder` and `coco`.
-      image_key: the image feature of `tfds`, or the ending of pictures' names in `webdataset`.
+      image_key: the image feature of `tfds`, or the ending of images' names in `webdataset`.
       caption_key: the caption's feature, column or field, of `tfds`, `folder` and `webdataset`.
 
     Raises:
@@ -95,7 +95,7 @@ class OpenmojiDataset:
     credit_url = "https://creativecommons.org/licenses/by-sa/4.0/"
 
     def __init__(self, data_dir: str | os.PathLike | None = None, resolution: int | None = None):
-        """Pictures have 64 x 64 pixels, or are resized where `resolution` is another number."""
+        """Images have 64 x 64 pixels, or are resized where `resolution` is another number."""
         from attrib_jax.data.openmoji import Openmoji, list_emoji
 
         with quiet_tfds():
@@ -126,13 +126,13 @@ class OpenmojiDataset:
                 f"row {index} of the prepared OpenMoji is {stored['code'].decode()}, expected {self._codes[index]}: it "
                 "was prepared from other packages. Delete its folder, or give another --data_dir."
             )
-        return Row(fit_picture(stored["image"], self._resolution), self._captions[index], int(self.row_ids[index]))
+        return Row(fit_image(stored["image"], self._resolution), self._captions[index], int(self.row_ids[index]))
 
     def captions(self, index: int) -> tuple[str, ...]:
         return self._captions[index]
 
     def fingerprint(self) -> str:
-        """sha256 over every picture's pixels, row id and captions."""
+        """sha256 over every image's pixels, row id and captions."""
         return hash_rows(self)
 
     def __getstate__(self) -> dict:
@@ -150,7 +150,7 @@ class OpenmojiDataset:
 
 
 class ArrayDataset:
-    """Pictures and captions held in memory, for research code and tests."""
+    """Images and captions held in memory, for research code and tests."""
 
     credit = credit_url = None
 
@@ -195,5 +195,5 @@ class ArrayDataset:
         return self._captions[index]
 
     def fingerprint(self) -> str:
-        """sha256 over every picture's pixels, row id and captions."""
+        """sha256 over every image's pixels, row id and captions."""
         return hash_rows(self)

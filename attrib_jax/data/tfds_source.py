@@ -9,14 +9,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from attrib_jax.data.pictures import decode_picture, fit_picture
+from attrib_jax.data.images import decode_image, fit_image
 from attrib_jax.data.protocol import FilePart, Row, hash_files
 
 _FORMAT = "array_record"
 # Which of several texts is the caption; the first names are the surer ones.
 _CAPTION_NAMES = ("captions/text", "captions", "caption", "text")
 _LABEL_NAMES = ("label",)
-# How the names of texts end that say which picture it is, not what it shows.
+# How the names of texts end that say which image it is, not what it shows.
 _IDENTIFIER = re.compile(r"(^|[/_-])(file_?name|(file)?path|url|uri|id)$", re.IGNORECASE)
 
 
@@ -51,7 +51,7 @@ class TfdsDataset:
           name: such as `coco_captions` (which is COCO 2014), `my_data/config:1.0.0`, or with the split behind it,
             `coco_captions:val`.
           data_dir: where prepared data sets are kept; TFDS's own default if None.
-          resolution: of the square that pictures are resized and cropped to; None leaves them as they are.
+          resolution: of the square that images are resized and cropped to; None leaves them as they are.
           split: also in TFDS's slicing syntax, `train[:1000]`; `train`, or the only one, if None.
           image_key: the image feature; the only one if None.
           caption_key: a text, a sequence of texts, or a class label, whose names are the captions; a row without a
@@ -86,7 +86,7 @@ class TfdsDataset:
         self._ensure_open()
         record = self._records[int(self.row_ids[index])]
         content = self._parse(record, self._image, skip_decoding=True)
-        image = fit_picture(decode_picture(content, f"row {index} of {self.name}"), self._resolution)
+        image = fit_image(decode_image(content, f"row {index} of {self.name}"), self._resolution)
         return Row(image, self._parse_captions(record), int(self.row_ids[index]))
 
     def captions(self, index: int) -> tuple[str, ...]:
@@ -96,7 +96,7 @@ class TfdsDataset:
     def fingerprint(self) -> str:
         """sha256 over version, split, feature names, and size and ends of the split's files; see `hash_files`.
 
-        Captions lie in the same records as pictures, so that hashing each of them would be reading everything.
+        Captions lie in the same records as images, so that hashing each of them would be reading everything.
         """
         from tensorflow_datasets.core.read_only_builder import builder_from_directory
 

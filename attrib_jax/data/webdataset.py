@@ -1,4 +1,4 @@
-"""`webdataset:PATH`: pictures and captions in tar shards, as img2dataset writes them for LAION."""
+"""`webdataset:PATH`: images and captions in tar shards, as img2dataset writes them for LAION."""
 
 import contextlib
 import glob
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from attrib_jax.data.files import listed_captions, warn_listed
-from attrib_jax.data.pictures import MAX_FILE_BYTES, UnreadableRowError, decode_picture, fit_picture, picture_suffixes
+from attrib_jax.data.images import MAX_FILE_BYTES, UnreadableRowError, decode_image, fit_image, image_suffixes
 from attrib_jax.data.protocol import FilePart, Row, hash_files
 from attrib_jax.data.tar_index import index_tar
 
@@ -26,7 +26,7 @@ class WebDataset:
     """Random access to tar shards: their headers are read once, a row's bytes whenever it is asked for.
 
     A row is what shares a name up to the first dot after the last '/': `<key>.jpg`, `<key>.txt`, `<key>.json`; a
-    picture with a further dot in its name, such as `<key>.v2.jpg`, is left out and counted in a warning. Rows are
+    image with a further dot in its name, such as `<key>.v2.jpg`, is left out and counted in a warning. Rows are
     numbered through the shards, which are sorted by name, in the order in which their keys are stored. A shard that is
     damaged or cut off keeps the rows before the damage, so the rows after it have other ids than they would have in a
     whole copy.
@@ -45,19 +45,19 @@ class WebDataset:
 
         Args:
           path: folder of .tar files, one .tar file, or a pattern such as `laion/{00000..00011}.tar` or `laion/*.tar`.
-          resolution: of the square that pictures are resized and cropped to; None leaves them as they are.
-          image_key: ending of the picture's name, such as `jpg`; any that Pillow reads if None.
+          resolution: of the square that images are resized and cropped to; None leaves them as they are.
+          image_key: ending of the image's name, such as `jpg`; any that Pillow reads if None.
           caption_key: field of the .json with the caption or the list of captions; if None, the .txt has the caption,
             and where there is none the field `caption`.
 
         Raises:
           FileNotFoundError: no shard, or one that the pattern names is missing.
-          ValueError: no shard has a picture, or no .json has the field `caption_key`.
+          ValueError: no shard has an image, or no .json has the field `caption_key`.
         """
         self.name = f"webdataset:{path}"
         self._shards = _find_shards(self.name, os.path.expanduser(os.fspath(path)))
         self._resolution, self._caption_key = resolution, caption_key
-        suffixes = picture_suffixes() if image_key is None else {"." + image_key.lower().lstrip(".")}
+        suffixes = image_suffixes() if image_key is None else {"." + image_key.lower().lstrip(".")}
         self._keys: list[str] = []
         places: list[tuple] = []
         damaged, left_out, dotted = [], [], []
@@ -76,16 +76,16 @@ class WebDataset:
             reason = f"; {damaged[0]}" if damaged else ""
             if dotted:
                 reason += (
-                    f"; endings begin at a name's first dot, which leaves out {dotted[0]}: name pictures without "
+                    f"; endings begin at a name's first dot, which leaves out {dotted[0]}: name images without "
                     "further dots, or give the whole ending, such as 'v2.jpg', as image_key"
                 )
-            raise ValueError(f"{self.name}: no picture in {len(self._shards)} shards{reason}")
+            raise ValueError(f"{self.name}: no image in {len(self._shards)} shards{reason}")
         warn_listed(len(self._shards), f"shards of {self.name} are damaged, and what follows is left out", damaged)
         left_out += dotted
-        what = f"names in {self.name} have no picture, come twice or have a further dot, and are left out"
+        what = f"names in {self.name} have no image, come twice or have a further dot, and are left out"
         warn_listed(len(places) + len(left_out), what, left_out)
         self._shard = np.array([place[0] for place in places], np.int32)
-        self._places = np.array([place[1:] for place in places], np.int64)  # (N, picture or text or json, offset, size)
+        self._places = np.array([place[1:] for place in places], np.int64)  # (N, image or text or json, offset, size)
         self.row_ids = np.arange(len(places), dtype=np.int32)
         if caption_key is not None:
             self._check_caption_key(caption_key)
@@ -95,7 +95,7 @@ class WebDataset:
 
     def __getitem__(self, index: int) -> Row:
         name = f"{self._keys[index]} in {self._shards[self._shard[index]]}"
-        image = fit_picture(decode_picture(self._read(index, _IMAGE), name), self._resolution)
+        image = fit_image(decode_image(self._read(index, _IMAGE), name), self._resolution)
         return Row(image, self.captions(index), int(self.row_ids[index]))
 
     def captions(self, index: int) -> tuple[str, ...]:
@@ -112,11 +112,11 @@ class WebDataset:
             return ("",)
 
     def fingerprint(self) -> str:
-        """sha256 over resolution, shard names, keys, captions, and size and ends of each picture; see `hash_files`."""
+        """sha256 over resolution, shard names, keys, captions, and size and ends of each image; see `hash_files`."""
         rows = ((int(self._shard[index]), key, self.captions(index)) for index, key in enumerate(self._keys))
         described = [self._resolution, [os.path.basename(shard) for shard in self._shards]]
-        pictures = [self._part(index, _IMAGE) for index in range(len(self))]
-        return hash_files((item for items in (described, rows) for item in items), pictures)
+        images = [self._part(index, _IMAGE) for index in range(len(self))]
+        return hash_files((item for items in (described, rows) for item in items), images)
 
     def _check_caption_key(self, key: str) -> None:
         """ValueError unless the .json of some row has the field; the first one mostly has it, so that few are read."""
@@ -147,7 +147,7 @@ class WebDataset:
         part, name = self._part(index, which), f"{self._keys[index]} in {self._shards[self._shard[index]]}"
         size = part.size if limit is None else min(part.size, limit)
         if size > MAX_FILE_BYTES:
-            raise UnreadableRowError(f"picture {name} has {size} bytes; at most {MAX_FILE_BYTES} are read")
+            raise UnreadableRowError(f"image {name} has {size} bytes; at most {MAX_FILE_BYTES} are read")
         # Opened for each read: data sets of 40,000 shards exist, and a process may not hold that many open.
         with open(part.path, "rb") as file:
             file.seek(part.offset)
@@ -158,7 +158,7 @@ class WebDataset:
 
 
 def _group(members, suffixes) -> tuple[dict[str, list[FilePart | None]], list[str], list[str]]:
-    """Parts by key: [picture, text, json], in stored order; the names that make no row; pictures with further dots."""
+    """Parts by key: [image, text, json], in stored order; the names that make no row; images with further dots."""
     rows: dict[str, list[FilePart | None]] = {}
     unused, dotted, endings = [], [], tuple(suffixes)
     for name, part in members:
@@ -182,7 +182,7 @@ def _group(members, suffixes) -> tuple[dict[str, list[FilePart | None]], list[st
 
 
 def _drop_incomplete(rows: dict[str, list[FilePart | None]]) -> None:
-    """Removes the last row of a shard that was cut between its picture and its caption."""
+    """Removes the last row of a shard that was cut between its image and its caption."""
     if not rows:
         return
     first, last = next(iter(rows.values())), next(reversed(rows.values()))

@@ -22,8 +22,8 @@ from attrib_jax.convert.adapters.custom_diffusion import apply_custom_diffusion
 from attrib_jax.convert.pipeline import Pipeline
 from attrib_jax.core.checks import check_positive, check_range
 from attrib_jax.data.concat import concatenate
+from attrib_jax.data.images import UnreadableRowError, read_image
 from attrib_jax.data.latents import LatentsDataset
-from attrib_jax.data.pictures import UnreadableRowError, read_picture
 from attrib_jax.data.protocol import Row
 from attrib_jax.data.sources import ArrayDataset, Dataset
 from attrib_jax.evaluation.metrics import average_precision, mean_and_error, recall_at
@@ -278,7 +278,7 @@ def _by_model(cases: Sequence[Case]) -> dict[Path, list[Case]]:
 
 
 def _exemplars(case: Case, resolution: int) -> Dataset:
-    images = np.stack([read_picture(path, resolution, resolution) for path in case.exemplars])
+    images = np.stack([read_image(path, resolution, resolution) for path in case.exemplars])
     return ArrayDataset(images, [[case.train_prompt]] * len(images), name="exemplars")
 
 

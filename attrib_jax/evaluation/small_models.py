@@ -19,7 +19,7 @@ from attrib_jax.convert.pipeline import Pipeline, latent_size, save_pipeline
 from attrib_jax.convert.tokenizer import train_tokenizer
 from attrib_jax.core.checks import check_positive
 from attrib_jax.core.keys import purpose_key
-from attrib_jax.data.readers import picture_side
+from attrib_jax.data.readers import image_side
 from attrib_jax.data.sources import Dataset
 from attrib_jax.diffusion.schedule import NoiseSchedule
 from attrib_jax.evaluation.retrain import Recipe, Retrainer, Training
@@ -94,7 +94,7 @@ def pixel_pipeline(dataset: Dataset, unet: SmallUNet, patch: int = 4, grey: bool
       patch, grey: see `PixelAutoencoderConfig`.
       seed: of the text encoder's weights and of the UNet's.
     """
-    side = picture_side(dataset)
+    side = image_side(dataset)
     vae = PixelAutoencoder(PixelAutoencoderConfig(side, patch, grey))
     captions = [text for index in range(len(dataset)) for text in dataset.captions(index)]
     tokenizer = train_tokenizer(captions, _VOCABULARY, _MAX_TOKENS)

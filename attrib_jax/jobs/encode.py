@@ -22,7 +22,7 @@ from attrib_jax.core.keys import purpose_key
 from attrib_jax.core.weights import flatten_names
 from attrib_jax.data.concat import ConcatDataset
 from attrib_jax.data.latents import ROWS_FILE, LatentsDataset
-from attrib_jax.data.readers import PictureReader
+from attrib_jax.data.readers import ImageReader
 from attrib_jax.data.sources import Dataset
 from attrib_jax.jobs.encoded_dataset import EncodedDataset, join
 from attrib_jax.jobs.fill import fill, make_store
@@ -255,7 +255,7 @@ def encode_images(
         make_store(path, "latents", shape, config.dtype, len(dataset)),
         _latents,
         (params, purpose_key(config.seed, "posterior")),
-        PictureReader(dataset, size),
+        ImageReader(dataset, size),
         IMAGE_TILE,
         "encode pictures",
         "image",

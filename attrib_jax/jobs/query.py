@@ -14,8 +14,8 @@ from attrib_jax.convert.pipeline import Pipeline, encode_text, latent_size, prom
 from attrib_jax.core.checks import check_choice, check_finite, check_positive, check_range
 from attrib_jax.core.keys import purpose_key
 from attrib_jax.core.text import replace_surrogates
+from attrib_jax.data.images import read_image
 from attrib_jax.data.latents import open_npy
-from attrib_jax.data.pictures import read_picture
 from attrib_jax.diffusion.losses import Predict
 from attrib_jax.diffusion.samplers import SAMPLERS, sample
 from attrib_jax.jobs.encode import picture_size
@@ -203,7 +203,7 @@ def decode(pipeline: Pipeline, latents: np.ndarray) -> np.ndarray:
 def _encode_picture(pipeline: Pipeline, image: Any) -> tuple[np.ndarray, np.ndarray]:
     height, width = picture_size(pipeline)
     if not isinstance(image, np.ndarray):
-        image = read_picture(image, height, width)
+        image = read_image(image, height, width)
     if image.shape != (height, width, 3) or image.dtype != np.uint8:
         raise ValueError(f"query image has shape {image.shape} {image.dtype}; expected {(height, width, 3)} uint8")
     with jax.default_matmul_precision("highest"):

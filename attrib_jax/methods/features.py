@@ -23,7 +23,7 @@ from attrib_jax.convert.tower import Tower, load_tower, tower_fingerprint
 from attrib_jax.core.types import Scores
 from attrib_jax.data.concat import ConcatDataset
 from attrib_jax.data.latents import LatentsDataset
-from attrib_jax.data.readers import PictureReader
+from attrib_jax.data.readers import ImageReader
 from attrib_jax.data.sources import Dataset
 from attrib_jax.jobs.fill import fill, make_store
 from attrib_jax.jobs.scoring import make_scores
@@ -134,7 +134,7 @@ def picture_features(
             make_store(stage.path, "features", (2, module.feature_width()), "float32", len(dataset)),
             _both_views,
             tower.params,
-            PictureReader(dataset, (processor.side, processor.side), processor.fit),
+            ImageReader(dataset, (processor.side, processor.side), processor.fit),
             IMAGE_TILE,
             "features of pictures",
             "image",

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import jax.numpy as jnp
 import numpy as np
 
-from attrib_jax.data.pictures import resize_and_crop
-from attrib_jax.data.readers import PictureReader
+from attrib_jax.data.images import resize_and_crop
+from attrib_jax.data.readers import ImageReader
 from attrib_jax.jobs.fill import fill, make_store
 from attrib_jax.jobs.scoring import make_scores
 from attrib_jax.methods.config import AttributeConfig
@@ -44,7 +44,7 @@ def pixel_scores(attributor: "Attributor", jobs: Sequence["Job"], config: Attrib
                 make_store(stage.path, "similarity", (len(jobs), 2), "float32", len(dataset)),
                 _similarities,
                 queries,
-                PictureReader(dataset, size, functools.partial(resize_and_crop, height=size[0], width=size[1])),
+                ImageReader(dataset, size, functools.partial(resize_and_crop, height=size[0], width=size[1])),
                 _TILE,
                 "compare pixels",
                 "image",

@@ -12,7 +12,7 @@ from PIL import Image
 
 from attrib_jax.attribute import Attributed
 from attrib_jax.core.types import Scores
-from attrib_jax.data.pictures import UnreadableRowError
+from attrib_jax.data.images import UnreadableRowError
 from attrib_jax.data.sources import Dataset
 from attrib_jax.jobs.query import Query
 from attrib_jax.jobs.regions import read_region_mask

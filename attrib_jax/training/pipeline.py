@@ -22,7 +22,7 @@ from attrib_jax.convert.tokenizer import (
 )
 from attrib_jax.core.fingerprint import params_fingerprint
 from attrib_jax.core.keys import purpose_key
-from attrib_jax.data.readers import TrainingPictures, picture_side
+from attrib_jax.data.readers import TrainingImages, image_side
 from attrib_jax.data.sources import Dataset
 from attrib_jax.diffusion.schedule import NoiseSchedule
 from attrib_jax.diffusion.training import DiffusionBatch, autoencoder_loss, diffusion_loss
@@ -86,7 +86,7 @@ class _Images:
     """The pictures of a data set alone, for the autoencoder's batches."""
 
     def __init__(self, dataset: Dataset, side: int):
-        self._pictures = TrainingPictures(dataset, side)
+        self._pictures = TrainingImages(dataset, side)
 
     def __len__(self) -> int:
         return len(self._pictures)
@@ -160,7 +160,7 @@ def _stage_settings(settings: Mapping[str, Any], keys: tuple[str, ...]) -> dict[
 
 
 def _autoencoder(dataset: Dataset, config: TrainConfig) -> AutoencoderKL:
-    side = picture_side(dataset)
+    side = image_side(dataset)
     vae = AutoencoderKL(
         AutoencoderKLConfig(
             block_out_channels=config.vae_channels,

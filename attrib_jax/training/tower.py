@@ -16,7 +16,7 @@ from attrib_jax.convert.tokenizer import tokenize_captions, tokenizer_fingerprin
 from attrib_jax.convert.tower import Tower, save_tower
 from attrib_jax.core.checks import check_positive, check_range
 from attrib_jax.core.keys import purpose_key
-from attrib_jax.data.readers import TrainingPictures, picture_side
+from attrib_jax.data.readers import TrainingImages, image_side
 from attrib_jax.data.sources import Dataset
 from attrib_jax.models.clip import CLIPTextConfig
 from attrib_jax.models.clip_towers import CLIPConfig, CLIPModel, CLIPVisionConfig
@@ -66,7 +66,7 @@ class _Pairs:
     """Pictures with their captions' tokens, for training batches."""
 
     def __init__(self, dataset: Dataset, rows: np.ndarray, side: int, tokenizer: Any):
-        self._pictures = TrainingPictures(dataset, side, rows)
+        self._pictures = TrainingImages(dataset, side, rows)
         captions = [dataset.captions(row) for row in rows.tolist()]
         self._input_ids, self._num_captions = tokenize_captions(tokenizer, captions)
         numbers: dict[str, int] = {}
@@ -109,7 +109,7 @@ def train_tower(
     for name in ("checkpoint_every", "log_every"):  # how often a run is stored does not decide its result
         del settings["run"][name]
     # Before anything is stored: pictures that cannot be trained on should leave nothing behind.
-    side = picture_side(dataset)
+    side = image_side(dataset)
     module = CLIPModel(_clip_config(config, side, tokenizer))
     inputs = {"dataset": dataset.fingerprint(), "tokenizer": tokenizer_fingerprint(tokenizer)}
     stage = open_stage(workdir, "tower_training", settings, inputs)
@@ -149,7 +149,7 @@ def retrieval(tower: Tower, dataset: Dataset, rows: np.ndarray) -> dict[str, flo
       Numbers by name: `recall@1`, `recall@10` and `median_rank` among the captions of these pictures, the same with
       `_of_all` among the captions of the whole data set; how many `pictures`, `captions` and `captions_of_all`.
     """
-    pictures = TrainingPictures(dataset, tower.module.config.vision.image_size, rows)
+    pictures = TrainingImages(dataset, tower.module.config.vision.image_size, rows)
     # One that cannot be read gives the next one's place.
     found = [pictures(place) for place in range(len(rows))]
     readable = [place for place, (taken, _) in enumerate(found) if taken == place]

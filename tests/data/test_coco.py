@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from attrib_jax.data.coco import open_coco
-from attrib_jax.data.pictures import UnreadableRowError
+from attrib_jax.data.images import UnreadableRowError
 
 IMAGES = [
     {"id": 9, "file_name": "000000000009.jpg"},
@@ -22,13 +22,13 @@ ANNOTATIONS = [
 ]
 
 
-def write_coco(root, images=IMAGES, annotations=ANNOTATIONS, split="train2017", pictures=None, **more):
+def write_coco(root, images=IMAGES, annotations=ANNOTATIONS, split="train2017", present=None, **more):
     file = root / "annotations" / f"captions_{split}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps({"images": images, "annotations": annotations, **more}))
     folder = root / split
     folder.mkdir(exist_ok=True)
-    for image in images if pictures is None else pictures:
+    for image in images if present is None else present:
         Image.new("RGB", (8, 6), (image["id"], 0, 0)).save(folder / image["file_name"], "png")
     return file
 
@@ -68,10 +68,10 @@ def test_which_split(tmp_path):
         open_coco(file, split="train2017")
 
 
-def test_missing_pictures_are_counted_and_keep_their_row(tmp_path, caplog):
-    write_coco(tmp_path, pictures=IMAGES[::2])
+def test_missing_images_are_counted_and_keep_their_row(tmp_path, caplog):
+    write_coco(tmp_path, present=IMAGES[::2])
     dataset = open_coco(tmp_path)
-    assert "1 of 3 pictures" in caplog.text and "139.jpg" in caplog.text
+    assert "1 of 3 images" in caplog.text and "139.jpg" in caplog.text
     assert dataset[2].captions[0] == "caption 0"
     with pytest.raises(UnreadableRowError, match="139.jpg' does not exist"):
         dataset[1]
@@ -80,7 +80,7 @@ def test_missing_pictures_are_counted_and_keep_their_row(tmp_path, caplog):
     assert open_coco(tmp_path).fingerprint() != before
 
 
-def test_captions_of_unlisted_pictures_are_counted(tmp_path, caplog):
+def test_captions_of_unlisted_images_are_counted(tmp_path, caplog):
     write_coco(tmp_path, annotations=[*ANNOTATIONS, {"id": 7, "image_id": 4, "caption": "whose?"}])
     assert open_coco(tmp_path).captions(0) == ("a plate",)
     assert "1 of 9 captions" in caplog.text and "'whose?' of 4" in caplog.text
@@ -89,11 +89,11 @@ def test_captions_of_unlisted_pictures_are_counted(tmp_path, caplog):
 def test_wrong_places(tmp_path):
     with pytest.raises(FileNotFoundError, match="expected COCO's annotations folder"):
         open_coco(tmp_path)
-    write_coco(tmp_path, pictures=[])
-    with pytest.raises(ValueError, match="names 3 pictures, and none of them exists"):
+    write_coco(tmp_path, present=[])
+    with pytest.raises(ValueError, match="names 3 images, and none of them exists"):
         open_coco(tmp_path)
     (tmp_path / "train2017").rmdir()
-    with pytest.raises(FileNotFoundError, match="no folder of pictures; expected .*train2017"):
+    with pytest.raises(FileNotFoundError, match="no folder of images; expected .*train2017"):
         open_coco(tmp_path)
 
 
@@ -130,7 +130,7 @@ LIST = st.lists(ENTRY, max_size=3) | SCALAR
 @given(st.fixed_dictionaries({"images": LIST, "annotations": LIST, "info": SCALAR}))
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_json_gives_rows_or_a_message(tmp_path, content):
-    file = write_coco(tmp_path, pictures=[])
+    file = write_coco(tmp_path, present=[])
     (tmp_path / "train2017" / "a.jpg").write_bytes(b"")
     file.write_text(json.dumps(content))
     try:

@@ -47,17 +47,17 @@ def test_the_files_stay_on_disk(files):
         assert isinstance(array, np.memmap)
 
 
-def test_pictures_and_captions_come_from_another_data_set(files):
+def test_images_and_captions_come_from_another_data_set(files):
     bare = open_latents(files[0])
     assert bare.captions(2) == ("",)
-    with pytest.raises(LookupError, match="has no pictures"):
+    with pytest.raises(LookupError, match="has no images"):
         bare[2]
     shown = make_dataset(COUNT)
     dataset = open_latents(files[0], images=shown)
     assert dataset.captions(2) == shown.captions(2)
     np.testing.assert_array_equal(dataset[2].image, shown[2].image)
     assert dataset[2].row_id == 2
-    with pytest.raises(ValueError, match="has 6 pictures; expected the 5 stored"):
+    with pytest.raises(ValueError, match="has 6 images; expected the 5 stored"):
         open_latents(files[0], images=make_dataset(COUNT + 1))
 
 

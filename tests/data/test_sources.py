@@ -19,7 +19,7 @@ def test_a_folder_through_its_name(tmp_path):
         ("openmojo", {}, "unknown dataset 'openmojo': did you mean 'openmoji'"),
         ("foldr:/x", {}, "unknown dataset 'foldr': did you mean 'folder'"),
         ("web-dataset:/x", {}, "did you mean 'webdataset'"),
-        ("/data/pictures", {}, "unknown dataset '/data/pictures'.*Known: openmoji, tfds, folder, coco, webdataset"),
+        ("/data/images", {}, "unknown dataset '/data/images'.*Known: openmoji, tfds, folder, coco, webdataset"),
         ("folder", {}, "'folder' names no place; expected folder:PATH"),
         ("tfds:", {}, "'tfds:' names no place; expected tfds:NAME"),
         ("openmoji:train", {}, "expected openmoji, which has no parts"),

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from attrib_jax.data.pictures import UnreadableRowError
+from attrib_jax.data.images import UnreadableRowError
 from attrib_jax.data.tar_index import index_tar
 from attrib_jax.data.webdataset import WebDataset
 
@@ -32,7 +32,7 @@ def write_tar(path, members: dict[str, bytes], form=tarfile.PAX_FORMAT):
 
 
 def write_shard(path, first: int, count: int):
-    """As img2dataset writes it: key.jpg, key.json, key.txt; the picture's red value is the key's number."""
+    """As img2dataset writes it: key.jpg, key.json, key.txt; the image's red value is the key's number."""
     members = {}
     for number in range(first, first + count):
         members[f"{number:09}.jpg"] = png(number)
@@ -123,7 +123,7 @@ def test_a_damaged_json_is_reported(tmp_path, caplog):
     assert "no caption for row 0: e.json in" in caplog.text and "damaged" in caplog.text
 
 
-def test_only_one_picture_a_row_and_rows_without_picture(tmp_path, caplog):
+def test_only_one_image_a_row_and_rows_without_image(tmp_path, caplog):
     members = {"x/a.seg.png": png(9), "x/a.jpg": png(1), "x/a.png": png(2), "y/a.jpg": png(3), "lonely.txt": b"?"}
     write_tar(tmp_path / "a.tar", members)
     assert contents(WebDataset(tmp_path)) == [(1, ""), (3, "")]
@@ -131,7 +131,7 @@ def test_only_one_picture_a_row_and_rows_without_picture(tmp_path, caplog):
     assert contents(WebDataset(tmp_path, image_key="seg.png")) == [(9, "")]
 
 
-def test_pictures_with_further_dots_are_counted(tmp_path, caplog):
+def test_images_with_further_dots_are_counted(tmp_path, caplog):
     dotted = {"b.v2.jpg": png(2), "b.v2.txt": b"b", "x.y/St. Ives.JPG": png(3), "._a.jpg": b"", "c.jpg.part": b""}
     write_tar(tmp_path / "a.tar", dotted)
     reason = r"1 shards; endings begin at a name's first dot, which leaves out .*a.tar: b.v2.jpg: .*image_key"
@@ -142,7 +142,7 @@ def test_pictures_with_further_dots_are_counted(tmp_path, caplog):
     assert "2 of 3 names" in caplog.text and "a.tar: b.v2.jpg" in caplog.text and "a.tar: x.y/St. Ives" in caplog.text
 
 
-def test_a_broken_picture_is_a_row_that_cannot_be_read(tmp_path):
+def test_a_broken_image_is_a_row_that_cannot_be_read(tmp_path):
     write_tar(tmp_path / "a.tar", {"a.png": png(1), "b.png": png(2)[:50], "b.txt": b"b", "c.png": b""})
     dataset = WebDataset(tmp_path)
     assert dataset[0].captions == ("",) and dataset.captions(1) == ("b",)
@@ -154,7 +154,7 @@ def test_a_broken_picture_is_a_row_that_cannot_be_read(tmp_path):
 def test_a_truncated_shard_keeps_the_rows_before_the_cut(shards, caplog):
     whole = (shards / "00000.tar").read_bytes()
     second = whole.index(b"000000011.json")
-    (shards / "00000.tar").write_bytes(whole[:second])  # row 11 has its picture, and has lost its caption
+    (shards / "00000.tar").write_bytes(whole[:second])  # row 11 has its image, and has lost its caption
     assert contents(WebDataset(shards)) == [EXPECTED[0], *EXPECTED[3:]]
     assert "1 of 2 shards" in caplog.text and "00000.tar" in caplog.text and "without the mark" in caplog.text
     (shards / "00000.tar").write_bytes(whole[: second + 700])
@@ -173,11 +173,11 @@ def test_a_shard_that_shrinks_later(shards):
 
 def test_no_tar_at_all(tmp_path):
     (tmp_path / "a.tar").write_bytes(b"\x1f\x8b compressed" * 100)
-    with pytest.raises(ValueError, match="no picture in 1 shards; .*a.tar.*no uncompressed tar file"):
+    with pytest.raises(ValueError, match="no image in 1 shards; .*a.tar.*no uncompressed tar file"):
         WebDataset(tmp_path)
 
 
-def test_fingerprint_sees_pictures_captions_and_keys(tmp_path):
+def test_fingerprint_sees_images_captions_and_keys(tmp_path):
     seen = set()
     for members in (
         {"a.png": png(1), "a.txt": b"a", "b.png": png(2)},
@@ -259,6 +259,6 @@ def test_any_damage_leaves_parts_within_the_file(tmp_path, position, noise, fix_
     try:
         dataset = WebDataset(path)
     except ValueError as error:
-        assert "no picture" in str(error)
+        assert "no image" in str(error)
     else:
         assert all(isinstance(dataset.captions(index)[0], str) for index in range(len(dataset)))

@@ -8,8 +8,8 @@ import pytest
 
 from attrib_jax.attribute import Attributor
 from attrib_jax.data.concat import concatenate
+from attrib_jax.data.images import UnreadableRowError
 from attrib_jax.data.latents import open_latents
-from attrib_jax.data.pictures import UnreadableRowError
 from attrib_jax.data.sources import ArrayDataset
 from attrib_jax.evaluation.customized import (
     CustomizedConfig,

@@ -11,8 +11,8 @@ from attrib_jax.attribute import Attributor
 from attrib_jax.convert.adapters.textual_inversion import add_tokens
 from attrib_jax.convert.pipeline import encode_text, tokenize
 from attrib_jax.data.concat import concatenate
+from attrib_jax.data.images import UnreadableRowError
 from attrib_jax.data.latents import open_latents
-from attrib_jax.data.pictures import UnreadableRowError
 from attrib_jax.jobs.encode import EncodeConfig, encode, read_skipped
 from attrib_jax.jobs.identity import model_fingerprint
 from attrib_jax.jobs.query import Query, prepare_query, read_stored_query
@@ -264,7 +264,7 @@ def test_an_encoded_workdir_is_a_data_set(pipeline, dataset, tmp_path):
         np.testing.assert_array_equal(ours, theirs)
     assert reopened.captions(5) == dataset.captions(6) and reopened[5].row_id == dataset.row_ids[6]
     assert reopened.fingerprint() == open_latents(tmp_path / "a").fingerprint()
-    with pytest.raises(ValueError, match="has 9 pictures; expected the 37 stored ones"):
+    with pytest.raises(ValueError, match="has 9 images; expected the 37 stored ones"):
         open_latents(tmp_path / "a", images=make_dataset(9))
 
 

@@ -10,8 +10,8 @@ from attrib_jax.attribution.features import image_features, text_features
 from attrib_jax.convert.tower import load_tower
 from attrib_jax.core.types import Scores
 from attrib_jax.data.concat import concatenate
+from attrib_jax.data.images import UnreadableRowError
 from attrib_jax.data.latents import open_latents
-from attrib_jax.data.pictures import UnreadableRowError
 from attrib_jax.data.sources import ArrayDataset
 from attrib_jax.jobs.encode import encode
 from attrib_jax.jobs.query import Query

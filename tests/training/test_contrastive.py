@@ -13,7 +13,7 @@ from attrib_jax.attribution.feature_head import FeatureHead, LinearMap
 from attrib_jax.attribution.features import cosine_similarities
 from attrib_jax.convert.tokenizer import train_tokenizer
 from attrib_jax.convert.tower import load_tower
-from attrib_jax.data.pictures import UnreadableRowError
+from attrib_jax.data.images import UnreadableRowError
 from attrib_jax.data.sources import ArrayDataset
 from attrib_jax.storage.stages import StageMismatchError
 from attrib_jax.training.contrastive import contrastive_loss, normalise, random_shifts, retrieval_ranks

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from attrib_jax.convert.pipeline import load_pipeline
-from attrib_jax.data.pictures import UnreadableRowError
-from attrib_jax.data.readers import TrainingPictures, picture_side
+from attrib_jax.data.images import UnreadableRowError
+from attrib_jax.data.readers import TrainingImages, image_side
 from attrib_jax.data.sources import ArrayDataset
 from attrib_jax.diffusion.training import autoencoder_loss, random_flips
 from attrib_jax.models.vae import AutoencoderKL, AutoencoderKLConfig
@@ -127,15 +127,15 @@ def test_the_next_picture_stands_in_for_one_that_cannot_be_read(caplog):
     dataset = make_dataset()
     rows = np.array([4, 8, 9, 36])
     broken = UnreadablePictures(dataset, {8, 9, 36}, lambda row: UnreadableRowError(f"{row}.png is cut off"))
-    pictures = TrainingPictures(broken, 16, rows)
-    assert len(pictures) == 4 and picture_side(broken) == 16
+    pictures = TrainingImages(broken, 16, rows)
+    assert len(pictures) == 4 and image_side(broken) == 16
     for place in (*range(4), 1):
         found, image = pictures(place)
         assert found == 0
         np.testing.assert_array_equal(image, dataset[4].image)
     assert sorted(caplog.messages) == sorted(f"left out: {row}.png is cut off" for row in (8, 9, 36))
-    with pytest.raises(ValueError, match="no picture of dataset .* can be read"):
-        TrainingPictures(broken, 16, rows[1:])(2)
+    with pytest.raises(ValueError, match="no image of dataset .* can be read"):
+        TrainingImages(broken, 16, rows[1:])(2)
 
 
 def test_pictures_of_sizes_that_do_not_fit(tmp_path):
@@ -149,6 +149,6 @@ def test_pictures_of_sizes_that_do_not_fit(tmp_path):
         with pytest.raises(ValueError, match=message):
             train(tmp_path / str(images.shape[2]), ArrayDataset(images, [["hat"]] * 3), config)
     assert not list(tmp_path.rglob("stage.json"))
-    mixed = TrainingPictures(ArrayDataset(pixels, [["hat"]] * 3), 18)
-    with pytest.raises(ValueError, match="a picture of 18 x 20 pixels at position 1, and others of 18 x 18; give"):
+    mixed = TrainingImages(ArrayDataset(pixels, [["hat"]] * 3), 18)
+    with pytest.raises(ValueError, match="an image of 18 x 20 pixels at position 1, and others of 18 x 18; give"):
         mixed(1)

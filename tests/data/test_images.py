@@ -1,4 +1,4 @@
-"""Decoding, resizing and cropping of pictures."""
+"""Decoding, resizing and cropping of images."""
 
 import io
 import struct
@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from attrib_jax.data import pictures
-from attrib_jax.data.pictures import UnreadableRowError, decode_picture, picture_suffixes, read_picture, resize_and_crop
+from attrib_jax.data import images
+from attrib_jax.data.images import UnreadableRowError, decode_image, image_suffixes, read_image, resize_and_crop
 
 
-def save(picture: Image.Image, form: str = "png", **options) -> bytes:
+def save(image: Image.Image, form: str = "png", **options) -> bytes:
     file = io.BytesIO()
-    picture.save(file, form, **options)
+    image.save(file, form, **options)
     return file.getvalue()
 
 
@@ -31,17 +31,17 @@ JPEG = save(Image.fromarray(noise(9, 7)), "jpeg")
 
 def test_lossless_pixels_arrive_as_they_are(tmp_path):
     image = noise(9, 7)
-    assert np.array_equal(decode_picture(PNG), image)
+    assert np.array_equal(decode_image(PNG), image)
     (tmp_path / "a.png").write_bytes(PNG)
-    assert np.array_equal(decode_picture(tmp_path / "a.png"), image)
-    assert np.array_equal(decode_picture(save(Image.fromarray(image), "webp", lossless=True)), image)
+    assert np.array_equal(decode_image(tmp_path / "a.png"), image)
+    assert np.array_equal(decode_image(save(Image.fromarray(image), "webp", lossless=True)), image)
 
 
-def test_exif_orientation_turns_the_picture_upright():
+def test_exif_orientation_turns_the_image_upright():
     image = noise(6, 4)
     exif = Image.Exif()
     exif[0x0112] = 6  # stored turned; "rotate by 90 degrees clockwise to show"
-    assert np.array_equal(decode_picture(save(Image.fromarray(image), exif=exif)), np.rot90(image, -1))
+    assert np.array_equal(decode_image(save(Image.fromarray(image), exif=exif)), np.rot90(image, -1))
 
 
 @pytest.mark.parametrize("form", ["png", "jpeg", "tiff"])
@@ -52,44 +52,44 @@ def test_every_orientation_is_turned_as_pillow_does(form):
         exif[0x0112] = orientation
         content = save(Image.fromarray(stored), form, exif=exif)
         expected = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(content))))
-        assert np.array_equal(decode_picture(content), expected)
+        assert np.array_equal(decode_image(content), expected)
 
 
 @pytest.mark.parametrize("form", ["png", "jpeg"])
-def test_damaged_exif_does_not_cost_the_picture(form):
-    picture = Image.fromarray(noise(6, 4))
-    plain = decode_picture(save(picture, form))
-    assert np.array_equal(decode_picture(save(picture, form, exif=b"Exif\0\0no TIFF header")), plain)
+def test_damaged_exif_does_not_cost_the_image(form):
+    image = Image.fromarray(noise(6, 4))
+    plain = decode_image(save(image, form))
+    assert np.array_equal(decode_image(save(image, form, exif=b"Exif\0\0no TIFF header")), plain)
     # A resolution that is a text: the orientation before it can be read, and the whole cannot be written anew.
     entries = struct.pack("<HHLHH", 0x0112, 3, 1, 6, 0) + struct.pack("<HHL4s", 0x011A, 2, 4, b"abc")
     half = b"Exif\0\0" + struct.pack("<2sHLH", b"II", 42, 8, 2) + entries + bytes(4)
-    assert np.array_equal(decode_picture(save(picture, form, exif=half)), np.rot90(plain, -1))
+    assert np.array_equal(decode_image(save(image, form, exif=half)), np.rot90(plain, -1))
 
 
 def test_transparency_is_laid_on_white():
     rgba = np.array([[[10, 20, 30, 255], [10, 20, 30, 0], [0, 0, 0, 128]]], np.uint8)
     # 0 * 128 / 255 + 255 * 127 / 255 = 127
-    assert decode_picture(save(Image.fromarray(rgba))).tolist() == [[[10, 20, 30], [255, 255, 255], [127, 127, 127]]]
+    assert decode_image(save(Image.fromarray(rgba))).tolist() == [[[10, 20, 30], [255, 255, 255], [127, 127, 127]]]
     palette = Image.new("P", (2, 1))
     palette.putpalette([200, 0, 0, 0, 0, 200])
     palette.putpixel((1, 0), 1)
-    assert decode_picture(save(palette)).tolist() == [[[200, 0, 0], [0, 0, 200]]]
-    assert decode_picture(save(palette, transparency=1)).tolist() == [[[200, 0, 0], [255, 255, 255]]]
+    assert decode_image(save(palette)).tolist() == [[[200, 0, 0], [0, 0, 200]]]
+    assert decode_image(save(palette, transparency=1)).tolist() == [[[200, 0, 0], [255, 255, 255]]]
 
 
 def test_greyscale_one_bit_and_cmyk_become_rgb():
     grey = noise(3, 5, 1)[..., 0]
-    assert np.array_equal(decode_picture(save(Image.fromarray(grey))), np.repeat(grey[..., None], 3, -1))
-    assert decode_picture(save(Image.new("1", (2, 2), 1))).tolist() == [[[255] * 3] * 2] * 2
-    cyan = decode_picture(save(Image.new("CMYK", (8, 8), (255, 0, 0, 0)), "jpeg", quality=100))
+    assert np.array_equal(decode_image(save(Image.fromarray(grey))), np.repeat(grey[..., None], 3, -1))
+    assert decode_image(save(Image.new("1", (2, 2), 1))).tolist() == [[[255] * 3] * 2] * 2
+    cyan = decode_image(save(Image.new("CMYK", (8, 8), (255, 0, 0, 0)), "jpeg", quality=100))
     assert np.abs(cyan.astype(int) - [0, 255, 255]).max() <= 2
 
 
 def test_sixteen_bits_keep_the_upper_eight():
     values = np.array([[0, 255, 256, 0x7FFF, 0xFFFF]], np.uint16)
     expected = np.repeat((values >> 8).astype(np.uint8)[..., None], 3, -1)
-    assert np.array_equal(decode_picture(save(Image.fromarray(values))), expected)
-    assert np.array_equal(decode_picture(save(Image.fromarray(values), "tiff")), expected)
+    assert np.array_equal(decode_image(save(Image.fromarray(values))), expected)
+    assert np.array_equal(decode_image(save(Image.fromarray(values), "tiff")), expected)
 
 
 @pytest.mark.parametrize(
@@ -105,21 +105,21 @@ def test_sixteen_bits_keep_the_upper_eight():
     ],
 )
 def test_what_cannot_be_read_says_why(content, reason):
-    with pytest.raises(UnreadableRowError, match=f"picture 'cat.png' cannot be read.*({reason})"):
-        decode_picture(content, "cat.png")
+    with pytest.raises(UnreadableRowError, match=f"image 'cat.png' cannot be read.*({reason})"):
+        decode_image(content, "cat.png")
 
 
 def test_a_missing_file_a_folder_and_a_huge_file(tmp_path, monkeypatch):
     with pytest.raises(UnreadableRowError, match="cat.png' does not exist"):
-        decode_picture(tmp_path / "cat.png")
+        decode_image(tmp_path / "cat.png")
     with pytest.raises(UnreadableRowError, match="does not exist"):
-        decode_picture(tmp_path / ("c" * 500))
+        decode_image(tmp_path / ("c" * 500))
     with pytest.raises(UnreadableRowError, match="is a folder"):
-        decode_picture(tmp_path)
+        decode_image(tmp_path)
     (tmp_path / "cat.png").write_bytes(PNG)
-    monkeypatch.setattr(pictures, "MAX_FILE_BYTES", len(PNG) - 1)
+    monkeypatch.setattr(images, "MAX_FILE_BYTES", len(PNG) - 1)
     with pytest.raises(UnreadableRowError, match="more than"):
-        decode_picture(tmp_path / "cat.png")
+        decode_image(tmp_path / "cat.png")
 
 
 def test_a_bomb_is_refused_before_it_is_unpacked():
@@ -132,24 +132,24 @@ def test_a_bomb_is_refused_before_it_is_unpacked():
         bomb = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(10**6))) + chunk(b"IEND", b"")
         with warnings.catch_warnings(), pytest.raises(UnreadableRowError, match="pixels"):
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            decode_picture(bomb)
+            decode_image(bomb)
 
 
 @given(st.integers(0, len(PNG) + len(JPEG) - 1), st.integers(0, 255), st.integers(0, 40))
 @settings(max_examples=100, deadline=None)
-def test_damaged_bytes_give_a_picture_or_a_reason(position, value, cut):
+def test_damaged_bytes_give_an_image_or_a_reason(position, value, cut):
     for content in (PNG, JPEG):
         at = position % len(content)
         damaged = content[:at] + bytes([value]) + content[at + 1 : len(content) - cut]
         try:
-            image = decode_picture(damaged, "a")
+            image = decode_image(damaged, "a")
         except UnreadableRowError as error:
-            assert "picture 'a' cannot be read" in str(error)
+            assert "image 'a' cannot be read" in str(error)
         else:
             assert image.ndim == 3 and image.shape[2] == 3 and image.dtype == np.uint8
 
 
-# (height, width) of the picture; of the target; after resizing as torchvision's rule gives it; top and left of the crop
+# (height, width) of the image; of the target; after resizing as torchvision's rule gives it; top and left of the crop
 SIZES = [
     ((480, 640), (128, 128), (128, 170), (0, 21)),  # 128 * 640 / 480 = 170.67; 42 / 2
     ((640, 427), (128, 128), (191, 128), (32, 0)),  # 128 * 640 / 427 = 191.85; 63 / 2 = 31.5 is rounded to the even 32
@@ -171,19 +171,19 @@ def test_resize_and_crop_follow_torchvisions_rule(size, target, resized, corner)
 
 
 def test_the_filter_is_antialiased():
-    # Halving with Pillow's triangle filter, whose support grows to 2 old pixels: inside the picture a new pixel has
+    # Halving with Pillow's triangle filter, whose support grows to 2 old pixels: inside the image a new pixel has
     # weights 1, 3, 3, 1 over 8, at its left edge 3, 3, 1 over 7; 80 / 7 = 11.4. Plain interpolation has 1, 1 over 2.
     row = np.array([0, 0, 80, 0, 0, 0, 0, 0], np.uint8)
     image = np.repeat(np.repeat(row[None, :, None], 8, 0), 3, -1)
     assert resize_and_crop(image, 4, 4)[2, :, 0].tolist() == [11, 30, 0, 0]
 
 
-def test_a_picture_of_the_right_size_is_not_touched():
+def test_an_image_of_the_right_size_is_not_touched():
     image = noise(8, 12)
     assert resize_and_crop(image, 8, 12) is image
 
 
-def test_a_picture_that_would_become_huge_is_refused():
+def test_an_image_that_would_become_huge_is_refused():
     with pytest.raises(UnreadableRowError, match="too narrow"):
         resize_and_crop(np.zeros((1, 200_000, 3), np.uint8), 512, 512)
 
@@ -195,16 +195,16 @@ def test_every_size_is_filled(old_height, old_width, height, width):
     assert np.array_equal(resize_and_crop(image, height, width), np.full((height, width, 3), 200, np.uint8))
 
 
-def test_read_picture(tmp_path):
+def test_read_image(tmp_path):
     (tmp_path / "a.png").write_bytes(PNG)
-    assert np.array_equal(read_picture(tmp_path / "a.png", 4, 4), resize_and_crop(noise(9, 7), 4, 4))
+    assert np.array_equal(read_image(tmp_path / "a.png", 4, 4), resize_and_crop(noise(9, 7), 4, 4))
     with pytest.raises(FileNotFoundError, match="b.png' does not exist"):
-        read_picture(tmp_path / "b.png", 4, 4)
-    (tmp_path / "c.png").write_text("no picture")
+        read_image(tmp_path / "b.png", 4, 4)
+    (tmp_path / "c.png").write_text("no image")
     with pytest.raises(ValueError, match="c.png' cannot be read as an image"):
-        read_picture(tmp_path / "c.png", 4, 4)
+        read_image(tmp_path / "c.png", 4, 4)
 
 
 def test_suffixes_are_those_of_readable_formats():
-    assert {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif"} <= picture_suffixes()
-    assert not {".eps", ".pdf", ".ps", ".wmf", ".h5", ".mpg"} & picture_suffixes()
+    assert {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif"} <= image_suffixes()
+    assert not {".eps", ".pdf", ".ps", ".wmf", ".h5", ".mpg"} & image_suffixes()

@@ -1,4 +1,4 @@
-"""Picture files -> (H, W, 3) uint8 arrays of one size."""
+"""Image files -> (H, W, 3) uint8 arrays of one size."""
 
 import errno
 import io
@@ -15,7 +15,7 @@ _FORMATS = (
     *("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "QOI", "SGI", "TGA", "TIFF"),
     "WEBP",
 )
-# What shows a picture upright, by its EXIF orientation; that of 1 is upright as it is stored.
+# What shows an image upright, by its EXIF orientation; that of 1 is upright as it is stored.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -30,16 +30,16 @@ MAX_FILE_BYTES = 2**30
 
 
 class UnreadableRowError(ValueError):
-    """A picture that cannot be read; the message names it and says why."""
+    """An image that cannot be read; the message names it and says why."""
 
 
-def picture_suffixes() -> frozenset[str]:
-    """Lower-case file name endings, with the dot, of the formats that `decode_picture` reads."""
+def image_suffixes() -> frozenset[str]:
+    """Lower-case file name endings, with the dot, of the formats that `decode_image` reads."""
     return frozenset(suffix for suffix, form in Image.registered_extensions().items() if form in _FORMATS)
 
 
-def decode_picture(source: bytes | str | os.PathLike, name: str | None = None) -> np.ndarray:
-    """Decodes a picture file -> (H, W, 3) uint8, RGB.
+def decode_image(source: bytes | str | os.PathLike, name: str | None = None) -> np.ndarray:
+    """Decodes an image file -> (H, W, 3) uint8, RGB.
 
     It is turned upright as its EXIF orientation says; where that is damaged, it stays as it is stored. Transparency is
     laid on white. Of 16-bit channels the upper 8 bits are kept. Of an animation the first frame is read.
@@ -49,7 +49,7 @@ def decode_picture(source: bytes | str | os.PathLike, name: str | None = None) -
       name: for messages; the path if None.
 
     Raises:
-      UnreadableRowError: no such file, no picture, one that is damaged or cut off, one with more pixels than
+      UnreadableRowError: no such file, no image, one that is damaged or cut off, one with more pixels than
         `PIL.Image.MAX_IMAGE_PIXELS`, or one in floating point, whose range no rule gives.
       OSError: the file is there and its disk or its permissions fail.
     """
@@ -68,7 +68,7 @@ def decode_picture(source: bytes | str | os.PathLike, name: str | None = None) -
     except Exception as error:
         reason = "no known format" if isinstance(error, UnidentifiedImageError) else str(error) or type(error).__name__
         raise UnreadableRowError(
-            f"picture {name!r} cannot be read as an image ({reason}); give a PNG, JPEG or another format that Pillow "
+            f"image {name!r} cannot be read as an image ({reason}); give a PNG, JPEG or another format that Pillow "
             "reads"
         ) from error
 
@@ -85,7 +85,7 @@ def resize_and_crop(image: np.ndarray, height: int, width: int) -> np.ndarray:
       (height, width, 3) uint8; `image` itself where it has that size.
 
     Raises:
-      UnreadableRowError: a picture so narrow that it would have more than `PIL.Image.MAX_IMAGE_PIXELS` pixels.
+      UnreadableRowError: an image so narrow that it would have more than `PIL.Image.MAX_IMAGE_PIXELS` pixels.
     """
     old_height, old_width = image.shape[:2]
     if (old_height, old_width) == (height, width):
@@ -96,7 +96,7 @@ def resize_and_crop(image: np.ndarray, height: int, width: int) -> np.ndarray:
         new_height, new_width = int(width * old_height / old_width), width
     if new_height * new_width > (Image.MAX_IMAGE_PIXELS or math.inf):
         raise UnreadableRowError(
-            f"picture of {old_width} x {old_height} pixels is too narrow: filling {width} x {height} makes it "
+            f"image of {old_width} x {old_height} pixels is too narrow: filling {width} x {height} makes it "
             f"{new_width} x {new_height}"
         )
     resized = Image.fromarray(image).resize((new_width, new_height), Image.Resampling.BILINEAR)
@@ -104,20 +104,20 @@ def resize_and_crop(image: np.ndarray, height: int, width: int) -> np.ndarray:
     return np.asarray(resized.crop((left, top, left + width, top + height)))
 
 
-def read_picture(path: str | os.PathLike, height: int, width: int) -> np.ndarray:
-    """Reads a picture file -> (height, width, 3) uint8; see `decode_picture` and `resize_and_crop`.
+def read_image(path: str | os.PathLike, height: int, width: int) -> np.ndarray:
+    """Reads an image file -> (height, width, 3) uint8; see `decode_image` and `resize_and_crop`.
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: it cannot be read as a picture.
+      ValueError: it cannot be read as an image.
     """
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"picture {os.fspath(path)!r} does not exist")
-    return resize_and_crop(decode_picture(path), height, width)
+        raise FileNotFoundError(f"image {os.fspath(path)!r} does not exist")
+    return resize_and_crop(decode_image(path), height, width)
 
 
-def fit_picture(image: np.ndarray, resolution: int | None) -> np.ndarray:
-    """A data set's picture at its resolution: a square of that many pixels, or as it is where that is None."""
+def fit_image(image: np.ndarray, resolution: int | None) -> np.ndarray:
+    """A data set's image at its resolution: a square of that many pixels, or as it is where that is None."""
     return image if resolution is None else resize_and_crop(image, resolution, resolution)
 
 
@@ -125,31 +125,31 @@ def _read_file(path: str | os.PathLike, name: str) -> bytes:
     try:
         with open(path, "rb") as file:
             if os.fstat(file.fileno()).st_size > MAX_FILE_BYTES:
-                raise UnreadableRowError(f"picture {name!r} has more than {MAX_FILE_BYTES} bytes; make it smaller")
+                raise UnreadableRowError(f"image {name!r} has more than {MAX_FILE_BYTES} bytes; make it smaller")
             return file.read()
     except OSError as error:
         if error.errno not in ABSENT_ERRNOS:
             raise
         what = "is a folder" if error.errno == errno.EISDIR else "does not exist"
-        raise UnreadableRowError(f"picture {name!r} {what}") from error
+        raise UnreadableRowError(f"image {name!r} {what}") from error
 
 
-def _turn_upright(picture: Image.Image) -> Image.Image:
-    # Not Pillow's `exif_transpose`, which also writes the EXIF anew: one damaged elsewhere would cost the picture.
+def _turn_upright(image: Image.Image) -> Image.Image:
+    # Not Pillow's `exif_transpose`, which also writes the EXIF anew: one damaged elsewhere would cost the image.
     try:
-        method = _UPRIGHT.get(picture.getexif().get(ExifTags.Base.Orientation))
+        method = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
     except Exception:  # of many types, as from the decoders
         method = None
-    return picture if method is None else picture.transpose(method)
+    return image if method is None else image.transpose(method)
 
 
-def _to_rgb(picture: Image.Image) -> Image.Image:
-    if picture.mode == "F":
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F":
         raise ValueError("floating-point pixels; save it with 8 bits a channel")
-    if picture.mode.startswith("I"):
+    if image.mode.startswith("I"):
         # Greyscale of 16 bits, which Pillow also opens with 32; its own conversion clips all above 255 to white.
-        return Image.fromarray((np.asarray(picture).clip(0, 2**16 - 1) >> 8).astype(np.uint8)).convert("RGB")
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return picture.convert("RGB")
+        return Image.fromarray((np.asarray(image).clip(0, 2**16 - 1) >> 8).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
