@@ -41,7 +41,7 @@ from attrib_jax.methods.features import picture_inputs
 from attrib_jax.methods.registry import Job, score
 from attrib_jax.methods.unlearn import unlearn_query
 from attrib_jax.models.unet import predictor
-from attrib_jax.parallel.hosts import from_first_host, num_hosts
+from attrib_jax.parallel.hosts import num_hosts, run_on_host0
 from attrib_jax.storage.files import write_npz
 from attrib_jax.storage.stage_root import StageRoot
 from attrib_jax.storage.stages import lock
@@ -311,12 +311,12 @@ def _store_scores(folder: Path, scores: Scores, query_loss: Sequence[float]) -> 
     arrays = {field.name: getattr(scores, field.name) for field in dataclasses.fields(scores)}
     arrays["query_loss"] = np.array(query_loss)
     arrays = {name: array for name, array in arrays.items() if array is not None}
-    from_first_host(functools.partial(write_npz, folder / "scores.npz", arrays))
+    run_on_host0(functools.partial(write_npz, folder / "scores.npz", arrays))
 
 
 def _stored_scores(folder: Path) -> tuple[Scores, tuple[float, ...]] | None:
     """Scores and query losses of a finished attribution; None where they are absent or damaged."""
-    arrays = from_first_host(lambda: _read_npz(folder / "scores.npz"))
+    arrays = run_on_host0(lambda: _read_npz(folder / "scores.npz"))
     try:
         if arrays is None:
             return None

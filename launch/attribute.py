@@ -26,7 +26,7 @@ from attrib_jax.methods.config import CAPTIONS, CURVATURES, METHODS, SCORES, Att
 from attrib_jax.methods.feature_settings import TOWER_METHODS, FeatureSettings, default_tower
 from attrib_jax.methods.gradient_settings import PROJECTED_METHODS, GradientSettings
 from attrib_jax.models.precision import PRECISIONS
-from attrib_jax.parallel.hosts import is_first_host
+from attrib_jax.parallel.hosts import is_host0
 from attrib_jax.report.outputs import write_outputs
 from attrib_jax.storage.stage_root import StageRoot
 from attrib_jax.storage.stages import lock
@@ -158,7 +158,7 @@ def main():
                 top_k=_TOP_K.value,
                 record={"flags": common.own_flags("launch.attribute"), "seconds": time.monotonic() - began},
             )
-    if is_first_host():
+    if is_host0():
         for query, result in zip(queries, results):
             _print(query, result, dataset, named=len(results) > 1)
 

@@ -21,7 +21,7 @@ from attrib_jax.data.latents import open_latents
 from attrib_jax.data.sources import Dataset, open_dataset
 from attrib_jax.jobs.encode import EncodeConfig
 from attrib_jax.parallel.compilation_cache import enable_compilation_cache
-from attrib_jax.parallel.hosts import each_by_itself, from_first_host
+from attrib_jax.parallel.hosts import independent_hosts, run_on_host0
 from attrib_jax.storage.files import StorageError
 from launch import multihost
 from launch.packaged import check_model_folder, find_configs
@@ -216,8 +216,8 @@ def _check_same_flags() -> None:
     modules = [name for name in defined if name.startswith("launch.") or name == sys.argv[0]]
     names = sorted({flag.name for module in modules for flag in defined[module]} - multihost.OWN_FLAGS - {"workers"})
     own = {name: repr(flags.FLAGS[name].value) for name in names}
-    first = from_first_host(lambda: own)
-    with each_by_itself():
+    first = run_on_host0(lambda: own)
+    with independent_hosts():
         for name in names:
             if own[name] != first.get(name):
                 raise ValueError(

@@ -158,7 +158,7 @@ def connect() -> None:
             "--num_hosts and --host_index"
         ) from error
     except jax.errors.JaxRuntimeError as error:
-        raise LostHostError(f"cannot meet the other hosts ({_first_line(error)})") from error
+        raise LostHostError(f"cannot connect to the other hosts ({_first_line(error)})") from error
     # JAX's runtime takes SIGTERM for a notice of pre-emption, which nothing here waits for: chunks are stored as they
     # are finished.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -167,8 +167,8 @@ def connect() -> None:
         counts[device.process_index] += 1
     if len(set(counts.values())) > 1:
         raise ValueError(f"hosts have different numbers of devices ({counts}); give --cpu_devices, or equal hosts")
-    hosts.meet()
-    if not hosts.is_first_host():
+    hosts.warm_up_collectives()
+    if not hosts.is_host0():
         # Results are host 0's to print; warnings and errors, which tell their host, are not.
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         formatter = logging.Formatter(f"%(levelname)s (host {hosts.host_index()}): %(message)s")

@@ -145,7 +145,7 @@ def _read_list(file: str | os.PathLike) -> list:
     try:
         content = json.loads(Path(file).read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{file} is damaged, it is no JSON ({error})") from error
+        raise ValueError(f"{file} is damaged, it is not valid JSON ({error})") from error
     if not isinstance(content, list):
         raise ValueError(f"{file} holds a {type(content).__name__}; expected a list of cases")
     return content

@@ -40,7 +40,7 @@ def read_methods(file: str | os.PathLike, only: Sequence[str] = ()) -> dict[str,
     try:
         content = json.loads(Path(file).read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"methods file {file} is no JSON ({error})") from error
+        raise ValueError(f"methods file {file} is not valid JSON ({error})") from error
     if not isinstance(content, dict) or not all(isinstance(value, dict) for value in content.values()):
         raise ValueError(f'methods file {file} is no object of objects; expected {{"unlearn": {{"step_size": 0.1}}}}')
     shared = content.pop(_SHARED, {})

@@ -16,7 +16,7 @@ from attrib_jax.diffusion.schedule import NoiseSchedule
 from attrib_jax.jobs.encoded_dataset import EncodedDataset
 from attrib_jax.models.projected_text import kernel_gradient, project_text
 from attrib_jax.ops.micro_batching import even_group_size, gradient_pixels, num_pixels
-from attrib_jax.parallel.hosts import from_first_host, is_first_host
+from attrib_jax.parallel.hosts import is_host0, run_on_host0
 from attrib_jax.parallel.mesh import host_share, shard_batch
 from attrib_jax.parallel.progress import progress
 from attrib_jax.parallel.sums import DeviceSums, Pair
@@ -137,7 +137,7 @@ def sum_over_draws(
       The sum, on host 0 (a part of it on the others), and the state, to be removed when the sum is stored elsewhere.
     """
     total, mesh, samples = _Total(path, name, like), program.mesh, len(draws.index)
-    start = from_first_host(total.read)
+    start = run_on_host0(total.read)
     size = samples_per_tile(mesh) * mesh.size
     share = host_share(mesh, size)
     running = program.zero(like)
@@ -160,7 +160,7 @@ def sum_over_draws(
             start, since = start + done, since + 1
             if since == tiles_per_checkpoint(mesh) or start == samples:
                 total.add(program.total(running))
-                from_first_host(functools.partial(total.write, start))
+                run_on_host0(functools.partial(total.write, start))
                 running, since = program.zero(like), 0
             bar.update(done)
     return total.sum, total.state
@@ -184,7 +184,7 @@ class _Total:
 
     def add(self, part: Pair) -> None:
         """Adds what all devices have summed since the last checkpoint."""
-        if is_first_host():
+        if is_host0():
             self.sum = jax.tree.map(np.asarray, _add(self.sum, part))
 
     def write(self, samples: int) -> None:

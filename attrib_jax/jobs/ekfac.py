@@ -42,7 +42,7 @@ from attrib_jax.jobs.encoded_dataset import EncodedDataset
 from attrib_jax.jobs.fisher import as_fisher_sum, as_pair, sums_like
 from attrib_jax.models.prepared import transform_kernels
 from attrib_jax.ops.micro_batching import even_group_size, gradient_pixels, num_pixels, sum_groups
-from attrib_jax.parallel.hosts import from_first_host
+from attrib_jax.parallel.hosts import run_on_host0
 from attrib_jax.parallel.mesh import data_mesh, replicate
 from attrib_jax.parallel.sums import DeviceSums, Pair
 from attrib_jax.storage.files import read_arrays, stored_arrays, write_arrays
@@ -86,11 +86,11 @@ def fit_ekfac(
     mesh = mesh or data_mesh()
     layers = _layers(predict, schedule, selected, rest, data)
     files = (path / _EIGENVALUES, path / _BASES)
-    if not from_first_host(lambda: all(stored_arrays(file) is not None for file in files)):
+    if not run_on_host0(lambda: all(stored_arrays(file) is not None for file in files)):
         draws = fisher_draws(seed, samples, data.num_captions, schedule.num_train_timesteps)
         prepared = transform_kernels(predict, selected, rest, data.latent_shape, data.text_shape)
         shared = (selected, prepared, schedule, purpose_key(seed, "fisher"))
-        if from_first_host(lambda: stored_arrays(path / _BASES) is None):
+        if run_on_host0(lambda: stored_arrays(path / _BASES) is None):
             _fit_bases(path, predict, layers, shared, draws, data, mesh)
         _fit_eigenvalues(path, predict, layers, shared, draws, data, mesh)
     eigenvalues = Diagonal.from_flat(read_arrays(path / _EIGENVALUES)[0], like=selected)
@@ -121,7 +121,7 @@ def _fit_bases(path: Path, predict, layers, shared, draws: FisherDraws, data, me
         write_arrays(path / _BASES, _to_flat(bases), {"samples": len(draws.index)})
         state.remove()
 
-    from_first_host(store)
+    run_on_host0(store)
 
 
 def _fit_eigenvalues(path: Path, predict, layers, shared, draws: FisherDraws, data, mesh: Mesh) -> None:
@@ -137,7 +137,7 @@ def _fit_eigenvalues(path: Path, predict, layers, shared, draws: FisherDraws, da
         write_arrays(path / _EIGENVALUES, flat, {"samples": len(draws.index)})
         state.remove()
 
-    from_first_host(store)
+    run_on_host0(store)
 
 
 @functools.lru_cache(maxsize=4)

@@ -26,7 +26,7 @@ from attrib_jax.data.readers import ImageReader
 from attrib_jax.data.sources import Dataset
 from attrib_jax.jobs.encoded_dataset import EncodedDataset, join
 from attrib_jax.jobs.fill import fill, make_store
-from attrib_jax.parallel.hosts import from_first_host, is_first_host
+from attrib_jax.parallel.hosts import is_host0, run_on_host0
 from attrib_jax.storage.files import DamagedFileError, read_arrays, write_arrays
 from attrib_jax.storage.joined import JoinedArray, ScaledArray
 from attrib_jax.storage.skipped import SKIPPED, SkippedRows, read_skipped
@@ -135,7 +135,7 @@ def _encode_part(root, prefix: str, pipeline, inputs, dataset, config) -> Encode
         latents = encode_images(
             stage.path, dataset, pipeline.vae, pipeline.params["vae"], config, picture_size(pipeline)
         )
-        skipped = dict(from_first_host(lambda: list(read_skipped(stage.path).items())))
+        skipped = dict(run_on_host0(lambda: list(read_skipped(stage.path).items())))
     kept = np.setdiff1d(np.arange(len(dataset)), list(skipped))
     with root.stage(text_name, {}, inputs) as stage:
         stored = _stored_first_caption(stage)
@@ -157,8 +157,8 @@ def _encode_part(root, prefix: str, pipeline, inputs, dataset, config) -> Encode
             }
             write_arrays(stage.path / ROWS_FILE, rows, header)
 
-        from_first_host(describe)
-    if skipped and is_first_host():
+        run_on_host0(describe)
+    if skipped and is_host0():
         _log.warning(
             "%d of %d pictures of %s cannot be read and are left out, such as: %s. All are listed in %s.",
             len(skipped),
@@ -181,7 +181,7 @@ def _stored_first_caption(stage: Stage) -> np.ndarray | None:
         except (FileNotFoundError, DamagedFileError):
             return None
 
-    return from_first_host(read)
+    return run_on_host0(read)
 
 
 def _stored_latents(pipeline: Pipeline, dataset: LatentsDataset) -> EncodedDataset:

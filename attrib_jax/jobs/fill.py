@@ -14,7 +14,7 @@ import numpy as np
 from absl import flags
 from jax.sharding import Mesh
 
-from attrib_jax.parallel.hosts import each_by_itself, first_host_first, from_first_host, host_index, num_hosts
+from attrib_jax.parallel.hosts import host0_first, host_index, independent_hosts, num_hosts, run_on_host0
 from attrib_jax.parallel.mesh import data_mesh, padded_tiles, replicate, shard_batch, tile_map
 from attrib_jax.parallel.progress import progress
 from attrib_jax.storage.chunks import ChunkStore
@@ -30,7 +30,7 @@ def make_store(path: str | os.PathLike, field: str, shape: tuple[int, ...], dtyp
     """A store of one field in `<path>/<field>/`, `shape` the shape of a row; its chunks have at most 64 MiB."""
     row_bytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
     rows = min(_MAX_ROWS_PER_CHUNK, max(1, _CHUNK_BYTES // row_bytes))
-    return first_host_first(lambda: ChunkStore(path, {field: (shape, np.dtype(dtype))}, num_rows, rows, name=field))
+    return host0_first(lambda: ChunkStore(path, {field: (shape, np.dtype(dtype))}, num_rows, rows, name=field))
 
 
 def fill(
@@ -64,9 +64,9 @@ def fill(
     """
     ((field, (shape, dtype)),) = store.fields.items()
     small = store.num_rows * int(np.prod(shape)) * dtype.itemsize <= _CHECKED_BYTES
-    missing = from_first_host(lambda: list(store.missing()) if small else store.absent())
+    missing = run_on_host0(lambda: list(store.missing()) if small else store.absent())
     mine = missing[host_index() :: num_hosts()]
-    with each_by_itself():
+    with independent_hosts():
         if mine:
             done = store.num_rows - sum(store.rows(chunk).stop - store.rows(chunk).start for chunk in missing)
             run = _compiled(encode_tile, static, data_mesh(jax.local_devices()))

@@ -27,7 +27,7 @@ from attrib_jax.jobs.draws import (
 from attrib_jax.jobs.encoded_dataset import EncodedDataset
 from attrib_jax.jobs.fisher_files import read_fisher_file
 from attrib_jax.models.prepared import transform_kernels
-from attrib_jax.parallel.hosts import from_first_host
+from attrib_jax.parallel.hosts import run_on_host0
 from attrib_jax.parallel.mesh import data_mesh, replicate
 from attrib_jax.parallel.sums import DeviceSums, Pair
 from attrib_jax.storage.files import DamagedFileError, write_arrays
@@ -56,9 +56,9 @@ def fit_fisher(
     several hosts all return F.
     """
     file = path / _FILE
-    if from_first_host(lambda: _is_fitted(file, selected)):
+    if run_on_host0(lambda: _is_fitted(file, selected)):
         # What a kill right after storing the result left.
-        from_first_host(StateStore(path, _PARTIAL).remove)
+        run_on_host0(StateStore(path, _PARTIAL).remove)
     else:
         _fit(path, predict, schedule, selected, rest, data, samples, seed, mesh or data_mesh())
     return load_fisher(file, selected)
@@ -76,7 +76,7 @@ def _fit(path, predict, schedule, selected, rest, data, samples, seed, mesh) -> 
         write_arrays(path / _FILE, as_fisher_sum(total).mean().to_flat(), {"samples": samples})
         state.remove()
 
-    from_first_host(store)
+    run_on_host0(store)
 
 
 def sums_like(selected: Any) -> Any:

@@ -16,7 +16,7 @@ from attrib_jax.core.types import Batch
 from attrib_jax.diffusion.losses import Predict
 from attrib_jax.diffusion.schedule import NoiseSchedule, strided_timesteps
 from attrib_jax.jobs.encoded_dataset import EncodedDataset
-from attrib_jax.parallel.hosts import fetch, first_host_first, from_first_host, is_first_host
+from attrib_jax.parallel.hosts import fetch, host0_first, is_host0, run_on_host0
 from attrib_jax.parallel.mesh import data_mesh, host_share, padded_tiles, replicate, shard_batch, tile_map
 from attrib_jax.parallel.progress import progress
 from attrib_jax.storage.chunks import ChunkStore
@@ -180,7 +180,7 @@ def value_store(path: Path, rows: int, shape: tuple[int, ...], mesh: Mesh) -> Ch
     # Many devices take many rows at once: a chunk should fill them several times.
     rows_per_chunk = max(_ROWS_PER_CHUNK, _TILES_PER_CHUNK * EXAMPLES_PER_TILE * mesh.size // shape[0])
     fields = {"loss": (shape, np.float64)}
-    return first_host_first(lambda: ChunkStore(path, fields, rows, rows_per_chunk, name="losses"))
+    return host0_first(lambda: ChunkStore(path, fields, rows, rows_per_chunk, name="losses"))
 
 
 def dataset_values(
@@ -205,12 +205,12 @@ def dataset_values(
     def compute(some: np.ndarray) -> np.ndarray:
         return program(program.place(weights), data, some, flips, captions, lambda count: None)
 
-    missing = chunks_left(store, rows, compute if isinstance(program, LossProgram) else None)
+    missing = pending_chunks(store, rows, compute if isinstance(program, LossProgram) else None)
     fill_chunks(store, missing, program, weights, data, flips, captions, description, lambda x: {"loss": x}, rows)
     return store.read_all()["loss"]
 
 
-def chunks_left(store: ChunkStore, rows: np.ndarray, losses: Callable[[np.ndarray], np.ndarray] | None) -> list[int]:
+def pending_chunks(store: ChunkStore, rows: np.ndarray, losses: Callable[[np.ndarray], np.ndarray] | None) -> list[int]:
     """The chunks that a pass over the data set has still to compute, known to all hosts.
 
     All of them, and those that were there are removed, where a pass ran on another kind of device, to its end too: what
@@ -220,16 +220,16 @@ def chunks_left(store: ChunkStore, rows: np.ndarray, losses: Callable[[np.ndarra
       store: of `rows` (N,), positions in the data set.
       losses: `(positions) -> (len, flips)` on this device; None for values that are not subtracted from others.
     """
-    missing = from_first_host(lambda: list(store.missing()))
+    missing = run_on_host0(lambda: list(store.missing()))
     if losses is None or len(missing) == store.num_chunks:
         return missing
     stored = next(index for index in range(store.num_chunks) if index not in missing)
     again = losses(rows[store.rows(stored)][:EXAMPLES_PER_TILE])
-    if from_first_host(lambda: _same_device(again, store.read(stored)["loss"][: len(again)])):
+    if run_on_host0(lambda: _same_device(again, store.read(stored)["loss"][: len(again)])):
         return missing
-    if is_first_host():
+    if is_host0():
         _log.warning("%s was computed on another kind of device: computing it anew", store.path)
-    from_first_host(store.clear)
+    run_on_host0(store.clear)
     return list(range(store.num_chunks))
 
 
@@ -266,4 +266,4 @@ def fill_chunks(
         for index in missing:
             part = rows[store.rows(index)]
             values = program(weights, data, part, flips, captions, lambda n: bar.update(n * program.num_timesteps))
-            from_first_host(functools.partial(store.write, index, pack(values)))
+            run_on_host0(functools.partial(store.write, index, pack(values)))

@@ -20,7 +20,7 @@ from attrib_jax.jobs.losses import ExampleProgram, fill_chunks
 from attrib_jax.models.precision import cast_params, matmul_precision
 from attrib_jax.models.unet import UNet2DConditionModel, predictor
 from attrib_jax.ops.micro_batching import GRADIENT_PIXELS, group_size, num_pixels, vmap_groups
-from attrib_jax.parallel.hosts import first_host_first, from_first_host
+from attrib_jax.parallel.hosts import host0_first, run_on_host0
 from attrib_jax.parallel.mesh import data_mesh
 from attrib_jax.storage.chunks import ChunkStore
 
@@ -141,9 +141,9 @@ def dataset_features(
     if with_residual:
         fields["residual"] = ((flips,), np.float32)
     rows_per_chunk = max(1, min(_MAX_ROWS_PER_CHUNK, _CHUNK_BYTES // (4 * flips * dim)))
-    store = first_host_first(lambda: ChunkStore(path, fields, len(data), rows_per_chunk, name="features"))
+    store = host0_first(lambda: ChunkStore(path, fields, len(data), rows_per_chunk, name="features"))
     small = 4 * len(data) * flips * dim <= _CHECKED_BYTES
-    missing = from_first_host(lambda: list(store.missing()) if small else store.absent())
+    missing = run_on_host0(lambda: list(store.missing()) if small else store.absent())
     pack = functools.partial(_pack, dim, with_residual)
     fill_chunks(store, missing, program, weights, data, flips, captions, description, pack, np.arange(len(data)))
     return store.array("features"), np.asarray(store.array("residual")) if with_residual else None

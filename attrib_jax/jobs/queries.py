@@ -16,12 +16,12 @@ from attrib_jax.core.weights import merge_weights
 from attrib_jax.jobs.encoded_dataset import EncodedDataset
 from attrib_jax.jobs.identity import check_query_name
 from attrib_jax.jobs.linear import weight_change
-from attrib_jax.jobs.losses import chunks_left, dataset_values, value_store
+from attrib_jax.jobs.losses import dataset_values, pending_chunks, value_store
 from attrib_jax.jobs.programs import ScorePrograms
 from attrib_jax.jobs.query import Query
 from attrib_jax.methods.config import AttributeConfig
 from attrib_jax.models.precision import cast_params
-from attrib_jax.parallel.hosts import from_first_host
+from attrib_jax.parallel.hosts import run_on_host0
 from attrib_jax.parallel.progress import progress
 
 # Bytes of moved weights that lie on a device in one pass, where the number of queries is not given.
@@ -172,7 +172,7 @@ def _values(paths, weights, config: AttributeConfig, programs, data, description
     missing = []
     for query, store in enumerate(stores):
         losses = None if linear else lambda some, query=query: run(some, [query], lambda count: None)[0]
-        missing.append(chunks_left(store, rows, losses))
+        missing.append(pending_chunks(store, rows, losses))
     # Row range -> the (query, chunk) that lack it: queries may come from earlier runs, and with chunks of other sizes.
     lacking: dict[tuple[int, int], list[tuple[int, int]]] = collections.defaultdict(list)
     for query, chunks in enumerate(missing):
@@ -189,7 +189,7 @@ def _values(paths, weights, config: AttributeConfig, programs, data, description
             wanted = [query for query, _ in members]
             values = run(rows[start:stop], wanted, lambda count: bar.update(count * program.num_timesteps))
             for (query, chunk), result in zip(members, values):
-                from_first_host(functools.partial(stores[query].write, chunk, {"loss": result}))
+                run_on_host0(functools.partial(stores[query].write, chunk, {"loss": result}))
     return [store.read_all()["loss"] for store in stores]
 
 

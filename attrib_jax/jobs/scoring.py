@@ -17,7 +17,7 @@ from attrib_jax.jobs.linear import weight_change
 from attrib_jax.jobs.programs import ScorePrograms
 from attrib_jax.jobs.queries import linear_values, query_values
 from attrib_jax.methods.config import AttributeConfig
-from attrib_jax.parallel.hosts import from_first_host
+from attrib_jax.parallel.hosts import run_on_host0
 from attrib_jax.storage.score_files import write_scores
 
 COARSE_FILE = "coarse.npz"
@@ -76,7 +76,7 @@ class Scorer:
         finalists = []
         for folder, each in zip(folders, values):
             scores = make_scores(self._data.row_ids, each, before, coarse)
-            from_first_host(functools.partial(write_scores, scores, folder / COARSE_FILE))
+            run_on_host0(functools.partial(write_scores, scores, folder / COARSE_FILE))
             finalists.append(best_positions(scores, config.num_finalists(len(scores))))
         if config.score == "linear":
             return self._linear_finals(folders, weights, finalists, config)

@@ -29,7 +29,7 @@ from attrib_jax.jobs.fill import fill, make_store
 from attrib_jax.jobs.scoring import make_scores
 from attrib_jax.methods.config import AttributeConfig
 from attrib_jax.methods.feature_settings import TOWER_METHODS
-from attrib_jax.parallel.hosts import from_first_host
+from attrib_jax.parallel.hosts import run_on_host0
 from attrib_jax.storage.joined import JoinedArray
 from attrib_jax.storage.skipped import SkippedRows, read_skipped
 from attrib_jax.storage.stage_root import StageRoot
@@ -143,7 +143,7 @@ def picture_features(
             static=(module, processor),
         )
         skipped.join()
-        left_out = dict(from_first_host(lambda: list(read_skipped(stage.path).items())))
+        left_out = dict(run_on_host0(lambda: list(read_skipped(stage.path).items())))
     return features, np.setdiff1d(np.arange(len(dataset)), list(left_out))
 
 

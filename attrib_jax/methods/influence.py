@@ -20,7 +20,7 @@ from attrib_jax.core.weights import flatten_names, select_weights, unflatten_nam
 from attrib_jax.jobs.query import PreparedQuery
 from attrib_jax.jobs.regions import query_mask
 from attrib_jax.methods.config import AttributeConfig
-from attrib_jax.parallel.hosts import from_first_host
+from attrib_jax.parallel.hosts import run_on_host0
 from attrib_jax.parallel.progress import progress
 from attrib_jax.storage.files import stored_arrays, write_arrays
 
@@ -57,7 +57,7 @@ def query_gradient(attributor: "Attributor", path: Path, query: PreparedQuery, c
     It is the mean over the draws of the first unlearning step, and of the region alone where `config` has one.
     """
     file = path / _FILE
-    stored = from_first_host(lambda: stored_arrays(file))
+    stored = run_on_host0(lambda: stored_arrays(file))
     if stored is None:
         selected, rest = select_weights(attributor.pipeline.params["unet"], config.weights)
         key = jax.random.fold_in(purpose_key(config.loss_seed, "query"), 0)
@@ -67,7 +67,7 @@ def query_gradient(attributor: "Attributor", path: Path, query: PreparedQuery, c
         with progress(config.query_draws, "gradient of the query", "draw") as bar:
             total = sum_draws(selected, key, lambda done: bar.update(done - bar.n))
         stored = {name: np.asarray(leaf) / config.query_draws for name, leaf in flatten_names(total.gradient).items()}
-        from_first_host(lambda: write_arrays(file, stored, {"draws": config.query_draws}))
+        run_on_host0(lambda: write_arrays(file, stored, {"draws": config.query_draws}))
     return unflatten_names(stored)
 
 

@@ -14,7 +14,7 @@ from attrib_jax.jobs.fill import fill, make_store
 from attrib_jax.jobs.scoring import make_scores
 from attrib_jax.methods.config import AttributeConfig
 from attrib_jax.methods.features import check_pictures, picture_inputs
-from attrib_jax.parallel.hosts import from_first_host
+from attrib_jax.parallel.hosts import run_on_host0
 from attrib_jax.storage.skipped import SkippedRows, read_skipped
 from attrib_jax.training.contrastive import normalise
 
@@ -52,7 +52,7 @@ def pixel_scores(attributor: "Attributor", jobs: Sequence["Job"], config: Attrib
                 store_skipped=skipped.store,
             )
             skipped.join()
-            left_out = dict(from_first_host(lambda: list(read_skipped(stage.path).items())))
+            left_out = dict(run_on_host0(lambda: list(read_skipped(stage.path).items())))
     kept = np.setdiff1d(np.arange(len(dataset)), list(left_out))
     values = np.asarray(values)[kept]
     return [(make_scores(dataset.row_ids[kept], values[:, job], None, config), ()) for job in range(len(jobs))]

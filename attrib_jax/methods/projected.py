@@ -38,7 +38,7 @@ from attrib_jax.methods.config import AttributeConfig
 from attrib_jax.methods.gradient_settings import unet_folder
 from attrib_jax.methods.registry import Job, Scored
 from attrib_jax.models.precision import cast_params
-from attrib_jax.parallel.hosts import from_first_host
+from attrib_jax.parallel.hosts import run_on_host0
 from attrib_jax.parallel.progress import progress
 from attrib_jax.storage.files import stored_arrays, write_arrays
 
@@ -99,7 +99,7 @@ def _member_values(attributor, member: Member, queries, config: AttributeConfig,
         program = attributor.programs.features(config)
         arguments = weights, data, config.num_flips, config.captions, "projected gradients"
         features, residuals = dataset_features(opened.path, program, *arguments)
-        from_first_host(functools.partial(_store_kernel, opened.path / _KERNEL_FILE, features))
+        run_on_host0(functools.partial(_store_kernel, opened.path / _KERNEL_FILE, features))
     with attributor.timed("query gradients"):
         journey = config.gradients.journey_timestep if config.method == "journey-trak" else None
         program = attributor.programs.features(config, journey)
@@ -116,7 +116,7 @@ def _member_values(attributor, member: Member, queries, config: AttributeConfig,
                     at_one /= 1 - leverages(features, kernel, regularisation)
             return values
 
-        return from_first_host(score)
+        return run_on_host0(score)
 
 
 def _query_features(program, weights, queries: Sequence[PreparedQuery], config: AttributeConfig) -> np.ndarray:

@@ -16,7 +16,7 @@ from attrib_jax.diffusion.schedule import NoiseSchedule
 from attrib_jax.jobs.query import PreparedQuery
 from attrib_jax.jobs.query_gradient import GradientProgram
 from attrib_jax.methods.config import AttributeConfig
-from attrib_jax.parallel.hosts import from_first_host
+from attrib_jax.parallel.hosts import run_on_host0
 from attrib_jax.parallel.progress import progress
 from attrib_jax.storage.files import DamagedFileError, read_arrays, write_arrays
 from attrib_jax.storage.state import StateStore
@@ -60,10 +60,10 @@ def unlearn_query(
       mask: (h, w) weights of the query's latent pixels; None for all.
     """
     file, states = path / _FILE, _States(path, selected, config.steps)
-    stored = from_first_host(lambda: _read(file))
+    stored = run_on_host0(lambda: _read(file))
     if stored is not None:
         # What a run that was killed between writing its result and this left.
-        from_first_host(states.store.remove)
+        run_on_host0(states.store.remove)
         losses = tuple(stored.pop(_LOSSES).tolist())
         return unflatten_names(stored), losses
     start = states.read()
@@ -95,12 +95,12 @@ def unlearn_query(
             )
         except ValueError:
             # These settings lead nowhere, from any step.
-            from_first_host(states.store.remove)
+            run_on_host0(states.store.remove)
             raise
     arrays = {name: np.asarray(value) for name, value in flatten_names(result.selected).items()}
     losses = tuple(float(loss) for loss in result.query_loss)
-    from_first_host(lambda: write_arrays(file, arrays, list(losses)))
-    from_first_host(states.store.remove)
+    run_on_host0(lambda: write_arrays(file, arrays, list(losses)))
+    run_on_host0(states.store.remove)
     return result.selected, losses
 
 
@@ -117,7 +117,7 @@ class _States:
     def write(self, state: Unlearned) -> None:
         """Stores a state if it is time; the last one is the result, which has a file of its own."""
         if len(state.query_loss) < self._steps:
-            from_first_host(lambda: self._write(state))
+            run_on_host0(lambda: self._write(state))
 
     def _write(self, state: Unlearned) -> None:
         began = time.monotonic()
@@ -132,7 +132,7 @@ class _States:
 
     def read(self) -> Unlearned | None:
         """The newest stored state; None to begin with the first step."""
-        flat = from_first_host(self._read)
+        flat = run_on_host0(self._read)
         if flat is None:
             return None
         done = int(flat.pop("done"))

@@ -24,7 +24,7 @@ _ARRAYS, _ARRAY, _JSON, _ERROR = range(4)
 # Bytes of every first message. Messages have few sizes, because each one compiles a program.
 _SHORT = 2048
 _LENGTH = 8
-# Inside `from_first_host` host 0 is alone, whatever it calls: the others wait for its result.
+# Inside `run_on_host0` host 0 is alone, whatever it calls: the others wait for its result.
 _alone = contextvars.ContextVar("alone", default=False)
 
 
@@ -38,7 +38,7 @@ def num_hosts() -> int:
     return jax.process_count()
 
 
-def is_first_host() -> bool:
+def is_host0() -> bool:
     """Whether this host is the one that writes."""
     return jax.process_index() == 0
 
@@ -49,7 +49,7 @@ def barrier(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
-def meet() -> None:
+def warm_up_collectives() -> None:
     """Makes the connections between the hosts' devices that later calls use; call it once, at the start.
 
     A CPU's collectives wait 30 seconds for each other when they first connect, and as long as it takes afterwards: one
@@ -57,7 +57,7 @@ def meet() -> None:
     """
     if jax.process_count() == 1:
         return
-    barrier("meet")
+    barrier("warm_up_collectives")
     devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
     sharding = NamedSharding(Mesh(np.asarray(devices), ("data",)), PartitionSpec("data"))
     fetch(jax.make_array_from_process_local_data(sharding, np.zeros(jax.local_device_count(), np.float32)))
@@ -70,7 +70,7 @@ def fetch(array: Any) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
-def from_first_host(fn: Callable[[], T]) -> T:
+def run_on_host0(fn: Callable[[], T]) -> T:
     """Runs `fn` on host 0 alone and returns its result on every host.
 
     Args:
@@ -83,7 +83,7 @@ def from_first_host(fn: Callable[[], T]) -> T:
     if _by_itself():
         return fn()
     error, content = None, b""
-    if is_first_host():
+    if is_host0():
         token = _alone.set(True)
         try:
             content = _encode(fn())
@@ -97,7 +97,7 @@ def from_first_host(fn: Callable[[], T]) -> T:
     return _decode(content)
 
 
-def first_host_first(fn: Callable[[], T]) -> T:
+def host0_first(fn: Callable[[], T]) -> T:
     """Runs `fn` on host 0 and, when it is done there, on the others: for what opens a store and creates it if absent.
 
     Returns each host's own result. Raises what `fn` raised on host 0 on every host.
@@ -105,12 +105,12 @@ def first_host_first(fn: Callable[[], T]) -> T:
     if _by_itself():
         return fn()
     results = []
-    from_first_host(lambda: results.append(fn()))
+    run_on_host0(lambda: results.append(fn()))
     return results[0] if results else fn()
 
 
 @contextlib.contextmanager
-def each_by_itself() -> Iterator[None]:
+def independent_hosts() -> Iterator[None]:
     """A block in which hosts do different work, with no calls to each other; at its end all wait for all.
 
     What one of them raised is then raised on every host, so that none waits for ever.
@@ -148,7 +148,7 @@ def _broadcast(content: bytes) -> bytes:
 
 
 def _broadcast_padded(content: bytes, size: int) -> bytes:
-    received = multihost_utils.broadcast_one_to_all(_padded(content if is_first_host() else b"", size))
+    received = multihost_utils.broadcast_one_to_all(_padded(content if is_host0() else b"", size))
     return np.asarray(received).astype(np.uint8).tobytes()
 
 

@@ -6,7 +6,7 @@ from typing import TextIO
 
 import tqdm
 
-from attrib_jax.parallel.hosts import is_first_host
+from attrib_jax.parallel.hosts import is_host0
 
 # Seconds between two lines where stderr is a file or a pipe: a log should not fill with redrawn bars.
 _LOG_INTERVAL = 10.0
@@ -40,7 +40,7 @@ def progress(
         iterable, total = None, iterable_or_total
     else:
         iterable = iterable_or_total
-    arguments = {"desc": description, "unit": unit, "initial": initial, "total": total, "disable": not is_first_host()}
+    arguments = {"desc": description, "unit": unit, "initial": initial, "total": total, "disable": not is_host0()}
     if sys.stderr.isatty():
         return tqdm.tqdm(iterable, file=sys.stderr, dynamic_ncols=True, **arguments)
     # miniters=1: the clock alone decides, whatever the rate was at the start, when compilation made it low.

@@ -19,7 +19,7 @@ from attrib_jax.jobs.regions import read_region_mask
 from attrib_jax.methods.config import AttributeConfig
 from attrib_jax.methods.feature_settings import SIMILARITIES, TOWER_METHODS
 from attrib_jax.methods.gradient_settings import PROJECTED_METHODS
-from attrib_jax.parallel.hosts import from_first_host
+from attrib_jax.parallel.hosts import run_on_host0
 from attrib_jax.report import Credit, ReportData, Timing, write_contact_sheet, write_report
 from attrib_jax.storage.files import write_bytes, write_json
 from attrib_jax.storage.stages import load_stage
@@ -57,9 +57,7 @@ def write_outputs(
       top_k: pictures shown, and rows of top.csv.
       record: further JSON values for manifest.json, such as the flags of the run.
     """
-    from_first_host(
-        lambda: _write_outputs(result, dataset, query, config, model_name, model_credit, top_k, record or {})
-    )
+    run_on_host0(lambda: _write_outputs(result, dataset, query, config, model_name, model_credit, top_k, record or {}))
 
 
 def _write_outputs(result, dataset, query, config, model_name, model_credit, top_k, record) -> None:

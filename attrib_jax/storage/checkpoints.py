@@ -63,7 +63,7 @@ class TrainingCheckpoints:
         try:
             checksum = _checksum(leaves, extra)
         except TypeError as error:
-            raise ValueError(f"extra is no JSON value ({error}): expected dicts, lists, strings and numbers") from error
+            raise ValueError(f"extra is not a JSON value ({error}): expected dicts, lists, strings, numbers") from error
         if step in self._manager.all_steps():
             _log.info("checkpoint %d is stored already in %s", step, self.path)
             return
@@ -132,16 +132,16 @@ class TrainingCheckpoints:
             raise ValueError("the checksum of its description does not match")
         return items
 
-    def _check_leaves(self, step: int, stored: dict, asked: dict) -> None:
+    def _check_leaves(self, step: int, stored: dict, expected: dict) -> None:
         """Raises ValueError where names, shapes or dtypes differ; orbax would cast a dtype without a word."""
         lines = []
-        for name in sorted(stored.keys() | asked.keys()):
+        for name in sorted(stored.keys() | expected.keys()):
             sides = [
                 f"{tuple(side[name]['shape'])} {side[name]['dtype']}" if name in side else "absent"
-                for side in (stored, asked)
+                for side in (stored, expected)
             ]
             if sides[0] != sides[1]:
-                lines.append(f"  {name}: stored {sides[0]}, asked {sides[1]}")
+                lines.append(f"  {name}: found {sides[0]}, expected {sides[1]}")
         if lines:
             raise ValueError(
                 f"checkpoint {step} in {self.path} belongs to another model or optimiser:\n" + "\n".join(lines) + "\n"
@@ -162,7 +162,7 @@ class TrainingCheckpoints:
 
 
 @contextlib.contextmanager
-def sigterm_noticed() -> Iterator[Callable[[], bool]]:
+def preemption_requested() -> Iterator[Callable[[], bool]]:
     """Within the block SIGTERM, sent before a machine is taken away, ends nothing; the yielded function tells of it.
 
     A loop asks after every step, stores its state and raises. A signal that nobody asked about takes effect when the

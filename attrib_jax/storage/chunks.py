@@ -196,7 +196,7 @@ class ChunkStore:
         for key, value in asked.items():
             if stored.get(key) != value:
                 raise StorageError(
-                    f"{self.path} was made with other rows: {key} stored {stored.get(key)}, asked {value}. Give "
+                    f"{self.path} was made with other rows: {key} found {stored.get(key)}, expected {value}. Give "
                     "another --workdir, or delete the folder."
                 )
         if kept != rows_per_chunk:

@@ -110,7 +110,7 @@ def write_bytes(path: str | os.PathLike, content: bytes) -> None:
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
-    """Replaces `path` atomically with `value` as indented JSON; a value that is no JSON writes nothing."""
+    """Replaces `path` atomically with `value` as indented JSON; a value that is not valid JSON writes nothing."""
     write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 

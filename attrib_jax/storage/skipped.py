@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
-from attrib_jax.parallel.hosts import from_first_host, host_index, num_hosts
+from attrib_jax.parallel.hosts import host_index, num_hosts, run_on_host0
 from attrib_jax.storage.files import DamagedFileError, write_json
 
 SKIPPED = "skipped.json"
@@ -48,7 +48,7 @@ class SkippedRows:
     def __init__(self, path: str | os.PathLike):
         self._path = Path(path)
         self.join()
-        self._known = dict(from_first_host(lambda: list(read_skipped(path).items())))
+        self._known = dict(run_on_host0(lambda: list(read_skipped(path).items())))
         self._notes: list[_Note] = []
 
     def store(self, rows: slice, reasons: dict[int, str]) -> None:
@@ -77,7 +77,7 @@ class SkippedRows:
                 part.unlink()
             return sorted(listed.items())
 
-        return dict(from_first_host(join_notes))
+        return dict(run_on_host0(join_notes))
 
 
 def _replaced(listed: dict[int, str], notes: Iterable[_Note]) -> dict[int, str]:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from attrib_jax.parallel.hosts import each_by_itself, from_first_host, is_first_host
+from attrib_jax.parallel.hosts import independent_hosts, is_host0, run_on_host0
 from attrib_jax.storage.files import StorageError, commit_folder, make_folder, storage_errors
 from attrib_jax.storage.stages import Stage, StageMismatchError, load_stage, open_stage
 
@@ -32,8 +32,8 @@ class StageRoot:
 
         Raises StageMismatchError if it is one of others, or if another host has other inputs.
         """
-        first = from_first_host(lambda: dict(inputs))
-        with each_by_itself():
+        first = run_on_host0(lambda: dict(inputs))
+        with independent_hosts():
             others = [name for name, value in inputs.items() if first[name] != value]
             if others:
                 raise StageMismatchError(
@@ -55,13 +55,13 @@ class StageRoot:
         StageMismatchError where the workdir's stage of that name has other settings or inputs; it says `remedy`, see
         `open_stage`.
         """
-        from_first_host(lambda: self._copy(name) if self._fits(name, settings, inputs) else None)
+        run_on_host0(lambda: self._copy(name) if self._fits(name, settings, inputs) else None)
         stage = open_stage(self.workdir, name, settings, inputs, remedy)
         try:
             yield stage
         except Exception:
             # With no call to the other hosts: they may not have failed.
-            if is_first_host() and [path.name for path in stage.path.iterdir()] == ["stage.json"]:
+            if is_host0() and [path.name for path in stage.path.iterdir()] == ["stage.json"]:
                 shutil.rmtree(stage.path)
             raise
         if not stage.finished:
@@ -75,13 +75,11 @@ class StageRoot:
                 return load_stage(self.workdir, name).finished
             return self._fits(name, settings, inputs)
 
-        return from_first_host(look)
+        return run_on_host0(look)
 
     def holds(self, name: str, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> bool:
         """Whether `stage` with the same arguments would find anything: begun in the workdir, or come with the model."""
-        return from_first_host(
-            lambda: (self.workdir / name / "stage.json").exists() or self._fits(name, settings, inputs)
-        )
+        return run_on_host0(lambda: (self.workdir / name / "stage.json").exists() or self._fits(name, settings, inputs))
 
     def _fits(self, name: str, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> bool:
         if self._shipped is None:

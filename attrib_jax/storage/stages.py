@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from attrib_jax.parallel.hosts import first_host_first, from_first_host, is_first_host
+from attrib_jax.parallel.hosts import host0_first, is_host0, run_on_host0
 from attrib_jax.storage.files import StorageError, make_folder, remove_partial_files, storage_errors, write_json
 
 _log = logging.getLogger(__name__)
@@ -68,11 +68,11 @@ class Stage:
     @property
     def finished(self) -> bool:
         """Whether `finish` was called, by this run or an earlier one: read from disk, by host 0 for all."""
-        return from_first_host(lambda: _read_record(self.path)["finished"])
+        return run_on_host0(lambda: _read_record(self.path)["finished"])
 
     def finish(self) -> None:
         """Marks the stage as complete, on disk; call it (on every host) when all of its data is written."""
-        from_first_host(lambda: write_json(self.path / _RECORD, {**_read_record(self.path), "finished": True}))
+        run_on_host0(lambda: write_json(self.path / _RECORD, {**_read_record(self.path), "finished": True}))
 
 
 def open_stage(
@@ -94,8 +94,8 @@ def open_stage(
     read or written, ValueError where settings are no JSON.
     """
     # Only host 0 clears what a killed run left: it may be writing by the time that the others come here.
-    return first_host_first(
-        lambda: _open(workdir, name, settings, inputs, remedy) if is_first_host() else load_stage(workdir, name)
+    return host0_first(
+        lambda: _open(workdir, name, settings, inputs, remedy) if is_host0() else load_stage(workdir, name)
     )
 
 
@@ -155,7 +155,7 @@ def lock(workdir: str | os.PathLike) -> Iterator[None]:
         def hold() -> None:
             stack.enter_context(_hold(workdir))
 
-        from_first_host(hold)
+        run_on_host0(hold)
         yield
 
 
@@ -250,7 +250,7 @@ def _differences(stored: dict[str, Any], asked: dict[str, Any]) -> list[str]:
         for key in sorted(have.keys() | want.keys()):
             if have.get(key, ...) != want.get(key, ...):
                 have_text, want_text = (json.dumps(s[key]) if key in s else "absent" for s in (have, want))
-                lines.append(f"  {key}: stored {have_text}, asked {want_text}")
+                lines.append(f"  {key}: found {have_text}, expected {want_text}")
     return lines
 
 

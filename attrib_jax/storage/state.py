@@ -58,7 +58,7 @@ class StateStore:
         asked = {name: f"{tuple(leaf.shape)} {leaf.dtype}" for name, leaf in leaves.items()}
         stored = {name: f"{array.shape} {array.dtype}" for name, array in newest.arrays.items()}
         differences = [
-            f"  {name}: stored {stored.get(name, 'absent')}, asked {asked.get(name, 'absent')}"
+            f"  {name}: found {stored.get(name, 'absent')}, expected {asked.get(name, 'absent')}"
             for name in sorted(stored.keys() | asked.keys())
             if stored.get(name) != asked.get(name)
         ]

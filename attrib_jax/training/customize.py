@@ -38,7 +38,7 @@ from attrib_jax.models.clip import CLIPTextModel
 from attrib_jax.models.unet import predictor
 from attrib_jax.parallel.mesh import data_mesh, replicate
 from attrib_jax.parallel.progress import progress
-from attrib_jax.storage.checkpoints import TrainingCheckpoints, sigterm_noticed, stopped_by_sigterm
+from attrib_jax.storage.checkpoints import TrainingCheckpoints, preemption_requested, stopped_by_sigterm
 from attrib_jax.storage.files import write_bytes
 from attrib_jax.storage.stages import open_stage
 from attrib_jax.training.loop import usable_devices
@@ -249,7 +249,7 @@ def _train(path: Path, start: Pipeline, token_id: int, exemplars, prior, config:
     frozen, key = replicate(mesh, (frozen, purpose_key(config.seed, "customize")))
     sharding = NamedSharding(mesh, PartitionSpec("data"))
     step_fn = functools.partial(_step, start.unet, start.text_encoder, sharding, config.batch_size)
-    with TrainingCheckpoints(path) as checkpoints, sigterm_noticed() as stopping:
+    with TrainingCheckpoints(path) as checkpoints, preemption_requested() as stopping:
         first, lines = 0, []
         stored = checkpoints.restore_latest(state)
         if stored is not None:

@@ -17,7 +17,7 @@ from attrib_jax.core.keys import purpose_key
 from attrib_jax.diffusion.training import LossFn, init_state, make_optimizer, train_step
 from attrib_jax.parallel.mesh import data_mesh, replicate, shard_batch
 from attrib_jax.parallel.progress import progress
-from attrib_jax.storage.checkpoints import TrainingCheckpoints, sigterm_noticed, stopped_by_sigterm
+from attrib_jax.storage.checkpoints import TrainingCheckpoints, preemption_requested, stopped_by_sigterm
 from attrib_jax.storage.files import storage_errors, write_bytes
 
 
@@ -87,7 +87,7 @@ def fit(path: str | os.PathLike, loss_fn: LossFn, params: Any, source: Any, conf
         with storage_errors(metrics_file):
             _drop_lines_after(metrics_file, start)
             log = stack.enter_context(open(metrics_file, "a", encoding="utf-8"))
-        stopping = stack.enter_context(sigterm_noticed())
+        stopping = stack.enter_context(preemption_requested())
         began, logged = time.monotonic(), start
         reader = iter(batches[start : config.steps].to_iter_dataset(grain.ReadOptions(num_threads=2)))
         with progress(config.steps, description, "step", initial=start) as bar:

@@ -301,9 +301,9 @@ def test_files_that_do_not_fit(ours, tmp_path, content, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "lora_adapter_metadata is no JSON"),
-        ("[" * 100_000, "lora_adapter_metadata is no JSON"),
-        ("[1]", "lora_adapter_metadata is no JSON object"),
+        ("{", "lora_adapter_metadata is not valid JSON"),
+        ("[" * 100_000, "lora_adapter_metadata is not valid JSON"),
+        ("[1]", "lora_adapter_metadata is not a JSON object"),
         ('{"unet.use_dora": true}', "is a DoRA"),
         ('{"unet.lora_alpha": "x"}', "unet.lora_alpha is 'x'; expected one number"),
         ('{"unet.lora_alpha": null}', "unet.lora_alpha is None; expected one number"),

@@ -295,7 +295,7 @@ def test_methods_files(tmp_path):
     with pytest.raises(ValueError, match="unknown method 'c'"):
         read_methods(file, ["c"])
     for content, message in (
-        ("{", "is no JSON"),
+        ("{", "is not valid JSON"),
         ("[]", "no object of objects"),
         ('{"shared": {}}', "names no method"),
         ('{"a": {"stepsize": 1}}', "field of method 'a' 'stepsize'"),

@@ -102,7 +102,7 @@ def test_bad_entries(tmp_path, changes, message):
 def test_bad_lists(tmp_path):
     file = tmp_path / "tasks.json"
     for content, message in (
-        ("[", "is no JSON"),
+        ("[", "is not valid JSON"),
         ("{}", "holds a dict; expected a list"),
         ("[]", "lists no case"),
         ('[{"prompt": "x"}]', "entry 1 lacks model_path, synth_image_path, train_prompt"),

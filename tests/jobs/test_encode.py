@@ -227,7 +227,7 @@ def test_latents_of_another_model_are_refused(plain, pipeline, tmp_path):
 
 def test_encoding_is_part_of_what_made_a_workdir(pipeline, dataset, tmp_path):
     Attributor(pipeline, dataset, StageRoot(tmp_path))
-    with pytest.raises(StageMismatchError, match='inputs.encoding: stored "float32 mean", asked "float16 mean"'):
+    with pytest.raises(StageMismatchError, match='inputs.encoding: found "float32 mean", expected "float16 mean"'):
         Attributor(pipeline, dataset, StageRoot(tmp_path), EncodeConfig(dtype="float16"))
 
 

@@ -255,9 +255,9 @@ def with_other_captions(dataset):
 @pytest.mark.parametrize(
     ("change", "difference"),
     [
-        (lambda pipeline, dataset: (with_weight_moved(pipeline), dataset), "inputs.model: stored "),
-        (lambda pipeline, dataset: (pipeline, make_dataset(seed=1)), "inputs.dataset: stored "),
-        (lambda pipeline, dataset: (pipeline, with_other_captions(dataset)), "inputs.dataset: stored "),
+        (lambda pipeline, dataset: (with_weight_moved(pipeline), dataset), "inputs.model: found "),
+        (lambda pipeline, dataset: (pipeline, make_dataset(seed=1)), "inputs.dataset: found "),
+        (lambda pipeline, dataset: (pipeline, with_other_captions(dataset)), "inputs.dataset: found "),
     ],
     ids=["model", "data", "captions"],
 )
@@ -266,7 +266,7 @@ def test_stages_of_other_inputs_are_refused_and_kept(finished, pipeline, dataset
     pipeline, dataset = change(pipeline, dataset)
     assert common.execute(lambda: run(pipeline, dataset, finished)) == 1
     message = capsys.readouterr().err
-    assert f"{finished}" in message and difference in message and ", asked " in message
+    assert f"{finished}" in message and difference in message and ", expected " in message
     assert snapshot(finished) == before
 
 
@@ -277,7 +277,7 @@ def test_a_query_of_another_seed_is_refused_under_the_same_name(finished, pipeli
     before = snapshot(tmp_path)
     other = dataclasses.replace(random, loss_seed=1)
     assert common.execute(lambda: run(pipeline, dataset, tmp_path / "work", other, name="heart")) == 1
-    assert "settings.loss_seed: stored 0, asked 1" in capsys.readouterr().err
+    assert "settings.loss_seed: found 0, expected 1" in capsys.readouterr().err
     assert snapshot(tmp_path) == before
 
 
@@ -295,5 +295,5 @@ def test_a_state_of_another_query_is_never_taken_up(finished, pipeline, dataset,
     for name in ("scores.npz", "unlearned.safetensors"):
         (folder / name).unlink()
     StateStore(folder, "unlearning").write({"selected": np.zeros(3, np.float32)}, 1)
-    with pytest.raises(StorageError, match=r"is the state of another sum:\n.*asked"):
+    with pytest.raises(StorageError, match=r"is the state of another sum:\n.*expected"):
         run(pipeline, dataset, tmp_path / "work")

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 import tests.conftest  # noqa: F401 the tests' compilation cache
-from attrib_jax.parallel.hosts import each_by_itself, fetch, first_host_first, from_first_host, host_index
+from attrib_jax.parallel.hosts import fetch, host0_first, host_index, independent_hosts, run_on_host0
 from attrib_jax.parallel.mesh import data_mesh, host_share, replicate, shard_batch, tile_map
 from attrib_jax.parallel.sums import DeviceSums, Pair
 from attrib_jax.storage.files import StorageError
@@ -29,7 +29,7 @@ def raised(block) -> str:
 
 def fail_on(host: int, error: Exception):
     def block():
-        with each_by_itself():
+        with independent_hosts():
             if host_index() == host:
                 raise error
 
@@ -37,17 +37,17 @@ def fail_on(host: int, error: Exception):
 
 
 def values(folder: Path) -> None:
-    assert from_first_host(lambda: {"host": host_index(), "rows": [1, 2]}) == {"host": 0, "rows": [1, 2]}
-    assert from_first_host(lambda: None) is None
+    assert run_on_host0(lambda: {"host": host_index(), "rows": [1, 2]}) == {"host": 0, "rows": [1, 2]}
+    assert run_on_host0(lambda: None) is None
     for size in (3, 2048, 5000):
-        array = from_first_host(lambda size=size: np.arange(size) if host_index() == 0 else np.zeros(1))
+        array = run_on_host0(lambda size=size: np.arange(size) if host_index() == 0 else np.zeros(1))
         np.testing.assert_array_equal(array, np.arange(size))
-    arrays = from_first_host(lambda: {"a": np.ones(3, np.float16), "b": np.array(7)})
+    arrays = run_on_host0(lambda: {"a": np.ones(3, np.float16), "b": np.array(7)})
     assert arrays["a"].dtype == np.float16 and int(arrays["b"]) == 7
     # Inside, host 0 is alone: what is called there may itself ask for host 0's answer.
-    assert from_first_host(lambda: from_first_host(lambda: first_host_first(lambda: "nested"))) == "nested"
+    assert run_on_host0(lambda: run_on_host0(lambda: host0_first(lambda: "nested"))) == "nested"
     order = folder / "order"
-    seen = first_host_first(lambda: order.exists() or order.touch())
+    seen = host0_first(lambda: order.exists() or order.touch())
     assert bool(seen) == (host_index() == 1)
 
 
@@ -56,11 +56,11 @@ def errors(folder: Path) -> None:
         def fn():
             raise error
 
-        return raised(lambda: from_first_host(fn))
+        return raised(lambda: run_on_host0(fn))
 
     assert fail(ValueError("stride is 0")) == "ValueError: stride is 0"
     assert fail(StageMismatchError("other model")) == "StageMismatchError: other model"
-    assert "No such file" in raised(lambda: from_first_host(lambda: (folder / "absent").read_text()))
+    assert "No such file" in raised(lambda: run_on_host0(lambda: (folder / "absent").read_text()))
     assert fail(UnicodeDecodeError("utf-8", b"x", 0, 1, "bad")).endswith("bad")
     assert fail(ValueError("no file \udcff.png")).startswith("ValueError: no file ")
     assert len(fail(ValueError("long " * 10000))) > 40000
@@ -101,13 +101,13 @@ def stages(folder: Path) -> None:
         assert raised(lambda: open_stage(folder, "x", {"seed": 2}, {})).startswith("StageMismatchError")
         skipped = SkippedRows(folder)
         start = 10 * host_index()
-        with each_by_itself():
+        with independent_hosts():
             skipped.store(slice(start, start + 10), {start + 3: f"host {host_index()}"})
             skipped.store(slice(20, 30), {})
         assert skipped.join() == {3: "host 0", 13: "host 1"}
         # The chunk of host 1 is made anew by host 0, whose picture has been mended.
         again = SkippedRows(folder)
-        with each_by_itself():
+        with independent_hosts():
             if host_index() == 0:
                 again.store(slice(10, 20), {})
         assert SkippedRows(folder).join() == {3: "host 0"} == read_skipped(folder)

@@ -5,23 +5,23 @@ import numpy as np
 import pytest
 
 from attrib_jax.parallel import hosts
-from attrib_jax.parallel.hosts import barrier, each_by_itself, fetch, first_host_first, from_first_host
+from attrib_jax.parallel.hosts import barrier, fetch, host0_first, independent_hosts, run_on_host0
 from attrib_jax.parallel.mesh import data_mesh, shard_batch
 from attrib_jax.storage.files import DamagedFileError, StorageError
 
 
 def test_one_host_is_the_first_and_only_one():
-    assert (hosts.host_index(), hosts.num_hosts(), hosts.is_first_host()) == (0, 1, True)
+    assert (hosts.host_index(), hosts.num_hosts(), hosts.is_host0()) == (0, 1, True)
     barrier("alone")
     result = object()
-    assert from_first_host(lambda: result) is result
-    assert first_host_first(lambda: result) is result
+    assert run_on_host0(lambda: result) is result
+    assert host0_first(lambda: result) is result
     rows = np.arange(8)
     np.testing.assert_array_equal(fetch(shard_batch(data_mesh(), rows)), rows)
     np.testing.assert_array_equal(fetch(jax.numpy.arange(3)), np.arange(3))
 
 
-@pytest.mark.parametrize("call", [from_first_host, first_host_first])
+@pytest.mark.parametrize("call", [run_on_host0, host0_first])
 def test_errors_come_out_as_they_are(call):
     error = StorageError("disk full")
 
@@ -31,7 +31,7 @@ def test_errors_come_out_as_they_are(call):
     with pytest.raises(StorageError) as caught:
         call(fail)
     assert caught.value is error
-    with pytest.raises(StorageError) as caught, each_by_itself():
+    with pytest.raises(StorageError) as caught, independent_hosts():
         fail()
     assert caught.value is error
 

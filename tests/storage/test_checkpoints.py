@@ -19,7 +19,7 @@ import numpy as np
 import optax
 import pytest
 
-from attrib_jax.storage.checkpoints import TrainingCheckpoints, sigterm_noticed
+from attrib_jax.storage.checkpoints import TrainingCheckpoints, preemption_requested
 from attrib_jax.storage.files import StorageError
 
 
@@ -72,16 +72,16 @@ def test_restores_the_newest_bits_and_keeps_two(tmp_path):
 def test_other_shapes_dtypes_and_names_are_refused_naming_both_sides(tmp_path):
     with TrainingCheckpoints(tmp_path) as checkpoints:
         checkpoints.save(1, make_state(1))
-        with pytest.raises(ValueError, match=r"params/dense/kernel: stored \(30, 40\) float32, asked \(30, 50\)"):
+        with pytest.raises(ValueError, match=r"params/dense/kernel: found \(30, 40\) float32, expected \(30, 50\)"):
             checkpoints.restore_latest(make_state(1, width=50))
         halved = jax.tree.map(
             lambda leaf: leaf.astype(jnp.float16) if leaf.dtype == jnp.float32 else leaf, make_state(1)
         )
-        with pytest.raises(ValueError, match=r"stored \(30, 40\) float32, asked \(30, 40\) float16"):
+        with pytest.raises(ValueError, match=r"found \(30, 40\) float32, expected \(30, 40\) float16"):
             checkpoints.restore_latest(halved)
         state = make_state(1)
         renamed = state._replace(params={"linear": state.params["dense"]})
-        with pytest.raises(ValueError, match=r"params/linear/kernel: stored absent, asked \(30, 40\)"):
+        with pytest.raises(ValueError, match=r"params/linear/kernel: found absent, expected \(30, 40\)"):
             checkpoints.restore_latest(renamed)
         assert checkpoints.restore_latest(state)[0] == 1
 
@@ -140,7 +140,7 @@ def test_a_kill_during_save_leaves_whole_checkpoints(tmp_path):
         f"""
         import itertools, sys
         import jax.numpy as jnp
-        from attrib_jax.storage.checkpoints import TrainingCheckpoints, sigterm_noticed
+        from attrib_jax.storage.checkpoints import TrainingCheckpoints, preemption_requested
         checkpoints = TrainingCheckpoints({str(tmp_path)!r})
         for step in itertools.count(1):
             checkpoints.save(step, {{"weights": jnp.full((200, 200), step, jnp.float32)}}, {{"step": step}})
@@ -183,7 +183,7 @@ def test_arguments_are_checked(tmp_path):
     with pytest.raises(ValueError, match="keep is 0"):
         TrainingCheckpoints(tmp_path, keep=0)
     with TrainingCheckpoints(tmp_path) as checkpoints:
-        with pytest.raises(ValueError, match="extra is no JSON"):
+        with pytest.raises(ValueError, match="extra is not a JSON value"):
             checkpoints.save(1, make_state(1), {"loss": jnp.ones(())})
         assert checkpoints.latest_step is None
 
@@ -192,13 +192,13 @@ def test_sigterm_waits_in_the_block_and_is_handled_as_before_outside():
     seen = []
     outer = signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number))
     try:
-        with pytest.raises(InterruptedError), sigterm_noticed() as stopping:
+        with pytest.raises(InterruptedError), preemption_requested() as stopping:
             assert not stopping()
             signal.raise_signal(signal.SIGTERM)
             assert stopping() and not seen
             raise InterruptedError("stored")
         assert not seen
-        with sigterm_noticed():
+        with preemption_requested():
             signal.raise_signal(signal.SIGTERM)
         # Nobody asked, so it must not be lost.
         assert seen == [signal.SIGTERM]
@@ -212,7 +212,7 @@ def test_sigterm_is_left_alone_where_it_cannot_be_noticed():
     handlers = []
 
     def in_thread():
-        with sigterm_noticed() as stopping:
+        with preemption_requested() as stopping:
             handlers.extend([signal.getsignal(signal.SIGTERM), stopping()])
 
     thread = threading.Thread(target=in_thread)
@@ -221,7 +221,7 @@ def test_sigterm_is_left_alone_where_it_cannot_be_noticed():
     assert handlers == [signal.getsignal(signal.SIGTERM), False]
     outer = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
-        with sigterm_noticed() as stopping:
+        with preemption_requested() as stopping:
             signal.raise_signal(signal.SIGTERM)
             assert not stopping()
     finally:

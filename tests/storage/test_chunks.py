@@ -103,9 +103,9 @@ def test_other_rows_per_chunk_keeps_what_is_stored(tmp_path):
 
 def test_other_rows_or_fields_are_refused_naming_both(tmp_path):
     fill(open_store(tmp_path))
-    with pytest.raises(StorageError, match="num_rows stored 23, asked 24"):
+    with pytest.raises(StorageError, match="num_rows found 23, expected 24"):
         ChunkStore(tmp_path, FIELDS, 24, ROWS)
-    with pytest.raises(StorageError, match=r"fields stored loss \(2, 3\) float32.*, asked loss \(2, 4\) float32"):
+    with pytest.raises(StorageError, match=r"fields found loss \(2, 3\) float32.*, expected loss \(2, 4\) float32"):
         ChunkStore(tmp_path, {**FIELDS, "loss": ((2, 4), np.float32)}, NUM_ROWS, ROWS)
     assert_complete(open_store(tmp_path))
     (tmp_path / "chunks" / "layout.json").write_text('{"rows_per')

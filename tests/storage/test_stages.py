@@ -52,11 +52,11 @@ def test_mismatch_names_both_sides_and_the_way_out(tmp_path):
     lines = str(caught.value).splitlines()
     assert lines[0].startswith(f"stage 'fisher' in {stage.path} ")
     assert lines[1:-1] == [
-        "  settings.damping: stored absent, asked 0.5",
-        "  settings.sampler.steps: stored 50, asked 25",
-        "  settings.samples: stored 2048, asked 4096",
-        "  settings.seed: stored 7, asked absent",
-        '  inputs.model: stored "ab12", asked "ef56"',
+        "  settings.damping: found absent, expected 0.5",
+        "  settings.sampler.steps: found 50, expected 25",
+        "  settings.samples: found 2048, expected 4096",
+        "  settings.seed: found 7, expected absent",
+        '  inputs.model: found "ab12", expected "ef56"',
     ]
     assert lines[-1] == f"Give another --workdir, or delete {stage.path} to compute it anew."
     assert (stage.path / "stage.json").read_bytes() == record
@@ -65,7 +65,7 @@ def test_mismatch_names_both_sides_and_the_way_out(tmp_path):
 @pytest.mark.parametrize(("stored", "asked"), [(None, "null"), ({}, None), (1e-3, 1.0000001e-3), (1, "1")])
 def test_values_that_look_alike_differ(tmp_path, stored, asked):
     open_stage(tmp_path, "losses", {"value": stored}, {})
-    with pytest.raises(StageMismatchError, match=r"settings\.value: stored .*, asked "):
+    with pytest.raises(StageMismatchError, match=r"settings\.value: found .*, expected "):
         open_stage(tmp_path, "losses", {"value": asked}, {})
 
 

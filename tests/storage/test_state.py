@@ -89,8 +89,8 @@ def test_another_sum_is_refused_naming_both_sides(tmp_path):
     other.total["c"] = np.zeros(1)
     with pytest.raises(StorageError) as caught:
         store.read(other)
-    assert "total/b: stored (2,) float32, asked (2,) float64" in str(caught.value)
-    assert "total/c: stored absent, asked (1,) float64" in str(caught.value)
+    assert "total/b: found (2,) float32, expected (2,) float64" in str(caught.value)
+    assert "total/c: found absent, expected (1,) float64" in str(caught.value)
     assert "kernel" not in str(caught.value)
 
 

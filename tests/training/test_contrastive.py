@@ -111,7 +111,7 @@ def test_a_tower_learns_resumes_and_is_refused_other_settings(tmp_path):
     shutil.rmtree(folder)
     again, _ = train_tower(tmp_path / "whole", dataset, tokenizer, CONFIG)
     assert (again / "model.safetensors").read_bytes() == trained
-    with pytest.raises(StageMismatchError, match="settings.holdout: stored 0.25, asked 0.0"):
+    with pytest.raises(StageMismatchError, match="settings.holdout: found 0.25, expected 0.0"):
         train_tower(tmp_path / "whole", dataset, tokenizer, dataclasses.replace(CONFIG, holdout=0.0))
     with pytest.raises(StageMismatchError, match="inputs.tokenizer"):
         other = train_tokenizer([text[::-1] for text in COLOURS], vocab_size=520, model_max_length=4)

@@ -205,9 +205,9 @@ def _read_settings(path: str) -> dict[str, dict[str, Any]]:
     try:
         options = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: its {_METADATA} is no JSON ({error}); copy or download it again") from error
+        raise ValueError(f"{path}: its {_METADATA} is not valid JSON ({error}); copy or download it again") from error
     if not isinstance(options, dict):
-        raise ValueError(f"{path}: its {_METADATA} is no JSON object; copy or download it again")
+        raise ValueError(f"{path}: its {_METADATA} is not a JSON object; copy or download it again")
     settings: dict[str, dict[str, Any]] = {}
     for name, value in options.items():
         part, _, option = name.partition(".")

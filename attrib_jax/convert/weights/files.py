@@ -129,7 +129,7 @@ def _read_header(file: _File) -> tuple[dict[str, Any], dict[str, Place]]:
     except (ValueError, RecursionError) as error:
         raise _damaged(path, f"its header is not JSON: {error}") from error
     if not isinstance(header, dict):
-        raise _damaged(path, "its header is no JSON object")
+        raise _damaged(path, "its header is not a JSON object")
     metadata = header.pop("__metadata__", {})
     start = 8 + length
     places, spans = {}, []
