@@ -67,6 +67,12 @@ def check_finite(name: str, tree: Any) -> None:
         )
 
 
+def nonfinite_rows(values: np.ndarray) -> np.ndarray:
+    """Indices of the rows of `values` (N, ...) that hold NaN or infinity, in order."""
+    values = np.asarray(values)
+    return np.flatnonzero(~np.isfinite(values).all(axis=tuple(range(1, values.ndim))))
+
+
 def example_mask(mask: Any, batch: Any) -> jax.Array:
     """`mask` of a batch of B examples as (B,) bool, all of them examples if None.
 

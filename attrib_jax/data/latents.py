@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from attrib_jax.core.checks import nonfinite_rows
 from attrib_jax.data.protocol import Dataset, Row
 from attrib_jax.storage.chunks import ChunkStore
 from attrib_jax.storage.files import StorageError, read_arrays
@@ -25,6 +26,11 @@ _MIRRORED_COUNT = 2
 _LARGEST_SCALED_STD = 2.5
 _SAMPLED_ROWS = 256
 _BLOCK, _BLOCKS = 4096, 256
+# Arrays up to this size are checked for NaN whole when they are opened; of larger ones a sample is, and the rest when
+# it is read.
+_CHECKED_BYTES = 2**28
+# What the two latents of an image are called in messages.
+VIEWS = ("the image as it is", "its mirror image")
 # Beside the text states of a workdir: which rows and captions they are.
 ROWS_FILE = "rows.safetensors"
 
@@ -163,8 +169,11 @@ class NumpyLatents(LatentsDataset):
         self.first_caption = np.arange(count + 1, dtype=np.int64) * text.shape[1]
         self.positions = np.arange(count)
         super().__init__(path, images, np.arange(count, dtype=np.int32), count)
+        sample = np.unique(np.linspace(0, count - 1, _SAMPLED_ROWS).astype(np.int64))
+        rows = sample if max(latents.nbytes, text.nbytes) > _CHECKED_BYTES else np.arange(count)
+        self._check_finite(rows, text)
         if scaled:
-            self._check_scale()
+            self._check_scale(sample)
 
     def fingerprint(self) -> str:
         """sha256 over size, header and 256 blocks of each file, spread evenly: reading 190 GB would take minutes."""
@@ -178,15 +187,34 @@ class NumpyLatents(LatentsDataset):
                     digest.update(file.read(_BLOCK))
         return digest.hexdigest()
 
-    def _check_scale(self) -> None:
-        rows = np.unique(np.linspace(0, len(self) - 1, _SAMPLED_ROWS).astype(np.int64))
+    def _check_finite(self, rows: np.ndarray, text: np.ndarray) -> None:
+        """ValueError naming the first of `rows` with NaN in its latents or its `text` (N, captions, L, d)."""
+        for start in range(0, len(rows), _SAMPLED_ROWS):
+            some = rows[start : start + _SAMPLED_ROWS]
+            for path, values in zip(self._paths, (self.latents[some], text[some])):
+                broken = nonfinite_rows(values)
+                if not len(broken):
+                    continue
+                value = values[broken[0]]
+                which = broken_views(value) if path == self._paths[0] else f"caption {nonfinite_rows(value)[0]}"
+                raise ValueError(
+                    f"{path}: row {some[broken[0]]} ({which}) has values that are NaN or infinite; encode that row "
+                    "anew, or leave it out of both files"
+                )
+
+    def _check_scale(self, rows: np.ndarray) -> None:
         std = float(np.std(np.asarray(self.latents[rows, 0], np.float64)))
-        if not std <= _LARGEST_SCALED_STD:
+        if std > _LARGEST_SCALED_STD:
             raise ValueError(
                 f"the latents in {self._paths[0]} have a standard deviation of {std:.2f} (of {len(rows)} rows); about "
-                "1 was expected of latents that are multiplied by the autoencoder's scaling factor. If these are not, "
+                "1 is expected of latents that are multiplied by the autoencoder's scaling factor. If these are not, "
                 "say so with scaled=False (--nolatents_scaled)."
             )
+
+
+def broken_views(latents: np.ndarray) -> str:
+    """Which of an image's latents (2, h, w, c) hold NaN or infinity, in words."""
+    return " and ".join(VIEWS[flip] for flip in nonfinite_rows(latents))
 
 
 def _find_pair(path: str) -> tuple[str, str]:

@@ -21,7 +21,7 @@ from attrib_jax.core.fingerprint import params_fingerprint
 from attrib_jax.core.keys import purpose_key
 from attrib_jax.core.weights import flatten_names
 from attrib_jax.data.concat import ConcatDataset
-from attrib_jax.data.latents import ROWS_FILE, LatentsDataset
+from attrib_jax.data.latents import ROWS_FILE, LatentsDataset, broken_views
 from attrib_jax.data.readers import ImageReader
 from attrib_jax.data.sources import Dataset
 from attrib_jax.jobs.encoded_dataset import EncodedDataset, join
@@ -143,7 +143,7 @@ def _encode_part(root, prefix: str, pipeline, inputs, dataset, config) -> Encode
             first_caption = np.concatenate([[0], np.cumsum([len(row) for row in captions()])])
         else:
             first_caption = stored
-        text = _encode_captions(stage.path, pipeline, first_caption, captions, config)
+        text = _encode_captions(stage.path, pipeline, first_caption, captions, config, dataset.row_ids)
 
         def describe() -> None:
             if stored is not None:
@@ -167,7 +167,7 @@ def _encode_part(root, prefix: str, pipeline, inputs, dataset, config) -> Encode
             "; ".join(list(skipped.values())[:_SKIPPED_SHOWN]),
             root.workdir / latents_name / SKIPPED,
         )
-    return EncodedDataset(dataset.row_ids[kept], latents, text, first_caption, kept, skipped)
+    return EncodedDataset(dataset.row_ids[kept], latents, text, first_caption, kept, skipped, source=dataset.name)
 
 
 def _stored_first_caption(stage: Stage) -> np.ndarray | None:
@@ -209,7 +209,9 @@ def _stored_latents(pipeline: Pipeline, dataset: LatentsDataset) -> EncodedDatas
     latents = dataset.latents
     if not dataset.scaled:
         latents = ScaledArray(latents, pipeline.vae.config.scaling_factor)
-    return EncodedDataset(dataset.row_ids, latents, dataset.text, dataset.first_caption, dataset.positions)
+    return EncodedDataset(
+        dataset.row_ids, latents, dataset.text, dataset.first_caption, dataset.positions, source=dataset.name
+    )
 
 
 def encoder_fingerprints(pipeline: Pipeline, vocab_size: int) -> dict[str, Any]:
@@ -262,6 +264,7 @@ def encode_images(
         workers=config.workers,
         store_skipped=skipped.store,
         static=(vae, config.posterior),
+        name_row=lambda row, value: f"row {int(dataset.row_ids[row])} ({broken_views(value)})",
     )
     skipped.join()
     return stored
@@ -294,6 +297,7 @@ def _encode_captions(
     first_caption: np.ndarray,
     captions: Callable[[], Sequence[Sequence[str]]],
     config: EncodeConfig,
+    row_ids: np.ndarray,
 ) -> JoinedArray:
     shape = (pipeline.tokenizer.model_max_length, pipeline.text_encoder.config.hidden_size)
     lock = threading.Lock()
@@ -304,6 +308,12 @@ def _encode_captions(
             places = zip(pictures, rows - first_caption[pictures])
             return tokenize(pipeline, [captions()[picture][caption] for picture, caption in places]), {}
 
+    def name(caption: int, value: np.ndarray) -> str:
+        del value
+        image = int(np.searchsorted(first_caption, caption, side="right")) - 1
+        number = caption - int(first_caption[image])
+        return f"caption {number} of row {int(row_ids[image])} ({captions()[image][number]!r})"
+
     return fill(
         make_store(path, "text", shape, config.dtype, int(first_caption[-1])),
         encode_text,
@@ -313,4 +323,5 @@ def _encode_captions(
         "encode captions",
         "caption",
         static=(pipeline.text_encoder,),
+        name_row=name,
     )

@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from attrib_jax.core.checks import nonfinite_rows
+from attrib_jax.data.latents import VIEWS
 from attrib_jax.storage.joined import JoinedArray
 
 
@@ -19,6 +21,7 @@ class EncodedDataset:
       first_caption: (R + 1,) int64; the captions of stored picture r are text[first_caption[r]:first_caption[r + 1]].
       positions: (N,) where the pictures lie among the R stored ones, of which some may be left out; None for all.
       skipped: picture -> why it was left out.
+      source: name of the data set, for messages.
     """
 
     row_ids: np.ndarray
@@ -27,6 +30,7 @@ class EncodedDataset:
     first_caption: np.ndarray
     positions: np.ndarray | None = None
     skipped: dict[int, str] = dataclasses.field(default_factory=dict)
+    source: str = "the data set"
 
     def __post_init__(self):
         if self.positions is None:
@@ -54,11 +58,24 @@ class EncodedDataset:
         """The UNet's inputs for examples (picture, flip, caption), each index (n,) or an integer for all.
 
         `row` counts from 0 to N - 1. Returns latents (n, h, w, c) and text states (n, L, d), float32.
+
+        Raises:
+          ValueError: one holds NaN or infinity; it names the row, since later only the model could be blamed.
         """
-        row = self.positions[np.atleast_1d(row)]
+        asked = np.atleast_1d(row)
+        row = self.positions[asked]
         flip, caption = (np.broadcast_to(np.asarray(index, np.int64), row.shape) for index in (flip, caption))
         latents, text = self.latents[row, flip], self.text[self.first_caption[row] + caption]
-        return np.asarray(latents, np.float32), np.asarray(text, np.float32)
+        latents, text = np.asarray(latents, np.float32), np.asarray(text, np.float32)
+        for what, values in (("latents", latents), ("text states", text)):
+            for place in nonfinite_rows(values)[:1]:
+                row_id = int(self.row_ids[asked[place]])
+                which = f"caption {int(caption[place])}" if what == "text states" else VIEWS[int(flip[place])]
+                raise ValueError(
+                    f"row {row_id} of {self.source} has {what} ({which}) that are NaN or infinite: encode that row "
+                    "anew, or take it out of the data set"
+                )
+        return latents, text
 
 
 def join(first: EncodedDataset, second: EncodedDataset, row_ids: np.ndarray) -> EncodedDataset:
@@ -78,5 +95,6 @@ def join(first: EncodedDataset, second: EncodedDataset, row_ids: np.ndarray) -> 
         text=JoinedArray.of([part.text for part in parts]),
         first_caption=np.concatenate([first.first_caption[:-1], second.first_caption + first.first_caption[-1]]),
         positions=np.concatenate([first.positions, second.positions + stored]),
+        source=f"{first.source}+{second.source}",
         skipped=first.skipped | {stored + row: reason for row, reason in second.skipped.items()},
     )

@@ -3,8 +3,10 @@
 Of several hosts, each fills chunks of its own with its own devices: they share nothing but the folder.
 """
 
+import contextlib
 import functools
 import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +16,7 @@ import numpy as np
 from absl import flags
 from jax.sharding import Mesh
 
+from attrib_jax.core.checks import nonfinite_rows
 from attrib_jax.parallel.hosts import host0_first, host_index, independent_hosts, num_hosts, run_on_host0
 from attrib_jax.parallel.mesh import data_mesh, padded_tiles, replicate, shard_batch, tile_map
 from attrib_jax.parallel.progress import progress
@@ -44,6 +47,7 @@ def fill(
     workers: int = 0,
     store_skipped: Callable[[slice, dict[int, str]], None] | None = None,
     static: tuple = (),
+    name_row: Callable[[int, np.ndarray], str] | None = None,
 ) -> JoinedArray:
     """Computes the missing chunks of a store of one field and returns the whole, on disk.
 
@@ -61,6 +65,10 @@ def fill(
       workers: processes that read; 0 for threads of this one.
       store_skipped: called with the rows of a chunk and its reasons, before the chunk is written.
       static: hashable first arguments of `encode_tile`, such as the model.
+      name_row: (row, its value) -> what an error about that value calls it; its position if None.
+
+    Raises:
+      ValueError: values of a row are NaN or infinite in the store's dtype.
     """
     ((field, (shape, dtype)),) = store.fields.items()
     small = store.num_rows * int(np.prod(shape)) * dtype.itemsize <= _CHECKED_BYTES
@@ -70,11 +78,11 @@ def fill(
         if mine:
             done = store.num_rows - sum(store.rows(chunk).stop - store.rows(chunk).start for chunk in missing)
             run = _compiled(encode_tile, static, data_mesh(jax.local_devices()))
-            _fill(store, mine, done, run, shared, read, tile, description, unit, workers, store_skipped)
+            _fill(store, mine, done, run, shared, read, tile, description, unit, workers, store_skipped, name_row)
     return store.array(field)
 
 
-def _fill(store, chunks, done, run, shared, read, tile, description, unit, workers, store_skipped) -> None:
+def _fill(store, chunks, done, run, shared, read, tile, description, unit, workers, store_skipped, name_row) -> None:
     """Computes `chunks` on this host's devices; `done` counts the rows that are stored already."""
     ((field, (_, dtype)),) = store.fields.items()
     mesh = data_mesh(jax.local_devices())
@@ -92,11 +100,13 @@ def _fill(store, chunks, done, run, shared, read, tile, description, unit, worke
         if not flags.FLAGS.is_parsed():
             # Grain's worker processes take its own flags from absl, which only programs of absl have parsed.
             flags.FLAGS.mark_as_parsed()
+        # Through pipes: Grain's blocks of shared memory outlive an error, and containers have little room for them.
+        options = grain.experimental.DatasetOptions(min_shm_size=sys.maxsize)
+        batches = grain.experimental.WithOptionsIterDataset(batches, options)
         batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
-    reader = iter(batches)
     # Of several hosts, the first shows its own share.
     total = done + sum(store.rows(chunk).stop - store.rows(chunk).start for chunk in chunks)
-    with progress(total, description, unit, initial=done) as bar:
+    with contextlib.closing(iter(batches)) as reader, progress(total, description, unit, initial=done) as bar:
         for chunk in chunks:
             rows, results, reasons = store.rows(chunk), [], {}
             size = rows.stop - rows.start
@@ -106,9 +116,9 @@ def _fill(store, chunks, done, run, shared, read, tile, description, unit, worke
                 reasons |= unreadable
                 bar.update(min(tile * mesh.size, size - number * tile * mesh.size))
             values = np.concatenate([np.asarray(result) for result in results])[:size].astype(dtype)
-            _check_finite(values, store, description, dtype)
             for row in reasons:
                 values[row - rows.start] = 0
+            _check_finite(values, rows, description, unit, name_row)
             if store_skipped is not None:
                 # Before the chunk: once that is there, nobody reads its pictures again.
                 store_skipped(rows, reasons)
@@ -121,9 +131,21 @@ def _compiled(encode_tile: Callable[..., jax.Array], static: tuple, mesh: Mesh):
     return tile_map(mesh, functools.partial(encode_tile, *static))
 
 
-def _check_finite(values: np.ndarray, store: ChunkStore, description: str, dtype: np.dtype) -> None:
-    if not np.isfinite(values).all():
-        raise ValueError(
-            f"{description} gives NaN or infinity as {dtype.name}: look for a damaged model, or keep float32 "
-            f"(stored in {store.path})"
-        )
+def _check_finite(values: np.ndarray, rows: slice, description: str, unit: str, name_row) -> None:
+    broken = nonfinite_rows(values)
+    if not len(broken):
+        return
+    # One row is to blame on its content or on a range too small for it, all rows on the model.
+    if len(broken) == len(values) > 1:
+        which, advice = f"every {unit} from position {rows.start} to {rows.stop - 1}", "look for a damaged model"
+    else:
+        first = int(broken[0])
+        which = f"{unit} at position {rows.start + first}"
+        if name_row is not None:
+            which = name_row(rows.start + first, values[first])
+        if len(broken) > 1:
+            which += f" and {len(broken) - 1} more"
+        advice = f"take that {unit} out of the data set, or look for damage in the model"
+    if values.dtype == np.float16:
+        advice = "keep float32, whose range is larger, or " + advice
+    raise ValueError(f"{description}: {which} gives NaN or infinity as {values.dtype.name}; {advice}")

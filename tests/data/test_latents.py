@@ -89,6 +89,26 @@ def test_latents_without_the_scaling_factor_are_noticed(files):
     assert not open_latents(path, scaled=False).scaled
 
 
+@pytest.mark.parametrize(
+    ("array", "index", "message"),
+    [
+        ("latents", (3, 0, 0, 0), r"latents.npy: row 3 \(the image as it is\)"),
+        ("latents", (COUNT + 4, 3, 7, 5), r"latents.npy: row 4 \(its mirror image\)"),
+        ("text_embeddings", (2, 1, 6, 15), r"text_embeddings.npy: row 2 \(caption 1\)"),
+    ],
+)
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+@pytest.mark.parametrize("scaled", [True, False])
+def test_nan_in_one_row_is_named(files, array, index, message, value, scaled):
+    path = files[0] / f"coco17_train_{array}.npy"
+    values = np.load(path)
+    values[index] = value
+    np.save(path, values)
+    with pytest.raises(ValueError, match=f"{message} has values that are NaN or infinite") as error:
+        open_latents(files[0], scaled=scaled)
+    assert "latents_scaled" not in str(error.value)
+
+
 def test_files_that_are_not_there(files):
     path, latents, text = files
     with pytest.raises(FileNotFoundError, match="other_latents.npy and .*other_text_embeddings.npy not found"):
