@@ -22,7 +22,8 @@ from absl import flags
 from PIL import Image, ImageDraw, ImageFilter
 
 from attrib_jax.convert.adapters.custom_diffusion import apply_custom_diffusion
-from attrib_jax.convert.pipeline import Pipeline, load_pipeline
+from attrib_jax.convert.load import load_pipeline
+from attrib_jax.convert.pipeline import Pipeline
 from attrib_jax.core.checks import check_choice
 from attrib_jax.data.openmoji import RESOLUTION, render
 from attrib_jax.data.sources import Dataset, open_dataset

@@ -12,8 +12,9 @@ import numpy as np
 import torch  # noqa: F401 readers of .bin files import it
 import transformers
 
-from attrib_jax.convert.load import ModelSource, load_model
-from attrib_jax.convert.pipeline import Pipeline, encode_text, load_unet, save_pipeline, tokenize
+from attrib_jax.convert.diffusers_folder import save_pipeline
+from attrib_jax.convert.load import ModelSource, load_model, load_unet
+from attrib_jax.convert.pipeline import Pipeline, encode_text, tokenize
 from attrib_jax.convert.single_file import save_single_file
 
 _INTERVAL = 0.01  # seconds between two looks at the memory

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from attrib_jax.attribution.scores import EXAMPLES_PER_TILE
-from attrib_jax.convert.pipeline import abstract_unet_params
+from attrib_jax.convert.parts import abstract_unet_params
 from attrib_jax.data.latents import open_latents
 from attrib_jax.diffusion.schedule import NoiseSchedule
 from attrib_jax.jobs.encoded_dataset import EncodedDataset

@@ -11,7 +11,7 @@ import numpy as np
 
 from attrib_jax.attribution.scores import EXAMPLES_PER_TILE
 from attrib_jax.attribution.unlearn import DRAWS_PER_TILE, query_draws
-from attrib_jax.convert.pipeline import load_unet
+from attrib_jax.convert.load import load_unet
 from attrib_jax.convert.weights.names import name_table, to_torch
 from attrib_jax.core.keys import example_noise, loss_key, purpose_key
 from attrib_jax.core.weights import flatten_names, merge_weights, select_weights

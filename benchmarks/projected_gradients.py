@@ -18,7 +18,7 @@ from absl import flags
 from attrib_jax.attribute import Attributor
 from attrib_jax.attribution.projection import PROJECTIONS, project
 from attrib_jax.attribution.scores import FLIP_RULES
-from attrib_jax.convert.pipeline import load_pipeline
+from attrib_jax.convert.load import load_pipeline
 from attrib_jax.core.keys import purpose_key
 from attrib_jax.core.weights import select_weights
 from attrib_jax.data.sources import open_dataset

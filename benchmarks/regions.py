@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw
 from sklearn.metrics import roc_auc_score
 
 from attrib_jax.attribute import Attributed, Attributor
-from attrib_jax.convert.pipeline import load_pipeline
+from attrib_jax.convert.load import load_pipeline
 from attrib_jax.data.sources import open_dataset
 from attrib_jax.jobs.query import Query
 from attrib_jax.methods.config import SCORES, AttributeConfig

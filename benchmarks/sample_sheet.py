@@ -7,7 +7,7 @@ import numpy as np
 from absl import flags
 from PIL import Image, ImageDraw
 
-from attrib_jax.convert.pipeline import load_pipeline
+from attrib_jax.convert.load import load_pipeline
 from attrib_jax.data.sources import open_dataset
 from attrib_jax.jobs.query import Query, decode, generate
 from attrib_jax.models.unet import predictor

@@ -4,8 +4,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from attrib_jax.convert.config_files import read_json
 from attrib_jax.convert.configs import MSCOCO
-from attrib_jax.convert.diffusers_folder import read_json
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from attrib_jax.convert.pipeline import save_pipeline
+from attrib_jax.convert.diffusers_folder import save_pipeline
 from attrib_jax.convert.single_file import save_single_file
 from attrib_jax.jobs.fisher import fisher_file
 from attrib_jax.jobs.fisher_files import FISHER_SUFFIXES, read_fisher_file, write_fisher

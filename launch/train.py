@@ -11,7 +11,7 @@ import functools
 from absl import flags
 
 from attrib_jax.convert.adapters.custom_diffusion import apply_custom_diffusion
-from attrib_jax.convert.pipeline import save_pipeline
+from attrib_jax.convert.diffusers_folder import save_pipeline
 from attrib_jax.convert.tokenizer import load_tokenizer
 from attrib_jax.evaluation.retrain import Recipe
 from attrib_jax.evaluation.small_models import SmallUNet, pixel_pipeline, replace_unet_architecture, train_small

@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from attrib_jax.convert.diffusers_folder import read_json
+from attrib_jax.convert.config_files import read_json
 from attrib_jax.core.checks import check_choice
 from attrib_jax.models.unet import UNetConfig
 

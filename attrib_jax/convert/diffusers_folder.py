@@ -1,11 +1,24 @@
-"""Model folders in the diffusers layout: which files they hold, and which of them to read."""
+"""Model folders in the diffusers layout, read and written: which files they hold, and which of them to read."""
 
-import json
 import logging
 import os
 import re
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from attrib_jax.convert.config_files import read_config, read_json, write_json
+from attrib_jax.convert.configs import named_config
+from attrib_jax.convert.parts import PIXELS, build_module, load_part
+from attrib_jax.convert.pipeline import Pipeline, check_parts
+from attrib_jax.convert.tokenizer import load_tokenizer, save_tokenizer
+from attrib_jax.convert.weights.files import write_weights
+from attrib_jax.convert.weights.state_dicts import state_dict_of
+from attrib_jax.core.durable import new_folder
+from attrib_jax.diffusion.schedule import NoiseSchedule
+from attrib_jax.models.pixel_autoencoder import PixelAutoencoder
+from attrib_jax.models.unet import UNet2DConditionModel
 
 INDEX = "model_index.json"
 SCHEDULER_CONFIG = "scheduler_config.json"
@@ -157,29 +170,127 @@ def _check_classes(index: dict[str, Any], path: str, replaced: Collection[str]) 
             raise ValueError(f"{path!r} has {part} of class {found!r}; supported: {', '.join(supported)}")
 
 
-def read_config(folder: str) -> dict[str, Any]:
-    """The content of a part's config.json; raises FileNotFoundError and ValueError as `read_json`."""
-    path = os.path.join(folder, "config.json")
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"{folder!r} has no config.json; give a model folder in the diffusers layout")
-    return read_json(path)
+class UNetFile(NamedTuple):
+    """A UNet that replaces a model's own, before its weights are read.
+
+    Attributes:
+      module: built from its config.
+      file: its weights.
+      scheduler: the scheduler_config.json that it was trained with; None where its config has none.
+    """
+
+    module: UNet2DConditionModel
+    file: str
+    scheduler: dict[str, Any] | None
+
+    def load(self, dtype: Any) -> Any:
+        """The parameters."""
+        return load_part("unet", self.module, self.file, dtype)
 
 
-def read_json(path: str) -> dict[str, Any]:
-    """A JSON object; raises ValueError, naming the file, where it is damaged or holds something else."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            content = json.load(file)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged, it is not JSON ({error}); copy or download it again") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, expected a JSON object")
-    return content
+def find_unet(path: str, config: str | Mapping[str, Any] | None = None) -> UNetFile:
+    """Finds a UNet and builds its module; arguments and errors as `load_unet`."""
+    path = os.fspath(path)
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"UNet {path!r} does not exist; give a UNet folder or a weight file")
+    if os.path.isfile(path) and config is None:
+        raise ValueError(f"{path} is a bare weight file; give its config: a name such as 'mscoco', or a json file")
+    content, scheduler = (read_config(path), None) if config is None else named_config(config)
+    file = find_weights(path, STEMS["unet"]) if os.path.isdir(path) else path
+    return UNetFile(build_module("unet", content), file, scheduler)
 
 
-def write_json(content: Mapping[str, Any], path: str) -> None:
-    """Writes a JSON object, its keys sorted; makes the folder."""
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2, sort_keys=True)
-        file.write("\n")
+def load_folder(
+    path: str,
+    dtype: Any = jnp.float32,
+    *,
+    variant: str | None = None,
+    tokenizer: str | None = None,
+    prediction_type: str | None = None,
+    unet: UNetFile | None = None,
+) -> Pipeline:
+    """Reads a pipeline folder; arguments and errors as `load_pipeline`.
+
+    All configs are read and checked before the first tensor.
+    """
+    weights = check_folder(path, variant, replaced_parts(unet, tokenizer))
+    scheduler = unet.scheduler if unet is not None else None
+    if scheduler is None:
+        scheduler = read_json(os.path.join(path, "scheduler", SCHEDULER_CONFIG))
+    schedule = read_schedule(scheduler, prediction_type)
+    modules = {part: build_module(part, read_config(os.path.join(path, part))) for part in weights}
+    if unet is not None:
+        modules["unet"] = unet.module
+    length = modules["text_encoder"].config.max_position_embeddings
+    loaded_tokenizer = load_tokenizer(os.path.join(path, "tokenizer") if tokenizer is None else tokenizer, length)
+    check_parts(**modules, tokenizer=loaded_tokenizer)
+    params = {part: load_part(part, modules[part], file, dtype) for part, file in weights.items()}
+    if unet is not None:
+        params["unet"] = unet.load(dtype)
+    return Pipeline(**modules, tokenizer=loaded_tokenizer, schedule=schedule, params=params)
+
+
+def replaced_parts(unet: UNetFile | None, tokenizer: str | None) -> list[str]:
+    """The parts of a folder, as it calls them, that arguments replace: they are neither read nor downloaded."""
+    replaced = {
+        "unet": unet is not None,
+        "tokenizer": tokenizer is not None,
+        "scheduler": unet is not None and unet.scheduler is not None,
+    }
+    return [part for part, is_replaced in replaced.items() if is_replaced]
+
+
+def read_schedule(scheduler: Mapping[str, Any], prediction_type: str | None) -> NoiseSchedule:
+    """The schedule of a scheduler_config.json, with another `prediction_type` unless None."""
+    given = {} if prediction_type is None else {"prediction_type": prediction_type}
+    return NoiseSchedule.from_config({**scheduler, **given})
+
+
+def save_pipeline(pipeline: Pipeline, path: str, dtype: Any = None, overwrite: bool = False) -> None:
+    """Writes a folder that `load_pipeline` and PyTorch diffusers' StableDiffusionPipeline open.
+
+    One with a `PixelAutoencoder`, which diffusers does not have, is for `load_pipeline` alone.
+
+    The folder appears only when it is complete: it is written beside its place and then renamed.
+
+    Args:
+      pipeline: what to write.
+      path: the new folder.
+      dtype: of the written weights; None keeps that of the parameters.
+      overwrite: replace a pipeline folder that is there.
+
+    Raises:
+      FileExistsError: `path` exists and `overwrite` is off, or it is no pipeline folder.
+      ValueError: a weight holds a NaN or an infinity, or overflows `dtype`.
+    """
+    path = os.path.abspath(path)
+    if os.path.lexists(path):
+        if not overwrite:
+            raise FileExistsError(f"{path} exists; pass overwrite=True to replace it, or name another folder")
+        if not os.path.isfile(os.path.join(path, INDEX)):
+            raise FileExistsError(f"{path} exists and is no pipeline folder (no {INDEX}); name another folder")
+    with new_folder(path) as fresh:
+        _write_parts(pipeline, str(fresh), dtype)
+
+
+def _write_parts(pipeline: Pipeline, folder: str, dtype: Any) -> None:
+    for part, stem in STEMS.items():
+        write_json(getattr(pipeline, part).config.to_dict(), os.path.join(folder, part, "config.json"))
+        write_weights(state_dict_of(pipeline.params[part], dtype), os.path.join(folder, part, f"{stem}.safetensors"))
+    save_tokenizer(pipeline.tokenizer, os.path.join(folder, "tokenizer"))
+    scheduler = {"_class_name": "DDIMScheduler", **pipeline.schedule.to_config()}
+    write_json(scheduler, os.path.join(folder, "scheduler", SCHEDULER_CONFIG))
+    pixels = isinstance(pipeline.vae, PixelAutoencoder)
+    index = {
+        "_class_name": "StableDiffusionPipeline",
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+        "requires_safety_checker": False,
+        "safety_checker": [None, None],
+        "scheduler": ["diffusers", scheduler["_class_name"]],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["attrib_jax", PIXELS] if pixels else ["diffusers", "AutoencoderKL"],
+    }
+    write_json(index, os.path.join(folder, INDEX))

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from attrib_jax.convert.diffusers_folder import read_json, write_json
+from attrib_jax.convert.config_files import read_json, write_json
 from attrib_jax.core.checks import check_choice
 
 FILE = "preprocessor_config.json"

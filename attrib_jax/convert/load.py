@@ -1,6 +1,8 @@
-"""A pipeline from everything that people keep beside a model: another UNet, Custom Diffusion weights, tokens, LoRA."""
+"""The one way in: a pipeline from a folder, a Hugging Face id or a single file, with what people keep beside it."""
 
 import dataclasses
+import os
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -8,7 +10,11 @@ import jax.numpy as jnp
 from attrib_jax.convert.adapters.custom_diffusion import apply_custom_diffusion
 from attrib_jax.convert.adapters.lora import merge_lora
 from attrib_jax.convert.adapters.textual_inversion import add_tokens, read_token_file
-from attrib_jax.convert.pipeline import Pipeline, load_pipeline
+from attrib_jax.convert.diffusers_folder import UNetFile, find_unet, load_folder, read_schedule, replaced_parts
+from attrib_jax.convert.hub import resolve_model
+from attrib_jax.convert.pipeline import Pipeline, check_parts
+from attrib_jax.convert.single_file import load_single_file
+from attrib_jax.models.unet import UNet2DConditionModel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,3 +75,90 @@ def load_model(source: ModelSource, dtype: Any = jnp.float32) -> Pipeline:
     if source.lora is not None:
         pipeline = merge_lora(pipeline, source.lora, source.lora_scale)
     return pipeline
+
+
+def load_pipeline(
+    path: str,
+    dtype: Any = jnp.float32,
+    *,
+    variant: str | None = None,
+    tokenizer: str | None = None,
+    prediction_type: str | None = None,
+    unet: str | None = None,
+    unet_config: str | Mapping[str, Any] | None = None,
+) -> Pipeline:
+    """Reads a Stable Diffusion pipeline: a diffusers folder, a Hugging Face id, or a single-file checkpoint.
+
+    Folders of every age are read as they are: weights as safetensors or `.bin`, whole or in shards, under today's names
+    and those of the published files. Tensors are read one by one. A folder's parts that the arguments replace are
+    neither read nor downloaded, and may be missing.
+
+    Args:
+      path: the folder that holds model_index.json, unet/, vae/, text_encoder/, tokenizer/ and scheduler/; or
+        `owner/name[@revision]`, see `resolve_model`; or a file, see `load_single_file`.
+      dtype: of the loaded parameters, whatever the files hold.
+      variant: of the weight files, such as "fp16". None takes full precision, or `fp16` where nothing else is there.
+      tokenizer: a tokenizer folder, or a pipeline folder with one, in place of the model's own.
+      prediction_type: "epsilon" or "v_prediction", in place of what the scheduler's config says, `unet_config`'s too.
+      unet, unet_config: another UNet and its config, as for `replace_unet`, in place of the model's own.
+
+    Raises:
+      FileNotFoundError: the model, or files in it, are missing; all of them are listed.
+      ValueError: a class, option or tensor that this library does not support, or a damaged file; says which.
+    """
+    replacement = None if unet is None else find_unet(unet, unet_config)
+    path = resolve_model(path, variant, replaced=replaced_parts(replacement, tokenizer))
+    if not os.path.isfile(path):
+        return load_folder(
+            path, dtype, variant=variant, tokenizer=tokenizer, prediction_type=prediction_type, unet=replacement
+        )
+    if variant is not None:
+        raise ValueError(f"variant is {variant!r}, but {path} is one file; only a folder has variants")
+    pipeline = load_single_file(path, tokenizer, prediction_type, dtype)
+    return pipeline if replacement is None else _with_unet(pipeline, replacement, dtype, prediction_type)
+
+
+def load_unet(
+    path: str, config: str | Mapping[str, Any] | None = None, dtype: Any = jnp.float32
+) -> tuple[UNet2DConditionModel, Any]:
+    """Reads one UNet -> (module, params).
+
+    Args:
+      path: a diffusers UNet folder (config.json and weights), or a file with a bare state dict.
+      config: of the UNet, see `named_config`: needed for a file, and replaces a folder's config.json.
+      dtype: of the loaded parameters, whatever the file holds.
+
+    Raises FileNotFoundError and ValueError as `load_pipeline`.
+    """
+    unet = find_unet(path, config)
+    return unet.module, unet.load(dtype)
+
+
+def replace_unet(
+    pipeline: Pipeline,
+    path: str,
+    config: str | Mapping[str, Any] | None = None,
+    dtype: Any = jnp.float32,
+    prediction_type: str | None = None,
+) -> Pipeline:
+    """`pipeline` with another UNet, and with the noise schedule that its config brings.
+
+    A config without a scheduler, or a UNet folder's own config.json, leaves the schedule as it is.
+
+    Args:
+      pipeline: gives the autoencoder, text encoder and tokenizer.
+      path, config, dtype: of the UNet, as for `load_unet`.
+      prediction_type: "epsilon" or "v_prediction", in place of what the schedule says.
+
+    Raises FileNotFoundError and ValueError as `load_unet`; ValueError if the UNet does not fit the other parts.
+    """
+    return _with_unet(pipeline, find_unet(path, config), dtype, prediction_type)
+
+
+def _with_unet(pipeline: Pipeline, unet: UNetFile, dtype: Any, prediction_type: str | None) -> Pipeline:
+    schedule = pipeline.schedule
+    if unet.scheduler is not None or prediction_type is not None:
+        schedule = read_schedule(unet.scheduler or schedule.to_config(), prediction_type)
+    check_parts(unet.module, pipeline.vae, pipeline.text_encoder, pipeline.tokenizer)
+    params = pipeline.params | {"unet": unet.load(dtype)}
+    return dataclasses.replace(pipeline, unet=unet.module, schedule=schedule, params=params)

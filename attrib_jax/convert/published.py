@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from attrib_jax.convert.pickles import read_pickled_dict
+from attrib_jax.convert.weights.pickles import read_pickled_dict
 from attrib_jax.convert.weights.torch_files import open_torch
 from attrib_jax.core.types import Scores
 

@@ -4,44 +4,31 @@ import dataclasses
 import json
 import logging
 import os
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from attrib_jax.convert import ldm_configs
-from attrib_jax.convert.ldm_names import (
-    CLIP,
-    OPEN_CLIP,
-    UNET,
-    VAE,
-    Stored,
-    check_names,
-    pack,
-    text_table,
-    unet_table,
-    unpack,
-    vae_table,
-)
-from attrib_jax.convert.pipeline import Pipeline, abstract_text_params, abstract_unet_params, abstract_vae_params
+from attrib_jax.convert.ldm import configs as ldm_configs
+from attrib_jax.convert.ldm.names import CLIP, OPEN_CLIP, UNET, VAE, check_names, pack, part_tables, unpack
+from attrib_jax.convert.parts import PIXELS, abstract_part_params
+from attrib_jax.convert.pipeline import Pipeline
 from attrib_jax.convert.tokenizer import load_tokenizer
 from attrib_jax.convert.weights.files import open_weights, safetensors_layout, write_weights
-from attrib_jax.convert.weights.names import name_table
 from attrib_jax.convert.weights.state_dicts import load_params, state_dict_of
 from attrib_jax.convert.weights.tensors import Tensor
 from attrib_jax.convert.weights.torch_files import open_torch
 from attrib_jax.diffusion.schedule import NoiseSchedule
 from attrib_jax.models.clip import CLIPTextConfig, CLIPTextModel
-from attrib_jax.models.pixel_autoencoder import CLASS_NAME as PIXELS
 from attrib_jax.models.pixel_autoencoder import PixelAutoencoder
 from attrib_jax.models.unet import UNet2DConditionModel, UNetConfig
 from attrib_jax.models.vae import AutoencoderKL, AutoencoderKLConfig
 
 _log = logging.getLogger(__name__)
 
-_TABLES = {"unet": unet_table, "vae": vae_table, "text_encoder": text_table}
-_ABSTRACT = {"unet": abstract_unet_params, "vae": abstract_vae_params, "text_encoder": abstract_text_params}
+_PARTS = ("unet", "vae", "text_encoder")
 # Where the header of our files has what the shapes do not tell.
 _METADATA_KEY = "attrib_jax_config"
 _SCHEDULER = {
@@ -102,7 +89,7 @@ def load_single_file(
     schedule = NoiseSchedule.from_config(scheduler)
     if "alphas_cumprod" in state and not given["scheduler"]:
         _check_schedule(state["alphas_cumprod"], schedule, path)
-    configs = _infer_configs(shapes, schedule.prediction_type, path)
+    configs = ldm_configs.infer_configs(shapes, schedule.prediction_type, path)
     positions = (configs["text_encoder"] | given["text_encoder"])["max_position_embeddings"]
     tokenizer = load_tokenizer(tokenizer_folder, positions)
     configs["text_encoder"] |= {
@@ -111,10 +98,12 @@ def load_single_file(
     if "scale_factor" in state:
         configs["vae"]["scaling_factor"] = _number(state["scale_factor"], f"{path}: scale_factor")
     modules = _build_modules({part: configs[part] | given[part] for part in configs}, path)
-    tables = _tables(modules)
+    tables = part_tables(modules)
     check_names(shapes, tables, modules["text_encoder"].config.num_hidden_layers, path)
     params = {
-        part: load_params(unpack(state, table, path), _ABSTRACT[part](modules[part]), dtype, f"{path} ({part})")
+        part: load_params(
+            unpack(state, table, path), abstract_part_params(part, modules[part]), dtype, f"{path} ({part})"
+        )
         for part, table in tables.items()
     }
     return Pipeline(**modules, tokenizer=tokenizer, schedule=schedule, params=params)
@@ -125,7 +114,7 @@ def save_single_file(pipeline: Pipeline, path: str, dtype: Any = None) -> None:
 
     A text encoder with the exact GELU is written under open_clip's names, as Stable Diffusion 2 has it; it then has
     only the layers that are used, 23 of the published 24. The file holds no tokenizer. What its shapes leave open is in
-    its header, for `load_single_file`; another program has to be told it, so it is logged, see `untold_config`.
+    its header, for `load_single_file`; another program has to be told it, so it is logged, see `uninferable_config`.
 
     Args:
       pipeline: what to write.
@@ -138,30 +127,31 @@ def save_single_file(pipeline: Pipeline, path: str, dtype: Any = None) -> None:
         files have no place for.
     """
     tensors = {}
-    for part, table in _tables(_modules_of(pipeline)).items():
+    for part, table in part_tables(_modules_of(pipeline)).items():
         tensors |= pack(state_dict_of(pipeline.params[part]), table)
-    untold = untold_config(pipeline)
+    entries = uninferable_config(pipeline)
     prediction = {"prediction_type": pipeline.schedule.prediction_type}
-    config = untold | {"scheduler": prediction | untold.get("scheduler", {})}
+    config = entries | {"scheduler": prediction | entries.get("scheduler", {})}
     write_weights(tensors, path, dtype, {_METADATA_KEY: json.dumps(config)})
-    if untold:
-        _log.warning("%s: other programs than this have to be told %r of the model", path, untold)
+    if entries:
+        _log.warning("%s: other programs need these entries, which tensor shapes cannot determine: %r", path, entries)
 
 
-def untold_config(pipeline: Pipeline) -> dict[str, dict[str, Any]]:
-    """What the tensors of `save_single_file`'s file do not tell of the pipeline, as `config` of `load_single_file`.
+def uninferable_config(pipeline: Pipeline) -> dict[str, dict[str, Any]]:
+    """Config entries that the tensor shapes in `save_single_file`'s file cannot determine.
 
+    They have the form of `config` of `load_single_file`.
     Empty for a published model, but for the `upcast_attention` of Stable Diffusion 2.1. The `prediction_type` of Stable
     Diffusion 2 is never in it.
     """
     modules = _modules_of(pipeline)
     shapes = {}
-    for part, table in _tables(modules).items():
-        tensors = pack(state_dict_of(_ABSTRACT[part](modules[part])), table)
+    for part, table in part_tables(modules).items():
+        tensors = pack(state_dict_of(abstract_part_params(part, modules[part])), table)
         shapes |= {name: tensor.shape for name, tensor in tensors.items()}
     schedule = pipeline.schedule
-    inferred = _infer_configs(shapes, schedule.prediction_type, "the pipeline")
-    untold = {}
+    inferred = ldm_configs.infer_configs(shapes, schedule.prediction_type, "the pipeline")
+    entries = {}
     for part, module in modules.items():
         defaults = {field.name: field.default for field in dataclasses.fields(module.config)}
         actual = module.config.to_dict()
@@ -170,12 +160,18 @@ def untold_config(pipeline: Pipeline) -> dict[str, dict[str, Any]]:
         differ = [key for key in told if told[key] != actual[key] and (told[key] or actual[key])]
         keys = [key for key in differ if key not in _INERT[part]]
         if keys:
-            untold[part] = {key: actual[key] for key in keys}
+            entries[part] = {key: actual[key] for key in keys}
     usual = NoiseSchedule.from_config(_SCHEDULER | {"prediction_type": schedule.prediction_type})
     may_predict_v = ldm_configs.has_open_clip(shapes)
     if not _same_schedule(schedule, usual) or (schedule.prediction_type != "epsilon" and not may_predict_v):
-        untold["scheduler"] = {"_class_name": "DDIMScheduler"} | schedule.to_config()
-    return untold
+        entries["scheduler"] = {"_class_name": "DDIMScheduler"} | schedule.to_config()
+    return entries
+
+
+def untold_config(pipeline: Pipeline) -> dict[str, dict[str, Any]]:
+    """Deprecated name of `uninferable_config`."""
+    warnings.warn("untold_config is now uninferable_config", DeprecationWarning, stacklevel=2)
+    return uninferable_config(pipeline)
 
 
 def _stored_config(path: str) -> dict[str, dict[str, Any]] | None:
@@ -198,7 +194,7 @@ def _stored_config(path: str) -> dict[str, dict[str, Any]] | None:
 
 
 def _check_config(config: Mapping[str, Mapping[str, Any]] | None) -> dict[str, dict[str, Any]]:
-    parts = (*_TABLES, "scheduler")
+    parts = (*_PARTS, "scheduler")
     unknown = sorted(set(config or {}) - set(parts))
     if unknown:
         raise ValueError(f"config has the parts {', '.join(unknown)}; expected some of {', '.join(parts)}")
@@ -282,16 +278,6 @@ def _same_schedule(left: NoiseSchedule, right: NoiseSchedule) -> bool:
     return all(np.array_equal(getattr(left, name), getattr(right, name)) for name in names)
 
 
-def _infer_configs(shapes: ldm_configs.Shapes, prediction_type: str, source: str) -> dict[str, dict[str, Any]]:
-    # Stable Diffusion 2 with v prediction was trained on 768 pixels, all else on 512.
-    size = 96 if prediction_type == "v_prediction" and ldm_configs.has_open_clip(shapes) else 64
-    return {
-        "unet": ldm_configs.unet_config(shapes, size, source),
-        "vae": ldm_configs.vae_config(shapes, size, source),
-        "text_encoder": ldm_configs.text_config(shapes, source),
-    }
-
-
 def _build_modules(configs: Mapping[str, Mapping[str, Any]], source: str) -> dict[str, Any]:
     try:
         for part, key in (("unet", "attention_head_dim"), ("text_encoder", "num_attention_heads")):
@@ -319,12 +305,4 @@ def _modules_of(pipeline: Pipeline) -> dict[str, Any]:
             f"the pipeline's vae is a {PIXELS}: a model that works on pixels cannot be a single file; give a folder as "
             "output"
         )
-    return {part: getattr(pipeline, part) for part in _TABLES}
-
-
-def _tables(modules: Mapping[str, Any]) -> dict[str, dict[str, Stored]]:
-    """Part -> file name -> content."""
-    return {
-        part: _TABLES[part](module.config, tuple(name_table(_ABSTRACT[part](module))))
-        for part, module in modules.items()
-    }
+    return {part: getattr(pipeline, part) for part in _PARTS}

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from attrib_jax.convert.diffusers_folder import read_json, write_json
+from attrib_jax.convert.config_files import read_json, write_json
 from attrib_jax.core.text import replace_surrogates
 
 START, END, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"

@@ -10,7 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from attrib_jax.convert.diffusers_folder import find_weights, read_config, write_json
+from attrib_jax.convert.config_files import read_config, write_json
+from attrib_jax.convert.diffusers_folder import find_weights
 from attrib_jax.convert.hub import resolve_tower
 from attrib_jax.convert.image_processor import ImageProcessor, load_image_processor, save_image_processor
 from attrib_jax.convert.tokenizer import load_tokenizer, save_tokenizer

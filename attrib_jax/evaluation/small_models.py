@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attrib_jax.convert.pipeline import Pipeline, latent_size, save_pipeline
+from attrib_jax.convert.diffusers_folder import save_pipeline
+from attrib_jax.convert.pipeline import Pipeline, latent_size
 from attrib_jax.convert.tokenizer import train_tokenizer
 from attrib_jax.core.checks import check_positive
 from attrib_jax.core.keys import purpose_key

@@ -25,7 +25,7 @@ import numpy as np
 
 from attrib_jax.attribution.kernel import Kernel, fit_kernel, kernel_scores, leverages
 from attrib_jax.attribution.scores import combine_flips
-from attrib_jax.convert.pipeline import load_pipeline, load_unet
+from attrib_jax.convert.load import load_pipeline, load_unet
 from attrib_jax.core.fingerprint import params_fingerprint
 from attrib_jax.core.keys import purpose_key
 from attrib_jax.core.types import Scores

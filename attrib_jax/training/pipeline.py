@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attrib_jax.convert.pipeline import Pipeline, encode_text, save_pipeline
+from attrib_jax.convert.diffusers_folder import save_pipeline
+from attrib_jax.convert.pipeline import Pipeline, encode_text
 from attrib_jax.convert.tokenizer import (
     load_tokenizer,
     save_tokenizer,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from attrib_jax.convert.pipeline import load_pipeline
+from attrib_jax.convert.load import load_pipeline
 
 _MODEL = Path(__file__).parents[2] / "models" / "openmoji"
 # A process of its own, since every command defines flags of the same names.

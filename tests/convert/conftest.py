@@ -3,7 +3,7 @@
 import diffusers
 import pytest
 
-from attrib_jax.convert import pipeline as pipelines
+from attrib_jax.convert.load import load_pipeline
 from tests.tiny_pipeline import make_torch_pipeline
 
 
@@ -16,7 +16,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def ours(folder):
-    return pipelines.load_pipeline(folder)
+    return load_pipeline(folder)
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import torch
 
-from attrib_jax.convert import pipeline as pipelines
+from attrib_jax.convert.pipeline import tokenize
 from tests.tiny_pipeline import MAX_LENGTH, TEXT_WIDTH
 
 _RNG = np.random.default_rng(0)
@@ -36,7 +36,7 @@ def torch_unet_output(theirs) -> np.ndarray:
 
 def text_states(pipeline, prompts) -> np.ndarray:
     """The text encoder's states of prompts (B, L, d)."""
-    ids = pipelines.tokenize(pipeline, prompts)
+    ids = tokenize(pipeline, prompts)
     return np.asarray(_compiled(pipeline.text_encoder)({"params": pipeline.params["text_encoder"]}, ids))
 
 

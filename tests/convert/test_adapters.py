@@ -13,9 +13,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attrib_jax.convert import pipeline as pipelines
 from attrib_jax.convert.adapters.custom_diffusion import apply_custom_diffusion, save_custom_diffusion
 from attrib_jax.convert.adapters.textual_inversion import add_tokens, read_tokens
+from attrib_jax.convert.pipeline import tokenize
 from attrib_jax.core.weights import flatten_names, unflatten_names
 from tests.convert.outputs import relative_error, text_states, torch_text_states, torch_unet_output, unet_output
 from tests.tiny_pipeline import TEXT_WIDTH
@@ -204,7 +204,7 @@ def test_saved_files_load_in_diffusers(ours, theirs, tmp_path, suffix, pattern):
     assert relative_error(text_states(tuned, PROMPTS), torch_text_states(theirs, PROMPTS)) < 1e-5
     again = apply_custom_diffusion(ours, str(tmp_path))
     assert_same_params(again, tuned)
-    np.testing.assert_array_equal(pipelines.tokenize(again, PROMPTS), pipelines.tokenize(tuned, PROMPTS))
+    np.testing.assert_array_equal(tokenize(again, PROMPTS), tokenize(tuned, PROMPTS))
 
 
 def test_saved_names_are_those_of_diffusers(ours, theirs, tmp_path):

@@ -10,8 +10,10 @@ import jax
 import numpy as np
 import pytest
 
-from attrib_jax.convert import pipeline as pipelines
 from attrib_jax.convert.configs import MSCOCO
+from attrib_jax.convert.diffusers_folder import save_pipeline
+from attrib_jax.convert.load import load_pipeline, load_unet, replace_unet
+from attrib_jax.convert.parts import abstract_unet_params
 from attrib_jax.convert.single_file import save_single_file
 from attrib_jax.convert.weights.files import write_weights
 from attrib_jax.convert.weights.state_dicts import state_dict_of
@@ -28,7 +30,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ours(folder):
-    return pipelines.load_pipeline(str(folder))
+    return load_pipeline(str(folder))
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])
@@ -37,15 +39,15 @@ def test_a_bare_unet_with_a_config(folder, ours, tmp_path, kind):
     old_layout.store_weights(source, kind=kind, parts=("unet",))
     file = next((source / "unet").glob(f"*.{kind}")).rename(tmp_path / f"model.{kind}")
     config = str(source / "unet/config.json")
-    module, params = pipelines.load_unet(str(file), config)
+    module, params = load_unet(str(file), config)
     assert module == ours.unet
     jax.tree.map(np.testing.assert_array_equal, params, ours.params["unet"])
     with pytest.raises(ValueError, match=f"model.{kind} is a bare weight file; give its config"):
-        pipelines.load_unet(str(file))
+        load_unet(str(file))
     with pytest.raises(ValueError, match="does not fit the model that its config describes"):
-        pipelines.load_unet(str(file), "mscoco")
+        load_unet(str(file), "mscoco")
     with pytest.raises(FileNotFoundError, match="'nowhere.bin' does not exist"):
-        pipelines.load_unet("nowhere.bin", "mscoco")
+        load_unet("nowhere.bin", "mscoco")
 
 
 def test_a_replaced_unet_brings_its_schedule(folder, ours, tmp_path):
@@ -54,20 +56,20 @@ def test_a_replaced_unet_brings_its_schedule(folder, ours, tmp_path):
     write_weights(state, tmp_path / "model.safetensors")
     config = tmp_path / "model.json"
     config.write_text(json.dumps({"unet": unet, "scheduler": MSCOCO.scheduler}))
-    replaced = pipelines.replace_unet(ours, str(tmp_path / "model.safetensors"), str(config))
+    replaced = replace_unet(ours, str(tmp_path / "model.safetensors"), str(config))
     jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, 2 * y), replaced.params["unet"], ours.params["unet"])
     assert replaced.params["vae"] is ours.params["vae"]
     np.testing.assert_allclose(
         replaced.schedule.alphas_cumprod, np.cumprod(1 - np.linspace(1e-4, 0.02, 1000)), rtol=1e-5
     )
     assert replaced.schedule.clip_sample
-    same = pipelines.replace_unet(ours, f"{folder}/unet")
+    same = replace_unet(ours, f"{folder}/unet")
     assert same.schedule is ours.schedule
-    pipelines.save_pipeline(replaced, str(tmp_path / "saved"))
+    save_pipeline(replaced, str(tmp_path / "saved"))
     scheduler = diffusers.DDPMScheduler.from_pretrained(tmp_path / "saved/scheduler")
     np.testing.assert_array_equal(scheduler.alphas_cumprod.numpy(), replaced.schedule.alphas_cumprod)
     assert scheduler.config.clip_sample
-    again = pipelines.load_pipeline(str(tmp_path / "saved"))
+    again = load_pipeline(str(tmp_path / "saved"))
     assert (again.unet, again.schedule.to_config()) == (replaced.unet, replaced.schedule.to_config())
 
 
@@ -77,27 +79,27 @@ def test_a_prediction_type_of_choice_holds_for_the_schedule_of_a_replaced_unet(f
     save_single_file(ours, str(single))
     for model in (folder, single):
         load = functools.partial(
-            pipelines.load_pipeline, str(model), tokenizer=str(folder), unet=f"{folder}/unet", unet_config=config
+            load_pipeline, str(model), tokenizer=str(folder), unet=f"{folder}/unet", unet_config=config
         )
         assert load().schedule.prediction_type == "epsilon"
         chosen = load(prediction_type="v_prediction").schedule
         assert chosen.to_config() == MSCOCO.scheduler | {"prediction_type": "v_prediction"}
         assert chosen.prediction_type == "v_prediction"
-    same = pipelines.replace_unet(ours, f"{folder}/unet", prediction_type="v_prediction")
+    same = replace_unet(ours, f"{folder}/unet", prediction_type="v_prediction")
     assert same.schedule.to_config() == ours.schedule.to_config() | {"prediction_type": "v_prediction"}
     assert MSCOCO.scheduler["prediction_type"] == "epsilon"
 
 
 def test_a_unet_of_other_widths_is_refused(ours, tmp_path):
     wide = dataclasses.replace(ours.unet.config, cross_attention_dim=48)
-    abstract = pipelines.abstract_unet_params(ours.unet.clone(config=wide))
+    abstract = abstract_unet_params(ours.unet.clone(config=wide))
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), abstract)
     write_weights(state_dict_of(zeros), tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="the parts do not fit: unet cross_attention_dim is 48"):
-        pipelines.replace_unet(ours, str(tmp_path / "model.safetensors"), wide.to_dict())
+        replace_unet(ours, str(tmp_path / "model.safetensors"), wide.to_dict())
 
 
-def test_a_folder_may_lack_what_is_replaced(folder, ours, tmp_path, monkeypatch):
+def test_a_folder_may_lack_what_is_replaced(folder, ours, tmp_path):
     base = old_layout.copy_folder(folder, tmp_path / "base")
     for part in ("unet", "tokenizer", "scheduler"):
         shutil.rmtree(base / part)
@@ -106,34 +108,28 @@ def test_a_folder_may_lack_what_is_replaced(folder, ours, tmp_path, monkeypatch)
     old_layout.write(base / "model_index.json", index)
     unet = {"unet": f"{folder}/unet", "unet_config": {"unet": ours.unet.config.to_dict()}}
     with pytest.raises(ValueError, match="has unet of class 'UNet3DConditionModel'"):
-        pipelines.load_pipeline(str(base), tokenizer=str(folder))
+        load_pipeline(str(base), tokenizer=str(folder))
     with pytest.raises(ValueError, match="has tokenizer of class None"):
-        pipelines.load_pipeline(str(base), **unet)
+        load_pipeline(str(base), **unet)
     with pytest.raises(FileNotFoundError, match="it lacks: scheduler/scheduler_config.json$"):
-        pipelines.load_pipeline(str(base), tokenizer=str(folder), **unet)
+        load_pipeline(str(base), tokenizer=str(folder), **unet)
     unet["unet_config"]["scheduler"] = ours.schedule.to_config()
-    asked = []
-    monkeypatch.setattr(pipelines, "resolve_model", lambda path, _, replaced: asked.append(replaced) or path)
-    loaded = pipelines.load_pipeline(str(base), tokenizer=str(folder), **unet)
-    assert asked == [["unet", "tokenizer", "scheduler"]]
+    loaded = load_pipeline(str(base), tokenizer=str(folder), **unet)
     assert loaded.unet == ours.unet
     assert loaded.schedule.to_config() == ours.schedule.to_config()
     jax.tree.map(np.testing.assert_array_equal, loaded.params, ours.params)
 
 
-def test_loading_with_another_unet_reads_only_that_one(monkeypatch, tmp_path):
+def test_loading_with_another_unet_reads_only_that_one(tmp_path):
     folder = tmp_path / "base"
     make_torch_pipeline(str(folder))
     other = tmp_path / "other"
     make_torch_pipeline(str(other), seed=1)
-    base = pipelines.load_pipeline(str(folder))
+    base = load_pipeline(str(folder))
     unet = str(other / "unet" / "diffusion_pytorch_model.safetensors")
     config = {"unet": base.unet.config.to_dict(), "scheduler": {"_class_name": "DDPMScheduler", "beta_end": 0.03}}
-    expected = pipelines.replace_unet(base, unet, config)
-    opened = []
-    open_weights = pipelines.open_weights
-    monkeypatch.setattr(pipelines, "open_weights", lambda path: (opened.append(str(path)), open_weights(path))[1])
-    loaded = pipelines.load_pipeline(str(folder), unet=unet, unet_config=config)
-    assert len(opened) == 3 and unet in opened
+    expected = replace_unet(base, unet, config)
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"not read")
+    loaded = load_pipeline(str(folder), unet=unet, unet_config=config)
     jax.tree.map(np.testing.assert_array_equal, loaded.params, expected.params)
     np.testing.assert_array_equal(loaded.schedule.alphas_cumprod, expected.schedule.alphas_cumprod)

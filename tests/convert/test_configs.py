@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from attrib_jax.convert.configs import MSCOCO, named_config
-from attrib_jax.convert.pipeline import abstract_text_params, abstract_unet_params, abstract_vae_params
+from attrib_jax.convert.parts import abstract_text_params, abstract_unet_params, abstract_vae_params
 from attrib_jax.convert.weights.names import name_table, text_encoder_names, torch_shape, vae_names
 from attrib_jax.diffusion.schedule import NoiseSchedule
 from attrib_jax.models.clip import CLIPTextConfig, CLIPTextModel

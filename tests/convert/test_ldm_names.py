@@ -6,8 +6,9 @@ import torch
 import transformers
 from diffusers.loaders import single_file_utils
 
-from attrib_jax.convert import single_file
-from attrib_jax.convert.ldm_names import pack
+from attrib_jax.convert.ldm.configs import infer_configs
+from attrib_jax.convert.ldm.names import pack, part_tables
+from attrib_jax.convert.parts import abstract_part_params
 from attrib_jax.convert.weights.state_dicts import state_dict_of
 from attrib_jax.models.clip import CLIPTextConfig, CLIPTextModel
 from attrib_jax.models.unet import UNet2DConditionModel, UNetConfig
@@ -37,8 +38,8 @@ def test_full_size_names_and_configs(family):
     vae = AutoencoderKLConfig(block_out_channels=(128, 256, 512, 512), layers_per_block=2, sample_size=8 * size)
     modules = {"unet": UNet2DConditionModel(unet), "vae": AutoencoderKL(vae), "text_encoder": CLIPTextModel(text)}
     shapes = {}
-    for part, table in single_file._tables(modules).items():
-        tensors = pack(state_dict_of(single_file._ABSTRACT[part](modules[part])), table)
+    for part, table in part_tables(modules).items():
+        tensors = pack(state_dict_of(abstract_part_params(part, modules[part])), table)
         shapes |= {name: tensor.shape for name, tensor in tensors.items()}
 
     prefixes = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.")
@@ -49,7 +50,7 @@ def test_full_size_names_and_configs(family):
     assert shapes[single_file_utils.CHECKPOINT_KEY_NAMES["v1"]] == (320, 640, 1, 1)
     assert shapes[single_file_utils.CHECKPOINT_KEY_NAMES["v2"]] == (320, text.hidden_size)
 
-    configs = single_file._infer_configs(shapes, "v_prediction" if family == "sd2" else "epsilon", "x")
+    configs = infer_configs(shapes, "v_prediction" if family == "sd2" else "epsilon", "x")
     assert UNetConfig.from_dict(configs["unet"]) == unet
     assert AutoencoderKLConfig.from_dict(configs["vae"]) == vae
     assert CLIPTextConfig.from_dict(configs["text_encoder"]) == text

@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attrib_jax.convert.pickles import read_pickled_dict
+from attrib_jax.convert.weights.pickles import read_pickled_dict
 
 PROTOCOLS = range(pickle.HIGHEST_PROTOCOL + 1)
 

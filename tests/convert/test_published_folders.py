@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from attrib_jax.convert import pipeline as pipelines
-from attrib_jax.convert import single_file
+from attrib_jax.convert import load
+from attrib_jax.convert.diffusers_folder import save_pipeline
+from attrib_jax.convert.load import load_pipeline
+from attrib_jax.convert.pipeline import tokenize
 from attrib_jax.convert.weights.files import write_weights
 from tests.convert import old_layout
 from tests.tiny_pipeline import CAPTIONS, MAX_LENGTH, make_torch_pipeline
@@ -29,7 +31,7 @@ def theirs(folder):
 
 @pytest.fixture(scope="module")
 def ours(folder, theirs):
-    return pipelines.load_pipeline(str(folder))
+    return load_pipeline(str(folder))
 
 
 @pytest.fixture
@@ -53,7 +55,7 @@ def assert_same_pipeline(left, right):
     assert (left.unet, left.vae) == (right.unet, right.vae)
     jax.tree.map(np.testing.assert_array_equal, left.params, right.params)
     prompts = [*CAPTIONS, "", "an unknown word <|endoftext|>", "a polar bear " * 9]
-    np.testing.assert_array_equal(pipelines.tokenize(left, prompts), pipelines.tokenize(right, prompts))
+    np.testing.assert_array_equal(tokenize(left, prompts), tokenize(right, prompts))
     np.testing.assert_array_equal(left.schedule.alphas_cumprod, right.schedule.alphas_cumprod)
 
 
@@ -68,7 +70,7 @@ FORMS = {
 @pytest.mark.parametrize("form", FORMS)
 def test_published_folders_load_as_they_are(old_copy, ours, form):
     old_layout.store_weights(old_copy, **FORMS[form])
-    assert_same_pipeline(pipelines.load_pipeline(str(old_copy)), ours)
+    assert_same_pipeline(load_pipeline(str(old_copy)), ours)
 
 
 VARIANTS = {
@@ -84,15 +86,15 @@ VARIANTS = {
 def test_variants_load_by_name_and_beside_full_precision_only_so(old_copy, ours, form):
     old_layout.store_weights(old_copy, variant="fp16", dtype="float16", keep=True, **VARIANTS[form])
     assert list((old_copy / "unet").glob(f"*.{form}"))
-    assert_same_pipeline(pipelines.load_pipeline(str(old_copy)), ours)
-    half = pipelines.load_pipeline(str(old_copy), variant="fp16")
+    assert_same_pipeline(load_pipeline(str(old_copy)), ours)
+    half = load_pipeline(str(old_copy), variant="fp16")
     rounded = jax.tree.map(lambda x: np.asarray(x).astype(np.float16).astype(np.float32), ours.params)
     jax.tree.map(np.testing.assert_array_equal, half.params, rounded)
 
 
 def test_half_precision_alone_is_read_with_a_word_about_it(old_copy, caplog):
     old_layout.store_weights(old_copy, variant="fp16", dtype="float16")
-    pipelines.load_pipeline(str(old_copy))
+    load_pipeline(str(old_copy))
     assert caplog.text.count("fp16 weights of") == 3
 
 
@@ -100,7 +102,7 @@ def test_a_variant_of_the_unet_alone(old_copy, ours, caplog):
     doubled = {name: 2 * x for name, x in old_layout.read_weights(old_copy / "unet").items()}
     old_layout.store_weights(old_copy, variant="non_ema", parts=("unet",), keep=True)
     write_weights(doubled, old_copy / "unet/diffusion_pytorch_model.non_ema.safetensors")
-    loaded = pipelines.load_pipeline(str(old_copy), variant="non_ema")
+    loaded = load_pipeline(str(old_copy), variant="non_ema")
     jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, 2 * y), loaded.params["unet"], ours.params["unet"])
     jax.tree.map(np.testing.assert_array_equal, loaded.params["vae"], ours.params["vae"])
     assert "full precision weights of vae" in caplog.text
@@ -112,7 +114,7 @@ def test_an_absent_variant_lists_what_is_there(old_copy):
         "no variant 'bf16'; it holds unet: full precision; vae: full precision, fp16; text_encoder: full precision"
     )
     with pytest.raises(FileNotFoundError, match=expected):
-        pipelines.load_pipeline(str(old_copy), variant="bf16")
+        load_pipeline(str(old_copy), variant="bf16")
 
 
 def test_an_interrupted_copy_of_shards_is_named(old_copy):
@@ -121,22 +123,22 @@ def test_an_interrupted_copy_of_shards_is_named(old_copy):
     with pytest.raises(
         FileNotFoundError, match=r"vae/.*\.safetensors\.index\.json names files that are missing.*00002-of"
     ):
-        pipelines.load_pipeline(str(old_copy))
+        load_pipeline(str(old_copy))
 
 
 def test_stable_diffusion_2_folder_and_back_through_diffusers(folder, theirs, ours, tmp_path):
     old = old_layout.copy_folder(folder, tmp_path / "sd2")
     old_layout.age_folder(old, generation=2)
-    loaded = pipelines.load_pipeline(str(old))
+    loaded = load_pipeline(str(old))
     jax.tree.map(np.testing.assert_array_equal, loaded.params, ours.params)
     assert loaded.schedule.prediction_type == "v_prediction"
-    pipelines.save_pipeline(loaded, str(tmp_path / "saved"))
+    save_pipeline(loaded, str(tmp_path / "saved"))
     reopened = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "saved")
     for name, tensor in theirs.unet.state_dict().items():
         assert torch.equal(reopened.unet.state_dict()[name], tensor), name
     assert reopened.scheduler.config.prediction_type == "v_prediction"
     ids = reopened.tokenizer(["red heart!"], padding="max_length", max_length=MAX_LENGTH)["input_ids"]
-    assert pipelines.tokenize(loaded, ["red heart!"]).tolist() == ids
+    assert tokenize(loaded, ["red heart!"]).tolist() == ids
     assert ids[0][-1] == 0
 
 
@@ -146,48 +148,48 @@ def test_any_scheduler_class_gives_the_schedule(copy, scheduler):
     class_(beta_start=0.001, beta_end=0.01, beta_schedule="linear").save_pretrained(copy / "scheduler")
     index = old_layout.read(copy / "model_index.json")
     old_layout.write(copy / "model_index.json", index | {"scheduler": ["diffusers", class_.__name__]})
-    schedule = pipelines.load_pipeline(str(copy)).schedule
+    schedule = load_pipeline(str(copy)).schedule
     expected = np.cumprod(1 - np.linspace(0.001, 0.01, 1000))
     np.testing.assert_allclose(schedule.alphas_cumprod, expected, rtol=1e-5)
 
 
 def test_length_that_the_tokenizer_does_not_tell_is_the_text_encoders(copy, ours):
     old_layout.age_tokenizer(copy / "tokenizer", model_max_length=None)
-    assert pipelines.load_pipeline(str(copy)).tokenizer.model_max_length == MAX_LENGTH
+    assert load_pipeline(str(copy)).tokenizer.model_max_length == MAX_LENGTH
     config = copy / "tokenizer/tokenizer_config.json"
     old_layout.write(config, old_layout.read(config) | {"model_max_length": int(1e30)})
-    loaded = pipelines.load_pipeline(str(copy))
+    loaded = load_pipeline(str(copy))
     assert_same_pipeline(loaded, ours)
 
 
 def test_tokenizer_and_prediction_type_of_choice(copy, folder, old_folder, ours):
     shutil.rmtree(copy / "tokenizer")
     for tokenizer in (f"{folder}/tokenizer", str(folder), str(old_folder)):
-        loaded = pipelines.load_pipeline(str(copy), tokenizer=tokenizer, prediction_type="v_prediction")
+        loaded = load_pipeline(str(copy), tokenizer=tokenizer, prediction_type="v_prediction")
         assert loaded.schedule.prediction_type == "v_prediction"
-        assert pipelines.tokenize(loaded, CAPTIONS).tolist() == pipelines.tokenize(ours, CAPTIONS).tolist()
+        assert tokenize(loaded, CAPTIONS).tolist() == tokenize(ours, CAPTIONS).tolist()
     with pytest.raises(ValueError, match="prediction_type is 'noise'"):
-        pipelines.load_pipeline(str(folder), prediction_type="noise")
+        load_pipeline(str(folder), prediction_type="noise")
 
 
 @pytest.mark.parametrize("name", ["AltDiffusionPipeline", "StableDiffusionXLPipeline", "FlaxStableDiffusionPipeline"])
 def test_other_families_are_refused(copy, name):
     old_layout.write(copy / "model_index.json", old_layout.read(copy / "model_index.json") | {"_class_name": name})
     with pytest.raises(ValueError, match=f"'{name}'; supported: 'StableDiffusionPipeline'"):
-        pipelines.load_pipeline(str(copy))
+        load_pipeline(str(copy))
 
 
 def test_a_variant_of_one_file_is_refused(tmp_path):
     (tmp_path / "model.ckpt").touch()
     with pytest.raises(ValueError, match="variant is 'fp16', but .*model.ckpt is one file"):
-        pipelines.load_pipeline(str(tmp_path / "model.ckpt"), variant="fp16")
+        load_pipeline(str(tmp_path / "model.ckpt"), variant="fp16")
 
 
 def test_a_file_goes_to_the_single_file_reader(tmp_path, monkeypatch):
     (tmp_path / "model.ckpt").touch()
-    monkeypatch.setattr(single_file, "load_single_file", lambda *arguments: arguments)
+    monkeypatch.setattr(load, "load_single_file", lambda *arguments: arguments)
     path = str(tmp_path / "model.ckpt")
-    loaded = pipelines.load_pipeline(path, np.float16, tokenizer="tok", prediction_type="epsilon")
+    loaded = load_pipeline(path, np.float16, tokenizer="tok", prediction_type="epsilon")
     assert loaded == (path, "tok", "epsilon", np.float16)
 
 
@@ -196,7 +198,8 @@ def test_safetensors_folders_need_no_torch(old_folder):
         "import sys, importlib.machinery as m\n"
         "find = m.PathFinder.find_spec\n"
         "m.PathFinder.find_spec = lambda name, *rest: None if name.split('.')[0] == 'torch' else find(name, *rest)\n"
-        "from attrib_jax.convert.pipeline import load_pipeline, tokenize\n"
+        "from attrib_jax.convert.load import load_pipeline\n"
+        "from attrib_jax.convert.pipeline import tokenize\n"
         "print(tokenize(load_pipeline(sys.argv[1]), ['a red heart']).shape, 'torch' in sys.modules)"
     )
     command = [sys.executable, "-c", script, str(old_folder)]

@@ -12,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attrib_jax.attribute import model_fingerprint
-from attrib_jax.convert import pipeline as pipelines
 from attrib_jax.convert.adapters.textual_inversion import add_tokens, read_token_file, read_tokens, write_token_file
+from attrib_jax.convert.diffusers_folder import save_pipeline
+from attrib_jax.convert.load import load_pipeline
+from attrib_jax.convert.pipeline import prompt_report, tokenize
 from tests.convert.outputs import relative_error, text_states, torch_text_states
 from tests.tiny_pipeline import CAPTIONS, MAX_LENGTH, TEXT_WIDTH
 
@@ -51,7 +53,7 @@ def test_tokens_work_as_in_diffusers(ours, theirs, tmp_path):
         theirs.load_textual_inversion(str(tmp_path), weight_name=f"{name}.bin")
         extended = add_tokens(extended, read_token_file(path))
     expected = theirs.tokenizer(PROMPTS, padding="max_length", max_length=MAX_LENGTH, truncation=True)["input_ids"]
-    assert pipelines.tokenize(extended, PROMPTS).tolist() == expected
+    assert tokenize(extended, PROMPTS).tolist() == expected
     assert extended.text_encoder.config.vocab_size == theirs.text_encoder.config.vocab_size == len(theirs.tokenizer)
     assert relative_error(text_states(extended, PROMPTS), torch_text_states(theirs, PROMPTS)) < 1e-5
 
@@ -62,7 +64,7 @@ def test_tokens_added_together_get_the_ids_of_transformers(ours, theirs):
     theirs.tokenizer.add_tokens(names)
     prompts = ["<a> <b>", "a<new1><b>"]
     expected = theirs.tokenizer(prompts, padding="max_length", max_length=MAX_LENGTH, truncation=True)["input_ids"]
-    assert pipelines.tokenize(extended, prompts).tolist() == expected
+    assert tokenize(extended, prompts).tolist() == expected
 
 
 def test_given_pipeline_is_unchanged(ours):
@@ -95,10 +97,10 @@ def test_extended_pipeline_survives_saving(ours, tmp_path):
     tokens = vectors("<new1>", "<new2>")
     extended = add_tokens(ours, tokens)
     path = str(tmp_path / "saved")
-    pipelines.save_pipeline(extended, path)
-    again, theirs = pipelines.load_pipeline(path), diffusers.StableDiffusionPipeline.from_pretrained(path)
-    expected = pipelines.tokenize(extended, PROMPTS).tolist()
-    assert pipelines.tokenize(again, PROMPTS).tolist() == expected
+    save_pipeline(extended, path)
+    again, theirs = load_pipeline(path), diffusers.StableDiffusionPipeline.from_pretrained(path)
+    expected = tokenize(extended, PROMPTS).tolist()
+    assert tokenize(again, PROMPTS).tolist() == expected
     assert (
         theirs.tokenizer(PROMPTS, padding="max_length", max_length=MAX_LENGTH, truncation=True)["input_ids"] == expected
     )
@@ -141,14 +143,14 @@ def test_several_vectors_become_numbered_tokens(ours, theirs, tmp_path):
     extended = add_tokens(ours, tokens)
     for prompt in ["a <new1>", "<new1>s, x<new1>", "<NEW1>", "<new1> <new1>_1 <new1>_2", "<new1>_2", *CAPTIONS, ""]:
         assert relative_error(text_states(extended, [prompt]), torch_text_states(theirs, [prompt])) < 1e-5, prompt
-    written = pipelines.tokenize(ours, ["a"])[0].tolist()
+    written = tokenize(ours, ["a"])[0].tolist()
     written[2:5] = extended.tokenizer.convert_tokens_to_ids(list(tokens))
-    assert pipelines.tokenize(extended, ["a <new1>"]).tolist() == [written]
+    assert tokenize(extended, ["a <new1>"]).tolist() == [written]
 
 
 def test_report_shows_which_vectors_are_cut(ours):
     extended = add_tokens(ours, vectors("<new1>", "<new1>_1", "<new1>_2"))
-    report = pipelines.prompt_report(extended, "a red <new1> heart <new1>")
+    report = prompt_report(extended, "a red <new1> heart <new1>")
     assert (report.kept, report.truncated) == ("a red <new1> <new1>_1 <new1>_2 heart", "<new1> <new1>_1 <new1>_2")
 
 

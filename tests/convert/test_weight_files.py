@@ -116,7 +116,7 @@ def test_shards_elsewhere_are_refused(tmp_path, shard):
 @pytest.mark.parametrize("content", ["", "[1]", "{}", '{"weight_map": []}', '{"weight_map": {}}', "[" * 100_000])
 def test_damaged_index_is_named(tmp_path, content):
     (tmp_path / "x.index.json").write_text(content)
-    reasons = "is damaged, it is not JSON|is no index of a sharded model|holds a list, expected a JSON object"
+    reasons = "is damaged: it is not valid JSON|is no index of a sharded model|holds a list, expected a JSON object"
     with pytest.raises(ValueError, match=rf"x\.index\.json ({reasons})"):
         open_weights(tmp_path / "x.index.json")
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from attrib_jax.convert.pipeline import load_pipeline
+from attrib_jax.convert.load import load_pipeline
 from tests.tiny_dataset import make_dataset
 from tests.tiny_pipeline import make_torch_pipeline
 

@@ -19,7 +19,8 @@ import attrib_jax.jobs.fill
 import attrib_jax.jobs.losses
 import attrib_jax.methods.unlearn
 from attrib_jax.attribute import attribute
-from attrib_jax.convert.pipeline import load_pipeline, save_pipeline
+from attrib_jax.convert.diffusers_folder import save_pipeline
+from attrib_jax.convert.load import load_pipeline
 from attrib_jax.jobs.query import Query
 from attrib_jax.methods.config import AttributeConfig
 from attrib_jax.training.loop import FitConfig, fit

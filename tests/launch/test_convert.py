@@ -16,8 +16,8 @@ import pytest
 import safetensors.numpy
 import torch
 
-from attrib_jax.convert.pipeline import load_pipeline
-from attrib_jax.convert.single_file import load_single_file, untold_config
+from attrib_jax.convert.load import load_pipeline
+from attrib_jax.convert.single_file import load_single_file, uninferable_config
 from attrib_jax.core.types import Scores
 from attrib_jax.core.weights import select_weights
 from attrib_jax.curvature import Diagonal
@@ -121,7 +121,7 @@ def test_model_to_a_single_file_and_back(convert, model, tmp_path):
     names = safetensors.numpy.load_file(single).keys()
     assert any(name.startswith("model.diffusion_model.") for name in names)
     expected = load_pipeline(str(model))
-    found = load_single_file(str(single), str(model), config=untold_config(expected))
+    found = load_single_file(str(single), str(model), config=uninferable_config(expected))
     assert_same_params(found.params, expected.params)
 
 

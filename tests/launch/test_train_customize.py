@@ -9,7 +9,8 @@ from absl.testing import flagsaver
 from PIL import Image
 
 from attrib_jax.convert.adapters.custom_diffusion import apply_custom_diffusion
-from attrib_jax.convert.pipeline import load_pipeline, tokenize
+from attrib_jax.convert.load import load_pipeline
+from attrib_jax.convert.pipeline import tokenize
 from launch import common, train
 
 SETTINGS = ("--mode=customize", "--initializer_token=heart", "--train_steps=2", "--train_batch_size=4")

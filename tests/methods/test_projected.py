@@ -13,7 +13,7 @@ import pytest
 import attrib_jax.jobs.projections as features_stage
 import attrib_jax.methods.projected as projected
 from attrib_jax.attribution.projection import project
-from attrib_jax.convert.pipeline import load_pipeline
+from attrib_jax.convert.load import load_pipeline
 from attrib_jax.core.keys import example_noise, loss_key, purpose_key
 from attrib_jax.core.weights import flatten_names, merge_weights, select_weights
 from attrib_jax.jobs.encoded_dataset import EncodedDataset

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from attrib_jax.convert.pipeline import load_pipeline, save_pipeline
+from attrib_jax.convert.diffusers_folder import save_pipeline
+from attrib_jax.convert.load import load_pipeline
 from attrib_jax.data.digits import DigitsDataset
 from attrib_jax.data.sources import open_dataset
 from attrib_jax.evaluation.retrain import initial_params

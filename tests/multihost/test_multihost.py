@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from attrib_jax.convert.pipeline import load_pipeline
+from attrib_jax.convert.load import load_pipeline
 from attrib_jax.core.weights import select_weights
 from attrib_jax.jobs.fisher import fisher_file, load_fisher
 from attrib_jax.storage.chunks import ChunkStore

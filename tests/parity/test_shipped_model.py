@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from attrib_jax.attribute import Attributor
-from attrib_jax.convert.pipeline import load_pipeline
+from attrib_jax.convert.load import load_pipeline
 from attrib_jax.data.sources import open_dataset
 from attrib_jax.jobs.query import Query, decode, generate, initial_noise
 from attrib_jax.methods.config import AttributeConfig

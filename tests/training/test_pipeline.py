@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attrib_jax.convert.pipeline import load_pipeline
+from attrib_jax.convert.load import load_pipeline
 from attrib_jax.data.images import UnreadableRowError
 from attrib_jax.data.readers import TrainingImages, image_side
 from attrib_jax.data.sources import ArrayDataset

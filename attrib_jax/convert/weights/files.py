@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from attrib_jax.convert.diffusers_folder import read_json
+from attrib_jax.convert.config_files import read_json
 from attrib_jax.convert.weights.tensors import LazyTensor, Tensor, dtype_of
 from attrib_jax.convert.weights.torch_files import open_torch
 

@@ -8,7 +8,7 @@ widths do not allow the published number of heads, it is None.
 from collections.abc import Mapping
 from typing import Any
 
-from attrib_jax.convert.ldm_names import CLIP, OPEN_CLIP, UNET, VAE
+from attrib_jax.convert.ldm.names import CLIP, OPEN_CLIP, UNET, VAE
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -16,6 +16,17 @@ _UNET_HEADS = 8  # of Stable Diffusion 1, at every level
 _HEAD_WIDTH = 64  # of both text encoders, and of Stable Diffusion 2's UNet
 # open_clip's text tower has 24 layers, of which Stable Diffusion 2 was trained on the last but one's output.
 _OPEN_CLIP_LAYERS = 24
+
+
+def infer_configs(shapes: Shapes, prediction_type: str, source: str) -> dict[str, dict[str, Any]]:
+    """The config.json of `unet`, `vae` and `text_encoder`; arguments and errors as `unet_config`."""
+    # Stable Diffusion 2 with v prediction was trained on 768 pixels, all else on 512.
+    size = 96 if prediction_type == "v_prediction" and has_open_clip(shapes) else 64
+    return {
+        "unet": unet_config(shapes, size, source),
+        "vae": vae_config(shapes, size, source),
+        "text_encoder": text_config(shapes, source),
+    }
 
 
 def has_open_clip(shapes: Shapes) -> bool:

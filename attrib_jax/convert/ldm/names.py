@@ -11,10 +11,12 @@ import collections
 import logging
 import re
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from attrib_jax.convert.parts import abstract_part_params
+from attrib_jax.convert.weights.names import name_table
 from attrib_jax.convert.weights.tensors import LazyTensor, Tensor
 from attrib_jax.core.checks import raise_problems
 from attrib_jax.models.clip import CLIPTextConfig
@@ -83,6 +85,15 @@ class Stored(NamedTuple):
 
     names: tuple[str, ...]
     is_pointwise: bool = False
+
+
+def part_tables(modules: Mapping[str, Any]) -> dict[str, dict[str, Stored]]:
+    """Part -> file name -> content, for the modules of a pipeline: `unet`, `vae` and `text_encoder`."""
+    functions = {"unet": unet_table, "vae": vae_table, "text_encoder": text_table}
+    return {
+        part: functions[part](module.config, name_table(abstract_part_params(part, module)))
+        for part, module in modules.items()
+    }
 
 
 def unet_table(config: UNetConfig, names: Iterable[str]) -> dict[str, Stored]:
