@@ -22,6 +22,7 @@ from sklearn.metrics import roc_auc_score
 
 from attrib_jax.attribute import Attributed, Attributor
 from attrib_jax.convert.load import load_pipeline
+from attrib_jax.core.types import ranking
 from attrib_jax.data.sources import open_dataset
 from attrib_jax.jobs.query import Query
 from attrib_jax.methods.config import SCORES, AttributeConfig
@@ -97,7 +98,7 @@ def summary(scores, things: np.ndarray, people: np.ndarray) -> dict[str, float]:
       scores: `Scores` of all pictures, in the order of the data set.
       things, people: (N,) bool, whose captions name the scene's thing, and people.
     """
-    order = np.lexsort((scores.row_id, -scores.score))
+    order = ranking(scores.score, scores.row_id)
     rank = np.empty(len(order), np.int64)
     rank[order] = np.arange(1, len(order) + 1)
     top = order[:_TOP]

@@ -5,7 +5,6 @@ name, number of the block in its leaf) through threefry2x32. So a projection is 
 whatever order the leaves come, and can be continued years later.
 """
 
-import hashlib
 import math
 from typing import Any
 
@@ -13,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from attrib_jax.core.checks import check_choice, check_positive
+from attrib_jax.core.fingerprint import name_hash
 from attrib_jax.core.keys import check_key
 from attrib_jax.core.weights import flatten_names
 from attrib_jax.ops.matmul_precision import float32_products
@@ -81,7 +81,7 @@ def _blocks(gradients: Any, key: jax.Array, rows: int) -> tuple[jax.Array, jax.A
         flat = leaf.reshape(len(leaf), -1).T
         count = -(-len(flat) // rows)
         blocks.append(jnp.pad(flat, ((0, count * rows - len(flat)), (0, 0))).reshape(count, rows, -1))
-        leaf_key = jax.random.fold_in(key, int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big"))
+        leaf_key = jax.random.fold_in(key, name_hash(name))
         keys.append(jax.vmap(jax.random.fold_in, in_axes=(None, 0))(leaf_key, jnp.arange(count, dtype=jnp.uint32)))
     return jnp.concatenate(blocks), jnp.concatenate(keys)
 

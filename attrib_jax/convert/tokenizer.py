@@ -3,7 +3,6 @@
 `transformers` and `tokenizers` are imported inside the functions: importing the library stays light.
 """
 
-import hashlib
 import itertools
 import json
 import os
@@ -13,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from attrib_jax.convert.config_files import read_json, write_json
+from attrib_jax.core.fingerprint import json_digest
 from attrib_jax.core.text import replace_surrogates
 
 START, END, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
@@ -241,7 +241,7 @@ def tokenizer_fingerprint(tokenizer: Any, added: bool = True) -> str:
     parts = tokenizer_parts(tokenizer)
     if not added:
         parts.pop("added_tokens", None)
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return json_digest(parts)
 
 
 def tokenizer_parts(tokenizer: Any) -> dict[str, Any]:

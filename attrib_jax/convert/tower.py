@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import hashlib
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -21,6 +20,7 @@ from attrib_jax.convert.weights.state_dicts import abstract_params, load_params,
 from attrib_jax.convert.weights.tensors import Tensor
 from attrib_jax.core.checks import check_choice
 from attrib_jax.core.durable import new_folder
+from attrib_jax.core.fingerprint import files_digest
 from attrib_jax.models.clip_towers import CLIPConfig, CLIPModel
 from attrib_jax.models.vit import Dinov2Config, VisionTransformer, ViTConfig
 
@@ -147,11 +147,7 @@ def tower_fingerprint(path: str | os.PathLike) -> str:
 @functools.lru_cache(16)
 def _digest(files: tuple[tuple[str, int, int], ...]) -> str:
     # Kept as long as no file has changed: every query of a run asks for it.
-    digest = hashlib.sha256()
-    for file, _, _ in files:
-        with open(file, "rb") as opened:
-            digest.update(f"{os.path.basename(file)} {hashlib.file_digest(opened, 'sha256').hexdigest()}\n".encode())
-    return digest.hexdigest()
+    return files_digest(file for file, _, _ in files)
 
 
 def save_tower(tower: Tower, path: str | os.PathLike, dtype: Any = None) -> None:

@@ -1,4 +1,8 @@
-"""Files and folders that are on disk once they have their names."""
+"""Files and folders that are on disk once they have their names: the one way in which this library writes.
+
+Kept by hand because what exists covers less: `atomicwrites` is archived, `tempfile` and `os.replace` alone sync neither
+the content nor the folder, and none of them replaces folders.
+"""
 
 import contextlib
 import errno
@@ -7,6 +11,9 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
+
+PARTIAL = ".partial-"  # what the names of unfinished files start with
 
 
 def sync(path: Path) -> None:
@@ -23,9 +30,39 @@ def sync(path: Path) -> None:
 
 
 def sync_all(folder: Path) -> None:
-    """`sync` of a folder and all that it holds."""
+    """`sync` of a folder and everything in it."""
     for item in (*folder.rglob("*"), folder):
         sync(item)
+
+
+@contextlib.contextmanager
+def new_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
+    """A binary file to write, which takes the name `path` only when the block has ended well and its bytes are on disk.
+
+    It is written beside `path` under a name that starts with `PARTIAL`, synced and renamed. If anything fails it is
+    removed, and what had the name `path` stays as it was.
+    """
+    path = Path(path)
+    descriptor, temporary = tempfile.mkstemp(prefix=PARTIAL, suffix=f"-{path.name}", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp creates 0600; a result should be as readable as any other file of the user.
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+    sync(path.parent)
+
+
+def _umask() -> int:
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 @contextlib.contextmanager

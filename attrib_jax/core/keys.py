@@ -4,12 +4,13 @@ The noise of a loss depends on (loss seed, row id, flip, caption, timestep) and 
 depends on batch size, order, subset, padding, device count or host count (METHOD.md section 2).
 """
 
-import hashlib
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from attrib_jax.core.fingerprint import name_hash
 
 _IMPL = "threefry2x32"
 _MAX_ROW_ID = 2**31 - 1
@@ -40,8 +41,7 @@ def purpose_key(seed: int, purpose: str) -> jax.Array:
     """
     if not purpose:
         raise ValueError("purpose is empty; expected a name such as 'fisher', so that streams stay apart")
-    digest = int.from_bytes(hashlib.sha256(purpose.encode()).digest()[:4], "big")
-    return jax.random.fold_in(loss_key(seed), digest | 2**31)
+    return jax.random.fold_in(loss_key(seed), name_hash(purpose) | 2**31)
 
 
 def example_noise(
@@ -91,7 +91,7 @@ def example_noise(
 def check_row_ids(row_id: np.ndarray | int) -> None:
     """Raises TypeError for ids that are not integers, ValueError where one is below 0 or above 2^31 - 1.
 
-    Cast to the 32 bits that a key takes, two pictures could get one noise.
+    Cast to the 32 bits that a key takes, two images could get one noise.
     """
     ids = np.asarray(row_id)
     if not np.issubdtype(ids.dtype, np.integer):

@@ -9,14 +9,14 @@ from attrib_jax.core.checks import check_positive
 
 
 class Batch(NamedTuple):
-    """B training examples, each one (picture, flip, caption); a pytree, so it passes through `jit`, `vmap` and `scan`.
+    """B training examples, each one (image, flip, caption); a pytree, so it passes through `jit`, `vmap` and `scan`.
 
     Attributes:
-      latents: (B, h, w, c) float32, multiplied by the autoencoder's scaling factor; of the mirrored picture if flipped.
+      latents: (B, h, w, c) float32, multiplied by the autoencoder's scaling factor; of the mirror image if flipped.
       text: (B, L, d) float32 text states of the example's caption.
-      row_id: (B,) int32, the picture's row in the data set, whatever the order of the batch.
-      flip: (B,) int32, 1 for the mirrored picture.
-      caption: (B,) int32, index of the caption among the picture's captions.
+      row_id: (B,) int32, the image's row in the data set, whatever the order of the batch.
+      flip: (B,) int32, 1 for the mirror image.
+      caption: (B,) int32, index of the caption among the image's captions.
       mask: (B,) 1 for an example, 0 for padding.
     """
 
@@ -26,6 +26,11 @@ class Batch(NamedTuple):
     flip: Any
     caption: Any
     mask: Any
+
+
+def ranking(scores: np.ndarray, row_id: np.ndarray) -> np.ndarray:
+    """Positions (N,) of N images from the most influential on; equal scores by rising row id, whatever their order."""
+    return np.lexsort((row_id, -np.asarray(scores)))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -86,21 +91,17 @@ class Scores:
     def __len__(self) -> int:
         return len(self.row_id)
 
-    def _order(self) -> np.ndarray:
-        # Equal scores go by row id, so that the ranking does not depend on the order of the rows.
-        return np.lexsort((self.row_id, -self.score))
-
     def top(self, k: int | None = None) -> "Scores":
         """The `k` most influential images (all of them by default), best first; equal scores by rising row id."""
         if k is not None:
             check_positive("k", k, integer=True)
-        rows = self._order()[:k]
+        rows = ranking(self.score, self.row_id)[:k]
         arrays = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return Scores(**{name: None if array is None else array[rows] for name, array in arrays.items()})
 
     def rank_of(self, row_id: int) -> int:
         """Rank of one image, 1 for the most influential; ties as in `top`. KeyError if it was not scored."""
-        found = np.flatnonzero(self.row_id[self._order()] == row_id)
+        found = np.flatnonzero(self.row_id[ranking(self.score, self.row_id)] == row_id)
         if not found.size:
             raise KeyError(f"row_id={row_id} is not among the {len(self)} scored images.")
         return int(found[0]) + 1

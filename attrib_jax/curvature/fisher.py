@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from attrib_jax.core.checks import example_mask
-from attrib_jax.core.compensated import add_pairs
+from attrib_jax.core.compensated import CompensatedSum
 from attrib_jax.curvature.diagonal import GRADIENT_SCALE, Diagonal
 from attrib_jax.ops.matmul_precision import float32_products
 
@@ -20,7 +20,7 @@ _PLAIN_ADDITIONS = 8
 class FisherSum(NamedTuple):
     """Sum over examples of squared gradients; `+` adds the sums of two batches or devices.
 
-    The sum is kept as an unevaluated pair `sum + compensation` (Knuth's two-sum), which doubles its precision: the
+    The sum is kept as an unevaluated pair `sum + compensation` (core/compensated.py), which doubles its precision: the
     float32 total of a million samples, added one batch at a time, is right to the last bit instead of drifting.
 
     Attributes:
@@ -36,10 +36,8 @@ class FisherSum(NamedTuple):
     def __add__(self, other: "FisherSum") -> "FisherSum":
         if not isinstance(other, FisherSum):
             return NotImplemented
-        # (total, low-order part) of each leaf, with the two parts taken out of the leaves again.
-        pairs = jax.tree.map(add_pairs, self.sum, self.compensation, other.sum, other.compensation)
-        total, compensation = jax.tree.transpose(jax.tree.structure(self.sum), jax.tree.structure((0, 0)), pairs)
-        return FisherSum(total, self.count + other.count, compensation)
+        total = CompensatedSum(self.sum, self.compensation) + CompensatedSum(other.sum, other.compensation)
+        return FisherSum(total.high, self.count + other.count, total.low)
 
     def __radd__(self, other) -> "FisherSum":
         # `sum(parts)` starts from 0.
@@ -47,7 +45,7 @@ class FisherSum(NamedTuple):
 
     def mean(self) -> Diagonal:
         """The Fisher information, sum / count, as curvature; NaN where no example was counted."""
-        total = jax.tree.map(jnp.add, self.sum, self.compensation)
+        total = CompensatedSum(self.sum, self.compensation).value()
         return Diagonal(jax.tree.map(lambda leaf: leaf / self.count, total), GRADIENT_SCALE)
 
 

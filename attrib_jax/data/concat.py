@@ -1,9 +1,8 @@
 """Two data sets as one: exemplars in front of the images that they are scored among."""
 
-import hashlib
-
 import numpy as np
 
+from attrib_jax.core.fingerprint import digest
 from attrib_jax.data.protocol import Dataset, Row
 
 
@@ -49,7 +48,7 @@ class ConcatDataset:
     def fingerprint(self) -> str:
         """sha256 over both fingerprints and the shift of the row ids."""
         both = (self.first.fingerprint(), self.second.fingerprint(), self.shift)
-        return hashlib.sha256(repr(both).encode()).hexdigest()
+        return digest(repr(both))
 
     def _locate(self, index: int) -> tuple[Dataset, int]:
         index = range(len(self))[index]

@@ -7,13 +7,13 @@ Either a workdir that `launch.encode` filled, or numpy files as the method's aut
 
 import abc
 import glob
-import hashlib
 import os
 from typing import Any
 
 import numpy as np
 
 from attrib_jax.core.checks import nonfinite_rows
+from attrib_jax.core.fingerprint import digest
 from attrib_jax.data.protocol import Dataset, Row
 from attrib_jax.storage.chunks import ChunkStore
 from attrib_jax.storage.files import StorageError, read_arrays
@@ -126,7 +126,7 @@ class StoredLatents(LatentsDataset):
         """sha256 over the fingerprints of what was encoded, by which model, and how."""
         inputs = [stage.inputs for stage in self._stages]
         rows = [array.tobytes() for array in (self.row_ids, self.positions, self.first_caption)]
-        return hashlib.sha256(repr(inputs).encode() + b"".join(rows)).hexdigest()
+        return digest([repr(inputs), *rows])
 
 
 class NumpyLatents(LatentsDataset):
@@ -177,15 +177,18 @@ class NumpyLatents(LatentsDataset):
 
     def fingerprint(self) -> str:
         """sha256 over size, header and 256 blocks of each file, spread evenly: reading 190 GB would take minutes."""
-        digest = hashlib.sha256(repr(self.scaled).encode())
-        for path in self._paths:
-            size = os.path.getsize(path)
-            digest.update(str(size).encode())
-            with open(path, "rb") as file:
-                for start in np.linspace(0, max(size - _BLOCK, 0), _BLOCKS).astype(np.int64):
-                    file.seek(int(start))
-                    digest.update(file.read(_BLOCK))
-        return digest.hexdigest()
+
+        def parts():
+            yield repr(self.scaled)
+            for path in self._paths:
+                size = os.path.getsize(path)
+                yield str(size)
+                with open(path, "rb") as file:
+                    for start in np.linspace(0, max(size - _BLOCK, 0), _BLOCKS).astype(np.int64):
+                        file.seek(int(start))
+                        yield file.read(_BLOCK)
+
+        return digest(parts())
 
     def _check_finite(self, rows: np.ndarray, text: np.ndarray) -> None:
         """ValueError naming the first of `rows` with NaN in its latents or its `text` (N, captions, L, d)."""

@@ -1,12 +1,14 @@
 """The protocol that every data set of captioned images follows: row id, image, captions."""
 
 import errno
-import hashlib
+import itertools
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, Protocol
 
 import numpy as np
+
+from attrib_jax.core.fingerprint import digest
 
 # Why opening a file fails where there is none, rather than where a disk or a network is to blame.
 ABSENT_ERRNOS = frozenset((errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP))
@@ -64,12 +66,8 @@ class FilePart(NamedTuple):
 
 def hash_rows(dataset: Sequence[Row]) -> str:
     """sha256 of a data set's content, in row order, by reading all of it."""
-    digest = hashlib.sha256()
-    for index in range(len(dataset)):
-        row = dataset[index]
-        digest.update(repr((row.row_id, row.captions, row.image.shape)).encode())
-        digest.update(np.ascontiguousarray(row.image).tobytes())
-    return digest.hexdigest()
+    rows = (dataset[index] for index in range(len(dataset)))
+    return digest(part for row in rows for part in (repr((row.row_id, row.captions, row.image.shape)), row.image))
 
 
 def hash_files(described: Iterable[object], parts: Sequence[FilePart]) -> str:
@@ -83,15 +81,12 @@ def hash_files(described: Iterable[object], parts: Sequence[FilePart]) -> str:
         its `repr`.
       parts: the images; one that does not exist counts as absent.
     """
-    digest = hashlib.sha256()
-    for item in described:
-        digest.update(repr(item).encode("utf-8", "surrogatepass"))
+    descriptions = (repr(item).encode("utf-8", "surrogatepass") for item in described)
     # Threads, because on a network disk almost all of the time is waiting.
     batches = [parts[start : start + _BATCH] for start in range(0, len(parts), _BATCH)]
     with ThreadPoolExecutor(_READERS) as pool:
-        for samples in pool.map(lambda batch: b"".join(map(_sample, batch)), batches):
-            digest.update(samples)
-    return digest.hexdigest()
+        samples = pool.map(lambda batch: b"".join(map(_sample, batch)), batches)
+        return digest(itertools.chain(descriptions, samples))
 
 
 def _sample(part: FilePart) -> bytes:
@@ -106,4 +101,4 @@ def _sample(part: FilePart) -> bytes:
         if error.errno not in ABSENT_ERRNOS:
             raise
         return b"absent\n"
-    return f"{size} {hashlib.sha256(ends).hexdigest()}\n".encode()
+    return f"{size} {digest(ends)}\n".encode()

@@ -6,9 +6,7 @@ serves all methods, protocols and later runs that remove the same pictures.
 
 import dataclasses
 import functools
-import hashlib
 import itertools
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +17,7 @@ import numpy as np
 from attrib_jax.attribute import Attributor
 from attrib_jax.convert.pipeline import Pipeline, encode_text, tokenize
 from attrib_jax.core.checks import check_positive, check_range
+from attrib_jax.core.fingerprint import json_digest
 from attrib_jax.core.keys import example_noise, loss_key
 from attrib_jax.diffusion.losses import denoising_loss
 from attrib_jax.diffusion.samplers import sample
@@ -60,8 +59,7 @@ class MeasureConfig:
 
 def training_key(training: Training) -> str:
     """The name of a training in a table: a digest of its seed and of what it goes without."""
-    content = json.dumps([int(training.seed), np.sort(training.removed).tolist()])
-    return hashlib.sha256(content.encode()).hexdigest()[:24]
+    return json_digest([int(training.seed), np.sort(training.removed).tolist()])[:24]
 
 
 class Counterfactuals:
@@ -154,8 +152,7 @@ class Counterfactuals:
         }
 
     def _name(self, settings: dict[str, Any]) -> str:
-        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
-        return f"evaluation/retrained-{digest}"
+        return f"evaluation/retrained-{json_digest(settings)[:8]}"
 
     def _is_begun(self, measure: MeasureConfig) -> bool:
         settings = self._settings(measure)

@@ -6,7 +6,6 @@ with its prompt, and with that prompt without the new word V*.
 """
 
 import dataclasses
-import hashlib
 import json
 import logging
 import os
@@ -21,6 +20,7 @@ from attrib_jax.attribute import Attributor
 from attrib_jax.convert.adapters.custom_diffusion import apply_custom_diffusion
 from attrib_jax.convert.pipeline import Pipeline
 from attrib_jax.core.checks import check_positive, check_range
+from attrib_jax.core.fingerprint import digest
 from attrib_jax.data.concat import concatenate
 from attrib_jax.data.images import UnreadableRowError, read_image
 from attrib_jax.data.latents import LatentsDataset
@@ -288,4 +288,4 @@ def _without(prompt: str, token: str) -> str:
 
 
 def _name(model: Path) -> str:
-    return f"{model.stem or 'model'}-{hashlib.sha256(os.fspath(model).encode()).hexdigest()[:6]}"
+    return f"{model.stem or 'model'}-{digest(os.fspath(model))[:6]}"

@@ -13,6 +13,7 @@ import numpy as np
 
 from attrib_jax.convert.tower import Tower
 from attrib_jax.core.checks import check_positive, check_range
+from attrib_jax.core.types import ranking
 from attrib_jax.evaluation.counterfactual import Counterfactuals
 from attrib_jax.evaluation.metrics import RemovalCurve, crossed_mean, mean_and_error, over_sets
 from attrib_jax.evaluation.named import QuerySet, method_scores
@@ -71,7 +72,7 @@ class LeaveKOutConfig:
 
 def top_positions(scores: np.ndarray, row_ids: np.ndarray, count: int) -> np.ndarray:
     """The positions of the `count` highest of the scores (N,); equal ones by rising row id, as `Scores.top`."""
-    return np.lexsort((row_ids, -scores))[:count]
+    return ranking(scores, row_ids)[:count]
 
 
 def random_positions(size: int, count: int, number: int) -> np.ndarray:

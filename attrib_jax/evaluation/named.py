@@ -1,7 +1,6 @@
 """The methods and queries of a study: read from files, and their scores over the whole data set, computed once."""
 
 import dataclasses
-import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ import numpy as np
 
 from attrib_jax.attribute import Attributor
 from attrib_jax.core.checks import check_choice
+from attrib_jax.core.fingerprint import json_digest
 from attrib_jax.jobs.identity import check_query_name, query_settings
 from attrib_jax.jobs.query import Query
 from attrib_jax.methods.config import AttributeConfig
@@ -102,7 +102,7 @@ def method_scores(attributor: Attributor, name: str, config: AttributeConfig, qu
     Kept in one small file, so that a study goes on where the attributions themselves are not at hand.
     """
     settings = {"method": config.settings(), "queries": [query_settings(query) for query in queries]}
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+    digest = json_digest(settings)[:8]
     with attributor.root.stage(f"evaluation/scores/{name}-{digest}", settings, attributor.inputs_of(config)) as stage:
         file = stage.path / _FILE
         stored = stored_arrays(file)

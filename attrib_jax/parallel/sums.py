@@ -1,55 +1,39 @@
 """Sums over the tiles of all devices: each device keeps its own, and at the end they are added in device order.
 
 Nothing is sent between devices or hosts until `total` is asked for, and then one leaf at a time, so sums cost the same
-on one device and on a pod. They are compensated: each leaf is an unevaluated pair `high + low` (Knuth's two-sum), which
-doubles its precision, so that another number of devices changes the result by the rounding of its tiles alone.
+on one device and on a pod. They are compensated (core/compensated.py), so that another number of devices changes the
+result by the rounding of its tiles alone.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from attrib_jax.core.compensated import add_pairs
+from attrib_jax.core.compensated import CompensatedSum
 
 _DATA = PartitionSpec("data")
-
-
-class Pair(NamedTuple):
-    """An unevaluated sum `high + low` of two trees of one layout; integers stay exact in `high`."""
-
-    high: Any
-    low: Any
-
-    def __add__(self, other: "Pair") -> "Pair":
-        leaves = [jax.tree.leaves(tree) for tree in (*self, *other)]
-        high, low = zip(*(add_pairs(*parts) for parts in zip(*leaves)))
-        layout = jax.tree.structure(self.high)
-        return Pair(jax.tree.unflatten(layout, high), jax.tree.unflatten(layout, low))
-
-    def value(self) -> Any:
-        """The sum, rounded once."""
-        return jax.tree.map(jnp.add, self.high, self.low)
+Pair = CompensatedSum  # until the jobs import it from core
 
 
 class DeviceSums:
-    """Running sums of `fn(shared, batch) -> Pair` over tiles, one sum a device of `mesh`.
+    """Running sums of `fn(shared, batch) -> CompensatedSum` over tiles, one sum a device of `mesh`.
 
     `zero` makes a tree with a leading axis over devices, `add` adds one tile on each device, and `total` gives what all
     devices have summed. Every host of the mesh makes the same calls.
     """
 
-    def __init__(self, mesh: Mesh, fn: Callable[[Any, Any], Pair], matmul_precision: str = "highest"):
+    def __init__(self, mesh: Mesh, fn: Callable[[Any, Any], CompensatedSum], matmul_precision: str = "highest"):
         """Compiles when first called; `matmul_precision` is that of float32 products, see `tile_map`."""
         self.mesh = mesh
 
         def add_tile(sums, shared, batch):
             with jax.default_matmul_precision(matmul_precision):
                 part = fn(shared, batch)
-            total = Pair(*jax.tree.map(lambda leaf: leaf[0], tuple(sums))) + part
+            total = CompensatedSum(*jax.tree.map(lambda leaf: leaf[0], tuple(sums))) + part
             return jax.tree.map(lambda leaf, old: leaf[None].astype(old.dtype), total, sums)
 
         specs = (_DATA, PartitionSpec(), _DATA)
@@ -60,7 +44,7 @@ class DeviceSums:
         )
         self._reduce = jax.jit(gathered)
 
-    def zero(self, like: Any) -> Pair:
+    def zero(self, like: Any) -> CompensatedSum:
         """Sums of nothing on every device, with the layout, shapes and dtypes of the tree `like`."""
         sharding = NamedSharding(self.mesh, _DATA)
 
@@ -70,13 +54,13 @@ class DeviceSums:
                 shape, sharding, lambda index: np.zeros((1, *leaf.shape), leaf.dtype), dtype=leaf.dtype
             )
 
-        return Pair(jax.tree.map(zeros, like), jax.tree.map(zeros, like))
+        return CompensatedSum(jax.tree.map(zeros, like), jax.tree.map(zeros, like))
 
-    def add(self, sums: Pair, shared: Any, batch: Any) -> Pair:
+    def add(self, sums: CompensatedSum, shared: Any, batch: Any) -> CompensatedSum:
         """Adds one tile on each device; `sums` is used up. `shared` is from `replicate`, `batch` from `shard_batch`."""
         return self._add(sums, shared, batch)
 
-    def total(self, sums: Pair) -> Pair:
+    def total(self, sums: CompensatedSum) -> CompensatedSum:
         """The devices' sums added in device order, on this host's first device; `sums` stays as it is."""
         # The devices of a CPU share their threads: one that waits in a collective while another has tiles to do may
         # hold the thread that these need, and XLA then aborts the process.
@@ -85,11 +69,11 @@ class DeviceSums:
         pairs = []
         for leaves in zip(high, jax.tree.leaves(sums.low)):
             # Leaf by leaf: the devices hold no second copy of the whole.
-            pair = Pair(*(part.addressable_data(0) for part in self._reduce(Pair(*leaves))))
+            pair = CompensatedSum(*(part.addressable_data(0) for part in self._reduce(CompensatedSum(*leaves))))
             pairs.append(jax.block_until_ready(pair))
-        return Pair(*(jax.tree.unflatten(layout, [pair[part] for pair in pairs]) for part in range(2)))
+        return CompensatedSum(*(jax.tree.unflatten(layout, [pair[part] for pair in pairs]) for part in range(2)))
 
-    def _in_device_order(self, pair: Pair) -> Pair:
+    def _in_device_order(self, pair: CompensatedSum) -> CompensatedSum:
         """One leaf's sum over devices: each device adds up a stripe of it in order, so none holds all devices' leaves.
 
         Never a `psum`, whose order is the backend's.

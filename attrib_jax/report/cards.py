@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from attrib_jax.core import types
 from attrib_jax.report.data import ReportData, check_picture
 
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -65,7 +66,7 @@ def score_scale(scores: np.ndarray) -> ScoreScale:
 
 def ranking(report: ReportData) -> np.ndarray:
     """(N,) positions, most influential first; equal scores in row-id order, whatever the order of the data."""
-    return np.lexsort((np.asarray(report.row_id), -np.asarray(report.score, np.float64)))
+    return types.ranking(np.asarray(report.score, np.float64), np.asarray(report.row_id))
 
 
 def top_cards(report: ReportData) -> list[Card]:

@@ -5,7 +5,6 @@ import json
 import logging
 import math
 import os
-import tempfile
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,11 +15,9 @@ import safetensors.numpy
 from safetensors import SafetensorError
 
 from attrib_jax.convert.weights.files import safetensors_layout
-from attrib_jax.core.durable import sync, sync_all
+from attrib_jax.core.durable import PARTIAL, new_file, sync, sync_all
 
 _log = logging.getLogger(__name__)
-
-_TEMP_PREFIX = ".partial-"
 
 
 class StorageError(RuntimeError):
@@ -67,38 +64,14 @@ def commit_folder(temporary: str | os.PathLike, path: str | os.PathLike) -> None
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
-    """Opens a binary file that takes the name `path` only when the block has ended well and its bytes are on disk.
-
-    Written to a temporary file in the same folder, flushed, fsynced, renamed, and the folder fsynced. If anything
-    fails the temporary file is removed and an earlier `path` stays as it was. An OSError is raised as StorageError.
-    """
-    path = Path(path)
-    with storage_errors(path):
-        descriptor, temporary = tempfile.mkstemp(prefix=_TEMP_PREFIX, suffix=f"-{path.name}", dir=path.parent)
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            # mkstemp creates 0600; a result should be as readable as any other file of the user.
-            os.chmod(temporary, 0o666 & ~_umask())
-            os.replace(temporary, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-            raise
-        sync(path.parent)
-
-
-def _umask() -> int:
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
+    """`core.durable.new_file`, whose OSErrors are raised as StorageError."""
+    with storage_errors(path), new_file(path) as file:
+        yield file
 
 
 def remove_partial_files(folder: str | os.PathLike) -> None:
     """Deletes the temporary files that a killed writer left in `folder` and below; only while nobody writes there."""
-    for leftover in Path(folder).rglob(f"{_TEMP_PREFIX}*"):
+    for leftover in Path(folder).rglob(f"{PARTIAL}*"):
         with contextlib.suppress(OSError):
             leftover.unlink()
 

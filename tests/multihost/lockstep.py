@@ -10,9 +10,10 @@ import jax
 import numpy as np
 
 import tests.conftest  # noqa: F401 the tests' compilation cache
+from attrib_jax.core.compensated import CompensatedSum
 from attrib_jax.parallel.hosts import fetch, host0_first, host_index, independent_hosts, run_on_host0
 from attrib_jax.parallel.mesh import data_mesh, host_share, replicate, shard_batch, tile_map
-from attrib_jax.parallel.sums import DeviceSums, Pair
+from attrib_jax.parallel.sums import DeviceSums
 from attrib_jax.storage.files import StorageError
 from attrib_jax.storage.skipped import SkippedRows, read_skipped
 from attrib_jax.storage.stage_root import StageRoot
@@ -79,7 +80,7 @@ def arrays() -> None:
     shared = replicate(mesh, shared)
     doubled = tile_map(mesh, lambda shared, batch: shared["w"] * batch)(shared, shard_batch(mesh, share))
     np.testing.assert_array_equal(fetch(doubled), 3 * rows)
-    sums = DeviceSums(mesh, lambda shared, batch: Pair(shared["w"] * batch.sum(), 0 * batch.sum()))
+    sums = DeviceSums(mesh, lambda shared, batch: CompensatedSum(shared["w"] * batch.sum(), 0 * batch.sum()))
     running = sums.zero(np.zeros((), np.float32))
     for _ in range(2):
         running = sums.add(running, shared, shard_batch(mesh, share))

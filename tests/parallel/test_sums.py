@@ -5,17 +5,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from attrib_jax.core.compensated import CompensatedSum
 from attrib_jax.parallel.mesh import data_mesh, replicate, shard_batch
-from attrib_jax.parallel.sums import DeviceSums, Pair
+from attrib_jax.parallel.sums import DeviceSums
 
 
-def _add_up(values: np.ndarray, devices: int) -> Pair:
+def _add_up(values: np.ndarray, devices: int) -> CompensatedSum:
     """Sums rows (tiles, devices, ...) whose first tile is the first device's."""
     mesh = data_mesh(jax.devices()[:devices])
 
     def tile(shared, batch):
         part = {"value": shared * batch[0], "count": jnp.int32(1)}
-        return Pair(part, jax.tree.map(jnp.zeros_like, part))
+        return CompensatedSum.of(part)
 
     sums = DeviceSums(mesh, tile)
     running = sums.zero({"value": values[0], "count": np.zeros((), np.int32)})
@@ -56,7 +57,7 @@ def test_sums_are_asked_for_while_tiles_are_still_to_do():
         for _ in range(20):
             x = jnp.tanh(x @ shared["w"])
         part = jax.tree.map(lambda leaf: leaf + jnp.mean(x), shared)
-        return Pair(part, jax.tree.map(jnp.zeros_like, part))
+        return CompensatedSum.of(part)
 
     sums, shared = DeviceSums(mesh, tile), replicate(mesh, like)
     batch = shard_batch(mesh, np.ones((4, 256, 256), np.float32))
@@ -76,20 +77,20 @@ def test_devices_are_added_in_their_order():
     values = (rng.normal(size=(4, 7)) * 10.0 ** rng.integers(-12, 12, (4, 7))).astype(np.float32)
     total = _add_up(values, 4)
     zero = np.zeros(7, np.float32)
-    expected = Pair(values[0], zero)
+    expected = CompensatedSum(values[0], zero)
     for row in values[1:]:
-        expected = expected + Pair(row, zero)
+        expected = expected + CompensatedSum(row, zero)
     np.testing.assert_array_equal(total.high["value"], expected.high)
     np.testing.assert_array_equal(total.low["value"], expected.low)
-    backwards = Pair(values[3], zero)
+    backwards = CompensatedSum(values[3], zero)
     for row in values[2::-1]:
-        backwards = backwards + Pair(row, zero)
+        backwards = backwards + CompensatedSum(row, zero)
     assert not np.array_equal(backwards.low, expected.low)
 
 
 def test_the_sum_so_far_is_used_up_and_the_devices_hold_one_each():
     mesh = data_mesh()
-    sums = DeviceSums(mesh, lambda shared, batch: Pair(batch[0], jnp.zeros_like(batch[0])))
+    sums = DeviceSums(mesh, lambda shared, batch: CompensatedSum(batch[0], jnp.zeros_like(batch[0])))
     before = sums.zero(np.zeros(6, np.float32))
     assert [shard.data.shape for shard in before.high.addressable_shards] == [(1, 6)] * mesh.size
     after = sums.add(before, None, shard_batch(mesh, np.ones((mesh.size, 6), np.float32)))

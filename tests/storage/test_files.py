@@ -4,6 +4,7 @@ import errno
 import os
 import subprocess
 import sys
+import tempfile
 import textwrap
 
 import jax.numpy as jnp
@@ -84,7 +85,7 @@ def test_a_failing_call_keeps_the_old_content_and_leaves_no_temporary(tmp_path, 
     def fail(*args, **kwargs):
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(files.tempfile if call == "mkstemp" else files.os, call, fail)
+    monkeypatch.setattr(tempfile if call == "mkstemp" else os, call, fail)
     with pytest.raises(StorageError, match=rf"cannot write .*stage\.json: {os.strerror(code)}"):
         files.write_bytes(path, b"new")
     monkeypatch.undo()
@@ -117,9 +118,9 @@ def calls(monkeypatch):
         made.append(("rename", os.path.basename(new)))
         call(old, new)
 
-    monkeypatch.setattr(files.os, "fsync", synced)
-    monkeypatch.setattr(files.os, "replace", lambda old, new: renamed(replace, old, new))
-    monkeypatch.setattr(files.os, "rename", lambda old, new: renamed(rename, old, new))
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", lambda old, new: renamed(replace, old, new))
+    monkeypatch.setattr(os, "rename", lambda old, new: renamed(rename, old, new))
     return made
 
 
@@ -163,7 +164,7 @@ def test_a_file_system_that_cannot_sync_folders_is_used_all_the_same(tmp_path, m
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         fsync(descriptor)
 
-    monkeypatch.setattr(files.os, "fsync", refuse)
+    monkeypatch.setattr(os, "fsync", refuse)
     files.write_bytes(files.make_folder(tmp_path / "b") / "a", b"new")
     assert (tmp_path / "b" / "a").read_bytes() == b"new"
 
