@@ -31,7 +31,7 @@ _MODULES = {
     "diffusion.losses": ("denoising_loss", "denoising_losses"),
     "diffusion.samplers": ("sample",),
     "diffusion.schedule": ("NoiseSchedule", "strided_timesteps"),
-    "models.unet": ("predictor",),
+    "models.predictor": ("Predictor", "as_predictor", "predictor"),
     "attribute": ("Attributor", "attribute"),
     "methods.config": ("AttributeConfig",),
     "jobs.encode": ("EncodeConfig", "encode"),

@@ -40,7 +40,7 @@ from attrib_jax.methods.feature_settings import SIMILARITIES
 from attrib_jax.methods.features import picture_inputs
 from attrib_jax.methods.registry import Job, score
 from attrib_jax.methods.unlearn import unlearn_query
-from attrib_jax.models.unet import predictor
+from attrib_jax.models.predictor import predictor
 from attrib_jax.parallel.hosts import num_hosts, run_on_host0
 from attrib_jax.storage.files import write_npz
 from attrib_jax.storage.stage_root import StageRoot

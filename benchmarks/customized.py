@@ -28,7 +28,7 @@ from attrib_jax.core.checks import check_choice
 from attrib_jax.data.openmoji import RESOLUTION, render
 from attrib_jax.data.sources import Dataset, open_dataset
 from attrib_jax.jobs.query import Query, decode, generate
-from attrib_jax.models.unet import predictor
+from attrib_jax.models.predictor import predictor
 from attrib_jax.storage.files import write_json
 from attrib_jax.storage.stages import lock
 from attrib_jax.training.customize import CustomizeConfig, customize

@@ -15,7 +15,8 @@ from attrib_jax.data.latents import open_latents
 from attrib_jax.diffusion.schedule import NoiseSchedule
 from attrib_jax.jobs.encoded_dataset import EncodedDataset
 from attrib_jax.jobs.losses import LossProgram, dataset_values
-from attrib_jax.models.unet import UNet2DConditionModel, UNetConfig, predictor
+from attrib_jax.models.predictor import predictor
+from attrib_jax.models.unet import UNet2DConditionModel, UNetConfig
 from attrib_jax.parallel.compilation_cache import enable_compilation_cache
 from attrib_jax.parallel.mesh import data_mesh, shard_batch
 from benchmarks.sizes import Size

@@ -23,7 +23,7 @@ from attrib_jax.jobs.fisher import fit_fisher
 from attrib_jax.jobs.losses import LossProgram
 from attrib_jax.jobs.query_gradient import GradientProgram
 from attrib_jax.models.precision import cast_params, compute_dtype, matmul_precision
-from attrib_jax.models.unet import predictor
+from attrib_jax.models.predictor import predictor
 from attrib_jax.parallel.compilation_cache import enable_compilation_cache
 from attrib_jax.parallel.mesh import data_mesh, replicate, shard_batch, tile_map
 from benchmarks.sizes import Size

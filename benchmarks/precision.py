@@ -42,7 +42,8 @@ from attrib_jax.jobs.query_gradient import GradientProgram
 from attrib_jax.methods.config import AttributeConfig
 from attrib_jax.methods.unlearn import unlearn_query
 from attrib_jax.models.precision import cast_params, matmul_precision
-from attrib_jax.models.unet import UNet2DConditionModel, UNetConfig, predictor
+from attrib_jax.models.predictor import predictor
+from attrib_jax.models.unet import UNet2DConditionModel, UNetConfig
 from attrib_jax.storage.files import make_folder, write_json
 from attrib_jax.storage.stage_root import StageRoot
 from attrib_jax.storage.stages import lock

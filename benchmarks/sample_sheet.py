@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 from attrib_jax.convert.load import load_pipeline
 from attrib_jax.data.sources import open_dataset
 from attrib_jax.jobs.query import Query, decode, generate
-from attrib_jax.models.unet import predictor
+from attrib_jax.models.predictor import predictor
 from launch import common
 
 _OUTPUT = flags.DEFINE_string("output", "docs/samples.png", "PNG to write.")

@@ -10,7 +10,7 @@ from PIL import Image
 
 from attrib_jax.core.checks import check_positive, check_range
 from attrib_jax.jobs.query import Query, decode, generate, prompt_notes
-from attrib_jax.models.unet import predictor
+from attrib_jax.models.predictor import predictor
 from launch import common
 
 _PROMPTS = flags.DEFINE_list("prompts", None, "Prompts, separated by commas.")

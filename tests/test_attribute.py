@@ -21,7 +21,7 @@ from attrib_jax.jobs.losses import LossProgram
 from attrib_jax.jobs.query import Query, generate
 from attrib_jax.jobs.query_gradient import GradientProgram
 from attrib_jax.methods.config import AttributeConfig
-from attrib_jax.models.unet import predictor
+from attrib_jax.models.predictor import predictor
 from attrib_jax.parallel.mesh import data_mesh
 from attrib_jax.report.outputs import write_outputs
 from attrib_jax.storage.chunks import ChunkStore

@@ -25,8 +25,8 @@ from attrib_jax.diffusion.samplers import sample
 from attrib_jax.diffusion.schedule import NoiseSchedule
 from attrib_jax.jobs.draws import Sample, sample_gradients
 from attrib_jax.models.precision import cast_params, matmul_precision
-from attrib_jax.models.projected_text import project_text
-from attrib_jax.models.unet import UNet2DConditionModel, UNetConfig, predictor
+from attrib_jax.models.predictor import predictor
+from attrib_jax.models.unet import UNet2DConditionModel, UNetConfig
 from attrib_jax.parallel.mesh import data_mesh, tile_map
 
 BACKENDS = {"cuda": "gpu", "tpu": "tpu"}  # platform -> what `jax.default_backend` calls it
@@ -165,7 +165,7 @@ def ekfac_newton(precision):
 def query_gradient_tile(precision):
     def tile(selected, rest, schedule, latents, text, key, mask, indices, draws):
         predict = predictor(UNET, precision)
-        weights = project_text(predict, selected, text)
+        weights = predict.project_text(selected, text)
         total = tile_gradient(predict, schedule, weights, rest, latents, text, wrap(key), mask, indices, draws)
         return by_selected(total, selected, text)
 

@@ -7,10 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from attrib_jax.core.checks import example_mask
-from attrib_jax.ops.matmul_precision import float32_products
+from attrib_jax.ops.matmul_precision import full_precision_matmuls
 
 
-@float32_products
 def influence_scores(
     loss_fn: Callable[[Any, Any, Any], jax.Array],
     selected: Any,
@@ -41,11 +40,11 @@ def influence_scores(
     def derivative(example):
         return jax.jvp(lambda weights: loss_fn(weights, rest, example), (selected,), (direction,))[1]
 
-    scores = jax.vmap(derivative)(batch)
+    with full_precision_matmuls():
+        scores = jax.vmap(derivative)(batch)
     return jnp.where(mask, scores, 0)
 
 
-@float32_products
 def influence_matrix(
     loss_fn: Callable[[Any, Any, Any], jax.Array],
     selected: Any,
@@ -70,6 +69,7 @@ def influence_matrix(
         products = jax.tree.map(lambda g, d: d.reshape(d.shape[0], -1) @ g.reshape(-1), gradient, directions)
         return sum(jax.tree.leaves(products))
 
-    if examples_at_once is None:
-        return jax.vmap(row)(batch)
-    return jax.lax.map(row, batch, batch_size=examples_at_once)
+    with full_precision_matmuls():
+        if examples_at_once is None:
+            return jax.vmap(row)(batch)
+        return jax.lax.map(row, batch, batch_size=examples_at_once)

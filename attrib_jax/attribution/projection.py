@@ -15,7 +15,7 @@ from attrib_jax.core.checks import check_choice, check_positive
 from attrib_jax.core.fingerprint import name_hash
 from attrib_jax.core.keys import check_key
 from attrib_jax.core.weights import flatten_names
-from attrib_jax.ops.matmul_precision import float32_products
+from attrib_jax.ops.matmul_precision import full_precision_matmuls
 
 PROJECTIONS = ("sparse", "rademacher")
 
@@ -39,7 +39,6 @@ def check_projection(kind: str, dim: int) -> None:
         )
 
 
-@float32_products
 def project(gradients: Any, key: jax.Array, kind: str, dim: int) -> jax.Array:
     """Projects B gradients to `dim` numbers each -> (B, dim); <project(a), project(b)> has the expectation <a, b>.
 
@@ -69,9 +68,8 @@ def project(gradients: Any, key: jax.Array, kind: str, dim: int) -> jax.Array:
     check_projection(kind, dim)
     rows = DENSE_ROWS if kind == "rademacher" else dim // STRIPES
     blocks, keys = _blocks(gradients, key, rows)
-    if kind == "rademacher":
-        return _dense(blocks, keys, dim)
-    return _sparse(blocks, keys, dim)
+    with full_precision_matmuls():
+        return (_dense if kind == "rademacher" else _sparse)(blocks, keys, dim)
 
 
 def _blocks(gradients: Any, key: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:

@@ -14,8 +14,7 @@ from attrib_jax.core.types import Batch, Scores
 from attrib_jax.core.weights import Params
 from attrib_jax.diffusion.losses import Predict, denoising_losses
 from attrib_jax.diffusion.schedule import NoiseSchedule
-from attrib_jax.ops.matmul_precision import float32_products
-from attrib_jax.ops.micro_batching import forward_pixels, group_size, num_pixels, vmap_groups
+from attrib_jax.ops.micro_batching import forward_pixels, group_size, num_pixels
 
 FLIP_RULES = ("max", "mean", "none")
 
@@ -23,7 +22,6 @@ FLIP_RULES = ("max", "mean", "none")
 EXAMPLES_PER_TILE = 8
 
 
-@float32_products
 def example_loss(
     predict: Predict, schedule: NoiseSchedule, params: Params, key: jax.Array, example: Batch, timesteps: jax.Array
 ) -> jax.Array:
@@ -52,12 +50,12 @@ def strided_losses(
     Arguments as in `example_loss`.
     """
     pixels = num_pixels(batch.latents.shape[1:]) * len(timesteps)
-    size = group_size(len(batch.row_id), pixels, forward_pixels())
-
-    def loss(example):
-        return example_loss(predict, schedule, params, key, example, timesteps)
-
-    losses = vmap_groups(loss, size)(batch)
+    count = len(batch.row_id)
+    losses = jax.lax.map(
+        lambda example: example_loss(predict, schedule, params, key, example, timesteps),
+        batch,
+        batch_size=group_size(count, pixels, forward_pixels()) % count,  # 0 is a plain vmap
+    )
     return jnp.where(jnp.asarray(batch.mask).astype(bool), losses, 0)
 
 

@@ -21,8 +21,9 @@ from attrib_jax.curvature.diagonal import Diagonal
 from attrib_jax.curvature.ekfac import EKFAC
 from attrib_jax.diffusion.losses import Predict, denoising_losses
 from attrib_jax.diffusion.schedule import NoiseSchedule
-from attrib_jax.models.projected_text import ProjectedWeights, kernel_gradient, project_text
-from attrib_jax.ops.matmul_precision import float32_products
+from attrib_jax.models.predictor import as_predictor
+from attrib_jax.models.projected_text import ProjectedWeights, kernel_gradient, text_columns
+from attrib_jax.ops.matmul_precision import full_precision_matmuls
 from attrib_jax.ops.micro_batching import even_group_size, gradient_pixels, num_pixels, sum_groups
 
 METHODS = ("newton", "sgd")
@@ -91,7 +92,6 @@ def query_draws(
     return jax.vmap(draw)(indices)
 
 
-@float32_products
 def query_gradient(
     predict: Predict,
     schedule: NoiseSchedule,
@@ -126,23 +126,12 @@ def query_gradient(
         ValueError: `draws` or `tile` is below 1.
     """
     _check_draws(draws, tile)
-    weights = project_text(predict, selected, text)
-    total = _add_query_tiles(
-        predict,
-        zero_gradient(weights),
-        schedule,
-        weights,
-        rest,
-        latents,
-        text,
-        key,
-        mask,
-        0,
-        draws,
-        tile,
-        -(-draws // tile),
-    )
-    return jax.tree.map(lambda leaf: leaf / draws, by_selected(total, selected, text))
+    with full_precision_matmuls():
+        weights = as_predictor(predict).project_text(selected, text)
+        fixed = (schedule, weights, rest, latents, text, key, mask)
+        total = _add_query_tiles(predict, zero_gradient(weights), *fixed, 0, draws, tile, -(-draws // tile))
+        total = by_selected(total, selected, text)
+    return jax.tree.map(lambda leaf: leaf / draws, total)
 
 
 def newton_step(
@@ -207,7 +196,6 @@ def scale_by_newton(
     return optax.GradientTransformation(init, update)
 
 
-@float32_products
 def unlearn(
     predict: Predict,
     schedule: NoiseSchedule,
@@ -291,7 +279,8 @@ def unlearn(
         losses, norms = list(start.query_loss), list(start.update_norm)
     for step in range(len(losses), steps):
         step_key = jax.random.fold_in(key, step)
-        total = sum_draws(selected, step_key, functools.partial(_advance, progress, step * draws))
+        with full_precision_matmuls():
+            total = sum_draws(selected, step_key, functools.partial(_advance, progress, step * draws))
         if curvature is not None:
             curvature.check_solvable(total.gradient, damping)
         # N may exceed int32 (LAION-5B), so it is passed as a float.
@@ -389,8 +378,8 @@ def tile_gradient(
 ) -> QueryGradient:
     """Sums of the query's loss and gradient over the draws number `indices` (S,); numbers from `draws` on count zero.
 
-    The gradient is by `weights`, those of `project_text`; `by_selected` turns the sum over all tiles into that by the
-    selected weights. Other arguments as in `query_gradient`.
+    The gradient is by `weights`, those of `Predictor.project_text`; `by_selected` turns the sum over all tiles into
+    that by the selected weights. Other arguments as in `query_gradient`.
     """
 
     def group_gradient(indices):
@@ -417,7 +406,7 @@ def zero_gradient(weights: ProjectedWeights) -> QueryGradient:
 
 def by_selected(total: QueryGradient, selected: Any, text: jax.Array) -> QueryGradient:
     """Sums of `tile_gradient` with the gradient by the selected weights, from which and `text` the tiles' were made."""
-    return QueryGradient(total.loss, kernel_gradient(total.gradient, selected, text.T))
+    return QueryGradient(total.loss, kernel_gradient(total.gradient, selected, text_columns(text)))
 
 
 def _add_query_tiles(
@@ -440,5 +429,5 @@ def _add_query_tiles(
 _add_query_tiles_jit = jax.jit(
     _add_query_tiles, static_argnames=("predict", "tile", "tiles"), donate_argnames=("total",)
 )
-_project_text_jit = jax.jit(project_text, static_argnums=0)
+_project_text_jit = jax.jit(lambda predict, *args: as_predictor(predict).project_text(*args), static_argnums=0)
 _by_selected_jit = jax.jit(by_selected)

@@ -25,7 +25,7 @@ from attrib_jax.core.checks import check_range, example_mask
 from attrib_jax.core.weights import flatten_names, unflatten_names
 from attrib_jax.curvature.diagonal import GRADIENT_SCALE, Diagonal
 from attrib_jax.curvature.fisher import FisherSum, fisher_diagonal
-from attrib_jax.ops.matmul_precision import float32_products
+from attrib_jax.ops.matmul_precision import full_precision_matmuls
 
 RELATIVE_DAMPING = 0.1
 
@@ -148,7 +148,6 @@ def linear_layers(loss_fn: LossFn, selected: Any, rest: Any, example: Any) -> tu
     return tuple(layers.values())
 
 
-@float32_products
 def factor_sums(
     loss_fn: LossFn,
     layers: Sequence[LinearLayer],
@@ -183,7 +182,8 @@ def factor_sums(
         offsets = {layer.name: jnp.zeros(layer.shape, layer.dtype) for layer in layers}
         return jax.grad(loss, has_aux=True)(offsets)
 
-    outputs, inputs = jax.vmap(gradients_and_inputs)(batch)
+    with full_precision_matmuls():
+        outputs, inputs = jax.vmap(gradients_and_inputs)(batch)
 
     # Inputs may be float32 in a float64 model.
     dtype = jnp.result_type(jnp.float32, *(layer.dtype for layer in layers))

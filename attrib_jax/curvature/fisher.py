@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from attrib_jax.core.checks import example_mask
 from attrib_jax.core.compensated import CompensatedSum
 from attrib_jax.curvature.diagonal import GRADIENT_SCALE, Diagonal
-from attrib_jax.ops.matmul_precision import float32_products
+from attrib_jax.ops.matmul_precision import full_precision_matmuls
 
 # Microbatches that are added plainly before the compensated sum, which reads and writes twice as much. Of so few
 # positive numbers rounding takes no more than it takes from each square.
@@ -49,7 +49,6 @@ class FisherSum(NamedTuple):
         return Diagonal(jax.tree.map(lambda leaf: leaf / self.count, total), GRADIENT_SCALE)
 
 
-@float32_products
 def fisher_diagonal(
     loss_fn: Callable[[Any, Any, Any], jax.Array],
     selected: Any,
@@ -84,7 +83,6 @@ def fisher_diagonal(
     return sum_squares(gradients, selected, rest, batch, mask, microbatch)
 
 
-@float32_products
 def sum_squares(
     gradients: Callable[[Any, Any, Any], Any],
     selected: Any,
@@ -134,4 +132,5 @@ def sum_squares(
         return total + FisherSum(squares, count, zeros), None
 
     empty = FisherSum(zeros, jnp.zeros((), jnp.int32), zeros)
-    return jax.lax.scan(add_few, empty, jnp.arange(number).reshape(-1, few))[0]
+    with full_precision_matmuls():
+        return jax.lax.scan(add_few, empty, jnp.arange(number).reshape(-1, few))[0]

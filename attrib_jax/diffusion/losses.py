@@ -7,21 +7,21 @@ import jax
 import jax.numpy as jnp
 
 from attrib_jax.diffusion.schedule import NoiseSchedule
-from attrib_jax.ops.matmul_precision import float32_products
+from attrib_jax.models.predictor import as_predictor
+from attrib_jax.ops.matmul_precision import full_precision_matmuls
 from attrib_jax.ops.micro_batching import FORWARD_PIXELS, group_size, map_groups, num_pixels
 
-# predict(params, noisy_latents (h, w, c), timestep (), text (L, d)) -> model output (h, w, c)
-# It may have an attribute `of_batch`, a faster form for several: attrib_jax/models/unet.py:predictor.
-Predict = Callable[[Any, jax.Array, jax.Array, jax.Array], jax.Array]
+# predict(params, noisy_latents (h, w, c), timestep (), text) -> model output (h, w, c): an `attrib_jax.Predictor` or a
+# plain function. `text` is what the model is conditioned on, a pytree; for Stable Diffusion text states (L, d).
+Predict = Callable[[Any, jax.Array, jax.Array, Any], jax.Array]
 
 
-@float32_products
 def denoising_losses(
     predict: Predict,
     params: Any,
     schedule: NoiseSchedule,
     latents: jax.Array,
-    text: jax.Array,
+    text: Any,
     noise: jax.Array,
     timesteps: jax.Array,
     *,
@@ -30,14 +30,14 @@ def denoising_losses(
     """Mean squared error of the model's prediction at each timestep, for one example (METHOD.md sections 2 and 5).
 
     The model runs on all timesteps with one text, so that what depends only on the text (the cross-attention keys and
-    values) is computed once: by `predict.of_batch` where there is one (`predictor`), else under `vmap`.
+    values) is computed once.
 
     Args:
-        predict: the model, see `Predict`; unbatched.
+        predict: model, see `Predict`.
         params: its parameters, the argument to differentiate by.
         schedule: noise levels and prediction type.
         latents: (h, w, c), clean, multiplied by the autoencoder's scaling factor.
-        text: (L, d) text states.
+        text: (L, d) text states, or the pytree that the model is conditioned on, without a batch axis.
         noise: (S, h, w, c) standard normal, see `example_noise`.
         timesteps: (S,) integers from 0 and below `schedule.num_train_timesteps`; others give NaN.
         mask: (h, w) or (h, w, 1) weights in [0, 1]. The loss is then the sum of weighted squared errors divided by
@@ -59,17 +59,16 @@ def denoising_losses(
     return jnp.sum(weights * errors, axis=latent_axes) / jnp.where(size > 0, size, 1)
 
 
-@float32_products
 def predictions(
     predict: Predict,
     params: Any,
     schedule: NoiseSchedule,
     latents: jax.Array,
-    text: jax.Array,
+    text: Any,
     noise: jax.Array,
     timesteps: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """What the model predicts for one example at each timestep, and what it should -> two arrays (S, h, w, c).
+    """The model's prediction for one example at each timestep, and its target -> two arrays (S, h, w, c).
 
     Arguments and errors as in `denoising_losses`.
     """
@@ -84,20 +83,21 @@ def predictions(
         )
     noisy = schedule.add_noise(latents, noise, timesteps)
     target = schedule.target(latents, noise, timesteps)
-    size = group_size(len(timesteps), num_pixels(latents.shape), FORWARD_PIXELS)
-
-    def at_timesteps(inputs):
-        return _at_timesteps(predict)(params, *inputs, text)
-
-    # Of groups that follow each other a backward pass would keep all activations: it computes them again.
-    at_timesteps = at_timesteps if size == len(timesteps) else jax.checkpoint(at_timesteps)
-    prediction = map_groups(at_timesteps, size)((noisy, timesteps))
+    text = jax.tree.map(lambda leaf: leaf[None], text)
+    at_once = group_size(len(timesteps), num_pixels(latents.shape), FORWARD_PIXELS)
+    predict = as_predictor(predict)
+    with full_precision_matmuls():
+        if at_once == len(timesteps):
+            prediction = predict.batched(params, noisy, timesteps, text)
+        else:
+            # A backward pass would keep the activations of all groups of timesteps: it computes them again instead.
+            group = jax.checkpoint(lambda inputs: predict.batched(params, *inputs, text))
+            prediction = map_groups(group, at_once, (noisy, timesteps))
     if prediction.shape != target.shape:
         raise ValueError(f"predict returned shape {prediction.shape[1:]}; expected that of latents, {latents.shape}")
     return prediction, target
 
 
-@float32_products
 def batch_losses(
     predict: Predict,
     params: Any,
@@ -107,25 +107,22 @@ def batch_losses(
     noise: jax.Array,
     timesteps: jax.Array,
 ) -> jax.Array:
-    """Mean squared error of each of several examples at a timestep of its own: what `denoising_losses` gives for it.
+    """Mean squared error of each of several examples at a timestep of its own, equal to its `denoising_losses`.
 
     Args:
         predict, params, schedule: as in `denoising_losses`.
         latents, noise: (B, h, w, c).
-        text: (B, L, d) text states; or `ProjectedText` of them where `predict` has an `of_batch`.
+        text: (B, L, d) text states, or the pytree that the model is conditioned on, with a leading axis B.
         timesteps: (B,).
 
     Returns:
         (B,), in the dtype of `denoising_losses`.
     """
-    prediction = _batched(predict)(params, schedule.add_noise(latents, noise, timesteps), timesteps, text)
+    noisy = schedule.add_noise(latents, noise, timesteps)
+    with full_precision_matmuls():
+        prediction = as_predictor(predict).batched(params, noisy, timesteps, text)
     errors = _squared_errors(prediction, schedule.target(latents, noise, timesteps))
     return jnp.mean(errors, axis=tuple(range(1, errors.ndim)))
-
-
-def _batched(predict: Predict) -> Callable[..., jax.Array]:
-    """`predict` of noisy latents (B, h, w, c), timesteps (B,) and text (B, L, d) -> (B, h, w, c)."""
-    return getattr(predict, "of_batch", None) or jax.vmap(predict, in_axes=(None, 0, 0, 0))
 
 
 def _squared_errors(prediction, target):
@@ -133,23 +130,12 @@ def _squared_errors(prediction, target):
     return jnp.square(prediction.astype(dtype) - target.astype(dtype))
 
 
-def _at_timesteps(predict: Predict) -> Predict:
-    """`predict` of several noisy latents (S, h, w, c) and timesteps (S,), with one text."""
-    if not hasattr(predict, "of_batch"):
-        return jax.vmap(predict, in_axes=(None, 0, 0, None))
-
-    def at_timesteps(params, noisy_latents, timesteps, text):
-        return predict.of_batch(params, noisy_latents, timesteps, jax.tree.map(lambda array: array[None], text))
-
-    return at_timesteps
-
-
 def denoising_loss(
     predict: Predict,
     params: Any,
     schedule: NoiseSchedule,
     latents: jax.Array,
-    text: jax.Array,
+    text: Any,
     noise: jax.Array,
     timesteps: jax.Array,
     *,

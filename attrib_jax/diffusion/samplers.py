@@ -13,12 +13,11 @@ import numpy as np
 
 from attrib_jax.diffusion.losses import Predict
 from attrib_jax.diffusion.schedule import NoiseSchedule
-from attrib_jax.ops.matmul_precision import float32_products
+from attrib_jax.ops.matmul_precision import full_precision_matmuls
 
 SAMPLERS = ("ddim", "ddpm")
 
 
-@float32_products
 def sample(
     predict: Predict,
     params: Any,
@@ -77,19 +76,20 @@ def sample(
     noisy = sampler == "ddpm" or not no_eta
     if noisy and key is None:
         raise ValueError(f"key is None, but sampler {sampler!r} with eta {eta} draws noise; pass a random key")
-    return _sample(
-        predict,
-        params,
-        schedule,
-        text,
-        negative_text if guided else None,
-        initial_latents,
-        guidance_scale,
-        eta,
-        key if noisy else None,
-        timesteps=tuple(ddim_timesteps(schedule, num_steps).tolist()),
-        sampler=sampler,
-    )
+    with full_precision_matmuls():
+        return _sample(
+            predict,
+            params,
+            schedule,
+            text,
+            negative_text if guided else None,
+            initial_latents,
+            guidance_scale,
+            eta,
+            key if noisy else None,
+            timesteps=tuple(ddim_timesteps(schedule, num_steps).tolist()),
+            sampler=sampler,
+        )
 
 
 def ddim_timesteps(schedule: NoiseSchedule, num_steps: int) -> np.ndarray:

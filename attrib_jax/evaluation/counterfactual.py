@@ -26,7 +26,7 @@ from attrib_jax.evaluation.results import ResultTable
 from attrib_jax.evaluation.retrain import Recipe, Retrainer, Training
 from attrib_jax.jobs.identity import query_settings
 from attrib_jax.jobs.query import PreparedQuery, Query, initial_noise
-from attrib_jax.models.unet import predictor
+from attrib_jax.models.predictor import predictor
 from attrib_jax.parallel.mesh import replicate, shard_batch, tile_map
 from attrib_jax.storage.state import StateStore
 

@@ -24,7 +24,8 @@ from attrib_jax.diffusion.losses import Predict
 from attrib_jax.diffusion.schedule import NoiseSchedule
 from attrib_jax.diffusion.training import denoising_batch_loss, init_state, make_optimizer, train_step
 from attrib_jax.jobs.encoded_dataset import EncodedDataset
-from attrib_jax.models.unet import UNet2DConditionModel, predictor
+from attrib_jax.models.predictor import predictor
+from attrib_jax.models.unet import UNet2DConditionModel
 from attrib_jax.parallel.mesh import data_mesh, replicate, shard_batch, tile_map
 from attrib_jax.parallel.progress import progress
 from attrib_jax.storage.state import StateStore

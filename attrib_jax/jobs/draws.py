@@ -14,7 +14,8 @@ from attrib_jax.core.weights import count_weights, merge_weights
 from attrib_jax.diffusion.losses import Predict, batch_losses, denoising_losses
 from attrib_jax.diffusion.schedule import NoiseSchedule
 from attrib_jax.jobs.encoded_dataset import EncodedDataset
-from attrib_jax.models.projected_text import kernel_gradient, project_text
+from attrib_jax.models.predictor import as_predictor
+from attrib_jax.models.projected_text import kernel_gradient
 from attrib_jax.ops.micro_batching import even_group_size, gradient_pixels, num_pixels
 from attrib_jax.parallel.hosts import is_host0, run_on_host0
 from attrib_jax.parallel.mesh import host_share, shard_batch
@@ -89,7 +90,7 @@ def sample_gradients(
 
     def gradients(selected, rest, inputs):
         samples, columns = inputs
-        weights = project_text(predict, selected, samples.text)
+        weights = as_predictor(predict).project_text(selected, samples.text)
         if weights.others or not weights.projections:
             return jax.vmap(jax.grad(sample_loss(predict, schedule, key)), (None, None, 0))(selected, rest, samples)
         noise = jax.vmap(functools.partial(_noise, key))(samples)

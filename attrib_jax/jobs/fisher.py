@@ -27,6 +27,7 @@ from attrib_jax.jobs.draws import (
 from attrib_jax.jobs.encoded_dataset import EncodedDataset
 from attrib_jax.jobs.fisher_files import read_fisher_file
 from attrib_jax.models.prepared import transform_kernels
+from attrib_jax.models.projected_text import text_columns
 from attrib_jax.parallel.hosts import run_on_host0
 from attrib_jax.parallel.mesh import data_mesh, replicate
 from attrib_jax.parallel.sums import DeviceSums, Pair
@@ -105,7 +106,7 @@ def _tile_sum(predict: Predict, microbatch: int, shared: Any, batch: Sample) -> 
     """The sum over one device's tile."""
     selected, rest, schedule, key = shared
     gradients = sample_gradients(predict, schedule, key)
-    inputs = batch, jnp.swapaxes(batch.text, -1, -2)
+    inputs = batch, text_columns(batch.text)
     return as_pair(sum_squares(gradients, selected, rest, inputs, mask=batch.mask, microbatch=microbatch))
 
 

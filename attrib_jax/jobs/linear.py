@@ -17,7 +17,8 @@ from attrib_jax.diffusion.losses import Predict
 from attrib_jax.diffusion.schedule import NoiseSchedule
 from attrib_jax.jobs.losses import ExampleProgram
 from attrib_jax.models.precision import cast_params, matmul_precision
-from attrib_jax.models.unet import UNet2DConditionModel, predictor
+from attrib_jax.models.predictor import predictor
+from attrib_jax.models.unet import UNet2DConditionModel
 from attrib_jax.ops.micro_batching import GRADIENT_PIXELS, even_group_size, num_pixels
 
 # UNet forwards whose activations the reverse mode holds at once, and their latent pixels.

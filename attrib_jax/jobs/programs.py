@@ -9,7 +9,7 @@ from attrib_jax.jobs.losses import LossProgram
 from attrib_jax.jobs.projections import FeatureProgram
 from attrib_jax.methods.config import AttributeConfig
 from attrib_jax.models.precision import cast_params, matmul_precision
-from attrib_jax.models.unet import predictor
+from attrib_jax.models.predictor import predictor
 
 
 class ScorePrograms:

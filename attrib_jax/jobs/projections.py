@@ -18,8 +18,9 @@ from attrib_jax.diffusion.schedule import NoiseSchedule, strided_timesteps
 from attrib_jax.jobs.encoded_dataset import EncodedDataset
 from attrib_jax.jobs.losses import ExampleProgram, fill_chunks
 from attrib_jax.models.precision import cast_params, matmul_precision
-from attrib_jax.models.unet import UNet2DConditionModel, predictor
-from attrib_jax.ops.micro_batching import GRADIENT_PIXELS, group_size, num_pixels, vmap_groups
+from attrib_jax.models.predictor import predictor
+from attrib_jax.models.unet import UNet2DConditionModel
+from attrib_jax.ops.micro_batching import GRADIENT_PIXELS, group_size, num_pixels
 from attrib_jax.parallel.hosts import host0_first, run_on_host0
 from attrib_jax.parallel.mesh import data_mesh
 from attrib_jax.storage.chunks import ChunkStore
@@ -112,7 +113,9 @@ def _features(
         return output_gradient(output, predict, schedule, merge, selected, key, example, timesteps)
 
     pixels = len(timesteps) * num_pixels(batch.latents.shape[1:])
-    gradients, residuals = vmap_groups(gradient, group_size(len(batch.row_id), pixels, _PIXELS_AT_ONCE))(batch)
+    count = len(batch.row_id)
+    at_once = group_size(count, pixels, _PIXELS_AT_ONCE)
+    gradients, residuals = jax.lax.map(gradient, batch, batch_size=at_once % count)  # 0 is a plain vmap
     projected = project(gradients, projection_key, projection, projection_dim)
     if output != "mean":
         return projected

@@ -12,8 +12,8 @@ from jax.sharding import Mesh
 from attrib_jax.attribution.unlearn import DRAWS_PER_TILE, QueryGradient, by_selected, tile_gradient, zero_gradient
 from attrib_jax.diffusion.losses import Predict
 from attrib_jax.diffusion.schedule import NoiseSchedule
+from attrib_jax.models.predictor import as_predictor
 from attrib_jax.models.prepared import transform_kernels
-from attrib_jax.models.projected_text import project_text
 from attrib_jax.parallel.mesh import data_mesh, host_share, replicate, shard_batch
 from attrib_jax.parallel.sums import DeviceSums, Pair
 
@@ -59,7 +59,7 @@ class GradientProgram:
 def _programs(predict: Predict, mesh: Mesh) -> tuple[DeviceSums, Callable[..., Any], Callable[..., Any]]:
     """Made once: another model of the same architecture compiles nothing."""
     sums = DeviceSums(mesh, functools.partial(_tile_gradient, predict))
-    return sums, _exactly(functools.partial(project_text, predict)), _exactly(by_selected)
+    return sums, _exactly(as_predictor(predict).project_text), _exactly(by_selected)
 
 
 def _exactly(fn: Callable[..., Any]) -> Callable[..., Any]:

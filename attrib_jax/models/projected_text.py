@@ -1,73 +1,72 @@
-"""Keys and values that a UNet makes of the text, projected before it runs, and derivatives by the kernels from theirs.
+"""Keys and values of the text, projected before the UNet runs, and gradients by the kernels from their cotangents.
 
-The key and value projections are linear maps of the text alone. So the derivative of a sum of losses by a kernel is a
-product of the text and of the cotangents of its projection, which have L numbers a channel where the kernel has D: they
-are added up over all losses of one text and multiplied once, and many texts' are multiplied apart from the model.
+The key and value projections are linear maps of the text alone. So the derivative of a sum of losses by a kernel is the
+product of the text and the cotangent of its projection, which has L numbers a channel where the kernel has D: the
+cotangents are summed over all losses of one text and multiplied once, or those of many texts are multiplied in one
+batched product outside the model.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from attrib_jax.core.weights import Params, flatten_names, unflatten_names
 
-_KERNELS = ("attn2/to_k/kernel", "attn2/to_v/kernel")
-
 
 class ProjectedText(NamedTuple):
-    """Text states with projections of them, which a UNet takes in place of an array of states.
+    """Text states with projections of them, which a UNet accepts in place of an array of states.
 
     Attributes:
-      rows: (B, L, D), the states.
-      projections: `rows @ kernel` (B, L, F) by the '/'-joined name of the kernel, whose layer is then not applied.
+      rows: (B, L, D) text states.
+      projections: nested dict in the layout of the parameters, `rows @ kernel` (B, L, F) in place of a kernel; the
+        layers of these kernels are not applied.
     """
 
     rows: jax.Array
-    projections: dict[str, jax.Array]
+    projections: Params
+
+    def within(self, name: str) -> "ProjectedText":
+        """The same text with the projections of the child module `name`."""
+        return ProjectedText(self.rows, self.projections.get(name, {}))
 
 
 class ProjectedWeights(NamedTuple):
-    """Selected weights, in place of each kernel that projects the text the text's projection (`project_text`).
+    """Selected weights in which the kernels that project the text are replaced by the text's projections.
 
     Attributes:
-      others: nested dict, the selected weights that project no text.
-      projections: `text @ kernel` (..., L, F) by the '/'-joined name of the kernel.
+      others: nested dict of the selected weights that do not project the text.
+      projections: nested dict in the layout of the parameters, `text @ kernel` (..., L, F) in place of each kernel.
     """
 
     others: Params
-    projections: dict[str, jax.Array]
+    projections: Params
 
-    def text(self, text: jax.Array) -> jax.Array | ProjectedText:
-        """What the model takes for the text: with its projections, where there are any."""
-        return ProjectedText(text, self.projections) if self.projections else text
-
-
-def text_rows(text: jax.Array | ProjectedText) -> jax.Array:
-    """The states themselves."""
-    return text.rows if isinstance(text, ProjectedText) else text
+    def text(self, conditioning: Any) -> Any:
+        """The model's conditioning: that of the text with its projections, where there are any."""
+        return ProjectedText(conditioning, self.projections) if self.projections else conditioning
 
 
-def project_text(predict: Callable[..., Any], selected: Params, text: jax.Array) -> ProjectedWeights:
-    """Projects text states (..., L, D) by the selected kernels that do so in the UNet of `predict`.
+def text_rows(conditioning: Any) -> jax.Array:
+    """The text states (..., L, D) in a model's conditioning."""
+    return conditioning.rows if isinstance(conditioning, ProjectedText) else conditioning
 
-    By none where `predict` takes no projections, see `attrib_jax.models.unet.predictor`.
-    """
-    flat = flatten_names(selected)
-    names = [name for name in flat if name.endswith(_KERNELS)] if hasattr(predict, "of_batch") else []
-    projections = {name: text @ flat.pop(name) for name in names}
-    return ProjectedWeights(unflatten_names(flat), projections)
+
+def text_columns(conditioning: Any) -> jax.Array:
+    """The text states transposed, (..., D, L), for `kernel_gradient`."""
+    return jnp.swapaxes(text_rows(conditioning), -1, -2)
 
 
 def kernel_gradient(gradient: ProjectedWeights, selected: Params, columns: jax.Array) -> Params:
-    """The derivative by the weights that `project_text` gave, as that by the selected weights, in their layout.
+    """The gradient by the selected weights, in their layout, from that by the weights of `Predictor.project_text`.
 
     Args:
-      gradient: by the weights of one text, or of B texts, each leaf with a leading axis B; so is the result.
-      selected: for its layout and dtypes.
-      columns: (..., D, L), the text's transpose. Made outside of a loop that uses it: on a CPU the products are up to
-        twice as fast as of the text itself, and what a loop's body transposes XLA folds back into the products.
+      gradient: gradient for one text, or for B texts with a leading axis B in each leaf; so is the result.
+      selected: selected weights, for their layout and dtypes.
+      columns: (..., D, L) transposed text states, from `text_columns`. Compute them outside of a loop that uses them:
+        on a CPU the products are up to twice as fast as those of the text itself, and XLA folds a transposition in the
+        loop's body back into the products.
     """
     found = flatten_names(gradient.others)
-    found |= {name: columns @ cotangent for name, cotangent in gradient.projections.items()}
+    found |= {name: columns @ cotangent for name, cotangent in flatten_names(gradient.projections).items()}
     return unflatten_names({name: found[name].astype(leaf.dtype) for name, leaf in flatten_names(selected).items()})

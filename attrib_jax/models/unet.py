@@ -6,9 +6,8 @@ The forward pass follows `diffusers.UNet2DConditionModel`, and so do the paramet
 """
 
 import dataclasses
-import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -16,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attrib_jax.core.checks import check_choice
 from attrib_jax.models.layers import (
     Conv,
     Downsample,
@@ -27,12 +25,13 @@ from attrib_jax.models.layers import (
     attention,
     pointwise_conv,
 )
-from attrib_jax.models.precision import PRECISIONS, cast_inputs
-from attrib_jax.models.projected_text import ProjectedText, text_rows
+from attrib_jax.models.projected_text import ProjectedText
 
 # Whether a block of this class attends to the text.
 _DOWN_BLOCKS = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
 _UP_BLOCKS = {"CrossAttnUpBlock2D": True, "UpBlock2D": False}
+# How the names of the kernels end that are applied to the text alone.
+TEXT_KERNELS = ("attn2/to_k/kernel", "attn2/to_v/kernel")
 
 # Options of diffusers that change the forward pass or its parameters, each with the one value that is implemented. It
 # is also diffusers' default, so an absent key is fine. Keys in neither this table nor UNetConfig do not change what
@@ -202,22 +201,23 @@ class TimestepEmbedding(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention of (B, Q, C) to `text` (B or 1, L, D), or to itself if that is None -> (B, Q, C).
+    """Multi-head attention of (B, Q, C) to a text (B or 1, L, D), or to itself if that is None -> (B, Q, C).
 
-    Keys and values are functions of `text` and the parameters alone: one text for all pictures is projected once.
+    Keys and values are functions of the text and the parameters alone: one text for all images is projected once, or
+    they come projected in `text`.
     """
 
     num_heads: int
 
     @nn.compact
-    def __call__(self, x, text: ProjectedText | jax.Array | None = None):
+    def __call__(self, x, text: ProjectedText | None = None):
         features = x.shape[-1]
-        states = x if text is None else text_rows(text)
-        before = text.projections if isinstance(text, ProjectedText) else {}
+        states, projections = ProjectedText(x, {}) if text is None else text
 
         def project(name):
-            projected = before.get("/".join((*self.path, name, "kernel")))
-            if projected is None:
+            if name in projections:
+                projected = projections[name]["kernel"]
+            else:
                 projected = nn.Dense(features, use_bias=False, name=name)(states)
             # A bfloat16 run may project float32 text (models/precision.py) and rounds after the product.
             return projected.astype(query.dtype)
@@ -255,7 +255,7 @@ class TransformerBlock(nn.Module):
     @nn.compact
     def __call__(self, x, text):
         x = x + Attention(self.num_heads, name="attn1")(LayerNorm(name="norm1")(x))
-        x = x + Attention(self.num_heads, name="attn2")(LayerNorm(name="norm2")(x), text)
+        x = x + Attention(self.num_heads, name="attn2")(LayerNorm(name="norm2")(x), text.within("attn2"))
         return x + FeedForward(name="ff")(LayerNorm(name="norm3")(x))
 
 
@@ -279,7 +279,8 @@ class SpatialTransformer(nn.Module):
         hidden = project(hidden, "proj_in").reshape(batch, height * width, channels)
         for index in range(config.per_level("transformer_layers_per_block")[self.level]):
             heads = config.per_level("attention_head_dim")[self.level]
-            hidden = TransformerBlock(heads, name=f"transformer_blocks_{index}")(hidden, text)
+            name = f"transformer_blocks_{index}"
+            hidden = TransformerBlock(heads, name=name)(hidden, text.within(name))
         return x + project(hidden.reshape(x.shape), "proj_out")
 
 
@@ -301,7 +302,8 @@ class DownBlock(nn.Module):
         for index in range(config.per_level("layers_per_block")[level]):
             x = _resnet(config, level, index)(x, time_embedding)
             if _DOWN_BLOCKS[config.down_block_types[level]]:
-                x = SpatialTransformer(config, level, name=f"attentions_{index}")(x, text)
+                name = f"attentions_{index}"
+                x = SpatialTransformer(config, level, name=name)(x, text.within(name))
             states.append(x)
         if level + 1 < len(config.block_out_channels):
             x = Downsample(config.block_out_channels[level], ((1, 1), (1, 1)), name="downsamplers_0")(x)
@@ -318,7 +320,7 @@ class MidBlock(nn.Module):
     def __call__(self, x, time_embedding, text):
         level = len(self.config.block_out_channels) - 1
         x = _resnet(self.config, level, 0)(x, time_embedding)
-        x = SpatialTransformer(self.config, level, name="attentions_0")(x, text)
+        x = SpatialTransformer(self.config, level, name="attentions_0")(x, text.within("attentions_0"))
         return _resnet(self.config, level, 1)(x, time_embedding)
 
 
@@ -335,7 +337,8 @@ class UpBlock(nn.Module):
         for index, skip in enumerate(skips):
             x = _resnet(config, level, index)(jnp.concatenate([x, skip], axis=-1), time_embedding)
             if _UP_BLOCKS[config.up_block_types[self.index]]:
-                x = SpatialTransformer(config, level, name=f"attentions_{index}")(x, text)
+                name = f"attentions_{index}"
+                x = SpatialTransformer(config, level, name=name)(x, text.within(name))
         if upsample_size is not None:
             x = Upsample(config.block_out_channels[level], name="upsamplers_0")(x, upsample_size)
         return x
@@ -364,11 +367,12 @@ class UNet2DConditionModel(nn.Module):
         """
         config = self.config
         if latents.ndim != 4 or latents.shape[-1] != config.in_channels:
-            raise ValueError(f"latents must be (B, h, w, {config.in_channels}), got shape {latents.shape}.")
-        shape, pictures = text_rows(text).shape, len(latents)
-        if len(shape) != 3 or shape[-1] != config.cross_attention_dim or shape[0] not in (1, pictures):
-            expected = f"(B, L, {config.cross_attention_dim})"
-            raise ValueError(f"text must be {expected} with B = 1 or, as the latents, {pictures}, got shape {shape}.")
+            raise ValueError(f"latents has shape {latents.shape}: expected (B, h, w, {config.in_channels}).")
+        text = text if isinstance(text, ProjectedText) else ProjectedText(text, {})
+        shape, size = text.rows.shape, len(latents)
+        if len(shape) != 3 or shape[-1] != config.cross_attention_dim or shape[0] not in (1, size):
+            expected = f"(B, L, {config.cross_attention_dim}) with B = 1 or, as the latents, {size}"
+            raise ValueError(f"text has shape {shape}: expected {expected}.")
         if config.center_input_sample:
             latents = 2 * latents - 1
         channels = config.block_out_channels
@@ -382,39 +386,16 @@ class UNet2DConditionModel(nn.Module):
 
         skips = [x]
         for level in range(len(channels)):
-            x, states = DownBlock(config, level, name=f"down_blocks_{level}")(x, time_embedding, text)
+            name = f"down_blocks_{level}"
+            x, states = DownBlock(config, level, name=name)(x, time_embedding, text.within(name))
             skips += states
-        x = MidBlock(config, name="mid_block")(x, time_embedding, text)
+        x = MidBlock(config, name="mid_block")(x, time_embedding, text.within("mid_block"))
         for index, layers in enumerate(reversed(config.per_level("layers_per_block"))):
             taken = [skips.pop() for _ in range(layers + 1)]
             # The next skip gives the size to grow to: twice this one, less 1 where the down block rounded up.
             size = skips[-1].shape[1:3] if skips else None
-            x = UpBlock(config, index, name=f"up_blocks_{index}")(x, taken, time_embedding, text, size)
+            name = f"up_blocks_{index}"
+            x = UpBlock(config, index, name=name)(x, taken, time_embedding, text.within(name), size)
 
         x = nn.silu(GroupNorm(config.norm_num_groups, config.norm_eps, name="conv_norm_out")(x))
         return Conv(config.out_channels, name="conv_out")(x)
-
-
-@functools.cache
-def predictor(unet: UNet2DConditionModel, precision: str = "float32") -> Callable[..., Any]:
-    """Returns `predict(params, noisy_latents, timestep, text)` for one example without a batch axis.
-
-    noisy_latents (h, w, c), timestep () and text (L, d) -> (h, w, out_channels). Map it with `jax.vmap`. For a batch
-    there is `predict.of_batch`, with (B, h, w, c), (B,) and (B, L, d) or `ProjectedText` of it, or one text for all,
-    (1, L, d), whose key and value projections are then computed once. `precision` (models/precision.py) is that of the
-    UNet's activations; weights go through its `cast_params` first. The same function comes back for equal arguments, so
-    what was compiled for it is found again.
-    """
-    check_choice("precision", precision, PRECISIONS)
-
-    def of_batch(params, noisy_latents, timesteps, text):
-        noisy_latents, text = cast_inputs(noisy_latents, text, precision)
-        return unet.apply({"params": params}, noisy_latents, timesteps, text)
-
-    def predict(params, noisy_latents, timestep, text):
-        return of_batch(params, noisy_latents[None], timestep, text[None])[0]
-
-    # Other modules, in a UNet's place, have one text a picture, and no projections.
-    if isinstance(unet, UNet2DConditionModel):
-        predict.of_batch = of_batch
-    return predict

@@ -50,27 +50,16 @@ def even_group_size(count: int, pixels: int, limit: int) -> int:
     return max(size for size in range(1, count + 1) if count % size == 0 and (size == 1 or size * pixels <= limit))
 
 
-def map_groups(fn: Callable[[Any], Any], size: int) -> Callable[[Any], Any]:
-    """`fn`, which maps the entries of a tree's first axis each by itself, of `size` entries at a time."""
-
-    def run(batch: Any) -> Any:
-        count = len(jax.tree.leaves(batch)[0])
-        if count <= size:
-            return fn(batch)
-        whole = count - count % size
-        groups = jax.tree.map(lambda leaf: leaf[:whole].reshape(whole // size, size, *leaf.shape[1:]), batch)
-        results = jax.tree.map(lambda leaf: leaf.reshape(whole, *leaf.shape[2:]), jax.lax.map(fn, groups))
-        if whole == count:
-            return results
-        last = fn(jax.tree.map(lambda leaf: leaf[whole:], batch))
-        return jax.tree.map(lambda *parts: jnp.concatenate(parts), results, last)
-
-    return run
-
-
-def vmap_groups(fn: Callable[[Any], Any], size: int) -> Callable[[Any], Any]:
-    """`jax.vmap(fn)` of one tree of arrays, `size` entries of the first axis at a time."""
-    return map_groups(jax.vmap(fn), size)
+def map_groups(fn: Callable[[Any], Any], size: int, batch: Any) -> Any:
+    """`fn` of a batch, `size` entries of the first axis at a time; unlike `jax.lax.map`, `fn` takes a whole group."""
+    count = len(jax.tree.leaves(batch)[0])
+    whole = count - count % size
+    groups = jax.tree.map(lambda leaf: leaf[:whole].reshape(whole // size, size, *leaf.shape[1:]), batch)
+    results = jax.tree.map(lambda leaf: leaf.reshape(whole, *leaf.shape[2:]), jax.lax.map(fn, groups))
+    if whole == count:
+        return results
+    last = fn(jax.tree.map(lambda leaf: leaf[whole:], batch))
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts), results, last)
 
 
 def sum_groups(fn: Callable[[Any], Any], batch: Any, size: int) -> Any:

@@ -35,7 +35,7 @@ from attrib_jax.diffusion.schedule import NoiseSchedule
 from attrib_jax.diffusion.training import DiffusionBatch, TrainState, diffusion_loss, init_state, train_step
 from attrib_jax.jobs.encode import encode_images, picture_size, read_skipped
 from attrib_jax.models.clip import CLIPTextModel
-from attrib_jax.models.unet import predictor
+from attrib_jax.models.predictor import predictor
 from attrib_jax.parallel.mesh import data_mesh, replicate
 from attrib_jax.parallel.progress import progress
 from attrib_jax.storage.checkpoints import TrainingCheckpoints, preemption_requested, stopped_by_sigterm

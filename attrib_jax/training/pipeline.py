@@ -29,7 +29,8 @@ from attrib_jax.diffusion.schedule import NoiseSchedule
 from attrib_jax.diffusion.training import DiffusionBatch, autoencoder_loss, diffusion_loss
 from attrib_jax.jobs.encode import encode_images
 from attrib_jax.models.clip import CLIPTextConfig, CLIPTextModel
-from attrib_jax.models.unet import UNet2DConditionModel, UNetConfig, predictor
+from attrib_jax.models.predictor import predictor
+from attrib_jax.models.unet import UNet2DConditionModel, UNetConfig
 from attrib_jax.models.vae import AutoencoderKL, AutoencoderKLConfig
 from attrib_jax.storage.files import commit_folder
 from attrib_jax.storage.skipped import read_skipped

@@ -13,7 +13,8 @@ from attrib_jax.core.keys import example_noise, loss_key
 from attrib_jax.core.types import Batch
 from attrib_jax.diffusion.losses import denoising_losses
 from attrib_jax.diffusion.schedule import NoiseSchedule
-from attrib_jax.models.unet import UNet2DConditionModel, UNetConfig, predictor
+from attrib_jax.models.predictor import predictor
+from attrib_jax.models.unet import UNet2DConditionModel, UNetConfig
 from tests.attribution import tiny_denoiser
 from tests.attribution.tiny_denoiser import SCHEDULE, predict
 

@@ -7,7 +7,7 @@ import pytest
 from attrib_jax.core.keys import purpose_key
 from attrib_jax.core.weights import select_weights
 from attrib_jax.jobs.draws import Sample, sample_gradients, sample_loss
-from attrib_jax.models.unet import predictor
+from attrib_jax.models.predictor import predictor
 
 jnp = jax.numpy
 

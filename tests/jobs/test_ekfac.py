@@ -24,6 +24,7 @@ from attrib_jax.jobs.ekfac import fit_ekfac
 from attrib_jax.jobs.encoded_dataset import EncodedDataset
 from attrib_jax.jobs.query import Query
 from attrib_jax.methods.config import AttributeConfig
+from attrib_jax.models.projected_text import ProjectedText
 from attrib_jax.models.unet import Attention
 from attrib_jax.parallel.mesh import data_mesh
 from attrib_jax.storage.files import read_arrays
@@ -46,7 +47,7 @@ class Tiny(nn.Module):
         pixels = latents.reshape(1, -1, CHANNELS)
         time = jnp.broadcast_to(timestep / 100, (*pixels.shape[:2], 1)).astype(pixels.dtype)
         hidden = nn.Dense(WIDTH, name="conv_in")(jnp.concatenate([pixels, time], axis=-1))
-        hidden = hidden + Attention(2, name="attn2")(hidden, text[None])
+        hidden = hidden + Attention(2, name="attn2")(hidden, ProjectedText(text[None], {}))
         return nn.Dense(CHANNELS, name="conv_out")(jnp.tanh(hidden)).reshape(latents.shape)
 
 

@@ -18,7 +18,7 @@ from attrib_jax.jobs.losses import ExampleProgram
 from attrib_jax.jobs.queries import queries_in_pass, read_queries
 from attrib_jax.jobs.query import Query
 from attrib_jax.methods.config import AttributeConfig
-from attrib_jax.models.unet import predictor
+from attrib_jax.models.predictor import predictor
 from attrib_jax.storage.stage_root import StageRoot
 from tests.failures import interrupt_writes
 

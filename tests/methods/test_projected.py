@@ -48,8 +48,9 @@ CONFIG = AttributeConfig(
 class TinyUNet:
     """The tiny denoiser behind the interface of a UNet module."""
 
-    def apply(self, variables, latents, timestep, text):
-        return tiny_denoiser.predict(variables["params"], latents[0], timestep, text[0])[None]
+    def apply(self, variables, latents, timesteps, text):
+        timesteps = jnp.broadcast_to(timesteps, latents.shape[:1])
+        return jax.vmap(tiny_denoiser.predict, (None, 0, 0, None))(variables["params"], latents, timesteps, text[0])
 
 
 UNET = TinyUNet()
@@ -243,10 +244,9 @@ def test_features_resume_to_the_same_bits_on_any_number_of_devices(tmp_path, mon
     np.testing.assert_array_equal(read_features(tmp_path / "resumed", program)[0], whole)
 
 
-@pytest.mark.parametrize("precision", ["bfloat16", "bfloat16-all"])
-def test_scores_in_another_precision(tmp_path, attributor, precision):
+def test_scores_in_another_precision(tmp_path, attributor):
     ((exact,),) = run(attributor, CONFIG)
-    ((rounded,),) = run(make_attributor(tmp_path), dataclasses.replace(CONFIG, precision=precision))
+    ((rounded,),) = run(make_attributor(tmp_path), dataclasses.replace(CONFIG, precision="bfloat16"))
     assert not np.array_equal(rounded.score, exact.score)
     assert np.corrcoef(rounded.score, exact.score)[0, 1] > 0.95
 

@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 
 from attrib_jax.core.weights import flatten_names, merge_weights, select_weights
+from attrib_jax.models.predictor import predictor
 from attrib_jax.models.prepared import transform_kernels
-from attrib_jax.models.unet import UNet2DConditionModel, UNetConfig, predictor
+from attrib_jax.models.unet import UNet2DConditionModel, UNetConfig
 from attrib_jax.ops.transform_conv import TransformedKernel
 
 jnp = jax.numpy

@@ -7,8 +7,9 @@ import pytest
 from attrib_jax.attribution import query_gradient
 from attrib_jax.core.weights import flatten_names, merge_weights, select_weights, unflatten_names
 from attrib_jax.diffusion.schedule import NoiseSchedule
-from attrib_jax.models.projected_text import ProjectedText, kernel_gradient, project_text
-from attrib_jax.models.unet import UNet2DConditionModel, UNetConfig, predictor
+from attrib_jax.models.predictor import as_predictor, predictor
+from attrib_jax.models.projected_text import ProjectedText, kernel_gradient
+from attrib_jax.models.unet import UNet2DConditionModel, UNetConfig
 
 jnp = jax.numpy
 
@@ -55,29 +56,27 @@ def _each(case, text=None):
 
 def test_a_batch_is_its_examples(case):
     predict, params, latents, texts = case
-    _assert_close(predict.of_batch(params, latents, _TIMESTEPS, texts), _each(case))
-    _assert_close(predict.of_batch(params, latents, _TIMESTEPS, texts[1:2]), _each(case, text=1))
+    _assert_close(predict.batched(params, latents, _TIMESTEPS, texts), _each(case))
+    _assert_close(predict.batched(params, latents, _TIMESTEPS, texts[1:2]), _each(case, text=1))
 
 
 @pytest.mark.parametrize("texts", [2, 4])
 def test_another_number_of_texts_is_refused(case, texts):
     predict, params, latents, text = case
-    expected = rf"text must be \(B, L, 6\) with B = 1 or, as the latents, 3, got shape \({texts}, 5, 6\)"
-    with pytest.raises(ValueError, match=expected):
-        predict.of_batch(params, latents, _TIMESTEPS, np.resize(text, (texts, *text.shape[1:])))
+    with pytest.raises(ValueError, match=rf"text has shape \({texts}, 5, 6\)"):
+        predict.batched(params, latents, _TIMESTEPS, np.resize(text, (texts, *text.shape[1:])))
 
 
 @pytest.mark.parametrize("subset", ["cross-attn-kv", "cross-attn"])
 def test_layers_of_projections_are_not_applied(case, subset):
     predict, params, latents, texts = case
     selected, rest = select_weights(params, subset)
-    weights = project_text(predict, selected, texts)
-    assert len(weights.projections) == 2 * _ATTENTIONS
-    assert all(leaf.shape == (3, _LENGTH, 8) for leaf in weights.projections.values())
+    weights = predict.project_text(selected, texts)
+    assert [leaf.shape for leaf in jax.tree.leaves(weights.projections)] == 2 * _ATTENTIONS * [(3, _LENGTH, 8)]
     text = weights.text(texts)
     assert isinstance(text, ProjectedText)
     # The kernels are not even there.
-    found = predict.of_batch(merge_weights(weights.others, rest), latents, _TIMESTEPS, text)
+    found = predict.batched(merge_weights(weights.others, rest), latents, _TIMESTEPS, text)
     _assert_close(found, _each(case))
 
 
@@ -87,9 +86,9 @@ def test_the_gradient_of_one_text(case, subset):
     selected, rest = select_weights(params, subset)
 
     def loss(weights, text):
-        return jnp.sum(jnp.sin(predict.of_batch(merge_weights(weights, rest), latents, _TIMESTEPS, text)))
+        return jnp.sum(jnp.sin(predict.batched(merge_weights(weights, rest), latents, _TIMESTEPS, text)))
 
-    weights = project_text(predict, selected, texts[0])
+    weights = predict.project_text(selected, texts[0])
 
     def of_projections(weights):
         return loss(weights.others, jax.tree.map(lambda leaf: leaf[None], weights.text(texts[0])))
@@ -103,9 +102,9 @@ def test_the_gradients_of_several_texts(case):
     selected, rest = select_weights(params, "cross-attn-kv")
 
     def loss(weights):
-        return jnp.sum(jnp.sin(predict.of_batch(rest, latents, _TIMESTEPS, weights.text(texts))))
+        return jnp.sum(jnp.sin(predict.batched(rest, latents, _TIMESTEPS, weights.text(texts))))
 
-    gradient = jax.grad(loss)(project_text(predict, selected, texts))
+    gradient = jax.grad(loss)(predict.project_text(selected, texts))
     found = kernel_gradient(gradient, selected, np.swapaxes(texts, 1, 2))
 
     def of_example(selected, *example):
@@ -118,8 +117,8 @@ def test_weights_that_project_no_text_stay(case):
     predict, params, _, (text, *_) = case
     selected, _ = select_weights(params, "cross-attn-kv")
     for weights in (
-        project_text(lambda params, latents, timestep, text: latents, selected, text),
-        project_text(predict, {"conv_in": params["conv_in"]}, text),
+        as_predictor(lambda params, latents, timestep, text: latents).project_text(selected, text),
+        predict.project_text({"conv_in": params["conv_in"]}, text),
     ):
         assert not weights.projections and weights.text(text) is text
     np.testing.assert_array_equal(weights.others["conv_in"]["kernel"], params["conv_in"]["kernel"])
@@ -128,8 +127,8 @@ def test_weights_that_project_no_text_stay(case):
 def test_the_gradient_has_the_weights_dtype(case):
     predict, params, _, texts = case
     selected = jax.tree.map(lambda leaf: leaf.astype(np.float32), select_weights(params, "cross-attn-kv")[0])
-    weights = project_text(predict, selected, texts[0])
-    assert {leaf.dtype for leaf in weights.projections.values()} == {np.dtype(np.float64)}
+    weights = predict.project_text(selected, texts[0])
+    assert {leaf.dtype for leaf in jax.tree.leaves(weights.projections)} == {np.dtype(np.float64)}
     found = kernel_gradient(weights, selected, texts[0].T)
     assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {np.dtype(np.float32)}
 

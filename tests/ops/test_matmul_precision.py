@@ -1,6 +1,5 @@
 """Float32 products stay float32 on devices that would round them, unless the caller says otherwise."""
 
-import inspect
 import re
 
 import jax
@@ -13,7 +12,6 @@ from attrib_jax.core.keys import loss_key, purpose_key
 from attrib_jax.core.types import Batch
 from attrib_jax.core.weights import merge_weights, select_weights
 from attrib_jax.curvature.fisher import fisher_diagonal
-from attrib_jax.ops.matmul_precision import float32_products
 from tests.attribution import tiny_denoiser
 from tests.attribution.tiny_denoiser import SCHEDULE, predict
 
@@ -57,9 +55,3 @@ def test_products_are_float32_unless_the_caller_asks_for_less(name):
     assert product_precisions(run) == {"HIGHEST"}
     with jax.default_matmul_precision("tensorfloat32"):
         assert product_precisions(run) == {"HIGH"}
-
-
-def test_the_decorated_function_keeps_its_name_and_signature():
-    assert strided_losses.__name__ == "strided_losses"
-    assert list(inspect.signature(float32_products(programs)).parameters) == []
-    assert "timesteps" in inspect.signature(strided_losses).parameters

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attrib_jax.ops.micro_batching import even_group_size, group_size, num_pixels, sum_groups, vmap_groups
+from attrib_jax.ops.micro_batching import even_group_size, group_size, map_groups, num_pixels, sum_groups
 
 
 @pytest.mark.parametrize(
@@ -37,7 +37,9 @@ def test_groups_give_what_all_at_once_give(size):
         return jnp.sum(jnp.sin(entry["x"])) * entry["n"], entry["x"]
 
     expected = jax.vmap(fn)(batch)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), vmap_groups(fn, size)(batch), expected)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), map_groups(jax.vmap(fn), size, batch), expected
+    )
     if size != 4:
         total = sum_groups(lambda part: jax.tree.map(lambda leaf: leaf.sum(0), jax.vmap(fn)(part)), batch, size)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b.sum(0), rtol=1e-5), total, expected)

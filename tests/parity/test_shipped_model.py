@@ -13,7 +13,7 @@ from attrib_jax.convert.load import load_pipeline
 from attrib_jax.data.sources import open_dataset
 from attrib_jax.jobs.query import Query, decode, generate, initial_noise
 from attrib_jax.methods.config import AttributeConfig
-from attrib_jax.models.unet import predictor
+from attrib_jax.models.predictor import predictor
 from attrib_jax.storage.chunks import ChunkStore
 from attrib_jax.storage.stage_root import StageRoot
 from attrib_jax.storage.stages import load_stage

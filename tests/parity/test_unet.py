@@ -13,7 +13,8 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor
 
 from attrib_jax.core.weights import merge_weights, select_weights
-from attrib_jax.models.unet import UNet2DConditionModel, UNetConfig, predictor
+from attrib_jax.models.predictor import predictor
+from attrib_jax.models.unet import UNet2DConditionModel, UNetConfig
 from tests.parity.torch_weights import flax_tree, randomise
 
 TEXT_LENGTH = 5
