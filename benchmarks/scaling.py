@@ -25,6 +25,7 @@ from absl import app, flags
 
 from benchmarks.sizes import Size, size_of
 from benchmarks.workers import Worker
+from launch import process
 
 FLAGS = flags.FLAGS
 
@@ -134,5 +135,6 @@ def define_flags() -> None:
 
 
 if __name__ == "__main__":
+    process.restart_with_huge_pages()
     define_flags()
     app.run(main)

@@ -30,10 +30,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from absl import app, flags
 
-import launch
 from attrib_jax.models.precision import PRECISIONS
 from benchmarks.sizes import Size, size_of
 from benchmarks.workers import Worker, busy_seconds
+from launch import process
 
 FLAGS = flags.FLAGS
 
@@ -89,7 +89,7 @@ def both_sides(size: Size, device: str, precision: str, devices: int, threads: i
                 device,
                 precision,
                 threads,
-                without=[launch.TUNABLES],
+                without=[process.TUNABLES],
             ) as torch_side,
             Worker("benchmarks.our_side:OurSide", size, file, device, precision, devices) as our_side,
         ):
@@ -309,5 +309,6 @@ def define_flags() -> None:
 
 
 if __name__ == "__main__":
+    process.restart_with_huge_pages()
     define_flags()
     app.run(main)

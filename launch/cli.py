@@ -11,6 +11,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from launch import process
+
 _NOT_COMMANDS = ("cli", "flag_docs")
 
 
@@ -50,7 +52,7 @@ def main() -> None:
         line = command_line(sys.argv)
     except ValueError as error:
         sys.exit(f"error: {error}")
-    os.execv(line[0], line)
+    os.execve(line[0], line, process.with_huge_pages(os.environ))
 
 
 if __name__ == "__main__":

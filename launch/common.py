@@ -23,7 +23,7 @@ from attrib_jax.jobs.encode import EncodeConfig
 from attrib_jax.parallel.compilation_cache import enable_compilation_cache
 from attrib_jax.parallel.hosts import independent_hosts, run_on_host0
 from attrib_jax.storage.files import StorageError
-from launch import multihost
+from launch import multihost, process
 from launch.packaged import check_model_folder, find_configs
 
 _LATENTS = "latents:"
@@ -81,6 +81,7 @@ def run(main: Callable[[], None], one_host: bool = False) -> None:
             sys.exit(code)
         if multihost.is_parent():
             sys.exit(multihost.supervise())
+        process.restart_with_huge_pages()
         if multihost.MULTIHOST.value:
             _run_on_several_hosts(main)
         _prepare_jax()

@@ -20,6 +20,7 @@ from absl import flags
 from absl import logging as absl_logging
 
 from attrib_jax.parallel import hosts
+from launch.process import with_huge_pages
 
 # Of a run that lost a host (sysexits.h: try again), so that a scheduler can tell it from a mistake.
 LOST_HOST = 75
@@ -80,7 +81,7 @@ def supervise() -> int:
     """Runs this command in a child process -> its exit code, or `LOST_HOST` after a line that says what happened."""
     ours, theirs = socket.socketpair()
     command = [sys.executable, *sys.orig_argv[1:]]
-    environment = {**os.environ, _PARENT: str(theirs.fileno())}
+    environment = {**with_huge_pages(os.environ), _PARENT: str(theirs.fileno())}
     # A session of its own, so that a signal reaches the child once, and what it started can be ended with it.
     child = subprocess.Popen(command, env=environment, pass_fds=[theirs.fileno()], start_new_session=True)
     theirs.close()
