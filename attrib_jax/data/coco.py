@@ -6,7 +6,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from attrib_jax.core.text import replace_surrogates
+from attrib_jax.core.paths import expand_path
+from attrib_jax.core.text import read_text
+from attrib_jax.data.captions import field_captions, has_caption_field, warn_uncaptioned
 from attrib_jax.data.files import ImageFiles, inner_path, warn_listed
 
 # Five of the people who wrote captions are the rule; some images have six or seven.
@@ -36,19 +38,20 @@ def open_coco(path: str | os.PathLike, resolution: int | None = None, split: str
       FileNotFoundError: no such folder, annotation file or folder of images.
       ValueError: the json is damaged or no COCO captions, or none of its images exists.
     """
-    name, file = f"coco:{path}", _annotation_file(Path(path).expanduser(), split)
+    name, file = f"coco:{path}", _annotation_file(Path(expand_path(path)), split)
     root = file.parent.parent if file.parent.name == "annotations" else file.parent
     part = re.sub("^captions_", "", file.stem)
     places = [root / part, root / "images" / part]
     folder = next((place for place in places if place.is_dir()), None)
     if folder is None:
         raise FileNotFoundError(f"{name}: no folder of images; expected {places[0]} or {places[1]}")
-    files, captions, official = _read_annotations(file)
+    files, captions, fields, official = _read_annotations(file)
     present = set(os.listdir(folder))
     missing = [image for image in files if image not in present and not os.path.isfile(folder / image)]
     if len(missing) == len(files):
         raise ValueError(f"{name}: {file} names {len(files)} images, and none of them exists in {folder}")
     warn_listed(len(files), f"images that {file} names do not exist in {folder}", missing)
+    warn_uncaptioned(name, captions, files, fields, f"expected them in the list 'annotations' of {file.name}")
     credit, credit_url = (_CREDIT, _CREDIT_URL) if official else (None, None)
     return ImageFiles(name, folder, files, captions, resolution, credit, credit_url)
 
@@ -72,35 +75,45 @@ def _annotation_file(path: Path, split: str | None) -> Path:
     )
 
 
-def _read_annotations(file: Path) -> tuple[list[str], list[tuple[str, ...]], bool]:
-    """File names and captions in the order of `images`, and whether they are COCO's own."""
+def _read_annotations(file: Path) -> tuple[list[str], list[tuple[str, ...]], list[str], bool]:
+    """File names and captions in the order of `images`, the names of fields, and whether they are COCO's own."""
     try:
-        content = json.loads(file.read_bytes())
+        content = json.loads(read_text(file))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is damaged or no JSON ({error}); copy it again") from error
     names: dict[int, str] = {}
+    captions: dict[int, list[str]] = {}
+    fields: dict[str, None] = {}
     for position, image in enumerate(_entries(file, content, "images")):
         source = f"{file}, images[{position}]"
         image_id = _field(source, image, "id", int)
         if image_id in names:
             raise ValueError(f"{source}: id {image_id} comes twice")
         names[image_id] = inner_path(_field(source, image, "file_name", str), source)
+        captions[image_id] = []
+        fields |= dict.fromkeys(f"images/{key}" for key in image)
     if not names:
         raise ValueError(f"{file} has no images")
-    captions: dict[int, list[str]] = {image_id: [] for image_id in names}
     unknown = []
     for position, annotation in enumerate(_entries(file, content, "annotations")):
         source = f"{file}, annotations[{position}]"
-        image_id, caption = _field(source, annotation, "image_id", int), _field(source, annotation, "caption", str)
-        if image_id in captions:
-            captions[image_id].append(replace_surrogates(caption))
-        else:
-            unknown.append(f"{caption!r} of {image_id}")
+        image_id = _field(source, annotation, "image_id", int)
+        if not has_caption_field(annotation, None):
+            raise ValueError(
+                f"{source}: caption is absent (fields: {', '.join(annotation)}); expected COCO's caption format, as in "
+                "captions_train2017.json"
+            )
+        texts = field_captions(annotation, None, source)
+        if image_id not in captions:
+            unknown.append(f"{texts[0]!r} of {image_id}")
+        elif any(texts):
+            captions[image_id] += texts
+        fields |= dict.fromkeys(f"annotations/{key}" for key in annotation)
     warn_listed(len(content["annotations"]), f"captions in {file} are of images that it does not list", unknown)
     kept = [tuple(captions[image_id][:_MAX_CAPTIONS]) or ("",) for image_id in names]
     info = content.get("info")
     official = isinstance(info, dict) and "cocodataset.org" in str(info.get("url"))
-    return list(names.values()), kept, official
+    return list(names.values()), kept, list(fields), official
 
 
 def _entries(file: Path, content: Any, key: str) -> list:

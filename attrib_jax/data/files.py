@@ -1,5 +1,6 @@
 """Images that lie in files of their own: what `folder:` and `coco:` share."""
 
+import json
 import logging
 import os
 import re
@@ -8,18 +9,19 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import numpy as np
 
-from attrib_jax.core.text import replace_surrogates
+from attrib_jax.core.paths import expand_path
 from attrib_jax.data.images import decode_image, fit_image
 from attrib_jax.data.protocol import FilePart, Row, hash_files
 
 _log = logging.getLogger(__name__)
-_SHOWN = 5
+SHOWN = 5  # names in a warning
 
 
 class ImageFiles:
     """Image files under one folder, with their captions in memory."""
 
     groups = None
+    counts_captions = True
 
     def __init__(
         self,
@@ -69,27 +71,35 @@ def inner_path(name: object, source: str) -> str:
     return PurePosixPath(*path.parts).as_posix()
 
 
-def listed_captions(value: object, source: str) -> tuple[str, ...]:
-    """A caption, a list of captions, or None -> captions, at least an empty one; ValueError for anything else.
-
-    What JSON escapes of a cut character counts as '?': reports could not be written with it.
-    """
-    captions = [] if value is None else [value] if isinstance(value, str) else value
-    if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
-        raise ValueError(f"{source}: caption {value!r}; expected a text or a list of texts")
-    return tuple(map(replace_surrogates, captions)) or ("",)
+def printable(name: str) -> str:
+    """A file name as it can be shown in one line."""
+    return name if name.isprintable() else repr(name)
 
 
 def warn_listed(count: int, what: str, names: Sequence[str]) -> None:
-    """Logs a warning that `count` of something are `what`, with the first few names; nothing where there are none."""
+    """Logs a warning that some of `count` are `what`, with the first few names; nothing where there are none."""
     if names:
-        more = ", ..." if len(names) > _SHOWN else ""
-        _log.warning("%d of %d %s: %s%s", len(names), count, what, ", ".join(names[:_SHOWN]), more)
+        more = ", ..." if len(names) > SHOWN else ""
+        shown = ", ".join(map(printable, names[:SHOWN]))
+        _log.warning("%d of %d %s: %s%s", len(names), count, what, shown, more)
+
+
+def holds_results(folder: str | os.PathLike) -> bool:
+    """Whether a folder is a workdir or stage of ours: its images are queries and reports, not training images."""
+    for record in ("stage.json", os.path.join("inputs", "stage.json")):
+        try:
+            with open(os.path.join(folder, record), encoding="utf-8") as file:
+                content = json.load(file)
+        except (OSError, ValueError, RecursionError):
+            continue
+        if isinstance(content, dict) and {"stage", "settings", "inputs"} <= content.keys():
+            return True
+    return False
 
 
 def existing_folder(kind: str, path: str | os.PathLike) -> Path:
     """`path` with ~ expanded; FileNotFoundError unless it is a folder."""
-    folder = Path(path).expanduser()
+    folder = Path(expand_path(path))
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
         raise FileNotFoundError(f"dataset {kind}:{path}: {str(folder)!r} {what}; expected a folder")

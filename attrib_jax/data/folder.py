@@ -1,32 +1,72 @@
-"""`folder:PATH`: a folder of images, with captions in a metadata file, in text files beside them, or without."""
+"""`folder:PATH`: a folder of images, with captions in a metadata file, in files beside them, or in folder names."""
 
+import collections
 import csv
 import io
 import json
 import logging
 import os
+import re
+import unicodedata
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from attrib_jax.data.files import ImageFiles, existing_folder, inner_path, listed_captions, warn_listed
+from attrib_jax.core.text import read_text, split_lines
+from attrib_jax.data.captions import (
+    CAPTION_ENDINGS,
+    CAPTION_FIELDS,
+    CaptionReader,
+    field_captions,
+    has_caption_field,
+    warn_uncaptioned,
+)
+from attrib_jax.data.files import ImageFiles, existing_folder, holds_results, inner_path, warn_listed
 from attrib_jax.data.images import image_suffixes
 
 _log = logging.getLogger(__name__)
-_METADATA = ("metadata.jsonl", "metadata.csv")
-_CAPTION_COLUMNS = ("text", "caption", "captions")
+_METADATA = ("metadata.jsonl", "metadata.csv", "metadata.tsv", "metadata.parquet")
+_FILE_COLUMN = "file_name"
+_BESIDE = tuple(ending for ending in CAPTION_ENDINGS if ending != ".cls")
 _SPLIT_FOLDERS = frozenset("train training test testing val valid validation dev eval evaluation".split())
-_MAX_CAPTION_BYTES = 2**16
+# A folder that kohya's trainers read: how often its images are repeated, and the concept that they show.
+_REPEATED_FOLDER = re.compile(r"[1-9]\d{0,2}_(\S.*)")
+# Images, by what their names end in, that `decode_image` does not read; people have them among others.
+_OTHER_IMAGES = frozenset(
+    ".heic .heif .hif .jxl .svg .svgz .psd .xcf .eps .pdf .raw .dng .cr2 .cr3 .nef .arw .orf .raf .rw2 .exr .hdr "
+    ".avifs .mp4 .mov .npy".split()
+)
+_MAX_BYTES = {".json": 2**20}
+_MAX_TEXT_BYTES = 2**16
 _READERS = 8
+_ADVICE = (
+    "give them as name.txt beside name.jpg or in metadata.jsonl or metadata.csv, or name their column as caption_key"
+)
 
 
 class _Entry(NamedTuple):
-    """One entry of a metadata file: where it stands, for messages; the image it names; its columns."""
+    """One entry of a metadata file: where it stands, for messages; the image that it names; its columns."""
 
     source: str
     file: str
     columns: dict
+
+
+class _Listing(NamedTuple):
+    """What lies in a folder and its subfolders, as paths relative to it.
+
+    Attributes:
+      images: sorted.
+      beside: path without its ending -> ending -> path, of files that may hold an image's caption.
+      metadata: metadata files, sorted.
+      others: how many files there are by ending, of those that are none of these.
+    """
+
+    images: list[str]
+    beside: dict[str, dict[str, str]]
+    metadata: list[str]
+    others: collections.Counter
 
 
 def open_folder(
@@ -35,23 +75,26 @@ def open_folder(
     split: str | None = None,
     caption_key: str | None = None,
 ) -> ImageFiles:
-    """Opens a folder of images, subfolders included; hidden files and folders are passed over.
+    """Opens a folder of images, subfolders included; hidden files and folders, and results of ours, are passed over.
 
-    Captions come from the first of these that is there:
-      - `metadata.jsonl` or `metadata.csv`, in the folder or in subfolders, as in Hugging Face's imagefolder: a column
-        `file_name`, relative to the metadata file, and a caption column. The rows are the entries, in the order of the
-        files' sorted paths and then of their lines; images that no entry names are left out.
-      - `name.txt` beside `name.jpg`, one caption a line. The rows are the images, in the order of their sorted paths.
-      - nothing: the same rows, with an empty caption.
-    A warning says so where no row has a caption.
+    The rows are the entries of the metadata files, if there are any: `metadata.jsonl`, `.csv`, `.tsv` or `.parquet`, in
+    the folder or in subfolders, as in Hugging Face's imagefolder, with a column `file_name`, relative to the metadata
+    file; in the order of the files' sorted paths and then of their entries. Images that no entry names are left out.
+    Else the rows are the images, in the order of their sorted paths.
+
+    A row's captions come from the first of these that has any, so that rows may differ:
+      - the metadata's column `caption_key`, or the usual ones (`attrib_jax.data.captions.CAPTION_FIELDS`);
+      - `name.txt` or `name.caption` beside `name.jpg`, one caption a line, or the same fields in `name.json`;
+      - the name of the image's folder where that is `10_red hat`, as kohya's trainers have it: the caption is "red
+        hat". An image is one row, however often it is repeated there.
+    A warning counts the rows that have none.
 
     Args:
       path: the folder. One that holds nothing but subfolders named after splits (`train`, `test`, ...) stands for its
         `train`.
-      resolution: of the square that images are resized and cropped to; None leaves them as they are.
+      resolution: side of the square that images are resized and cropped to; None leaves them as they are.
       split: name of the subfolder to take.
-      caption_key: the caption column; the first of `text`, `caption`, `captions` that exists if None. In a .jsonl file
-        its values may be lists.
+      caption_key: the caption's column or field, the usual names if None. Its values may be lists.
 
     Raises:
       FileNotFoundError: no such folder.
@@ -59,39 +102,92 @@ def open_folder(
         column or names files outside of its folder.
     """
     name, root = f"folder:{path}", _split_folder(existing_folder("folder", path), path, split)
-    images, texts, metadata = _list_files(root)
-    if metadata:
-        entries = [entry for file in metadata for entry in _read_metadata(root, file)]
-        captions = _metadata_captions(entries, caption_key, metadata)
-        files = [entry.file for entry in entries]
-        known = set(images)
-        missing = [file for file in files if file not in known and not os.path.isfile(root / file)]
-        if len(missing) == len(files):
-            raise ValueError(f"{name}: {metadata[0]} names {len(files)} images, and none of them exists in {root}")
-        warn_listed(len(files), f"images that the metadata of {name} names do not exist", missing)
-        warn_listed(len(images), f"images of {name} are not in its metadata", sorted(known.difference(files)))
-        _warn_uncaptioned(name, captions)
-        return ImageFiles(name, root, files, captions, resolution)
+    listing = _list_files(name, root)
+    entries = [entry for file in listing.metadata for entry in _read_metadata(root, file)]
+    columns = dict.fromkeys(column for entry in entries for column in entry.columns)
+    if listing.metadata:
+        if not entries:
+            raise ValueError(f"{root / listing.metadata[0]} has no entries; expected one for each image")
+        files = _named_files(name, root, listing, entries)
+    else:
+        files = listing.images
+        if not files:
+            there = ", ".join(f"{count} {ending}" for ending, count in listing.others.most_common(5)) or "no files"
+            raise ValueError(f"{name}: no image in {root} (there are: {there}); expected files such as .png or .jpg")
+        unread = [ending for ending in listing.others if ending in _OTHER_IMAGES]
+        count = sum(listing.others[ending] for ending in unread)
+        if unread:
+            _log.warning("%d files of %s are in formats that are not read: %s", count, name, ", ".join(sorted(unread)))
+    reader = CaptionReader(caption_key)
+    captions = [field_captions(entry.columns, caption_key, entry.source) for entry in entries] or [("",)] * len(files)
+    _read_beside(root, files, captions, listing.beside, reader)
     if caption_key is not None:
-        raise ValueError(f"caption_key is {caption_key!r}, but {root} has neither of {', '.join(_METADATA)}")
-    if not images:
-        raise ValueError(f"{name}: no image in {root}; expected files such as .png, .jpg or .webp")
-    beside = [texts.get(os.path.splitext(image)[0]) for image in images]
-    if any(beside):
-        uncaptioned = [image for image, text in zip(images, beside) if text is None]
-        warn_listed(len(images), f"images of {name} have no .txt beside them", uncaptioned)
-    with ThreadPoolExecutor(_READERS) as pool:
-        captions = list(pool.map(lambda text: ("",) if text is None else _read_lines(root / text), beside))
-    _warn_uncaptioned(name, captions)
-    return ImageFiles(name, root, images, captions, resolution)
-
-
-def _warn_uncaptioned(name: str, captions: list[tuple[str, ...]]) -> None:
-    if not any(caption for row in captions for caption in row):
-        _log.warning(
-            "%s has no captions: those of all %d rows are empty; give them as name.txt beside name.jpg, or in %s",
-            *(name, len(captions), " or ".join(_METADATA)),
+        found = has_caption_field([*columns, *reader.fields], caption_key)
+        if not found and not listing.metadata and not reader.fields:
+            raise ValueError(f"caption_key is {caption_key!r}, but {root} has none of {', '.join(_METADATA)}")
+    else:
+        found = has_caption_field(columns, None) or any(map(any, captions)) or not listing.metadata
+    if not found:
+        usual = f"caption column ({', '.join(CAPTION_FIELDS[:3])}, ...)"
+        asked = usual if caption_key is None else f"column {caption_key!r}"
+        raise ValueError(
+            f"{listing.metadata[0] if listing.metadata else root} has no {asked}; its columns: "
+            f"{', '.join([*columns, *reader.fields])}. Name the one with the captions as caption_key."
         )
+    reader.warn(name)
+    fields = [column for column in columns if column != _FILE_COLUMN]
+    fields += [f"{field} (in .json)" for field in reader.fields]
+    fields += [f"{ending} files" for ending in listing.others if ending in (".jsonl", ".csv", ".parquet", ".tsv")]
+    warn_uncaptioned(name, captions, files, fields, _ADVICE)
+    return ImageFiles(name, root, files, captions, resolution)
+
+
+def _named_files(name: str, root: Path, listing: _Listing, entries: list[_Entry]) -> list[str]:
+    """The entries' images as they lie in the folder, where Unicode may write the same name in two ways."""
+    known = set(listing.images)
+    normal = {unicodedata.normalize("NFC", image): image for image in listing.images}
+    files = [entry.file if entry.file in known else normal.get(_nfc(entry.file), entry.file) for entry in entries]
+    missing = [file for file in files if file not in known and not os.path.isfile(root / file)]
+    if len(missing) == len(files):
+        raise ValueError(f"{name}: {listing.metadata[0]} names {len(files)} images, and none of them exists in {root}")
+    warn_listed(len(files), f"images that the metadata of {name} names do not exist", missing)
+    unlisted = sorted(known.difference(files))
+    warn_listed(len(listing.images), f"images of {name} are not in its metadata and are left out", unlisted)
+    return files
+
+
+def _nfc(text: str) -> str:
+    return unicodedata.normalize("NFC", text)
+
+
+def _read_beside(root: Path, files: list[str], captions: list, beside: dict, reader: CaptionReader) -> None:
+    """Gives rows without a caption what lies beside their images or, failing that, in their folder's name."""
+    without = [row for row, texts in enumerate(captions) if not any(texts)]
+
+    def read(row: int) -> list[tuple[str, str, bytes]]:
+        """(ending, path, content) of the files beside an image, by name.txt or name.jpg.txt."""
+        there = beside.get(files[row], {}) | beside.get(os.path.splitext(files[row])[0], {})
+        contents = []
+        for ending in _BESIDE if reader.key is None else (".json",):
+            if ending in there:
+                with open(root / there[ending], "rb") as file:
+                    contents.append((ending, there[ending], file.read(_MAX_BYTES.get(ending, _MAX_TEXT_BYTES))))
+        return contents
+
+    repeated = []
+    with ThreadPoolExecutor(_READERS) as pool:
+        for row, contents in zip(without, pool.map(read, without)):
+            for ending, path, content in contents:
+                cut = len(content) == _MAX_TEXT_BYTES
+                captions[row] = reader.captions(content, ending, path, lines=True, cut=cut)
+                if any(captions[row]):
+                    break
+            folder = _REPEATED_FOLDER.fullmatch(PurePosixPath(files[row]).parent.name or root.name)
+            if folder and reader.key is None and not any(captions[row]):
+                captions[row] = (folder[1],)
+                repeated.append(files[row])
+    what = "images have the caption in their folder's name, such as `10_red hat`; each is one row, not repeated"
+    warn_listed(len(files), what, repeated)
 
 
 def _split_folder(folder: Path, path, split: str | None) -> Path:
@@ -107,58 +203,94 @@ def _split_folder(folder: Path, path, split: str | None) -> Path:
 
 
 def _is_data(name: str) -> bool:
-    return name in _METADATA or os.path.splitext(name)[1].lower() in image_suffixes()
+    return name.lower() in _METADATA or os.path.splitext(name)[1].lower() in image_suffixes()
 
 
 def _hidden(name: str) -> bool:
     return name.startswith((".", "__"))
 
 
-def _list_files(root: Path) -> tuple[list[str], dict[str, str], list[str]]:
-    """Images, sorted; text files by their paths without .txt; metadata files, sorted: paths relative to `root`."""
+def _list_files(name: str, root: Path) -> _Listing:
     suffixes = image_suffixes()
-    images, texts, metadata = [], [], []
-    for folder, subfolders, names in os.walk(root):
-        subfolders[:] = [name for name in subfolders if not _hidden(name)]
-        inner = Path(folder).relative_to(root)
-        for name in names:
-            path, suffix = (inner / name).as_posix(), os.path.splitext(name)[1].lower()
-            if name in _METADATA:
+    images, metadata, beside, others = [], [], [], collections.Counter()
+    results = []
+    for inner, names in _walk(root, results):
+        for file in names:
+            path, ending = (inner / file).as_posix(), os.path.splitext(file)[1].lower()
+            if file.lower() in _METADATA:
                 metadata.append(path)
-            elif suffix == ".txt":
-                texts.append(path)
-            elif suffix in suffixes and not name.startswith("."):
+            elif ending in _BESIDE:
+                beside.append((path, ending))
+            elif file.startswith("."):
+                continue
+            elif ending in suffixes:
                 images.append(path)
-    if len({os.path.basename(file) for file in metadata}) > 1:
-        raise ValueError(f"{root} has both {' and '.join(_METADATA)}; keep one kind")
+            else:
+                others[ending or "without ending"] += 1
+    if results:
+        _log.warning(
+            "%d folders of %s hold results (stage.json) and are left out: %s", len(results), name, ", ".join(results)
+        )
+    kinds = sorted({os.path.basename(file).lower() for file in metadata})
+    if len(kinds) > 1:
+        raise ValueError(f"{root} has both {' and '.join(kinds)}; keep one kind")
+    by_stem: dict[str, dict[str, str]] = {}
     # Sorted, so that of 1.TXT and 1.txt the second one is taken.
-    return sorted(images), {os.path.splitext(text)[0]: text for text in sorted(texts)}, sorted(metadata)
+    for path, ending in sorted(beside):
+        by_stem.setdefault(os.path.splitext(path)[0], {})[ending] = path
+    return _Listing(sorted(images), by_stem, sorted(metadata), others)
 
 
-def _read_lines(path: Path) -> tuple[str, ...]:
-    """One caption a line, empty lines left out; of a file that is no caption file only the beginning is read."""
-    with open(path, "rb") as file:
-        text = file.read(_MAX_CAPTION_BYTES).decode("utf-8-sig", errors="replace")
-    return tuple(line.strip() for line in text.splitlines() if line.strip()) or ("",)
+def _walk(root: Path, results: list[str]) -> Iterator[tuple[PurePosixPath, list[str]]]:
+    """Each folder's path relative to `root` and its files; those that hold results are added to `results` instead.
+
+    Links to folders are followed, but for those that would lead in a circle or to what is found elsewhere.
+    """
+    whole = os.path.realpath(root)
+    seen = {whole}
+    waiting = [root]
+    while waiting:
+        start = waiting.pop()
+        for folder, subfolders, names in os.walk(start, onerror=_raise):
+            inner = PurePosixPath(Path(folder).relative_to(root).as_posix())
+            if holds_results(folder):
+                results.append(inner.as_posix())
+                subfolders.clear()
+                continue
+            subfolders[:] = sorted(name for name in subfolders if not _hidden(name))
+            for name in subfolders:
+                path = os.path.join(folder, name)
+                target = os.path.realpath(path)
+                known = _within(whole, target) or any(_within(target, other) for other in seen)
+                if os.path.islink(path) and not known:
+                    seen.add(target)
+                    waiting.append(Path(path))
+            yield inner, names
+
+
+def _within(path: str, folder: str) -> bool:
+    return os.path.commonpath([path, folder]) == folder
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def _read_metadata(root: Path, metadata: str) -> Iterator[_Entry]:
     path, folder = root / metadata, PurePosixPath(metadata).parent
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no UTF-8 text ({error}); save it as UTF-8") from error
-    for line, columns in (_csv_rows if metadata.endswith(".csv") else _jsonl_rows)(path, text):
+    rows = {".jsonl": _jsonl_rows, ".parquet": _parquet_rows}.get(path.suffix.lower(), _csv_rows)
+    for line, columns in rows(path):
         source = f"{path}, line {line}"
-        if "file_name" not in columns:
+        file = next((name for name in columns if str(name).strip().lower() == _FILE_COLUMN), None)
+        if file is None:
             names = ", ".join(map(str, columns)) or "none"
-            raise ValueError(f"{source}: no column 'file_name' (columns: {names}); expected the image's path")
-        yield _Entry(source, (folder / inner_path(columns["file_name"], source)).as_posix(), columns)
+            raise ValueError(f"{source}: no column {_FILE_COLUMN!r} (columns: {names}); expected the image's path")
+        rest = {name: value for name, value in columns.items() if name != file}
+        yield _Entry(source, (folder / inner_path(columns[file], source)).as_posix(), {_FILE_COLUMN: None} | rest)
 
 
-def _jsonl_rows(path: Path, text: str) -> Iterator[tuple[int, dict]]:
-    # Not splitlines(), which also splits at separators that JSON allows within its strings.
-    for number, line in enumerate(text.split("\n"), 1):
+def _jsonl_rows(path: Path) -> Iterator[tuple[int, dict]]:
+    for number, line in enumerate(split_lines(read_text(path)), 1):
         if not line.strip():
             continue
         try:
@@ -170,10 +302,19 @@ def _jsonl_rows(path: Path, text: str) -> Iterator[tuple[int, dict]]:
         yield number, columns
 
 
-def _csv_rows(path: Path, text: str) -> Iterator[tuple[int, dict]]:
-    reader = csv.reader(io.StringIO(text, newline=""))
+def _csv_rows(path: Path) -> Iterator[tuple[int, dict]]:
+    text = read_text(path)
+    first = (split_lines(text) or [""])[0]
+    # Spreadsheets write what their country's settings say.
+    delimiter = next((mark for mark in ",;\t" if _FILE_COLUMN in _header(first, mark)), ",")
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
     try:
         header = [name.strip() for name in next(reader, [])]
+        if header and _FILE_COLUMN not in map(str.lower, header):
+            raise ValueError(
+                f"{path}, line 1: no column {_FILE_COLUMN!r} (columns: {', '.join(header)}); expected a header such as "
+                "file_name,text"
+            )
         for cells in reader:
             if not cells:
                 continue
@@ -187,15 +328,26 @@ def _csv_rows(path: Path, text: str) -> Iterator[tuple[int, dict]]:
         raise ValueError(f"{path}, line {reader.line_num}: damaged ({error})") from error
 
 
-def _metadata_captions(entries: list[_Entry], key: str | None, metadata: list[str]) -> list[tuple[str, ...]]:
-    if not entries:
-        raise ValueError(f"{metadata[0]} has no entries")
-    columns = dict.fromkeys(column for entry in entries for column in entry.columns)
-    key = key or next((column for column in _CAPTION_COLUMNS if column in columns), None)
-    if key not in columns:
-        asked = f"column {key!r}" if key else f"caption column ({', '.join(_CAPTION_COLUMNS)})"
-        raise ValueError(
-            f"{metadata[0]} has no {asked}; its columns: {', '.join(columns)}. Name the one with the captions as "
-            "caption_key."
-        )
-    return [listed_captions(entry.columns.get(key), entry.source) for entry in entries]
+def _header(line: str, delimiter: str) -> list[str]:
+    return [name.strip().strip('"').strip().lower() for name in line.split(delimiter)]
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[int, dict]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    def is_text(kind) -> bool:
+        inner = kind.value_type if pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind) else kind
+        return pyarrow.types.is_string(inner) or pyarrow.types.is_large_string(inner)
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            schema = file.schema_arrow
+            # What else there is may be images or embeddings, too large to hold; names are enough for messages.
+            texts = [field.name for field in schema if is_text(field.type)]
+            batches = file.iter_batches(columns=texts)
+            rows = (row for batch in batches for row in batch.to_pylist())
+            for number, columns in enumerate(rows, 1):
+                yield number, {field.name: columns.get(field.name) for field in schema}
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{path} is damaged or not a Parquet file ({error})") from error

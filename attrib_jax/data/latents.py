@@ -14,6 +14,7 @@ import numpy as np
 
 from attrib_jax.core.checks import nonfinite_rows
 from attrib_jax.core.fingerprint import digest
+from attrib_jax.core.paths import expand_path
 from attrib_jax.data.protocol import Dataset, Row
 from attrib_jax.storage.chunks import ChunkStore
 from attrib_jax.storage.files import StorageError, read_arrays
@@ -85,11 +86,10 @@ class LatentsDataset(abc.ABC):
 
 def open_latents(path: str | os.PathLike, images: Dataset | None = None, scaled: bool = True) -> LatentsDataset:
     """Opens a workdir of `launch.encode`, or the numpy files that `NumpyLatents` describes."""
+    path = expand_path(path)
     if os.path.isfile(os.path.join(path, "text", ROWS_FILE)):
         if not scaled:
-            raise ValueError(
-                f"{os.fspath(path)} was filled by launch.encode: its latents are scaled; drop scaled=False"
-            )
+            raise ValueError(f"{path} was filled by launch.encode: its latents are scaled; drop scaled=False")
         return StoredLatents(path, images)
     return NumpyLatents(path, images, scaled)
 

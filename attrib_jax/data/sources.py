@@ -2,11 +2,13 @@
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from attrib_jax.core.checks import check_choice, check_positive
+from attrib_jax.core.paths import expand_path
 from attrib_jax.data.coco import open_coco
 from attrib_jax.data.digits import RESOLUTION as DIGITS_RESOLUTION
 from attrib_jax.data.digits import DigitsDataset
@@ -87,6 +89,31 @@ def open_dataset(
     return OpenmojiDataset(data_dir, resolution)
 
 
+def check_separate(workdir: str | os.PathLike, dataset: str) -> None:
+    """Raises ValueError where results would lie among a data set's images, or its images among results.
+
+    Images of results, such as `query.png`, would be scored as training images by the next run. Links are resolved.
+
+    Args:
+      workdir: folder that results are written to; it need not exist.
+      dataset: name of a data set, as for `open_dataset`; only folders of images can be in the way.
+    """
+    kind, _, place = dataset.partition(":")
+    if kind not in ("folder", "coco", "webdataset") or not place or not os.path.isdir(expand_path(place)):
+        return
+    folders = [Path(expand_path(path)).resolve() for path in (workdir, place)]
+    for inner, outer, what in (
+        (*folders, f"lies within the data set's folder {str(folders[1])!r}"),
+        (*folders[::-1], f"has the data set's folder {str(folders[1])!r} within it"),
+    ):
+        # By identity, since on some disks names in other letters are the same folder.
+        if any(parent.exists() and outer.exists() and parent.samefile(outer) for parent in (inner, *inner.parents)):
+            raise ValueError(
+                f"workdir is {os.fspath(workdir)!r}, which {what}: its images would become training images. Give a "
+                "folder outside of it."
+            )
+
+
 class OpenmojiDataset:
     """The OpenMoji TFDS data set, prepared into `data_dir` on first use."""
 
@@ -99,7 +126,8 @@ class OpenmojiDataset:
         from attrib_jax.data.openmoji import Openmoji, list_emoji
 
         with quiet_tfds():
-            builder = Openmoji(data_dir=data_dir, file_format="array_record")
+            place = None if data_dir is None else expand_path(data_dir)
+            builder = Openmoji(data_dir=place, file_format="array_record")
             builder.download_and_prepare()
         self._builder_dir, self._resolution = os.fspath(builder.data_dir), resolution
         self._source: Any = None

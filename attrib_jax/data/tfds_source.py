@@ -9,12 +9,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from attrib_jax.core.paths import expand_path
+from attrib_jax.core.text import decode_text
+from attrib_jax.data.captions import CAPTION_FIELDS, normal_name
 from attrib_jax.data.images import decode_image, fit_image
 from attrib_jax.data.protocol import FilePart, Row, hash_files
 
 _FORMAT = "array_record"
 # Which of several texts is the caption; the first names are the surer ones.
-_CAPTION_NAMES = ("captions/text", "captions", "caption", "text")
+_CAPTION_NAMES = ("captions/text", "captions", "caption", *CAPTION_FIELDS)
 _LABEL_NAMES = ("label",)
 # How the names of texts end that say which image it is, not what it shows.
 _IDENTIFIER = re.compile(r"(^|[/_-])(file_?name|(file)?path|url|uri|id)$", re.IGNORECASE)
@@ -158,7 +161,7 @@ class TfdsDataset:
         if self._caption.class_name is not None:
             # TFDS stores "unlabelled" as -1, whose name would be the last class's.
             return tuple(self._caption.class_name(int(value)) for value in values if value >= 0) or ("",)
-        return tuple(value.decode("utf-8", errors="replace") for value in values) or ("",)
+        return tuple(decode_text(value).text for value in values) or ("",)
 
 
 def split_name(name: str, split: str | None = None) -> tuple[str, str | None]:
@@ -189,7 +192,7 @@ def _find_builder(name: str, data_dir: str | os.PathLike | None) -> Any:
     from tensorflow_datasets.core.read_only_builder import builder_from_files
     from tensorflow_datasets.core.registered import DatasetNotFoundError
 
-    data_dir = os.path.expanduser(data_dir or constants.DATA_DIR)
+    data_dir = expand_path(data_dir or constants.DATA_DIR)
     try:
         with quiet_tfds():
             return builder_from_files(name, data_dir=data_dir)
@@ -240,7 +243,8 @@ def _choose_caption(name: str, features: Any, key: str | None) -> _Feature:
 
 def _choose(name, features, what: str, candidates: dict[str, _Feature], key: str | None, usual) -> _Feature:
     if key is None:
-        usual = [candidate for candidate in usual if candidate in candidates]
+        named = {normal_name(candidate): candidate for candidate in reversed(candidates)}
+        usual = [named[name] for name in usual if name in named]
         if not usual and len(candidates) == 1:
             usual = list(candidates)
         key = usual[0] if usual else None

@@ -1,31 +1,57 @@
 """`webdataset:PATH`: images and captions in tar shards, as img2dataset writes them for LAION."""
 
-import contextlib
 import glob
-import json
-import logging
 import os
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 
-from attrib_jax.data.files import listed_captions, warn_listed
+from attrib_jax.core.paths import expand_path
+from attrib_jax.data.captions import CAPTION_ENDINGS, CaptionReader, has_caption_field, warn_uncaptioned
+from attrib_jax.data.files import holds_results, warn_listed
 from attrib_jax.data.images import MAX_FILE_BYTES, UnreadableRowError, decode_image, fit_image, image_suffixes
 from attrib_jax.data.protocol import FilePart, Row, hash_files
 from attrib_jax.data.tar_index import index_tar
 
-_log = logging.getLogger(__name__)
-_CAPTION_FIELD = "caption"
 _MAX_CAPTION_BYTES = 2**20
-_ABSENT = -1
-_IMAGE, _TEXT, _JSON = range(3)
+_READERS = 8
+_IMAGE = "image"
+_ADVICE = "expected key.txt, key.caption or a field of key.json beside key.jpg; name the field as caption_key"
+
+
+class _Shard(NamedTuple):
+    """What one tar file holds.
+
+    Attributes:
+      path: of the file.
+      keys: of its N rows, in stored order.
+      places: (N, 2) int64, offset and size of each row's image.
+      captions: of each row.
+      endings: of the parts that its rows have beside the image.
+      reader: what was odd about the captions.
+      unused: names that make no row.
+      dotted: images that further dots in their names leave out.
+      damage: what is wrong with the file after its last row, or None.
+    """
+
+    path: str
+    keys: list[str]
+    places: np.ndarray
+    captions: list[tuple[str, ...]]
+    endings: dict[str, None]
+    reader: CaptionReader
+    unused: list[str]
+    dotted: list[str]
+    damage: str | None
 
 
 class WebDataset:
-    """Random access to tar shards: their headers are read once, a row's bytes whenever it is asked for.
+    """Random access to tar shards: headers and captions are read once, an image whenever it is asked for.
 
-    A row is what shares a name up to the first dot after the last '/': `<key>.jpg`, `<key>.txt`, `<key>.json`; a
+    A row is what shares a name up to the first dot after the last '/': `<key>.jpg`, `<key>.txt`, `<key>.json`; an
     image with a further dot in its name, such as `<key>.v2.jpg`, is left out and counted in a warning. Rows are
     numbered through the shards, which are sorted by name, in the order in which their keys are stored. A shard that is
     damaged or cut off keeps the rows before the damage, so the rows after it have other ids than they would have in a
@@ -33,6 +59,7 @@ class WebDataset:
     """
 
     groups = credit = credit_url = None
+    counts_captions = True
 
     def __init__(
         self,
@@ -45,153 +72,153 @@ class WebDataset:
 
         Args:
           path: folder of .tar files, one .tar file, or a pattern such as `laion/{00000..00011}.tar` or `laion/*.tar`.
-          resolution: of the square that images are resized and cropped to; None leaves them as they are.
+          resolution: side of the square that images are resized and cropped to; None leaves them as they are.
           image_key: ending of the image's name, such as `jpg`; any that Pillow reads if None.
-          caption_key: field of the .json with the caption or the list of captions; if None, the .txt has the caption,
-            and where there is none the field `caption`.
+          caption_key: field of the .json with the caption or the list of captions; if None, the caption is that of the
+            .txt, the .caption, a usual field of the .json or the .cls, the first that has one.
 
         Raises:
           FileNotFoundError: no shard, or one that the pattern names is missing.
           ValueError: no shard has an image, or no .json has the field `caption_key`.
         """
         self.name = f"webdataset:{path}"
-        self._shards = _find_shards(self.name, os.path.expanduser(os.fspath(path)))
-        self._resolution, self._caption_key = resolution, caption_key
+        self._resolution = resolution
         suffixes = image_suffixes() if image_key is None else {"." + image_key.lower().lstrip(".")}
-        self._keys: list[str] = []
-        places: list[tuple] = []
-        damaged, left_out, dotted = [], [], []
-        for number, shard in enumerate(self._shards):
-            index = index_tar(shard)
-            rows, unused, further_dots = _group(index.members, suffixes)
-            if index.damage is not None:
-                _drop_incomplete(rows)
-                damaged.append(f"{shard} (after {len(rows)} rows: {index.damage})")
-            left_out += [f"{shard}: {name}" for name in unused]
-            dotted += [f"{shard}: {name}" for name in further_dots]
-            for key, parts in rows.items():
-                self._keys.append(key)
-                places.append((number, *((p.offset, p.size) if p else (_ABSENT, _ABSENT) for p in parts)))
-        if not places:
-            reason = f"; {damaged[0]}" if damaged else ""
-            if dotted:
-                reason += (
-                    f"; endings begin at a name's first dot, which leaves out {dotted[0]}: name images without "
-                    "further dots, or give the whole ending, such as 'v2.jpg', as image_key"
-                )
-            raise ValueError(f"{self.name}: no image in {len(self._shards)} shards{reason}")
-        warn_listed(len(self._shards), f"shards of {self.name} are damaged, and what follows is left out", damaged)
-        left_out += dotted
-        what = f"names in {self.name} have no image, come twice or have a further dot, and are left out"
-        warn_listed(len(places) + len(left_out), what, left_out)
-        self._shard = np.array([place[0] for place in places], np.int32)
-        self._places = np.array([place[1:] for place in places], np.int64)  # (N, image or text or json, offset, size)
-        self.row_ids = np.arange(len(places), dtype=np.int32)
-        if caption_key is not None:
-            self._check_caption_key(caption_key)
+        paths = _find_shards(self.name, expand_path(path))
+        usual = _usual_parts(paths, suffixes)
+        with ThreadPoolExecutor(_READERS) as pool:
+            shards = list(pool.map(lambda shard: _read_shard(shard, suffixes, caption_key, usual), paths))
+        self._shards = paths
+        self._keys = [key for shard in shards for key in shard.keys]
+        _warn_left_out(self.name, shards, len(self._keys))
+        self._captions = [captions for shard in shards for captions in shard.captions]
+        self._shard = np.repeat(np.arange(len(shards), dtype=np.int32), [len(shard.keys) for shard in shards])
+        self._places = np.concatenate([shard.places for shard in shards])
+        self.row_ids = np.arange(len(self._keys), dtype=np.int32)
+        reader = CaptionReader(caption_key)
+        for shard in shards:
+            reader.merge(shard.reader)
+        if caption_key is not None and not has_caption_field(reader.fields, caption_key):
+            raise ValueError(
+                f"{self.name}: no .json has a field {caption_key!r}; their fields: "
+                f"{', '.join(reader.fields) or 'none'}. Name the one with the captions as caption_key."
+            )
+        reader.warn(self.name)
+        fields = [ending for shard in shards for ending in shard.endings if ending != ".json"]
+        fields += [f"{field} (in .json)" for field in reader.fields]
+        warn_uncaptioned(self.name, self._captions, self._keys, fields, _ADVICE)
 
     def __len__(self) -> int:
         return len(self.row_ids)
 
     def __getitem__(self, index: int) -> Row:
-        name = f"{self._keys[index]} in {self._shards[self._shard[index]]}"
-        image = fit_image(decode_image(self._read(index, _IMAGE), name), self._resolution)
-        return Row(image, self.captions(index), int(self.row_ids[index]))
-
-    def captions(self, index: int) -> tuple[str, ...]:
-        """From the .txt or the .json; a .json that is damaged gives an empty caption and a warning."""
-        if self._caption_key is None and self._part(index, _TEXT) is not None:
-            return (self._read(index, _TEXT, _MAX_CAPTION_BYTES).decode("utf-8", errors="replace").strip(),)
-        if self._part(index, _JSON) is None:
-            return ("",)
-        source = f"{self._keys[index]}.json in {self._shards[self._shard[index]]}"
-        try:
-            return listed_captions(self._fields(index).get(self._caption_key or _CAPTION_FIELD), source)
-        except (ValueError, RecursionError) as error:
-            _log.warning("no caption for row %d: %s is damaged (%s)", self.row_ids[index], source, error)
-            return ("",)
-
-    def fingerprint(self) -> str:
-        """sha256 over resolution, shard names, keys, captions, and size and ends of each image; see `hash_files`."""
-        rows = ((int(self._shard[index]), key, self.captions(index)) for index, key in enumerate(self._keys))
-        described = [self._resolution, [os.path.basename(shard) for shard in self._shards]]
-        images = [self._part(index, _IMAGE) for index in range(len(self))]
-        return hash_files((item for items in (described, rows) for item in items), images)
-
-    def _check_caption_key(self, key: str) -> None:
-        """ValueError unless the .json of some row has the field; the first one mostly has it, so that few are read."""
-        there: dict[str, None] = {}
-        for index in np.flatnonzero(self._places[:, _JSON, 0] != _ABSENT):
-            with contextlib.suppress(ValueError, RecursionError):  # `captions` reports a damaged one
-                fields = self._fields(index)
-                if key in fields:
-                    return
-                there |= dict.fromkeys(fields)
-        raise ValueError(
-            f"{self.name}: no .json has a field {key!r}; their fields: {', '.join(there) or 'none'}. Name the one with "
-            "the captions as caption_key."
-        )
-
-    def _fields(self, index: int) -> dict:
-        """What a row's .json holds; ValueError or RecursionError for one that is damaged."""
-        fields = json.loads(self._read(index, _JSON, _MAX_CAPTION_BYTES))
-        if not isinstance(fields, dict):
-            raise ValueError("no JSON object")
-        return fields
-
-    def _part(self, index: int, which: int) -> FilePart | None:
-        offset, size = map(int, self._places[index, which])
-        return None if offset == _ABSENT else FilePart(self._shards[self._shard[index]], offset, size)
-
-    def _read(self, index: int, which: int, limit: int | None = None) -> bytes:
-        part, name = self._part(index, which), f"{self._keys[index]} in {self._shards[self._shard[index]]}"
-        size = part.size if limit is None else min(part.size, limit)
-        if size > MAX_FILE_BYTES:
-            raise UnreadableRowError(f"image {name} has {size} bytes; at most {MAX_FILE_BYTES} are read")
+        part, name = self._part(index), f"{self._keys[index]} in {self._shards[self._shard[index]]}"
+        if part.size > MAX_FILE_BYTES:
+            raise UnreadableRowError(f"image {name} has {part.size} bytes; at most {MAX_FILE_BYTES} are read")
         # Opened for each read: data sets of 40,000 shards exist, and a process may not hold that many open.
         with open(part.path, "rb") as file:
             file.seek(part.offset)
-            content = file.read(size)
-        if len(content) != size:
+            content = file.read(part.size)
+        if len(content) != part.size:
             raise UnreadableRowError(f"{name}: the file is shorter than when it was opened")
-        return content
+        return Row(
+            fit_image(decode_image(content, name), self._resolution), self.captions(index), int(self.row_ids[index])
+        )
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        return self._captions[index]
+
+    def fingerprint(self) -> str:
+        """sha256 over resolution, shard names, keys, captions, and what `hash_files` reads of each image."""
+        rows = zip(self._shard.tolist(), self._keys, self._captions)
+        described = [self._resolution, [os.path.basename(shard) for shard in self._shards]]
+        images = [self._part(index) for index in range(len(self))]
+        return hash_files((item for items in (described, rows) for item in items), images)
+
+    def _part(self, index: int) -> FilePart:
+        offset, size = map(int, self._places[index])
+        return FilePart(self._shards[self._shard[index]], offset, size)
 
 
-def _group(members, suffixes) -> tuple[dict[str, list[FilePart | None]], list[str], list[str]]:
-    """Parts by key: [image, text, json], in stored order; the names that make no row; images with further dots."""
-    rows: dict[str, list[FilePart | None]] = {}
+def _group(path: str, suffixes) -> tuple[dict[str, dict[str, FilePart]], list[str], list[str], str | None]:
+    """A tar file's rows by key, each ending -> part, in stored order; unused names, dotted ones, and the damage."""
+    index = index_tar(path)
+    rows: dict[str, dict[str, FilePart]] = {}
     unused, dotted, endings = [], [], tuple(suffixes)
-    for name, part in members:
+    for name, part in index.members:
         folder, slash, base = name.rpartition("/")
         stem, dot, suffix = base.partition(".")
         suffix = (dot + suffix).lower()
-        which = {".txt": _TEXT, ".json": _JSON}.get(suffix, _IMAGE if suffix in suffixes else None)
         if not stem:
             continue
+        which = suffix if suffix in CAPTION_ENDINGS else _IMAGE if suffix in suffixes else None
         if which is None:
             if suffix.endswith(endings):
                 dotted.append(name)
-            continue
-        parts = rows.setdefault(folder + slash + stem, [None, None, None])
-        if parts[which] is None:
-            parts[which] = part
-        else:
+        elif rows.setdefault(folder + slash + stem, {}).setdefault(which, part) is not part:
             unused.append(name)
-    without = [key for key, parts in rows.items() if parts[_IMAGE] is None]
-    return {key: parts for key, parts in rows.items() if parts[_IMAGE] is not None}, unused + without, dotted
+    unused += [key for key, parts in rows.items() if _IMAGE not in parts]
+    return {key: parts for key, parts in rows.items() if _IMAGE in parts}, unused, dotted, index.damage
 
 
-def _drop_incomplete(rows: dict[str, list[FilePart | None]]) -> None:
-    """Removes the last row of a shard that was cut between its image and its caption."""
-    if not rows:
-        return
-    first, last = next(iter(rows.values())), next(reversed(rows.values()))
-    if last[_TEXT:] == [None, None] or any(usual and not part for usual, part in zip(first, last)):
-        rows.popitem()
+def _usual_parts(paths: list[str], suffixes) -> set[str]:
+    """The endings that the first row of the first whole shard has; none where no shard is whole."""
+    for path in paths:
+        rows, _, _, damage = _group(path, suffixes)
+        if damage is None and rows:
+            return set(next(iter(rows.values())))
+    return set()
+
+
+def _read_shard(path: str, suffixes, caption_key: str | None, usual: set[str]) -> _Shard:
+    rows, unused, dotted, damage = _group(path, suffixes)
+    if damage is not None and rows:
+        # The last row of a file that was cut off may lack its caption.
+        last = next(reversed(rows.values()))
+        usual = usual or set(next(iter(rows.values())))
+        if not usual <= last.keys() or last.keys() == {_IMAGE}:
+            rows.popitem()
+    reader, captions = CaptionReader(caption_key), []
+    with open(path, "rb") as file:
+        for key, parts in rows.items():
+            texts: tuple[str, ...] = ("",)
+            for ending in CAPTION_ENDINGS if caption_key is None else (".json",):
+                if ending in parts and not any(texts):
+                    file.seek(parts[ending].offset)
+                    size = min(parts[ending].size, _MAX_CAPTION_BYTES)
+                    name = f"{key}{ending} in {path}"
+                    texts = reader.captions(file.read(size), ending, name, cut=size < parts[ending].size)
+            captions.append(texts)
+    places = [(parts[_IMAGE].offset, parts[_IMAGE].size) for parts in rows.values()]
+    endings = dict.fromkeys(ending for parts in rows.values() for ending in parts if ending != _IMAGE)
+    return _Shard(
+        *(path, list(rows), np.array(places, np.int64).reshape(-1, 2), captions, endings, reader),
+        *(unused, dotted, damage),
+    )
+
+
+def _warn_left_out(name: str, shards: list[_Shard], count: int) -> None:
+    """Warns of what makes no row; ValueError where nothing does."""
+    damaged = [f"{shard.path} (after {len(shard.keys)} rows: {shard.damage})" for shard in shards if shard.damage]
+    dotted = [f"{shard.path}: {image}" for shard in shards for image in shard.dotted]
+    if not count:
+        reason = f"; {damaged[0]}" if damaged else ""
+        if dotted:
+            reason += (
+                f"; endings begin at a name's first dot, which leaves out {dotted[0]}: name images without further "
+                "dots, or give the whole ending, such as 'v2.jpg', as image_key"
+            )
+        raise ValueError(f"{name}: no image in {len(shards)} shards{reason}")
+    warn_listed(len(shards), f"shards of {name} are damaged, and what follows is left out", damaged)
+    left_out = [f"{shard.path}: {unused}" for shard in shards for unused in shard.unused] + dotted
+    what = f"names in {name} have no image, come twice or have a further dot, and are left out"
+    warn_listed(count + len(left_out), what, left_out)
 
 
 def _find_shards(name: str, path: str) -> list[str]:
     if os.path.isdir(path):
+        if holds_results(path):
+            raise ValueError(f"{name}: {path!r} holds results (stage.json); expected a folder of .tar shards")
         shards = [os.path.join(path, file) for file in os.listdir(path) if file.endswith(".tar")]
     else:
         shards = []

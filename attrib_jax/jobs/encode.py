@@ -20,6 +20,7 @@ from attrib_jax.core.checks import check_choice, check_range
 from attrib_jax.core.fingerprint import params_fingerprint
 from attrib_jax.core.keys import purpose_key
 from attrib_jax.core.weights import flatten_names
+from attrib_jax.data.captions import read_captions
 from attrib_jax.data.concat import ConcatDataset
 from attrib_jax.data.latents import ROWS_FILE, LatentsDataset, broken_views
 from attrib_jax.data.readers import ImageReader
@@ -129,7 +130,7 @@ def _encode_part(root, prefix: str, pipeline, inputs, dataset, config) -> Encode
     if isinstance(dataset, LatentsDataset):
         return _stored_latents(pipeline, dataset)
     # Reading a caption may mean reading its picture's whole record: not where nothing is left to encode.
-    captions = functools.cache(lambda: [dataset.captions(index) for index in range(len(dataset))])
+    captions = functools.cache(lambda: read_captions(dataset))
     latents_name, text_name = stage_names(dataset, prefix)
     with root.stage(latents_name, {}, inputs) as stage:
         latents = encode_images(

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -111,15 +112,43 @@ def test_wrong_places(tmp_path):
         ('{"images": [{"id": 1, "file_name": "../a.jpg"}]}', r"images\[0\]: file name '../a.jpg'"),
         ('{"images": [{"id": 1, "file_name": "a"}, {"id": 1, "file_name": "b"}]}', r"images\[1\]: id 1 comes twice"),
         (
-            '{"images": [{"id": 1, "file_name": "a"}], "annotations": [{"image_id": 1, "caption": null}]}',
-            r"annotations\[0\]: caption is None; expected a text",
+            '{"images": [{"id": 1, "file_name": "a"}], "annotations": [{"image_id": 1, "caption": 5}]}',
+            r"annotations\[0\]: caption is 5; expected a text",
         ),
+        (
+            '{"images": [{"id": 1, "file_name": "a"}], "annotations": [{"image_id": 1, "bbox": []}]}',
+            r"annotations\[0\]: caption is absent \(fields: image_id, bbox\)",
+        ),
+        ("\0" * 9, "damaged or no JSON.*binary data"),
     ],
 )
 def test_damaged_annotations_are_named(tmp_path, content, message):
     write_coco(tmp_path).write_text(content)
     with pytest.raises(ValueError, match=f"captions_train2017.json.*{message}"):
         open_coco(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("annotations", "said"),
+    [
+        ([], r"3 of 3 rows .*\(000000000009.jpg, 139.jpg, 25.jpg\); .*: images/id, images/file_name; .*'annotations'"),
+        ([{"image_id": 9, "caption": "a"}, {"image_id": 25, "caption": None}], r"2 of 3 rows .*annotations/caption"),
+        ([{"image_id": row["id"], "Caption": "a"} for row in IMAGES], None),
+    ],
+)
+def test_rows_without_a_caption_are_counted(tmp_path, caplog, annotations, said):
+    write_coco(tmp_path, annotations=annotations)
+    dataset = open_coco(tmp_path)
+    assert len(caplog.records) == (said is not None) and re.search(said or "", caplog.text)
+    assert all(isinstance(dataset.captions(row)[0], str) for row in range(3))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-be", "cp1252"])
+def test_annotations_in_other_encodings(tmp_path, encoding):
+    file = write_coco(tmp_path)
+    content = {"images": IMAGES, "annotations": [{"image_id": 9, "caption": "eine Tür"}]}
+    file.write_text(json.dumps(content, ensure_ascii=False), encoding=encoding)
+    assert open_coco(tmp_path).captions(0) == ("eine Tür",)
 
 
 SCALAR = st.none() | st.booleans() | st.integers(0, 3) | st.text(max_size=3) | st.just("a.jpg")

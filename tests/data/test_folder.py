@@ -2,9 +2,14 @@
 
 import json
 import logging
+import os
 import pickle
+import re
 
 import numpy as np
+import pyarrow
+import pyarrow.csv
+import pyarrow.parquet
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -78,8 +83,9 @@ def test_text_files_beside_images_and_hidden_files(tmp_path, caplog):
     (tmp_path / "b" / "1.txt").write_bytes("br\xfcllend".encode("latin-1"))
     (tmp_path / "notes.md").write_text("no image")
     dataset = open_folder(tmp_path)
-    assert [captions for _, captions, _ in contents(dataset)] == [("",), ("one", "two"), ("br\ufffdllend",)]
-    assert "1 of 3 images" in caplog.text and "B.png" in caplog.text
+    assert [captions for _, captions, _ in contents(dataset)] == [("",), ("one", "two"), ("brüllend",)]
+    assert "1 of 3 rows" in caplog.text and "(B.png)" in caplog.text
+    assert "1 of 2 caption files" in caplog.text and "b/1.txt (Windows-1252)" in caplog.text
 
 
 def test_text_files_in_capitals(tmp_path, caplog):
@@ -95,25 +101,167 @@ def test_text_files_in_capitals(tmp_path, caplog):
 def test_plain_images_have_empty_captions_and_a_warning(tmp_path, caplog):
     write_images(tmp_path, "10.png", "9.png", "sub/1.png")
     assert contents(open_folder(tmp_path)) == [(0, ("",), 0), (1, ("",), 1), (2, ("",), 2)]
-    warning = "has no captions: those of all 3 rows are empty; give them as name.txt beside name.jpg, or in metadata"
-    assert [record.levelno for record in caplog.records] == [logging.WARNING] and warning in caplog.text
+    assert [record.levelno for record in caplog.records] == [logging.WARNING]
+    assert "3 of 3 rows" in caplog.text and "have no caption" in caplog.text and "name.txt" in caplog.text
 
 
-def test_empty_texts_are_no_captions(tmp_path, caplog):
-    write_images(tmp_path, "a.png", "b.png")
-    for name in ("a.txt", "b.txt"):
-        (tmp_path / name).write_text("\n")
-    open_folder(tmp_path)
-    assert "has no captions: those of all 2 rows" in caplog.text
-    write_jsonl(tmp_path / "metadata.jsonl", {"file_name": "a.png", "text": None}, {"file_name": "b.png", "text": ""})
-    caplog.clear()
-    open_folder(tmp_path)
-    assert "has no captions: those of all 2 rows" in caplog.text
+@pytest.mark.parametrize(
+    ("entries", "captions", "missing"),
+    [
+        ([{"text": "x"}, {"caption": "y"}], ["x", "y"], None),
+        ([{"TEXT": "x"}, {"Prompt": "y"}], ["x", "y"], None),
+        ([{"text": "", "title": "x"}, {"text": None, "description": ["", "y"]}], ["x", "y"], None),
+        ([{"caption": float("nan"), "alt-text": "x"}, {"Alt Text": "y"}], ["x", "y"], None),
+        (
+            [{"text": 5, "caption": "x"}, {"text": " ", "url": "u"}],
+            ["x", ""],
+            r"1 of 2 .*\(1.png\).*caption, url",
+        ),
+        ([{"text": None, "tags": "u"}, {}], ["", ""], "2 of 2 rows .*: text, tags"),
+    ],
+)
+def test_the_caption_column_is_chosen_for_each_row(tmp_path, caplog, entries, captions, missing):
+    write_images(tmp_path, "0.png", "1.png")
+    write_jsonl(tmp_path / "metadata.jsonl", *({"file_name": f"{n}.png"} | entry for n, entry in enumerate(entries)))
+    dataset = open_folder(tmp_path)
+    assert [dataset.captions(row)[0] for row in range(2)] == captions
+    assert len(caplog.records) == (missing is not None) and re.search(missing or "", caplog.text)
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "parquet"])
+def test_tables(tmp_path, caplog, kind):
+    write_images(tmp_path, "0.png", "1.png", "2.png")
+    rows = {"file_name": [f"{row}.png" for row in range(3)], "url": [1, 2, 3], "text": [None] * 3}
+    rows |= {"Prompt": ["x", None, ""], "title": [None, "é\u2028y", ""]}
+    table, file = pyarrow.table(rows), tmp_path / f"metadata.{kind}"
+    if kind == "parquet":
+        pyarrow.parquet.write_table(table, file)
+    else:
+        delimiter = {"csv": ",", "tsv": "\t"}[kind]
+        pyarrow.csv.write_csv(table, file, pyarrow.csv.WriteOptions(delimiter=delimiter))
+    assert [captions for _, captions, _ in contents(open_folder(tmp_path))] == [("x",), ("é\u2028y",), ("",)]
+    assert "1 of 3 rows" in caplog.text and "url, text, Prompt, title" in caplog.text
+
+
+def test_rows_without_a_caption_in_the_metadata_have_the_one_beside_the_image(tmp_path, caplog):
+    write_images(tmp_path, "a.png", "b.png", "c.png")
+    (tmp_path / "b.txt").write_text("b beside")
+    (tmp_path / "a.txt").write_text("not this one")
+    write_jsonl(tmp_path / "metadata.jsonl", {"file_name": "a.png", "text": "a"}, {"file_name": "b.png"})
+    assert [caption for _, caption, _ in contents(open_folder(tmp_path))] == [("a",), ("b beside",)]
+    assert "1 of 3 images" in caplog.text and "c.png" in caplog.text
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "b.png", "note": "n"}')
+    assert open_folder(tmp_path).captions(0) == ("b beside",)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "captions"),
+    [
+        ("a.txt", b"one\r\ntwo\rthree", ("one", "two", "three")),
+        ("a.txt", "kept\u2028whole\x0c\x85".encode(), ("kept\u2028whole",)),
+        ("a.txt", "one\nzwei ü".encode("utf-16"), ("one", "zwei ü")),
+        ("a.txt", "one\nzwei ü".encode("utf-16-le"), ("one", "zwei ü")),
+        ("a.txt", "\ufeffone".encode(), ("one",)),
+        ("a.TXT", b"one", ("one",)),
+        ("a.png.txt", b"one", ("one",)),
+        ("a.caption", b"one", ("one",)),
+        ("a.json", b'{"caption": "one", "url": "u"}', ("one",)),
+        ("a.json", '{"TEXT": ["é", "two"]}'.encode("utf-16"), ("é", "two")),
+        ("a.json", b'["one", "two"]', ("one", "two")),
+    ],
+)
+def test_files_beside_an_image(tmp_path, name, content, captions):
+    write_images(tmp_path, "a.png")
+    (tmp_path / name).write_bytes(content)
+    assert open_folder(tmp_path).captions(0) == captions
+
+
+def test_of_several_files_beside_an_image_the_first_with_a_caption_counts(tmp_path, caplog):
+    write_images(tmp_path, "a.png", "b.png", "c.png")
+    for name, content in (
+        ("a.txt", "txt"),
+        ("a.caption", "caption"),
+        ("b.txt", "\n"),
+        ("b.caption", " "),
+        ("b.json", '{"prompt": "json", "alt": "other"}'),
+        ("c.json", "{"),
+    ):
+        (tmp_path / name).write_text(content)
+    assert [caption for _, caption, _ in contents(open_folder(tmp_path))] == [("txt",), ("json",), ("",)]
+    assert "1 of 3 rows" in caplog.text and "(c.png); fields that are there: prompt (in .json), alt" in caplog.text
+    assert "damaged" in caplog.text and "c.json" in caplog.text
+    named = open_folder(tmp_path, caption_key="alt")
+    assert [caption for _, caption, _ in contents(named)] == [("",), ("other",), ("",)]
+    with pytest.raises(ValueError, match="no column 'atl'; its columns: prompt, alt"):
+        open_folder(tmp_path, caption_key="atl")
+
+
+def test_folders_of_repeated_images_name_the_concept(tmp_path, caplog):
+    write_images(tmp_path, "10_red hat/a.png", "10_red hat/b.png", "2020_summer/c.png", "01_x/d.png", "cats/e.png")
+    (tmp_path / "10_red hat" / "b.txt").write_text("own caption")
+    dataset = open_folder(tmp_path)
+    captions = {dataset._files[row]: dataset.captions(row)[0] for row in range(5)}  # noqa: SLF001
+    assert captions.pop("10_red hat/a.png") == "red hat" and captions.pop("10_red hat/b.png") == "own caption"
+    assert set(captions.values()) == {""}
+    assert "1 of 5 images have the caption in their folder's name" in caplog.text and "3 of 5 rows" in caplog.text
+    assert open_folder(tmp_path / "10_red hat").captions(0) == ("red hat",)
+
+
+def test_tables_of_spreadsheets(tmp_path):
+    write_images(tmp_path, "a.png")
+    for content in ("file_name;text\na.png;a cat, and\n", "file_name\ttext\na.png\ta cat, and\n"):
+        for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+            (tmp_path / "metadata.csv").write_text(content, encoding=encoding)
+            assert open_folder(tmp_path).captions(0) == ("a cat, and",)
+
+
+def test_names_in_the_metadata_are_found_in_either_unicode_form(tmp_path):
+    write_images(tmp_path, "Tu\u0308r.png")
+    write_jsonl(tmp_path / "metadata.jsonl", {"file_name": "T\u00fcr.png", "text": "Tu\u0308r"})
+    assert contents(open_folder(tmp_path)) == [(0, ("Tu\u0308r",), 0)]
+
+
+def test_results_of_ours_are_left_out(tmp_path, caplog):
+    write_images(tmp_path, "a.png", "run/attribution/cat/query.png", "runs/one/query.png", "other/b.png")
+    for folder, stage in (("run/inputs", "inputs"), ("runs/one", "attribution/cat")):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        record = {"format": 1, "stage": stage, "settings": {}, "inputs": {}, "finished": True}
+        (tmp_path / folder / "stage.json").write_text(json.dumps(record))
+    (tmp_path / "other" / "stage.json").write_text('{"stage": "a theatre"}')
+    assert len(open_folder(tmp_path)) == 2
+    assert "2 folders" in caplog.text and "run, runs/one" in caplog.text
+    with pytest.raises(ValueError, match="no image in"):
+        open_folder(tmp_path / "run")
+
+
+def test_linked_folders_are_read_once(tmp_path):
+    write_images(tmp_path / "data", "a/1.png")
+    write_images(tmp_path / "elsewhere", "2.png", "inner/3.png")
+    (tmp_path / "data" / "circle").symlink_to(tmp_path / "data")
+    (tmp_path / "data" / "up").symlink_to(tmp_path)
+    (tmp_path / "data" / "again").symlink_to(tmp_path / "data" / "a")
+    (tmp_path / "data" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data" / "link2").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "data")
+    assert len(open_folder(tmp_path / "data")) == 3
+
+
+def test_what_is_no_readable_image_is_named(tmp_path, caplog):
+    (tmp_path / "images.zip").write_bytes(b"")
+    (tmp_path / "b.heic").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"no image in .*\(there are: 1 .*, 1 .*\)"):
+        open_folder(tmp_path)
+    write_images(tmp_path, "a.png")
     (tmp_path / "a.txt").write_text("a")
-    (tmp_path / "metadata.jsonl").unlink()
-    caplog.clear()
-    open_folder(tmp_path)
-    assert not caplog.records
+    assert len(open_folder(tmp_path)) == 1
+    assert "1 files of" in caplog.text and ".heic" in caplog.text
+
+
+def test_odd_names(tmp_path, caplog):
+    write_images(tmp_path, "a b\nc.PNG", "ü'\"%.Jpg", "-.png", os.fsdecode(b"\xff.png"))
+    dataset = open_folder(tmp_path)
+    assert len(contents(dataset)) == 4 and len(dataset.fingerprint()) == 64
+    assert "\n" not in caplog.records[0].getMessage()
 
 
 def test_split_folders(tmp_path):
@@ -159,14 +307,18 @@ def test_names_that_lead_out_of_the_folder_are_refused(tmp_path, name):
         ("metadata.jsonl", '{"file_name": "a.png", "text": "a"}\n{"file_', "metadata.jsonl, line 2: no JSON"),
         ("metadata.jsonl", "[1]", "line 1: expected an object"),
         ("metadata.jsonl", "[" * 100_000, "line 1: no JSON"),
-        ("metadata.jsonl", '{"file_name": "a.png", "text": 5}', "line 1: caption 5; expected a text or a list"),
+        ("metadata.jsonl", '{"file_name": "a.png", "text": 5}', "line 1: caption is 5; expected a text or a list"),
         ("metadata.jsonl", '{"file_name": "a.png", "label": 5}', "no caption column .*caption_key"),
         ("metadata.jsonl", '{"image": "a.png"}', "no column 'file_name'"),
         ("metadata.jsonl", "\n\n", "has no entries"),
         ("metadata.csv", "", "has no entries"),
         ("metadata.csv", "file_name,text\na.png,a cat, and a dog\n", "line 2: 3 cells for 2 columns"),
         ("metadata.csv", 'file_name,text\na.png,"' + "a" * 200_000, "line 2: damaged"),
-        ("metadata.csv", "image,text\na.png,b\n", "line 2: no column 'file_name'"),
+        ("metadata.csv", "image,text\na.png,b\n", r"line 1: no column 'file_name' \(columns: image, text\)"),
+        ("metadata.csv", "a.png,a cat\n", r"line 1: no column 'file_name' .*expected a header such as file_name,text"),
+        ("metadata.csv", "file_name,text\n", "has no entries"),
+        ("metadata.csv", "PK\3\4abc\0", "holds binary data"),
+        ("metadata.parquet", "PAR1", "is damaged or not a Parquet file"),
     ],
 )
 def test_damaged_metadata_is_named_with_its_line(tmp_path, file, text, message):
@@ -186,9 +338,7 @@ def test_wrong_folders(tmp_path):
         open_folder(tmp_path / "a.png")
     with pytest.raises(ValueError, match="caption_key is 'text'"):
         open_folder(tmp_path, caption_key="text")
-    (tmp_path / "metadata.csv").write_bytes(b"file_name,text\na.png,\xff\n")
-    with pytest.raises(ValueError, match="no UTF-8 text"):
-        open_folder(tmp_path)
+    (tmp_path / "metadata.csv").write_text("file_name,text\na.png,a\n")
     (tmp_path / "metadata.jsonl").write_text("{}")
     with pytest.raises(ValueError, match="has both"):
         open_folder(tmp_path)

@@ -4,7 +4,7 @@ import pytest
 from PIL import Image
 
 from attrib_jax.data.protocol import FilePart, hash_files
-from attrib_jax.data.sources import open_dataset
+from attrib_jax.data.sources import check_separate, open_dataset
 
 
 def test_a_folder_through_its_name(tmp_path):
@@ -37,6 +37,47 @@ def test_wrong_names_and_arguments(name, options, message):
 def test_a_path_that_is_not_there(kind, tmp_path):
     with pytest.raises(FileNotFoundError, match=f"{tmp_path}/nothing"):
         open_dataset(f"{kind}:{tmp_path}/nothing")
+
+
+@pytest.mark.parametrize("kind", ["folder", "coco", "webdataset", "latents", "tfds"])
+def test_a_path_in_the_home_folder_is_found(kind, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path}/nothing"):
+        open_dataset("tfds:mnist", "~/nothing") if kind == "tfds" else open_dataset(f"{kind}:~/nothing")
+
+
+@pytest.mark.parametrize("kind", ["folder", "coco", "webdataset"])
+@pytest.mark.parametrize(
+    ("workdir", "place"),
+    [
+        ("data", "data"),
+        ("data/run1", "data"),
+        ("data/a/b/run1", "data/"),
+        ("link/run1", "data"),
+        ("data/run1", "link"),
+        (".", "data"),
+        ("data/../data/run", "data"),
+        ("~/data/run", "data"),
+    ],
+)
+def test_a_workdir_among_images_is_refused(tmp_path, monkeypatch, kind, workdir, place):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "link").symlink_to("data")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(ValueError, match=f"workdir is '{workdir}', which"):
+        check_separate(workdir, f"{kind}:{place}")
+    check_separate("runs/one", f"{kind}:{place}")
+    check_separate("database", f"{kind}:{place}")
+
+
+@pytest.mark.parametrize(
+    "dataset", ["openmoji", "tfds:mnist", "latents:data", "folder:absent", "webdataset:data/*.tar"]
+)
+def test_data_sets_that_are_no_folder_of_images_are_never_in_the_way(tmp_path, monkeypatch, dataset):
+    (tmp_path / "data").mkdir()
+    monkeypatch.chdir(tmp_path)
+    check_separate("data/run", dataset)
 
 
 def test_hash_files_reads_sizes_and_ends(tmp_path):

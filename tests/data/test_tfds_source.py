@@ -10,6 +10,7 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from attrib_jax.data.captions import read_captions
 from attrib_jax.data.sources import open_dataset
 from attrib_jax.data.tfds_source import TfdsDataset, split_name
 
@@ -51,11 +52,11 @@ class CaptionedSquares(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
 
 class TwoTexts(CaptionedSquares, skip_registration=True):
-    FEATURES = {"photo": F.Image(encoding_format="png"), "title": F.Text(), "body": {"long": F.Text()}}
+    FEATURES = {"photo": F.Image(encoding_format="png"), "headline": F.Text(), "body": {"long": F.Text()}}
     SPLITS = {"only": 2}
 
     def example(self, row):
-        return {"photo": png(row), "title": f"title {row}", "body": {"long": f"long {row}"}}
+        return {"photo": png(row), "headline": f"headline {row}", "body": {"long": f"long {row}"}}
 
 
 class Labelled(CaptionedSquares, skip_registration=True):
@@ -86,6 +87,14 @@ class NamedFiles(CaptionedSquares, skip_registration=True):
         return {"image": png(row), "label": (1, -1, 0)[row], "species": 1, "objects": objects} | texts
 
 
+class Prompted(CaptionedSquares, skip_registration=True):
+    FEATURES = {"image": F.Image(encoding_format="png"), "model": F.Text(), "Prompt": F.Text(), "notes": F.Text()}
+    SPLITS = {"train": 2}
+
+    def example(self, row):
+        return {"image": png(row), "model": "m", "Prompt": "ü".encode("cp1252") if row else "é", "notes": ""}
+
+
 class WithoutCaption(CaptionedSquares, skip_registration=True):
     FEATURES = {"image": F.Image(encoding_format="png"), "image/filename": F.Text(), "image_id": F.Text()}
     SPLITS = {"train": 1}
@@ -97,7 +106,7 @@ class WithoutCaption(CaptionedSquares, skip_registration=True):
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tfds")
-    for builder in (CaptionedSquares, TwoTexts, Labelled, NamedFiles, WithoutCaption):
+    for builder in (CaptionedSquares, TwoTexts, Labelled, NamedFiles, Prompted, WithoutCaption):
         builder(data_dir=folder, file_format="array_record").download_and_prepare()
     return folder
 
@@ -149,12 +158,12 @@ def test_names_with_colons(name, parts):
 def test_features_can_be_named(data_dir):
     dataset = open_dataset("tfds:two_texts", data_dir, caption_key="body/long")
     assert contents(dataset) == [(0, ("long 0",)), (1, ("long 1",))]
-    with pytest.raises(ValueError, match="several features that could be the caption.*title.*caption_key"):
+    with pytest.raises(ValueError, match="several features that could be the caption.*headline.*caption_key"):
         open_dataset("tfds:two_texts", data_dir)
-    with pytest.raises(ValueError, match="no caption feature 'headline' .*there are: .*title.*caption_key"):
-        open_dataset("tfds:two_texts", data_dir, caption_key="headline")
-    with pytest.raises(ValueError, match="no image feature 'title' .*there are: photo"):
-        open_dataset("tfds:two_texts", data_dir, image_key="title", caption_key="title")
+    with pytest.raises(ValueError, match="no caption feature 'subline' .*there are: .*headline.*caption_key"):
+        open_dataset("tfds:two_texts", data_dir, caption_key="subline")
+    with pytest.raises(ValueError, match="no image feature 'headline' .*there are: photo"):
+        open_dataset("tfds:two_texts", data_dir, image_key="headline", caption_key="headline")
 
 
 def test_class_names_are_captions_where_there_is_no_text(data_dir):
@@ -169,6 +178,14 @@ def test_file_names_and_addresses_are_no_captions_unless_asked_for(data_dir):
     assert open_dataset("tfds:named_files", data_dir, caption_key="file_name").captions(0) == ("Beagle_0.jpg",)
     with pytest.raises(ValueError, match="no caption feature .*all features: image, image/filename, image_id.*key"):
         open_dataset("tfds:without_caption", data_dir)
+
+
+def test_a_usual_name_is_found_among_other_texts_and_rows_without_captions_are_counted(data_dir, caplog):
+    dataset = open_dataset("tfds:prompted", data_dir)
+    assert contents(dataset) == [(0, ("é",)), (1, ("ü",))]
+    assert read_captions(dataset) == [("é",), ("ü",)] and not caplog.records
+    read_captions(open_dataset("tfds:prompted", data_dir, caption_key="notes"))
+    assert "2 of 2 rows of tfds:prompted have no caption" in caplog.text
 
 
 def test_an_unlabelled_row_has_an_empty_caption(data_dir):
@@ -206,4 +223,4 @@ def test_prepared_without_random_access(data_dir, tmp_path):
     record = builder.data_path / "dataset_info.json"
     record.write_text(json.dumps(json.loads(record.read_text()) | {"fileFormat": "tfrecord"}))
     with pytest.raises(ValueError, match="as tfrecord, without random access; expected array_record.*convert_format"):
-        open_dataset("tfds:two_texts", tmp_path, caption_key="title")
+        open_dataset("tfds:two_texts", tmp_path, caption_key="headline")

@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+import re
 import tarfile
 
 import numpy as np
@@ -83,28 +84,68 @@ def test_one_shard_and_missing_ones(shards):
         WebDataset(shards / "empty")
 
 
-def test_where_captions_come_from(tmp_path):
-    members = {
-        "a.PNG": png(1),
-        "a.json": b'{"caption": "from json"}',
-        "b.png": png(2),
-        "c.webp": png(3),
-        "c.txt": b"br\xfcllend \n",
-        "d.png": png(4),
-        "d.json": b'{"caption": ["one", "two"], "alt": "other"}',
-        "e.png": png(5),
-        "e.json": b'{"caption": ',
-        "f.png": png(6),
-        "f.json": b'{"caption": 5}',
-        "g.png": png(7),
-        "g.json": b'{"caption": null}',
-    }
-    write_tar(tmp_path / "a.tar", members)
+# Members of a row beside its image -> its captions.
+CAPTIONS = [
+    ({}, ("",)),
+    ({"json": b'{"caption": "from json"}'}, ("from json",)),
+    ({"json": b'{"TEXT": "a", "URL": "u"}'}, ("a",)),
+    ({"json": b'{"caption": null, "Alt": "a"}'}, ("a",)),
+    ({"json": b'{"caption": ["one", "two"], "alt": "other"}'}, ("one", "two")),
+    ({"json": '{"text": "é"}'.encode("utf-16")}, ("é",)),
+    ({"json": b'{"caption": '}, ("",)),
+    ({"json": b'{"caption": 5}'}, ("",)),
+    ({"caption": b"a\n"}, ("a",)),
+    ({"txt": b"\xef\xbb\xbfa", "caption": b"b", "json": b'{"caption": "c"}'}, ("a",)),
+    ({"txt": b"", "caption": b" ", "json": b'{"caption": "c"}', "cls": b"d"}, ("c",)),
+    ({"TXT": b"br\xfcllend \n"}, ("brüllend",)),
+    ({"txt": "zwei ü".encode("utf-16-le")}, ("zwei ü",)),
+    ({"txt": "one\u2028caption\nof two lines".encode()}, ("one\u2028caption\nof two lines",)),
+    ({"cls": b"cat"}, ("cat",)),
+    ({"cls": b"7"}, ("",)),
+]
+
+
+def write_captions(path, rows):
+    members = {}
+    for row, files in enumerate(rows):
+        members[f"{row:02}.png"] = png(row)
+        members |= {f"{row:02}.{ending}": content for ending, content in files.items()}
+    return write_tar(path, members)
+
+
+def test_where_captions_come_from(tmp_path, caplog):
+    write_captions(tmp_path / "a.tar", [files for files, _ in CAPTIONS])
     dataset = WebDataset(tmp_path)
-    captions = [("from json",), ("",), ("br\ufffdllend",), ("one", "two"), ("",), ("",), ("",)]
-    assert [dataset.captions(index) for index in range(7)] == captions
+    assert [dataset.captions(index) for index in range(len(dataset))] == [captions for _, captions in CAPTIONS]
+    assert "4 of 16 rows" in caplog.text and "(00, 06, 07, 15)" in caplog.text
+    assert "caption (in .json), TEXT (in .json), URL (in .json)" in caplog.text and ".cls" in caplog.text
+    assert "2 of 17 caption files" in caplog.text and "11.txt in" in caplog.text and "(Windows-1252)" in caplog.text
+    assert "are damaged" in caplog.text and "06.json in" in caplog.text and "07.json in" in caplog.text
     named = WebDataset(tmp_path, caption_key="alt")
-    assert named.captions(3) == ("other",) and named.captions(2) == ("",)
+    assert [row for row in range(len(named)) if named.captions(row) != ("",)] == [3, 4]
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ([{"json": b'{"url": "u"}'}, {}], r"2 of 2 rows .*\(00, 01\); fields that are there: url \(in .json\)"),
+        ([{"txt": b"a"}, {"txt": b""}, {}], r"2 of 3 rows .*\(01, 02\); fields that are there: .txt"),
+        ([{"cls": b"3"}], "1 of 1 rows .*there: .cls"),
+    ],
+)
+def test_rows_without_a_caption_are_counted(tmp_path, caplog, files, said):
+    write_captions(tmp_path / "a.tar", files)
+    WebDataset(tmp_path).fingerprint()
+    assert len(caplog.records) == 1 and re.search(said, caplog.text)
+
+
+def test_a_row_cut_off_within_is_dropped_by_what_rows_of_other_shards_have(tmp_path, caplog):
+    write_shard(tmp_path / "0.tar", 0, 2)
+    whole = write_shard(tmp_path / "1.tar", 5, 1).read_bytes()
+    for member in (b"000000005.json", b"000000005.txt"):
+        (tmp_path / "1.tar").write_bytes(whole[: whole.index(member)])
+        assert [row for row, _ in contents(WebDataset(tmp_path))] == [0, 1]
+    assert "1 of 2 shards" in caplog.text
 
 
 def test_a_caption_key_that_no_row_has_is_refused(tmp_path):
@@ -115,12 +156,6 @@ def test_a_caption_key_that_no_row_has_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no .json has a field 'captoin'; their fields: caption, alt. .*caption_key"):
         WebDataset(tmp_path, caption_key="captoin")
     assert WebDataset(tmp_path, caption_key="alt").captions(2) == ("",)
-
-
-def test_a_damaged_json_is_reported(tmp_path, caplog):
-    write_tar(tmp_path / "a.tar", {"e.png": png(5), "e.json": b'{"caption": '})
-    assert WebDataset(tmp_path).captions(0) == ("",)
-    assert "no caption for row 0: e.json in" in caplog.text and "damaged" in caplog.text
 
 
 def test_only_one_image_a_row_and_rows_without_image(tmp_path, caplog):
