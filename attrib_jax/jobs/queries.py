@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from attrib_jax.core.paths import expand_path
+from attrib_jax.core.text import read_text, split_lines
 from attrib_jax.core.weights import merge_weights
 from attrib_jax.jobs.encoded_dataset import EncodedDataset
 from attrib_jax.jobs.identity import check_query_name
@@ -49,11 +51,8 @@ def read_queries(file: str | os.PathLike, defaults: Query | None = None) -> Name
       FileNotFoundError: there is no such file.
       ValueError: lines are no such objects, name a picture that does not exist, or have one name; or there is no query.
     """
-    file = Path(file)
-    try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is no UTF-8 text ({error}); expected one JSON object a line") from error
+    file = Path(expand_path(file))
+    lines = split_lines(read_text(file))
     queries, names, problems = [], [], []
     first_line: dict[str, int] = {}
     for number, line in enumerate(lines, start=1):

@@ -249,11 +249,19 @@ def test_bad_files_of_queries_name_the_line(tmp_path, content, message):
         read_queries(file)
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "cp1252"])
+def test_files_of_queries_in_other_encodings(tmp_path, encoding):
+    file = tmp_path / "queries.jsonl"
+    lines = ["ein Hündchen" if encoding == "cp1252" else "ein\u2028Hünd\x85chen \u72d7", "two"]
+    file.write_text("\r\n".join(f'{{"prompt": "{line}"}}' for line in lines), encoding=encoding, newline="")
+    assert [query.prompt for query in read_queries(file).queries] == lines
+
+
 def test_files_that_are_absent_or_no_text(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere.jsonl"):
         read_queries(tmp_path / "nowhere.jsonl")
-    (tmp_path / "picture.png").write_bytes(b"\x89PNG\xff\xfe")
-    with pytest.raises(ValueError, match="picture.png is no UTF-8 text"):
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG\xff\xfe\0")
+    with pytest.raises(ValueError, match="picture.png holds binary data; expected a text in UTF-8"):
         read_queries(tmp_path / "picture.png")
 
 
