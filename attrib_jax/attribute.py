@@ -7,7 +7,6 @@ import logging
 import os
 import tempfile
 import time
-import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,7 +41,7 @@ from attrib_jax.methods.registry import Job, score
 from attrib_jax.methods.unlearn import unlearn_query
 from attrib_jax.models.predictor import predictor
 from attrib_jax.parallel.hosts import num_hosts, run_on_host0
-from attrib_jax.storage.files import write_npz
+from attrib_jax.storage.score_files import read_result, write_result
 from attrib_jax.storage.stage_root import StageRoot
 from attrib_jax.storage.stages import lock
 
@@ -273,7 +272,7 @@ class Attributor:
             for job in jobs:
                 if not job.stage.finished:
                     continue
-                began, stored = time.monotonic(), _stored_scores(job.folder)
+                began, stored = time.monotonic(), read_result(job.folder / "scores.npz")
                 if stored is not None:
                     self.timings["scores"] = (round(time.monotonic() - began, 2), True)
                     results[job.name] = self._attributed(job, *stored, len(jobs))
@@ -282,7 +281,7 @@ class Attributor:
             for first in range(0, len(left), size):
                 group = left[first : first + size]
                 for job, (scores, losses) in zip(group, score(self, group, config)):
-                    _store_scores(job.folder, scores, losses)
+                    run_on_host0(functools.partial(write_result, job.folder / "scores.npz", scores, losses))
                     job.stage.finish()
                     results[job.name] = self._attributed(job, scores, losses, len(jobs))
         return [results[job.name] for job in jobs]
@@ -305,36 +304,3 @@ class Attributor:
         yield
         before, was_reused = self.timings.get(stage, (0.0, True))
         self.timings[stage] = (round(before + time.monotonic() - began, 2), reused and was_reused)
-
-
-def _store_scores(folder: Path, scores: Scores, query_loss: Sequence[float]) -> None:
-    arrays = {field.name: getattr(scores, field.name) for field in dataclasses.fields(scores)}
-    arrays["query_loss"] = np.array(query_loss)
-    arrays = {name: array for name, array in arrays.items() if array is not None}
-    run_on_host0(functools.partial(write_npz, folder / "scores.npz", arrays))
-
-
-def _stored_scores(folder: Path) -> tuple[Scores, tuple[float, ...]] | None:
-    """Scores and query losses of a finished attribution; None where they are absent or damaged."""
-    arrays = run_on_host0(lambda: _read_npz(folder / "scores.npz"))
-    try:
-        if arrays is None:
-            return None
-        losses = tuple(arrays.pop("query_loss").tolist())
-        return Scores(**arrays), losses
-    except (ValueError, KeyError, TypeError) as error:
-        _log.warning("%s cannot be used (%s): it will be computed again", folder / "scores.npz", error)
-        return None
-
-
-def _read_npz(file: Path) -> dict[str, np.ndarray] | None:
-    try:
-        with zipfile.ZipFile(file) as archive:
-            damaged = archive.testzip()  # reading checks a member only where it is read to its end
-        if damaged is not None:
-            raise zipfile.BadZipFile(f"the checksum of {damaged} does not match")
-        with np.load(file) as stored:
-            return {name: stored[name] for name in stored.files}
-    except Exception as error:  # noqa: BLE001 a damaged header can fail in the tokenizer of Python itself
-        _log.warning("%s cannot be read (%s): it will be computed again", file, error)
-        return None

@@ -6,6 +6,7 @@ the content nor the folder, and none of them replaces folders.
 
 import contextlib
 import errno
+import glob
 import os
 import shutil
 import tempfile
@@ -69,7 +70,8 @@ def _umask() -> int:
 def new_folder(path: str | os.PathLike) -> Iterator[Path]:
     """A folder to make and fill, which takes the name `path` once the block has ended well and its content is on disk.
 
-    What had that name is deleted then, and keeps it if anything fails.
+    What had that name is deleted then, and keeps it if anything fails. `remove_leftovers` deletes what a killed process
+    leaves.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -89,3 +91,10 @@ def new_folder(path: str | os.PathLike) -> Iterator[Path]:
         sync(path.parent)
     finally:
         shutil.rmtree(workplace, ignore_errors=True)
+
+
+def remove_leftovers(path: str | os.PathLike) -> None:
+    """Deletes what killed processes left of making the new folder `path`; only while nobody makes it."""
+    path = Path(path)
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*"):
+        shutil.rmtree(leftover, ignore_errors=True)

@@ -15,7 +15,7 @@ import safetensors.numpy
 from safetensors import SafetensorError
 
 from attrib_jax.convert.weights.files import safetensors_layout
-from attrib_jax.core.durable import PARTIAL, new_file, sync, sync_all
+from attrib_jax.core.durable import PARTIAL, new_file, sync
 
 _log = logging.getLogger(__name__)
 
@@ -51,15 +51,6 @@ def make_folder(path: str | os.PathLike) -> Path:
         for folder in reversed(created):
             sync(folder.parent)
     return path
-
-
-def commit_folder(temporary: str | os.PathLike, path: str | os.PathLike) -> None:
-    """Gives a finished folder its name `path`, where nothing is yet, once all of its content is on disk."""
-    temporary, path = Path(temporary), Path(path)
-    with storage_errors(path):
-        sync_all(temporary)
-        os.rename(temporary, path)
-        sync(path.parent)
 
 
 @contextlib.contextmanager

@@ -1,12 +1,13 @@
-"""Scores as files for other programs: csv, npz and parquet, and back."""
+"""Scores as files: the scores.npz of a finished query, tables for other programs (csv, parquet), and back."""
 
 import csv
 import dataclasses
 import io
 import json
+import logging
 import os
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,17 @@ import numpy as np
 from attrib_jax.convert.published import read_influence
 from attrib_jax.core.checks import check_choice
 from attrib_jax.core.types import Scores
+from attrib_jax.parallel.hosts import run_on_host0
 from attrib_jax.storage.files import atomic_write, write_bytes, write_npz
+
+_log = logging.getLogger(__name__)
 
 SCORE_SUFFIXES = (".csv", ".npz", ".parquet")
 
 _FIELDS = tuple(field.name for field in dataclasses.fields(Scores))
 _LOSSES = ("loss_before", "loss_after")
 _WHOLE = ("row_id", "flip")
+_QUERY_LOSS = "query_loss"
 _MAX_ARRAY_BYTES = 2**34
 
 
@@ -31,27 +36,26 @@ def write_scores(
     captions: Callable[[int], str] | None = None,
     metadata: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes scores in the form that the file's name asks for; the file takes its name only when it is complete.
+    """Writes scores in the format of the file's suffix; the file takes its name only when it is complete.
 
     `.csv` and `.parquet` are tables by rank: rank (1 is the most influential), row_id, score, then what the scores
     have of flip, loss_before_0, loss_before_1 (the mirror image's), loss_after_0 and loss_after_1, and caption. `.npz`
-    has the arrays of `Scores` in their own order and no captions. All three keep every digit; csv forgets the types.
+    has the arrays of `Scores` in their own order and no captions. All three keep every digit; csv loses the dtypes.
 
     Args:
-      scores: what to write.
-      path: the file.
+      scores: scores of N images.
+      path: output file.
       captions: row id -> caption, for the tables.
       metadata: JSON values such as method and query, kept in a parquet file under the key `attrib_jax`.
 
     Raises:
-      ValueError: the file name ends otherwise, or pyarrow is not installed (parquet).
+      ValueError: the suffix is not one of `SCORE_SUFFIXES`, or pyarrow is not installed (parquet).
       StorageError: the file cannot be written.
     """
     path = Path(path)
     check_choice("score file type", path.suffix, SCORE_SUFFIXES)
     if path.suffix == ".npz":
-        arrays = {name: getattr(scores, name) for name in _FIELDS}
-        write_npz(path, {name: array for name, array in arrays.items() if array is not None})
+        write_npz(path, _present(scores))
         return
     columns = _columns(scores.top())
     if captions is not None:
@@ -70,7 +74,7 @@ def read_scores(path: str | os.PathLike) -> Scores:
 
     Raises:
       FileNotFoundError: there is no such file, or the folder has no scores.npz.
-      ValueError: the file is damaged or holds no scores, its name ends otherwise, or pyarrow is not installed.
+      ValueError: the file is damaged or does not hold scores, its suffix is another one, or pyarrow is not installed.
     """
     path = Path(path)
     if path.is_dir():
@@ -80,14 +84,50 @@ def read_scores(path: str | os.PathLike) -> Scores:
     check_choice("score file type", path.suffix, (*SCORE_SUFFIXES, ".pkl"))
     if path.suffix == ".pkl":
         return read_influence(path)
-    arrays = {".npz": _read_npz, ".csv": _read_csv, ".parquet": _read_parquet}[path.suffix](path)
+    return _scores(path, {".npz": _read_npz, ".csv": _read_csv, ".parquet": _read_parquet}[path.suffix](path))
+
+
+def write_result(path: str | os.PathLike, scores: Scores, query_loss: Sequence[float]) -> None:
+    """Writes the scores.npz of a finished query: the arrays of `Scores`, and the query's loss before each step."""
+    write_npz(path, _present(scores) | {_QUERY_LOSS: np.array(query_loss)})
+
+
+def read_result(path: str | os.PathLike) -> tuple[Scores, tuple[float, ...]] | None:
+    """Scores and query losses that `write_result` stored, on all hosts; None, with a warning, where unusable."""
+
+    def read() -> dict[str, np.ndarray] | None:
+        try:
+            arrays = _read_npz(Path(path))
+            return _present(_scores(Path(path), arrays)) | {_QUERY_LOSS: arrays[_QUERY_LOSS]}
+        except (ValueError, KeyError) as error:
+            _log.warning("%s cannot be used (%s): it will be computed again", path, error)
+            return None
+
+    arrays = run_on_host0(read)
+    if arrays is None:
+        return None
+    query_loss = tuple(arrays.pop(_QUERY_LOSS).tolist())
+    return Scores(**arrays), query_loss
+
+
+def _present(scores: Scores) -> dict[str, np.ndarray]:
+    arrays = {name: getattr(scores, name) for name in _FIELDS}
+    return {name: array for name, array in arrays.items() if array is not None}
+
+
+def _scores(path: Path, arrays: Mapping[str, np.ndarray]) -> Scores:
+    """The scores among a file's arrays; ValueError where these are not scores."""
+    arrays = {name: array for name, array in arrays.items() if name in _FIELDS}
     missing = [name for name in ("row_id", "score") if name not in arrays]
     if missing:
         raise ValueError(f"{path} lacks {' and '.join(missing)}; it holds: {', '.join(arrays) or 'nothing'}")
     for name, array in arrays.items():
         axes = 2 if name in _LOSSES else 1
         if array.ndim != axes or array.dtype.kind not in ("iu" if name in _WHOLE else "fiu"):
-            raise ValueError(f"{path}: {name} has shape {array.shape} and type {array.dtype}, which are no scores")
+            raise ValueError(
+                f"{path}: {name} has shape {array.shape} and type {array.dtype}; expected {axes} axes of "
+                f"{'integers' if name in _WHOLE else 'numbers'}"
+            )
     try:
         return Scores(**arrays)
     except ValueError as error:
@@ -130,10 +170,10 @@ def _read_csv(path: Path) -> dict[str, np.ndarray]:
             text = file.read()
         names, *rows = list(csv.reader(io.StringIO(text, newline=""))) or [[]]
     except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path} is no csv file ({error})") from error
+        raise ValueError(f"{path} is not a csv file ({error})") from error
     # A file that was cut off ends within a row, perhaps within a number.
     if not text.endswith("\n") or any(len(row) != len(names) for row in rows):
-        raise ValueError(f"{path} is truncated or damaged: a row does not end, or has not {len(names)} fields")
+        raise ValueError(f"{path} is truncated or damaged: a row does not end, or does not have {len(names)} fields")
     columns = {}
     for index, name in enumerate(names):
         if name in ("rank", "caption"):
@@ -142,7 +182,7 @@ def _read_csv(path: Path) -> dict[str, np.ndarray]:
         try:
             columns[name] = np.array([kind(row[index]) for row in rows], np.int64 if kind is int else np.float64)
         except (ValueError, OverflowError) as error:
-            raise ValueError(f"{path}: column {name!r} has a row with no such number ({error})") from error
+            raise ValueError(f"{path}: column {name!r} has a row that is not such a number ({error})") from error
     return _arrays(columns)
 
 
@@ -150,13 +190,16 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
     try:
         with zipfile.ZipFile(path) as archive:
             size = sum(member.file_size for member in archive.infolist())
-        if size > _MAX_ARRAY_BYTES:
-            raise ValueError(f"it would unpack to {size} bytes")
+            if size > _MAX_ARRAY_BYTES:
+                raise ValueError(f"it would unpack to {size} bytes")
+            # numpy checks a member's checksum only where it reads the member to its end.
+            if (damaged := archive.testzip()) is not None:
+                raise zipfile.BadZipFile(f"the checksum of {damaged} does not match")
         with np.load(path, allow_pickle=False) as stored:
-            return {name: stored[name] for name in stored.files if name in _FIELDS}
+            return {name: stored[name] for name in stored.files if name in (*_FIELDS, _QUERY_LOSS)}
     # A damaged archive fails in many ways, zlib's and the zip format's own among them.
     except Exception as error:
-        raise ValueError(f"{path} is damaged or no npz file of scores ({error})") from error
+        raise ValueError(f"{path} is damaged or not an npz file of scores ({error})") from error
 
 
 def _read_parquet(path: Path) -> dict[str, np.ndarray]:
@@ -167,7 +210,7 @@ def _read_parquet(path: Path) -> dict[str, np.ndarray]:
         table = file.read([name for name in names if name in file.schema_arrow.names])
         return _arrays({name: table[name].to_numpy() for name in table.column_names})
     except (arrow.ArrowException, OSError, ValueError) as error:
-        raise ValueError(f"{path} is damaged or no parquet file of scores ({error})") from error
+        raise ValueError(f"{path} is damaged or not a parquet file of scores ({error})") from error
 
 
 def _pyarrow(path: Path) -> Any:

@@ -9,8 +9,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from attrib_jax.core.durable import new_folder, remove_leftovers
 from attrib_jax.parallel.hosts import independent_hosts, is_host0, run_on_host0
-from attrib_jax.storage.files import StorageError, commit_folder, make_folder, storage_errors
+from attrib_jax.storage.files import StorageError, make_folder, storage_errors
 from attrib_jax.storage.stages import Stage, StageMismatchError, load_stage, open_stage
 
 _log = logging.getLogger(__name__)
@@ -101,16 +102,9 @@ class StageRoot:
     def _copy(self, name: str) -> None:
         target = self.workdir / name
         make_folder(target.parent)
-        partial = target.with_name(f".{target.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        try:
-            with storage_errors(target):
-                _copy_content(self._shipped / name, partial)
-        except StorageError:
-            # Half a copy would keep a full disk full.
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-        commit_folder(partial, target)
+        remove_leftovers(target)
+        with storage_errors(target), new_folder(target) as fresh:
+            _copy_content(self._shipped / name, fresh)
 
 
 def _copy_content(source: Path, target: Path) -> None:

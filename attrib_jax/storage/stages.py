@@ -1,7 +1,10 @@
-"""Stage directories: what made them is written beside the data, and checked before anything is reused.
+"""Stage folders: what made the data is written beside it, and checked before anything is reused.
 
-A stage is a folder `<workdir>/<name>/` with its data and a `stage.json`: the mathematical settings (not those that
-only change the speed), the fingerprints of its inputs, library versions, and whether it is finished.
+A stage is a folder `<workdir>/<name>/` with its data and a `stage.json`: the settings that decide the result (not those
+that only change speed), the fingerprints of its inputs, library versions, and whether it is finished.
+
+The lock is kept by hand: filelock does not say who holds a lock, and where a file system has none it leaves a marker
+behind when its process is killed.
 """
 
 import contextlib
@@ -38,7 +41,7 @@ _KEYS = {
 
 
 class StageMismatchError(StorageError):
-    """A stored stage was made with other settings or inputs than are asked for; the message names both sides."""
+    """A stored stage was made with other settings or inputs than this run's; the message names both sides."""
 
 
 class LockedError(StorageError):
@@ -47,15 +50,15 @@ class LockedError(StorageError):
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """A stage directory that was opened by `open_stage` or `load_stage`.
+    """A stage folder that was opened by `open_stage` or `load_stage`.
 
     Attributes:
-      path: its folder.
-      name: as given to `open_stage`.
+      path: folder of the stage.
+      name: name that was given to `open_stage`.
       settings: JSON values that decide the result.
       inputs: name -> fingerprint of what the stage reads.
-      versions: package -> version that created it.
-      created: ISO 8601 time, UTC.
+      versions: package -> version that created the stage.
+      created: ISO 8601 time in UTC.
     """
 
     path: Path
@@ -84,14 +87,21 @@ def open_stage(
 ) -> Stage:
     """Creates the stage `<workdir>/<name>/`, or opens it to be resumed or reused if it was made in the same way.
 
-    `settings` are JSON values (None, bool, numbers, str, lists, dicts with str keys) that decide the result;
-    `inputs` maps a name to the fingerprint of what the stage reads. `name` may be nested, as `attribution/cat`.
-    Hold `lock(workdir)` from before this call until the stage is written: it clears what a killed run left.
-    With several hosts every host calls it: host 0 creates or checks the stage, and the others then read its record.
-    `remedy` is what to do where it was made otherwise: for most stages, to take another workdir or delete it.
+    Hold `lock(workdir)` from before this call until the stage is written: it clears what a killed run left. With
+    several hosts every host calls it: host 0 creates or checks the stage, and the others then read its record.
 
-    Raises StageMismatchError where the stored stage has other settings or inputs, StorageError where it cannot be
-    read or written, ValueError where settings are no JSON.
+    Args:
+      workdir: folder of the run.
+      name: name of the stage, which may be nested, as in `attribution/cat`.
+      settings: JSON values (None, bool, numbers, str, lists, dicts with str keys) that decide the result.
+      inputs: name -> fingerprint of what the stage reads.
+      remedy: last sentence of the error for a stage that was made differently; by default, to give another workdir or
+        delete the stage.
+
+    Raises:
+      StageMismatchError: the stored stage has other settings or inputs.
+      StorageError: the stage cannot be read or written, or the folder holds files of unknown origin.
+      ValueError: settings are not JSON values.
     """
     # Only host 0 clears what a killed run left: it may be writing by the time that the others come here.
     return host0_first(
@@ -101,37 +111,39 @@ def open_stage(
 
 def _open(workdir, name, settings, inputs, remedy) -> Stage:
     path = _stage_path(workdir, name)
-    asked = {"settings": _as_json("settings", settings), "inputs": _as_json("inputs", inputs)}
-    if (path / _RECORD).exists():
+    expected = {"settings": _as_json("settings", settings), "inputs": _as_json("inputs", inputs)}
+    exists = (path / _RECORD).exists()
+    if exists:
         stage = load_stage(workdir, name)
-        differences = _differences({"settings": stage.settings, "inputs": stage.inputs}, asked)
+        differences = [
+            *_differences(stage.settings, expected["settings"], "settings"),
+            *_differences(stage.inputs, expected["inputs"], "inputs"),
+        ]
         if differences:
-            raise StageMismatchError(
-                f"stage {name!r} in {path} was made with other settings or inputs:\n"
-                + "\n".join(differences)
-                + "\n"
-                + (remedy or f"Give another --workdir, or delete {path} to compute it anew.")
-            )
-        remove_partial_files(path)
+            heading = f"stage {name!r} in {path} was made with other settings or inputs:"
+            last = remedy or f"Give another --workdir, or delete {path} to compute it anew."
+            raise StageMismatchError("\n".join([heading, *differences, last]))
+    remove_partial_files(make_folder(path))
+    if exists:
         return stage
-    make_folder(path)
-    remove_partial_files(path)
     if any(path.iterdir()):
         raise StorageError(
             f"{path} holds files but no {_RECORD}, so what made them is unknown. Give another --workdir, or move the "
             "folder away."
         )
-    stage = Stage(path, name, **asked, versions=_versions(), created=_now())
-    fields = dataclasses.asdict(stage)
-    del fields["path"], fields["name"]
-    write_json(path / _RECORD, {"format": FORMAT, "stage": name, **fields, "finished": False})
-    return stage
+    versions = {}
+    for package in _VERSIONED:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    record = {"format": FORMAT, "stage": name, **expected, "versions": versions, "created": _now(), "finished": False}
+    write_json(path / _RECORD, record)
+    return load_stage(workdir, name)
 
 
 def load_stage(workdir: str | os.PathLike, name: str) -> Stage:
-    """Opens a stored stage as it is, to read from it; `workdir` may be read-only.
+    """Opens a stored stage to read from it; `workdir` may be read-only.
 
-    Raises StorageError where there is none, or its record is damaged or of a newer format.
+    Raises StorageError where there is no such stage, or its record is damaged or of a newer format.
     """
     path = _stage_path(workdir, name)
     record = _read_record(path)
@@ -235,28 +247,14 @@ def _as_json(name: str, value: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"{name} cannot be stored as JSON ({error}): expected plain values, got {value!r}") from error
 
 
-def _flatten(value: Any, prefix: str) -> dict[str, Any]:
-    if not isinstance(value, dict) or not value:
-        return {prefix: value}
-    return {path: leaf for key, child in value.items() for path, leaf in _flatten(child, f"{prefix}.{key}").items()}
-
-
-def _differences(stored: dict[str, Any], asked: dict[str, Any]) -> list[str]:
-    lines = []
-    for part in ("settings", "inputs"):
-        if stored[part] == asked[part]:
-            continue
-        have, want = _flatten(stored[part], part), _flatten(asked[part], part)
-        for key in sorted(have.keys() | want.keys()):
-            if have.get(key, ...) != want.get(key, ...):
-                have_text, want_text = (json.dumps(s[key]) if key in s else "absent" for s in (have, want))
-                lines.append(f"  {key}: found {have_text}, expected {want_text}")
-    return lines
-
-
-def _versions() -> dict[str, str]:
-    versions = {}
-    for package in _VERSIONED:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
-    return versions
+def _differences(found: Any, expected: Any, name: str) -> list[str]:
+    """A line for each entry, however deep, in which two JSON values differ; `...` stands for an absent one."""
+    if found == expected:
+        return []
+    if isinstance(found, dict) and isinstance(expected, dict) and found and expected:
+        keys = sorted(found.keys() | expected.keys())
+        return [
+            line for key in keys for line in _differences(found.get(key, ...), expected.get(key, ...), f"{name}.{key}")
+        ]
+    found, expected = ("absent" if value is ... else json.dumps(value) for value in (found, expected))
+    return [f"  {name}: found {found}, expected {expected}"]

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from attrib_jax.convert.tokenizer import (
     tokenize_prompts,
     train_tokenizer,
 )
+from attrib_jax.core.durable import new_folder, remove_leftovers
 from attrib_jax.core.fingerprint import params_fingerprint
 from attrib_jax.core.keys import purpose_key
 from attrib_jax.data.readers import TrainingImages, image_side
@@ -32,7 +32,7 @@ from attrib_jax.models.clip import CLIPTextConfig, CLIPTextModel
 from attrib_jax.models.predictor import predictor
 from attrib_jax.models.unet import UNet2DConditionModel, UNetConfig
 from attrib_jax.models.vae import AutoencoderKL, AutoencoderKLConfig
-from attrib_jax.storage.files import commit_folder
+from attrib_jax.storage.files import storage_errors
 from attrib_jax.storage.skipped import read_skipped
 from attrib_jax.storage.stages import open_stage
 from attrib_jax.training.loop import FitConfig, fit
@@ -144,9 +144,7 @@ def train(workdir: str | os.PathLike, dataset: Dataset, config: TrainConfig, dty
     vae = AutoencoderKL(dataclasses.replace(vae.config, scaling_factor=float(1.0 / latents.std())))
     pipeline = _train_diffusion(folder, captions, config, vae, vae_params, latents * vae.config.scaling_factor)
     model = Path(workdir) / "model"
-    for leftover in model.parent.glob(f".{model.name}.*"):
-        # What `save_pipeline` was writing when a run was killed.
-        shutil.rmtree(leftover, ignore_errors=True)
+    remove_leftovers(model)
     save_pipeline(pipeline, model, dtype, overwrite=model.exists())
     stage.finish()
     return model
@@ -219,10 +217,8 @@ def _train_diffusion(folder, captions, config: TrainConfig, vae, vae_params, lat
 def _tokenizer(folder: Path, captions: list[str], config: TrainConfig) -> Any:
     """Trained once and kept, so that a resumed run has the token ids that it started with."""
     if not folder.exists():
-        partial = folder.with_suffix(".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        save_tokenizer(train_tokenizer(captions, config.vocab_size, config.max_tokens), str(partial))
-        commit_folder(partial, folder)
+        with storage_errors(folder), new_folder(folder) as fresh:
+            save_tokenizer(train_tokenizer(captions, config.vocab_size, config.max_tokens), str(fresh))
     return load_tokenizer(str(folder))
 
 

@@ -165,7 +165,7 @@ def entry(dtype="F32", shape=(2,), data_offsets=(0, 8), **more):
 @pytest.mark.parametrize(
     ("header", "reason"),
     [
-        ([], "no JSON object"),
+        ([], "not a JSON object"),
         ({"a": 1}, "not a dtype, a shape and data_offsets"),
         ({"a": entry(more=1)}, "not a dtype, a shape and data_offsets"),
         ({"a": entry(dtype="F3")}, "has the type 'F3', which is not supported"),

@@ -6,11 +6,11 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 
 import pytest
 
-from attrib_jax.storage import files
 from attrib_jax.storage.files import StorageError
 from attrib_jax.storage.stages import LockedError, StageMismatchError, load_stage, lock, open_stage
 
@@ -116,7 +116,7 @@ def test_a_finished_stage_opens_in_a_read_only_folder(tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
-    monkeypatch.setattr(files.tempfile, "mkstemp", refuse)
+    monkeypatch.setattr(tempfile, "mkstemp", refuse)
     assert open_stage(tmp_path, "fisher", SETTINGS, INPUTS).finished
     with pytest.raises(StorageError, match="cannot write .*: Read-only file system"):
         stage.finish()

@@ -10,6 +10,7 @@ import numpy as np
 from attrib_jax.convert.weights.files import open_weights, write_weights
 from attrib_jax.convert.weights.tensors import LazyTensor
 from attrib_jax.convert.weights.torch_files import open_torch
+from attrib_jax.core.durable import new_file
 
 
 def open_adapter(path: str) -> tuple[dict[str, LazyTensor], dict[str, Any]]:
@@ -65,14 +66,9 @@ def write_adapter(content: Mapping[str, Any], path: str) -> None:
         return
     import torch
 
-    partial = f"{path}.partial"
-    try:
+    with new_file(path) as file:
         # Copied, because torch warns about read-only memory, which is what JAX arrays lend.
-        torch.save({name: torch.from_numpy(np.array(x)) if len(x) else {} for name, x in content.items()}, partial)
-        os.replace(partial, path)
-    finally:
-        if os.path.exists(partial):
-            os.remove(partial)
+        torch.save({name: torch.from_numpy(np.array(x)) if len(x) else {} for name, x in content.items()}, file)
 
 
 def pick_file(path: str, names: Sequence[str]) -> str:

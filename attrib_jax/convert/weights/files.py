@@ -6,7 +6,6 @@ The kinds: safetensors, PyTorch files (torch_files.py) and the json index of a s
 import json
 import math
 import os
-import secrets
 import threading
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -17,6 +16,7 @@ import numpy as np
 from attrib_jax.convert.config_files import read_json
 from attrib_jax.convert.weights.tensors import LazyTensor, Tensor, dtype_of
 from attrib_jax.convert.weights.torch_files import open_torch
+from attrib_jax.core.durable import new_file
 
 # The type names of safetensors files (https://github.com/huggingface/safetensors, README "Format").
 _TYPES = {
@@ -226,18 +226,10 @@ def write_weights(
     folder = os.path.dirname(path) or os.curdir
     if not os.path.isdir(folder):
         raise FileNotFoundError(f"cannot write {path}: the folder {folder} does not exist; make it first")
-    temporary = os.path.join(folder, f".{os.path.basename(path)}.{secrets.token_hex(4)}.partial")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(_header(lazy, order, metadata or {}))
-            for name in order:
-                file.write(_finite(name, lazy[name].read()).reshape(-1).view(np.uint8).data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        if os.path.lexists(temporary):
-            os.unlink(temporary)
+    with new_file(path) as file:
+        file.write(_header(lazy, order, metadata or {}))
+        for name in order:
+            file.write(_finite(name, lazy[name].read()).reshape(-1).view(np.uint8).data)
 
 
 def _cast(tensor: LazyTensor, dtype: Any) -> LazyTensor:
