@@ -18,7 +18,7 @@ from attrib_jax.convert.load import ModelSource
 from attrib_jax.convert.pipeline import Pipeline
 from attrib_jax.data.concat import concatenate
 from attrib_jax.data.latents import open_latents
-from attrib_jax.data.sources import Dataset, open_dataset
+from attrib_jax.data.sources import Dataset, check_separate, open_dataset
 from attrib_jax.jobs.encode import EncodeConfig
 from attrib_jax.parallel.compilation_cache import enable_compilation_cache
 from attrib_jax.parallel.hosts import independent_hosts, run_on_host0
@@ -168,7 +168,9 @@ def load_model() -> Pipeline:
 
 
 def open_source(name: str, resolution: int | None = None, **keys: str | None) -> Dataset:
-    """A data set by name, in --data_dir."""
+    """A data set by name, in --data_dir; ValueError where --workdir lies among its images."""
+    if WORKDIR.value:
+        check_separate(WORKDIR.value, name)
     return open_dataset(name, DATA_DIR.value, resolution=resolution, **keys)
 
 

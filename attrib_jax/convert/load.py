@@ -14,6 +14,7 @@ from attrib_jax.convert.diffusers_folder import UNetFile, find_unet, load_folder
 from attrib_jax.convert.hub import resolve_model
 from attrib_jax.convert.pipeline import Pipeline, check_parts
 from attrib_jax.convert.single_file import load_single_file
+from attrib_jax.core.paths import expand_path
 from attrib_jax.models.unet import UNet2DConditionModel
 
 
@@ -69,11 +70,11 @@ def load_model(source: ModelSource, dtype: Any = jnp.float32) -> Pipeline:
         unet_config=source.unet_config,
     )
     if source.custom_diffusion is not None:
-        pipeline = apply_custom_diffusion(pipeline, source.custom_diffusion)
+        pipeline = apply_custom_diffusion(pipeline, expand_path(source.custom_diffusion))
     for file in source.tokens:
-        pipeline = add_tokens(pipeline, read_token_file(file))
+        pipeline = add_tokens(pipeline, read_token_file(expand_path(file)))
     if source.lora is not None:
-        pipeline = merge_lora(pipeline, source.lora, source.lora_scale)
+        pipeline = merge_lora(pipeline, expand_path(source.lora), source.lora_scale)
     return pipeline
 
 
@@ -106,8 +107,10 @@ def load_pipeline(
       FileNotFoundError: the model, or files in it, are missing; all of them are listed.
       ValueError: a class, option or tensor that this library does not support, or a damaged file; says which.
     """
-    replacement = None if unet is None else find_unet(unet, unet_config)
-    path = resolve_model(path, variant, replaced=replaced_parts(replacement, tokenizer))
+    tokenizer = None if tokenizer is None else expand_path(tokenizer)
+    unet_config = expand_path(unet_config) if isinstance(unet_config, str) else unet_config
+    replacement = None if unet is None else find_unet(expand_path(unet), unet_config)
+    path = resolve_model(expand_path(path), variant, replaced=replaced_parts(replacement, tokenizer))
     if not os.path.isfile(path):
         return load_folder(
             path, dtype, variant=variant, tokenizer=tokenizer, prediction_type=prediction_type, unet=replacement

@@ -8,6 +8,7 @@ import os
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from attrib_jax.core.paths import expand_path
 from attrib_jax.data.protocol import ABSENT_ERRNOS
 
 # Pillow's own list would let a file start other programs: it hands EPS to Ghostscript.
@@ -111,8 +112,9 @@ def read_image(path: str | os.PathLike, height: int, width: int) -> np.ndarray:
       FileNotFoundError: there is no such file.
       ValueError: it cannot be read as an image.
     """
+    path = expand_path(path)
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"image {os.fspath(path)!r} does not exist")
+        raise FileNotFoundError(f"image {path!r} does not exist")
     return resize_and_crop(decode_image(path), height, width)
 
 

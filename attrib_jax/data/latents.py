@@ -244,13 +244,14 @@ def open_npy(path: str | os.PathLike) -> np.ndarray:
     Raises ValueError where it is damaged or truncated, or holds something else than floats (an object array would have
     to be unpickled, which is never done); FileNotFoundError where it is absent.
     """
+    path = expand_path(path)
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
         raise
     except (ValueError, OSError, EOFError, SyntaxError) as error:
-        raise ValueError(f"{os.fspath(path)} is damaged or no numpy array file ({error}); copy it again") from error
+        raise ValueError(f"{path} is damaged or no numpy array file ({error}); copy it again") from error
     if not isinstance(array, np.ndarray) or array.dtype.kind != "f":
         kind = array.dtype if isinstance(array, np.ndarray) else "several arrays"
-        raise ValueError(f"{os.fspath(path)} holds {kind}; expected one array of floats")
+        raise ValueError(f"{path} holds {kind}; expected one array of floats")
     return array

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from attrib_jax.core.durable import new_folder, remove_leftovers
+from attrib_jax.core.paths import expand_path
 from attrib_jax.parallel.hosts import independent_hosts, is_host0, run_on_host0
 from attrib_jax.storage.files import StorageError, make_folder, storage_errors
 from attrib_jax.storage.stages import Stage, StageMismatchError, load_stage, open_stage
@@ -25,8 +26,8 @@ class StageRoot:
     """
 
     def __init__(self, workdir: str | os.PathLike, shipped: str | os.PathLike | None = None):
-        self.workdir = Path(workdir)
-        self._shipped = Path(shipped) if shipped is not None else None
+        self.workdir = Path(expand_path(workdir))
+        self._shipped = Path(expand_path(shipped)) if shipped is not None else None
 
     def claim(self, inputs: Mapping[str, Any]) -> None:
         """Makes the workdir one of these inputs.

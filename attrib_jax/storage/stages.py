@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from attrib_jax.core.paths import expand_path
 from attrib_jax.parallel.hosts import host0_first, is_host0, run_on_host0
 from attrib_jax.storage.files import StorageError, make_folder, remove_partial_files, storage_errors, write_json
 
@@ -173,7 +174,7 @@ def lock(workdir: str | os.PathLike) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _hold(workdir: str | os.PathLike) -> Iterator[None]:
-    workdir = make_folder(workdir)
+    workdir = make_folder(expand_path(workdir))
     file = workdir / _LOCK
     with storage_errors(file, "lock"):
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)

@@ -14,6 +14,7 @@ import huggingface_hub
 import pytest
 
 from attrib_jax.convert.hub import resolve_model
+from attrib_jax.convert.load import load_pipeline
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 FILES = {
@@ -208,3 +209,11 @@ def test_what_is_replaced_is_not_downloaded(tmp_path):
         "text_encoder/config.json",
         "text_encoder/pytorch_model.bin",
     }, log
+
+
+@pytest.mark.parametrize("argument", ["path", "unet", "tokenizer"])
+def test_paths_in_the_home_folder_are_expanded(tmp_path, monkeypatch, argument):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "model").mkdir()
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path}/"):
+        load_pipeline(**{"path": "~/model", argument: "~/nothing"})

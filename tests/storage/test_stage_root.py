@@ -8,6 +8,7 @@ import pytest
 
 from attrib_jax.storage.files import StorageError
 from attrib_jax.storage.stage_root import StageRoot
+from attrib_jax.storage.stages import lock
 
 
 @pytest.fixture
@@ -65,3 +66,12 @@ def test_what_a_killed_writer_left_in_a_finished_stage_is_removed(shipped):
     leftover.write_text("half")
     open_stage(StageRoot(shipped))
     assert not leftover.exists()
+
+
+def test_a_workdir_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    root = StageRoot("~/run")
+    with lock("~/run"):
+        open_stage(root)
+    assert (tmp_path / "run" / "losses" / "a" / "stage.json").is_file() and not (tmp_path / "~").exists()
