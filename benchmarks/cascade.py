@@ -16,14 +16,14 @@ from pathlib import Path
 
 import numpy as np
 from absl import flags
+from attrib_jax.jobs.scoring import best_positions
+from attrib_jax.methods.config import CAPTIONS, SCORES
 
-from attrib_jax.attribute import Attributor
+from attrib_jax.attribute import attribute_queries
 from attrib_jax.attribution.scores import FLIP_RULES
 from attrib_jax.diffusion.schedule import strided_timesteps
-from attrib_jax.jobs.identity import query_name, query_settings
-from attrib_jax.jobs.query import Query
-from attrib_jax.jobs.scoring import best_positions
-from attrib_jax.methods.config import CAPTIONS, SCORES, AttributeConfig
+from attrib_jax.jobs.context import Run
+from attrib_jax.jobs.query import Query, query_name, query_settings
 from attrib_jax.storage.files import write_json
 from attrib_jax.storage.stage_root import StageRoot
 from attrib_jax.storage.stages import lock
@@ -46,7 +46,7 @@ _PASSES = ("losses after", "linearised scores")
 def main():
     common.require(model=common.MODEL.value, workdir=common.WORKDIR.value)
     pipeline, dataset = common.load_model(), common.load_dataset()
-    full = AttributeConfig(
+    full = method_config(
         query_draws=_DRAWS.value,
         fisher_samples=_FISHER_SAMPLES.value,
         stride=_STRIDE.value,
@@ -66,7 +66,7 @@ def main():
         for seed, row in enumerate(pictures)
     ]
     with lock(common.WORKDIR.value):
-        attributor = Attributor(pipeline, dataset, StageRoot(common.WORKDIR.value, common.shipped_stages()))
+        attributor = Run(pipeline, dataset, StageRoot(common.WORKDIR.value, common.shipped_stages()))
         seconds_file = Path(common.WORKDIR.value) / "seconds.json"
         exact = [_run(attributor, query, full, seconds_file) for query in queries]
         fast = {
@@ -85,7 +85,7 @@ def _run(attributor, query, config, seconds_file: Path):
     """
     name = query_name(query, {"query": query_settings(query), **config.settings()})
     fresh = not (attributor.root.workdir / "attribution" / name / "losses").exists()
-    result = attributor.attribute(query, config)
+    result = attribute_queries(attributor, [query], config)[0]
     seconds = json.loads(seconds_file.read_text()) if seconds_file.exists() else {}
     if fresh:
         (seconds[name],) = (taken for stage, (taken, _) in result.timings.items() if stage in _PASSES)

@@ -17,9 +17,9 @@ from attrib_jax.core.keys import example_noise, loss_key, purpose_key
 from attrib_jax.core.weights import flatten_names, merge_weights, select_weights
 from attrib_jax.diffusion.losses import denoising_losses
 from attrib_jax.diffusion.schedule import NoiseSchedule, strided_timesteps
+from attrib_jax.jobs.curvature import fit_fisher
 from attrib_jax.jobs.draws import fisher_draws, samples_per_tile
 from attrib_jax.jobs.encoded_dataset import EncodedDataset
-from attrib_jax.jobs.fisher import fit_fisher
 from attrib_jax.jobs.losses import LossProgram
 from attrib_jax.jobs.query_gradient import GradientProgram
 from attrib_jax.models.precision import cast_params, compute_dtype, matmul_precision

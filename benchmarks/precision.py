@@ -28,18 +28,18 @@ import numpy as np
 import scipy.stats
 from absl import flags
 
-from attrib_jax.attribute import Attributor
 from attrib_jax.attribution.scores import strided_losses
 from attrib_jax.convert.configs import MSCOCO
 from attrib_jax.core.checks import check_choice
 from attrib_jax.core.weights import flatten_names, merge_weights, select_weights, unflatten_names
 from attrib_jax.diffusion.schedule import NoiseSchedule
+from attrib_jax.jobs.context import Run
+from attrib_jax.jobs.curvature import fit_fisher
 from attrib_jax.jobs.encoded_dataset import EncodedDataset
-from attrib_jax.jobs.fisher import fit_fisher
 from attrib_jax.jobs.losses import ExampleProgram, dataset_values
 from attrib_jax.jobs.query import PreparedQuery, Query, prepare_query
 from attrib_jax.jobs.query_gradient import GradientProgram
-from attrib_jax.methods.config import AttributeConfig
+from attrib_jax.methods import method_config
 from attrib_jax.methods.unlearn import unlearn_query
 from attrib_jax.models.precision import cast_params, matmul_precision
 from attrib_jax.models.predictor import predictor
@@ -147,7 +147,7 @@ def main():
 def _study_openmoji(workdir: Path) -> None:
     pipeline, dataset = common.load_model(), common.load_dataset()
     root = StageRoot(workdir, common.shipped_stages())
-    attributor, config = Attributor(pipeline, dataset, root), AttributeConfig(stride=_STRIDE.value)
+    attributor, config = Run(pipeline, dataset, root), method_config(stride=_STRIDE.value)
     rows = np.random.default_rng(0).permutation(len(dataset))[: _ROWS.value]
     settings = {"rows": len(rows), **config.settings()}
     with root.stage("precision", settings, attributor.inputs) as stage:
@@ -172,7 +172,7 @@ def _study_mscoco(workdir: Path) -> None:
     both = np.stack([latents[scored], latents[scored, :, ::-1]], axis=1)
     ids = np.arange(_MSCOCO_ROWS.value, dtype=np.int32)
     data = EncodedDataset(ids, both, text[scored], np.arange(len(ids) + 1))
-    config = AttributeConfig(query_draws=_QUERY_DRAWS, fisher_samples=_FISHER_SAMPLES, stride=_MSCOCO_STRIDE.value)
+    config = method_config(query_draws=_QUERY_DRAWS, fisher_samples=_FISHER_SAMPLES, stride=_MSCOCO_STRIDE.value)
 
     settings = {"rows": len(ids), **config.settings()}
     with StageRoot(workdir).stage("precision", settings, {}) as stage:

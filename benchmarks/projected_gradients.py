@@ -15,16 +15,15 @@ import jax
 import numpy as np
 from absl import flags
 
-from attrib_jax.attribute import Attributor
 from attrib_jax.attribution.projection import PROJECTIONS, project
 from attrib_jax.attribution.scores import FLIP_RULES
 from attrib_jax.convert.load import load_pipeline
 from attrib_jax.core.keys import purpose_key
 from attrib_jax.core.weights import select_weights
 from attrib_jax.data.sources import open_dataset
+from attrib_jax.jobs.context import Run
 from attrib_jax.jobs.query import PreparedQuery
-from attrib_jax.methods.config import AttributeConfig
-from attrib_jax.methods.gradient_settings import PROJECTED_METHODS, GradientSettings
+from attrib_jax.methods import method_config
 from attrib_jax.methods.projected import scores_by_regularisation
 from attrib_jax.storage.stage_root import StageRoot
 from attrib_jax.storage.stages import lock
@@ -48,9 +47,9 @@ def main():
     dataset = open_dataset(common.DATASET.value, common.DATA_DIR.value)
     gradients = GradientSettings(projection=_PROJECTION.value, projection_dim=_DIM.value)
     with lock(common.WORKDIR.value):
-        attributor = Attributor(pipeline, dataset, StageRoot(common.WORKDIR.value, common.shipped_stages()))
+        attributor = Run(pipeline, dataset, StageRoot(common.WORKDIR.value, common.shipped_stages()))
         for method in _METHODS.value:
-            config = AttributeConfig(
+            config = method_config(
                 method=method,
                 query_draws=_DRAWS.value,
                 stride=_STRIDE.value,
@@ -63,7 +62,7 @@ def main():
                 _ranks(attributor, config)
 
 
-def _ranks(attributor: Attributor, config: AttributeConfig) -> None:
+def _ranks(attributor: Run, config: AttributeConfig) -> None:
     data, groups = attributor.data, attributor.dataset.groups
     order = np.random.default_rng(2024).permutation(len(data))
     rows = order[: _QUERIES.value] if _SPLIT.value == "reported" else order[-_QUERIES.value :]
@@ -85,7 +84,7 @@ def _recall_at_10(ranks: list[int]) -> float:
     return float(np.mean(np.asarray(ranks) <= 10))
 
 
-def _time(attributor: Attributor, config: AttributeConfig, tiles: int = 4) -> None:
+def _time(attributor: Run, config: AttributeConfig, tiles: int = 4) -> None:
     program = attributor.programs.features(config)
     selected, rest = select_weights(attributor.pipeline.params["unet"], config.weights)
     key = purpose_key(0, "projection")

@@ -18,12 +18,12 @@ from pathlib import Path
 import numpy as np
 import scipy.stats
 from absl import flags
-
-from attrib_jax.attribute import Attributor
 from attrib_jax.jobs.queries import query_values
-from attrib_jax.jobs.query import Query, prepare_query
 from attrib_jax.jobs.scoring import make_scores
-from attrib_jax.methods.config import SCORES, AttributeConfig
+from attrib_jax.methods.config import SCORES
+
+from attrib_jax.jobs.context import Run
+from attrib_jax.jobs.query import Query, prepare_query
 from attrib_jax.parallel.progress import progress
 from attrib_jax.storage.files import write_json
 from attrib_jax.storage.stage_root import StageRoot
@@ -43,13 +43,13 @@ _SAMPLER_STEPS = flags.DEFINE_integer("sampler_steps", 20, "Sampling steps of th
 def main():
     common.require(model=common.MODEL.value, workdir=common.WORKDIR.value)
     pipeline, dataset = common.load_model(), common.load_dataset()
-    exact = AttributeConfig(query_draws=_DRAWS.value, fisher_samples=_FISHER_SAMPLES.value, stride=_STRIDE.value)
+    exact = method_config(query_draws=_DRAWS.value, fisher_samples=_FISHER_SAMPLES.value, stride=_STRIDE.value)
     configs = {score: dataclasses.replace(exact, score=score) for score in SCORES}
     counts = sorted(map(int, _COUNTS.value))
     numbers = {"rows": _ROWS.value, "agreement_rows": _AGREEMENT_ROWS.value, "sampler_steps": _SAMPLER_STEPS.value}
     with lock(common.WORKDIR.value):
         root = StageRoot(common.WORKDIR.value, common.shipped_stages())
-        attributor = Attributor(pipeline, dataset, root)
+        attributor = Run(pipeline, dataset, root)
         with root.stage("queries-study", {**exact.settings(), **numbers}, attributor.inputs) as stage:
             moved = _unlearn(attributor, stage.path / "unlearned", exact, max(*counts, _AGREEMENT_QUERIES.value))
             order = np.random.default_rng(2024).permutation(len(attributor.data))

@@ -17,15 +17,15 @@ from typing import NamedTuple
 
 import numpy as np
 from absl import flags
+from attrib_jax.methods.config import SCORES
 from PIL import Image, ImageDraw
 from sklearn.metrics import roc_auc_score
 
-from attrib_jax.attribute import Attributed, Attributor
+from attrib_jax.attribute import Attributed, Run
 from attrib_jax.convert.load import load_pipeline
 from attrib_jax.core.types import ranking
 from attrib_jax.data.sources import open_dataset
 from attrib_jax.jobs.query import Query
-from attrib_jax.methods.config import SCORES, AttributeConfig
 from attrib_jax.storage.files import write_json
 from attrib_jax.storage.stage_root import StageRoot
 from attrib_jax.storage.stages import lock
@@ -64,12 +64,12 @@ def main():
     common.require(model=common.MODEL.value, workdir=common.WORKDIR.value)
     pipeline = load_pipeline(common.MODEL.value)
     dataset = open_dataset(common.DATASET.value, common.DATA_DIR.value)
-    config = AttributeConfig(score=_SCORE.value, stride=_STRIDE.value, flips=_FLIPS.value, query_draws=_DRAWS.value)
+    config = method_config(score=_SCORE.value, stride=_STRIDE.value, flips=_FLIPS.value, query_draws=_DRAWS.value)
     captions = [" ".join(dataset.captions(row)).lower() for row in range(len(dataset))]
     people = _matches(captions, _PEOPLE)
     rows, table = [], []
     with lock(common.WORKDIR.value):
-        attributor = Attributor(pipeline, dataset, StageRoot(common.WORKDIR.value, common.shipped_stages()))
+        attributor = Run(pipeline, dataset, StageRoot(common.WORKDIR.value, common.shipped_stages()))
         for scene in SCENES:
             things = _matches(captions, scene.words)
             query = Query(prompt=scene.prompt, seed=scene.seed, guidance_scale=2.0)

@@ -9,11 +9,11 @@ import numpy as np
 import scipy.stats
 from absl import flags
 
-from attrib_jax.attribute import Attributor
 from attrib_jax.data.sources import ArrayDataset
+from attrib_jax.jobs.context import Run
 from attrib_jax.jobs.encode import STORE_DTYPES, EncodeConfig
 from attrib_jax.jobs.query import Query
-from attrib_jax.methods.config import AttributeConfig
+from attrib_jax.methods import method_config
 from attrib_jax.storage.stage_root import StageRoot
 from attrib_jax.storage.stages import lock
 from launch import common
@@ -31,14 +31,14 @@ def main():
     rows = np.sort(np.random.default_rng(0).permutation(len(whole))[: _ROWS.value])
     images = np.stack([whole[int(row)].image for row in rows])
     dataset = ArrayDataset(images, [whole.captions(int(row)) for row in rows], whole.row_ids[rows])
-    config = AttributeConfig(fisher=_FISHER.value, num_examples=len(whole))
+    config = method_config(fisher=_FISHER.value, num_examples=len(whole))
     print("| query | Spearman | top-100 overlap | largest difference / largest score |\n|---|---|---|---|")
     for prompt in _PROMPTS.value:
         query, scores = Query(prompt=prompt, guidance_scale=2.0), {}
         for dtype in STORE_DTYPES:
             workdir = Path(common.WORKDIR.value) / dtype
             with lock(workdir):
-                attributor = Attributor(pipeline, dataset, StageRoot(workdir), EncodeConfig(dtype=dtype))
+                attributor = Run(pipeline, dataset, StageRoot(workdir), EncodeConfig(dtype=dtype))
                 scores[dtype] = attributor.attribute(query, config).scores.score
         full, half = (scores[dtype] for dtype in STORE_DTYPES)
         spearman = scipy.stats.spearmanr(full, half).statistic

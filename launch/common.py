@@ -1,13 +1,13 @@
 """What every command shares: devices, compilation cache, the model and data flags, and one-line errors."""
 
+import contextlib
 import json
 import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn
 
 import jax
 from absl import app, flags
@@ -24,6 +24,7 @@ from attrib_jax.parallel.compilation_cache import enable_compilation_cache
 from attrib_jax.parallel.hosts import independent_hosts, run_on_host0
 from attrib_jax.storage.files import StorageError
 from launch import multihost, process
+from launch.flags import define_flags, read_config
 from launch.packaged import check_model_folder, find_configs
 
 _LATENTS = "latents:"
@@ -58,87 +59,109 @@ LATENTS_SCALED = flags.DEFINE_boolean(
 )
 _IMAGE_KEY = flags.DEFINE_string("image_key", None, "Picture feature of a tfds: data set, where it has several.")
 CAPTION_KEY = flags.DEFINE_string("caption_key", None, "Caption feature or column, where the usual names do not fit.")
-_STORE_DTYPE = flags.DEFINE_string("store_dtype", "float32", "Of stored latents and text states: float32 or float16.")
-_POSTERIOR = flags.DEFINE_string("posterior", "mean", "Latents: the autoencoder's `mean`, or one seeded `sample`.")
-_ENCODE_SEED = flags.DEFINE_integer("encode_seed", 0, "Seed of --posterior=sample.")
-_WORKERS = flags.DEFINE_integer(
-    "workers", None, "Processes that read pictures (default: threads on up to 4 cores). Changes speed only."
-)
+define_flags(EncodeConfig, defaults={"workers": None})
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the stages; finished ones are reused if their inputs match.")
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder where stages and results are kept; finished stages are reused where their inputs match."
+)
 DEVICES = flags.DEFINE_integer(
     "cpu_devices", None, "Devices to split a CPU into (default: one a core). Changes speed only.", lower_bound=1
 )
 
 
+def arguments() -> list[str]:
+    """The command line for `app.run`, with flagfiles that come with the package where the current folder has none."""
+    return find_configs(sys.argv)
+
+
 def run(main: Callable[[], None], one_host: bool = False) -> None:
-    """Parses flags, prepares JAX and calls `main`; `one_host` for a command that does not run on several hosts."""
+    """Parses flags and calls `main` inside of `command`."""
 
-    def wrapped(argv):
-        if len(argv) > 1:
-            raise app.UsageError(f"unexpected argument {argv[1]!r}; flags start with --")
-        if code := execute(lambda: multihost.check_flags(one_host)):
-            sys.exit(code)
-        if multihost.is_parent():
-            sys.exit(multihost.supervise())
-        process.restart_with_huge_pages()
-        if multihost.MULTIHOST.value:
-            _run_on_several_hosts(main)
-        _prepare_jax()
-        sys.exit(execute(main))
+    def started(argv):
+        with command(argv, many_hosts=not one_host):
+            main()
 
-    _list_shared_flags()
-    app.run(wrapped, argv=find_configs(sys.argv))
+    adopt_shared_flags(sys.argv[0])
+    app.run(started, argv=arguments())
 
 
-def _list_shared_flags() -> None:
-    """Makes the flags of this module and of `multihost` the command's own, which are what `--help` lists."""
-    for module in (__name__, multihost.__name__):
-        for flag in flags.FLAGS.get_flags_for_module(module):
-            flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
+def adopt_shared_flags(module: str | None = None) -> None:
+    """Makes the flags of this module and of `multihost` those of the command, which are what its `--help` lists."""
+    module = module or sys.argv[0]
+    for source in (__name__, multihost.__name__):
+        for flag in flags.FLAGS.get_flags_for_module(source):
+            flags.FLAGS.register_key_flag_for_module(module, flag)
 
 
-def _run_on_several_hosts(main: Callable[[], None]) -> NoReturn:
-    def connected():
-        _prepare_jax()
-        multihost.connect()
-        _check_same_flags()
-        main()
+@contextlib.contextmanager
+def command(argv: Sequence[str], many_hosts: bool = False) -> Iterator[None]:
+    """The context of a command's work: prepares JAX, joins the other hosts, and turns errors into one line.
 
-    multihost.attach()
+    Errors that a user can mend print one line and no traceback, unless ATTRIB_JAX_TRACEBACK is set, and exit with code
+    1. With --multihost the command runs in a child process, see launch/multihost.py.
+
+    Args:
+      argv: what is left of the command line after its flags: the name of the program alone.
+      many_hosts: whether the command can run on several hosts.
+    """
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected argument {argv[1]!r}; flags start with --")
     try:
-        code, lost = execute(connected), None
+        multihost.check_flags(one_host=not many_hosts)
+    except ValueError as error:
+        sys.exit(_exit_code(error))
+    if multihost.is_parent():
+        sys.exit(multihost.supervise())
+    process.restart_with_huge_pages()
+    connected, code, lost = multihost.MULTIHOST.value, 0, None
+    if connected:
+        multihost.attach()
+    try:
+        try:
+            _prepare_jax()
+            if connected:
+                multihost.connect()
+                _check_same_flags()
+            yield
+        except (ValueError, OSError, StorageError, jax.errors.JaxRuntimeError, MemoryError, KeyboardInterrupt) as error:
+            code = _exit_code(error)
     except multihost.LostHostError as error:
         code, lost = multihost.LOST_HOST, str(error)
     except BaseException:
+        if not connected:
+            raise
         traceback.print_exc()
-        code, lost = 1, None
-    multihost.leave(code, lost)
+        code = 1
+    if connected:
+        multihost.leave(code, lost)
+    if code:
+        sys.exit(code)
 
 
-def execute(main: Callable[[], None]) -> int:
-    """Calls `main` -> exit code; errors that a user can mend print one line and no traceback."""
-    try:
-        main()
-    except (ValueError, OSError, StorageError) as error:
-        if os.environ.get("ATTRIB_JAX_TRACEBACK"):
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except (jax.errors.JaxRuntimeError, MemoryError) as error:
-        multihost.check_connection(error)
-        if os.environ.get("ATTRIB_JAX_TRACEBACK"):
-            raise
-        hint = (
-            "if it ran out of memory, select fewer weights with --weights, take a smaller --batch_size or "
-            "--projection_dim, or a device with more"
-        )
-        print(f"error: the device gave up ({error}); {hint}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
+def _exit_code(error: BaseException) -> int:
+    """Prints what a user should know of an error -> the command's exit code."""
+    if isinstance(error, KeyboardInterrupt):
         print("interrupted: finished chunks are kept, the same command goes on from them", file=sys.stderr)
         return 130
-    return 0
+    out_of_memory = isinstance(error, (jax.errors.JaxRuntimeError, MemoryError))
+    if out_of_memory:
+        multihost.check_connection(error)
+    if os.environ.get("ATTRIB_JAX_TRACEBACK"):
+        raise error
+    if not out_of_memory:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    hint = (
+        "if it ran out of memory, select fewer weights with --weights, take a smaller --batch_size or "
+        "--projection_dim, or a device with more"
+    )
+    print(f"error: the device gave up ({error}); {hint}", file=sys.stderr)
+    return 1
+
+
+def workdir() -> str | None:
+    """The folder of --workdir, with `~` expanded."""
+    return None if WORKDIR.value is None else os.path.expanduser(WORKDIR.value)
 
 
 def require(**values: object) -> None:
@@ -188,10 +211,11 @@ def load_dataset(resolution: int | None = None) -> Dataset:
 
 
 def encode_config() -> EncodeConfig:
-    """How pictures and captions are encoded."""
-    cores = _cpu_count()
-    workers = _WORKERS.value if _WORKERS.value is not None else 0 if cores <= 4 else min(8, cores // 2)
-    return EncodeConfig(_STORE_DTYPE.value, _POSTERIOR.value, _ENCODE_SEED.value, workers)
+    """How images and captions are encoded; the number of reading processes follows the cores if it is not given."""
+    cores, workers = _cpu_count(), flags.FLAGS.workers
+    return read_config(
+        EncodeConfig, workers=workers if workers is not None else 0 if cores <= 4 else min(8, cores // 2)
+    )
 
 
 def shipped_stages() -> Path:

@@ -3,21 +3,21 @@
 python -m launch.encode --model=models/openmoji --dataset=openmoji --workdir=runs/openmoji
 """
 
-from attrib_jax.attribute import Attributor
-from attrib_jax.jobs.encode import picture_resolution
+from attrib_jax.jobs.context import Run
+from attrib_jax.jobs.encode import image_resolution
 from attrib_jax.storage.stage_root import StageRoot
 from attrib_jax.storage.stages import lock
 from launch import common
 
 
 def main():
-    common.require(model=common.MODEL.value, workdir=common.WORKDIR.value)
+    common.require(model=common.MODEL.value, workdir=common.workdir())
     pipeline = common.load_model()
-    dataset = common.load_dataset(picture_resolution(pipeline))
-    with lock(common.WORKDIR.value):
-        data = Attributor(pipeline, dataset, StageRoot(common.WORKDIR.value), common.encode_config()).data
-    skipped = f", {len(data.skipped)} pictures skipped" if data.skipped else ""
-    print(f"{len(data)} pictures and {len(data.text)} captions encoded in {common.WORKDIR.value}{skipped}")
+    dataset = common.load_dataset(image_resolution(pipeline))
+    with lock(common.workdir()):
+        data = Run(pipeline, dataset, StageRoot(common.workdir()), common.encode_config()).data
+    skipped = f", {len(data.skipped)} images skipped" if data.skipped else ""
+    print(f"{len(data)} images and {len(data.text)} captions encoded in {common.workdir()}{skipped}")
 
 
 if __name__ == "__main__":

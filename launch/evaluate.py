@@ -10,7 +10,6 @@ from pathlib import Path
 
 from absl import flags
 
-from attrib_jax.attribute import Attributor
 from attrib_jax.convert.pipeline import Pipeline
 from attrib_jax.convert.tower import load_tower
 from attrib_jax.data.sources import Dataset
@@ -22,10 +21,11 @@ from attrib_jax.evaluation.named import SPLITS, QuerySet, read_methods
 from attrib_jax.evaluation.retrain import Recipe
 from attrib_jax.evaluation.self_retrieval import SelfConfig, run_self
 from attrib_jax.evaluation.similarity import check_sees_pictures
-from attrib_jax.jobs.encode import picture_resolution
-from attrib_jax.jobs.queries import read_queries
+from attrib_jax.jobs.context import Run
+from attrib_jax.jobs.encode import image_resolution
 from attrib_jax.jobs.query import Query, prepare_query
-from attrib_jax.methods.config import AttributeConfig
+from attrib_jax.jobs.query_file import read_queries
+from attrib_jax.methods.base import MethodConfig
 from attrib_jax.storage.files import write_json
 from attrib_jax.storage.stage_root import StageRoot
 from attrib_jax.storage.stages import lock
@@ -97,42 +97,40 @@ _OF = (
 
 
 def main():
-    common.require(
-        protocol=_PROTOCOL.value, model=common.MODEL.value, workdir=common.WORKDIR.value, methods=_METHODS.value
-    )
+    common.require(protocol=_PROTOCOL.value, model=common.MODEL.value, workdir=common.workdir(), methods=_METHODS.value)
     _refuse_flags_of_another_protocol()
     methods = read_methods(_METHODS.value, _ONLY.value)
     pipeline = common.load_model()
-    dataset = common.load_dataset(picture_resolution(pipeline))
+    dataset = common.load_dataset(image_resolution(pipeline))
     if _PROTOCOL.value == "customized":
         table = _customized(pipeline, dataset, methods)
     else:
-        root = StageRoot(common.WORKDIR.value, common.shipped_stages() if _SHIPPED.value else None)
-        with lock(common.WORKDIR.value):
-            attributor = Attributor(pipeline, dataset, root, common.encode_config())
+        root = StageRoot(common.workdir(), common.shipped_stages() if _SHIPPED.value else None)
+        with lock(common.workdir()):
+            run = Run(pipeline, dataset, root, common.encode_config())
             if _PROTOCOL.value == "self":
-                table = run_self(attributor, methods, SelfConfig(_QUERIES.value, _SPLIT.value))
+                table = run_self(run, methods, SelfConfig(_QUERIES.value, _SPLIT.value))
             else:
-                table = _counterfactual(attributor, methods)
+                table = _counterfactual(run, methods)
     name = _PROTOCOL.value if _PROTOCOL.value == "customized" else f"{_PROTOCOL.value}-{_SPLIT.value}"
-    write_json(Path(common.WORKDIR.value) / "evaluation" / name / "flags.json", common.own_flags("launch.evaluate"))
+    write_json(Path(common.workdir()) / "evaluation" / name / "flags.json", common.own_flags("launch.evaluate"))
     print(table)
 
 
-def _customized(pipeline: Pipeline, dataset: Dataset, methods: Mapping[str, AttributeConfig]) -> str:
+def _customized(pipeline: Pipeline, dataset: Dataset, methods: Mapping[str, MethodConfig]) -> str:
     common.require(cases=_CASES.value)
     cases, rest = read_cases(_CASES.value, _CASES_ROOT.value), random_rows(dataset, _ROWS.value)
     settings = (CustomizedConfig(_TOKEN.value), common.encode_config())
-    with lock(common.WORKDIR.value):
-        return run_customized(common.WORKDIR.value, pipeline, rest, cases, methods, *settings)
+    with lock(common.workdir()):
+        return run_customized(common.workdir(), pipeline, rest, cases, methods, *settings)
 
 
-def _counterfactual(attributor: Attributor, methods: Mapping[str, AttributeConfig]) -> str:
+def _counterfactual(run: Run, methods: Mapping[str, MethodConfig]) -> str:
     tower = None if _TOWER.value is None else load_tower(_TOWER.value)
     if tower is not None:
         check_sees_pictures(tower)
     queries = _query_set()
-    config = _leave_k_out(len(attributor.dataset)) if _PROTOCOL.value == "leave-k-out" else None
+    config = _leave_k_out(len(run.dataset)) if _PROTOCOL.value == "leave-k-out" else None
     recipe = Recipe(
         steps=_STEPS.value,
         batch_size=_BATCH.value,
@@ -141,9 +139,9 @@ def _counterfactual(attributor: Attributor, methods: Mapping[str, AttributeConfi
         caption_dropout=_DROPOUT.value,
         random_flips=_FLIPS.value,
     )
-    prepared = [prepare_query(attributor.pipeline, attributor.predict, query) for query in queries.queries]
+    prepared = [prepare_query(run.pipeline, run.predict, query) for query in queries.queries]
     counterfactuals = Counterfactuals(
-        attributor,
+        run,
         queries.queries,
         prepared,
         recipe,

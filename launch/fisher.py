@@ -7,42 +7,34 @@ launch.attribute with the same --workdir, --weights, --curvature, --fisher_sampl
 its damping.
 """
 
-from absl import flags
-
-from attrib_jax.attribute import Attributor
-from attrib_jax.core.weights import WEIGHT_SUBSETS, count_weights
+from attrib_jax.core.weights import count_weights
 from attrib_jax.curvature.ekfac import EKFAC
-from attrib_jax.jobs.encode import picture_resolution
-from attrib_jax.methods.config import CURVATURES, AttributeConfig
+from attrib_jax.jobs.context import Run
+from attrib_jax.jobs.curvature import fit_curvature
+from attrib_jax.jobs.encode import image_resolution
+from attrib_jax.jobs.settings import CurvatureSettings
 from attrib_jax.storage.stage_root import StageRoot
 from attrib_jax.storage.stages import lock
 from launch import common
+from launch.flags import define_flags, read_config
 
-_WEIGHTS = flags.DEFINE_string("weights", "cross-attn-kv", f"Weight subset: {', '.join(WEIGHT_SUBSETS)}.")
-_CURVATURE = flags.DEFINE_string("curvature", "diagonal", f"What to fit: {', '.join(CURVATURES)}.")
-_SAMPLES = flags.DEFINE_integer("fisher_samples", 16384, "Per-sample gradients to average.")
-_SEED = flags.DEFINE_integer("loss_seed", 0, "Seeds the samples.")
+define_flags(CurvatureSettings, skip=["damping", "ekfac_damping", "fisher"])
 
 
 def main():
-    common.require(model=common.MODEL.value, workdir=common.WORKDIR.value)
-    config = AttributeConfig(
-        weights=_WEIGHTS.value,
-        curvature=_CURVATURE.value,
-        fisher_samples=_SAMPLES.value,
-        loss_seed=_SEED.value,
-    )
+    common.require(model=common.MODEL.value, workdir=common.workdir())
+    config = read_config(CurvatureSettings)
     pipeline = common.load_model()
-    dataset = common.load_dataset(picture_resolution(pipeline))
-    with lock(common.WORKDIR.value):
-        attributor = Attributor(pipeline, dataset, StageRoot(common.WORKDIR.value), common.encode_config())
-        curvature = attributor.curvature(config)
+    dataset = common.load_dataset(image_resolution(pipeline))
+    with lock(common.workdir()):
+        run = Run(pipeline, dataset, StageRoot(common.workdir()), common.encode_config())
+        curvature = fit_curvature(run, config)
     if isinstance(curvature, EKFAC):
         what, tree, folder = "EKFAC", curvature.eigenvalues.tree, "ekfac"
     else:
         what, tree, folder = "Fisher information", curvature.tree, "fisher"
     count = count_weights(tree)
-    print(f"{what} of {count.values} values in {count.matrices} matrices in {common.WORKDIR.value}/{folder}")
+    print(f"{what} of {count.values} values in {count.matrices} matrices in {common.workdir()}/{folder}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """Command-line flags made from the settings of configs (attrib_jax/core/settings.py): declared there, once."""
 
+import logging
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -7,6 +9,12 @@ from absl import flags
 
 from attrib_jax.core.checks import check_choice
 from attrib_jax.core.settings import Declared, Settings, declared, refuse_unread
+
+# Flags belong to the module that calls `define_flags`, whose `--help` lists them.
+flags.disclaim_key_flags()
+
+
+_log = logging.getLogger(__name__)
 
 
 class _ChoiceParser(flags.ArgumentParser):
@@ -38,6 +46,11 @@ def define_flags(*configs: type[Settings], skip: Iterable[str] = (), defaults: M
         _define(field, (defaults or {}).get(field.name, field.default))
 
 
+def define_choice(name: str, default: str, choices: Iterable[str], help: str) -> flags.FlagHolder:
+    """Defines a flag with one of `choices`; a wrong value is told with the nearest name."""
+    return flags.DEFINE(_ChoiceParser(name, choices), name, default, help, serializer=flags.ArgumentSerializer())
+
+
 def read_config(config: type[Settings], **values: Any) -> Any:
     """The config that the flags give; `values` are those of fields without a flag."""
     given = {
@@ -50,17 +63,28 @@ def read_config(config: type[Settings], **values: Any) -> Any:
 
 
 def check_unread(chosen: str, readers: Mapping[str, type[Settings]]) -> None:
-    """Raises ValueError where a flag was given whose setting the chosen config does not read; see `refuse_unread`."""
-    fields = _fields(readers.values())
-    # `present` counts how often a flag was given, in a flagfile or after it; a default that is repeated does no harm.
+    """Refuses flags on the command line whose setting the chosen config does not read, see `refuse_unread`.
+
+    Of flags in a flagfile, which may serve several methods, those that are not read are told in a warning.
+    """
     given = {
         name: flags.FLAGS[field.flag].value
-        for name, field in fields.items()
+        for name, field in _fields(readers.values()).items()
         if field.flag in flags.FLAGS
         and flags.FLAGS[field.flag].present
         and flags.FLAGS[field.flag].value != flags.FLAGS[field.flag].default
     }
-    refuse_unread(given, chosen, readers)
+    direct = {name for name in given if _on_command_line(name)}
+    refuse_unread({name: given[name] for name in direct}, chosen, readers)
+    unread = [name for name in given if name not in direct and name not in declared(readers[chosen])]
+    if unread:
+        names = ", ".join(f"--{name}" for name in unread)
+        _log.warning("%s of the flagfile: %s does not read them", names, chosen)
+
+
+def _on_command_line(flag: str) -> bool:
+    names = {argument.lstrip("-").partition("=")[0] for argument in sys.argv[1:] if argument.startswith("-")}
+    return bool({flag, f"no{flag}"} & names)
 
 
 def _fields(configs: Iterable[type[Settings]]) -> dict[str, Declared]:

@@ -1,4 +1,4 @@
-"""Draws pictures from prompts into one PNG sheet.
+"""Draws images from prompts into one PNG sheet.
 
 python -m launch.sample --model=models/openmoji --prompts="red apple,fire engine" --output=sheet.png
 """
@@ -8,37 +8,32 @@ from pathlib import Path
 from absl import flags
 from PIL import Image
 
-from attrib_jax.core.checks import check_positive, check_range
+from attrib_jax.core.checks import check_range
 from attrib_jax.jobs.query import Query, decode, generate, prompt_notes
 from attrib_jax.models.predictor import predictor
 from launch import common
+from launch.flags import define_flags, read_config
 
 _PROMPTS = flags.DEFINE_list("prompts", None, "Prompts, separated by commas.")
 _OUTPUT = flags.DEFINE_string("output", "samples.png", "PNG to write: one row a seed, one column a prompt.")
-_SEED = flags.DEFINE_integer("seed", 0, "Seed of the first row.")
-_ROWS = flags.DEFINE_integer("rows", 1, "Seeds to draw each prompt with.")
-_GUIDANCE = flags.DEFINE_float("guidance_scale", 7.5, "Classifier-free guidance.")
-_SAMPLER = flags.DEFINE_string("sampler", "ddim", "ddim or ddpm.")
-_STEPS = flags.DEFINE_integer("sampler_steps", 50, "Sampling steps.")
+_ROWS = flags.DEFINE_integer("rows", 1, "Seeds to draw each prompt with.", lower_bound=1)
+define_flags(Query)
 _MAX_SEED = 2**32 - 1
 
 
 def main():
     common.require(model=common.MODEL.value, prompts=_PROMPTS.value or None)
-    check_positive("rows", _ROWS.value, integer=True)
-    # Before pictures are drawn, which takes minutes.
-    check_range("seed", _SEED.value, 0, _MAX_SEED - _ROWS.value + 1, integer=True)
+    settings = read_config(Query, prompt="")
+    # Before images are drawn, which takes minutes.
+    check_range("seed", settings.seed, 0, _MAX_SEED - _ROWS.value + 1, integer=True)
     output = Path(_OUTPUT.value)
     if output.suffix.lower() != ".png" or not output.parent.is_dir() or output.is_dir():
         raise ValueError(f"output is {_OUTPUT.value!r}; expected the name of a .png in a folder that exists")
-    settings = Query(
-        prompt="", guidance_scale=_GUIDANCE.value, sampler=_SAMPLER.value, sampler_steps=_STEPS.value, seed=_SEED.value
-    )
     pipeline = common.load_model()
     for prompt in _PROMPTS.value:
         prompt_notes(pipeline, prompt)
     prompts = _PROMPTS.value * _ROWS.value
-    seeds = [_SEED.value + row for row in range(_ROWS.value) for _ in _PROMPTS.value]
+    seeds = [settings.seed + row for row in range(_ROWS.value) for _ in _PROMPTS.value]
     images = decode(pipeline, generate(pipeline, predictor(pipeline.unet), prompts, seeds, settings))
     height, width = images.shape[1:3]
     sheet = Image.new("RGB", (width * len(_PROMPTS.value), height * _ROWS.value), "white")

@@ -15,7 +15,7 @@ from attrib_jax.convert.diffusers_folder import save_pipeline
 from attrib_jax.convert.tokenizer import load_tokenizer
 from attrib_jax.evaluation.retrain import Recipe
 from attrib_jax.evaluation.small_models import SmallUNet, pixel_pipeline, replace_unet_architecture, train_small
-from attrib_jax.jobs.encode import picture_resolution
+from attrib_jax.jobs.encode import image_resolution
 from attrib_jax.storage.stages import lock
 from attrib_jax.training.customize import CustomizeConfig, customize
 from attrib_jax.training.loop import FitConfig
@@ -155,7 +155,7 @@ def _unet():
                 "--model, encodes; leave one out"
             )
         untrained = replace_unet_architecture(common.load_model(), unet)
-        dataset = common.load_dataset(picture_resolution(untrained))
+        dataset = common.load_dataset(image_resolution(untrained))
     with lock(common.WORKDIR.value):
         model = train_small(common.WORKDIR.value, dataset, untrained, recipe, _SEED.value)
     print(f"model: {model}")
@@ -202,7 +202,7 @@ def _customize():
     )
     pipeline = common.load_model()
     open_source = functools.partial(
-        common.open_source, resolution=picture_resolution(pipeline), caption_key=common.CAPTION_KEY.value
+        common.open_source, resolution=image_resolution(pipeline), caption_key=common.CAPTION_KEY.value
     )
     exemplars, prior = (name and open_source(name) for name in (common.EXEMPLARS.value, _PRIOR.value))
     with lock(common.WORKDIR.value):

@@ -11,15 +11,16 @@ import numpy as np
 import pytest
 
 import attrib_jax.jobs.losses as losses_stage
-from attrib_jax.attribute import Attributor, attribute, query_name
+from attrib_jax.attribute import attribute_queries
 from attrib_jax.attribution.unlearn import query_gradient
 from attrib_jax.core.keys import purpose_key
 from attrib_jax.core.weights import select_weights
 from attrib_jax.data.sources import ArrayDataset
+from attrib_jax.jobs.context import Run, attribute, query_name
 from attrib_jax.jobs.losses import LossProgram
 from attrib_jax.jobs.query import Query, generate
 from attrib_jax.jobs.query_gradient import GradientProgram
-from attrib_jax.methods.config import AttributeConfig
+from attrib_jax.methods import method_config
 from attrib_jax.models.predictor import predictor
 from attrib_jax.parallel.mesh import data_mesh
 from attrib_jax.report.outputs import write_outputs
@@ -30,14 +31,14 @@ from tests.failures import interrupt_writes, until_done
 from tests.tiny_dataset import make_dataset
 
 QUERY = Query(prompt="red heart", seed=3, sampler_steps=3)
-CONFIG = AttributeConfig(query_draws=32, fisher_samples=96, stride=300)
+CONFIG = method_config(query_draws=32, fisher_samples=96, stride=300)
 
 
 @pytest.fixture(scope="module")
 def finished(pipeline, dataset, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("workdir")
-    attributor = Attributor(pipeline, dataset, StageRoot(workdir))
-    return workdir, attributor, attributor.attribute(QUERY, CONFIG)
+    attributor = Run(pipeline, dataset, StageRoot(workdir))
+    return workdir, attributor, attribute_queries(attributor, [QUERY], CONFIG)[0]
 
 
 def test_scores_are_the_largest_loss_change_of_the_two_flips(finished, dataset):
@@ -82,12 +83,12 @@ def test_pictures_that_have_no_score_are_told_of(finished, dataset, tmp_path):
 
 def test_second_query_reuses_what_does_not_depend_on_it(finished, pipeline, dataset, monkeypatch):
     workdir, _, first = finished
-    again = Attributor(pipeline, dataset, StageRoot(workdir)).attribute(QUERY, CONFIG)
+    again = Run(pipeline, dataset, StageRoot(workdir)).attribute(QUERY, CONFIG)
     np.testing.assert_array_equal(again.scores.score, first.scores.score)
     written = []
     write = ChunkStore.write
     monkeypatch.setattr(ChunkStore, "write", lambda self, *args: (written.append(self.path), write(self, *args)))
-    other = Attributor(pipeline, dataset, StageRoot(workdir)).attribute(Query(prompt="hat", sampler_steps=3), CONFIG)
+    other = Run(pipeline, dataset, StageRoot(workdir)).attribute(Query(prompt="hat", sampler_steps=3), CONFIG)
     assert {path.parent.parent.name for path in written} == {"attribution"}
     assert all(other.timings[stage][1] for stage in ("encode", "fisher", "base losses"))
     np.testing.assert_array_equal(other.scores.loss_before, first.scores.loss_before)
@@ -130,10 +131,10 @@ def test_a_subset_of_the_data_set_has_the_scores_of_the_whole(finished, pipeline
         [dataset.captions(row) for row in rows],
         row_ids=dataset.row_ids[rows],
     )
-    part = Attributor(pipeline, subset, StageRoot(tmp_path))
+    part = Run(pipeline, subset, StageRoot(tmp_path))
     # The Fisher information is the whole set's in both, and N the whole set's size.
     part.fisher = lambda *args: attributor.fisher(*args)
-    config = AttributeConfig(query_draws=32, fisher_samples=96, stride=300, num_examples=len(dataset))
+    config = method_config(query_draws=32, fisher_samples=96, stride=300, num_examples=len(dataset))
     scores = part.attribute(QUERY, config).scores
     np.testing.assert_array_equal(scores.score, result.scores.score[rows])
 
@@ -149,8 +150,9 @@ def test_interrupted_run_resumes_to_the_same_bits(finished, pipeline, dataset, t
 
 
 def test_fisher_resumes_to_the_same_bits_and_is_close_on_other_devices(finished, pipeline, tmp_path, monkeypatch):
-    import attrib_jax.jobs.draws as draws_stage
     import attrib_jax.jobs.fisher as fisher_stage
+
+    import attrib_jax.jobs.draws as draws_stage
     from attrib_jax.storage.state import StateStore
 
     _, attributor, _ = finished
@@ -201,14 +203,14 @@ def test_gradients_on_all_devices_are_the_gradient_of_one(finished, pipeline, de
 def test_finished_scores_are_read_and_damaged_ones_computed_again(finished, pipeline, dataset, tmp_path, monkeypatch):
     workdir, _, first = finished
     shutil.copytree(workdir, tmp_path / "copy")
-    attributor = Attributor(pipeline, dataset, StageRoot(tmp_path / "copy"))
-    again = attributor.attribute(QUERY, CONFIG)
+    attributor = Run(pipeline, dataset, StageRoot(tmp_path / "copy"))
+    again = attribute_queries(attributor, [QUERY], CONFIG)[0]
     assert set(again.timings) == {"query", "scores"} and again.timings["scores"][1]
     assert again.query_loss == first.query_loss
     np.testing.assert_array_equal(again.scores.loss_after, first.scores.loss_after)
     file = again.folder / "scores.npz"
     file.write_bytes(file.read_bytes()[:-100])
-    repaired = attributor.attribute(QUERY, CONFIG)
+    repaired = attribute_queries(attributor, [QUERY], CONFIG)[0]
     assert "losses after" in repaired.timings
     np.testing.assert_array_equal(repaired.scores.score, first.scores.score)
     np.load(file)
@@ -229,7 +231,7 @@ def test_unlearning_moves_the_selected_weights_and_raises_the_query_loss_most(fi
     from attrib_jax.core.weights import flatten_names, merge_weights
 
     _, attributor, result = finished
-    config = AttributeConfig(query_draws=256, fisher_samples=96, stride=300, step_size=1e-4)
+    config = method_config(query_draws=256, fisher_samples=96, stride=300, step_size=1e-4)
     selected, rest = select_weights(pipeline.params["unet"], config.weights)
     moved, _ = attributor.unlearned(tmp_path, result.query, config)
     assert all(np.any(leaf != flatten_names(selected)[name]) for name, leaf in flatten_names(moved).items())
@@ -254,18 +256,18 @@ def test_another_data_set_in_the_same_workdir_is_refused_and_spoils_nothing(
 ):
     workdir, _, first = finished
     root = StageRoot(tmp_path, shipped=workdir) if with_shipped else StageRoot(workdir)
-    Attributor(pipeline, dataset, root)
+    Run(pipeline, dataset, root)
     with pytest.raises(StageMismatchError, match="dataset"):
-        Attributor(pipeline, make_dataset(seed=1), root)
-    again = Attributor(pipeline, dataset, root).attribute(QUERY, CONFIG)
+        Run(pipeline, make_dataset(seed=1), root)
+    again = Run(pipeline, dataset, root).attribute(QUERY, CONFIG)
     np.testing.assert_array_equal(again.scores.score, first.scores.score)
 
 
 def test_a_failed_query_gives_its_name_back(finished, monkeypatch):
     _, attributor, _ = finished
-    diverging = AttributeConfig(query_draws=32, fisher_samples=96, stride=300, step_size=1e38, steps=2)
+    diverging = method_config(query_draws=32, fisher_samples=96, stride=300, step_size=1e38, steps=2)
     with pytest.raises(ValueError, match="step_size"):
-        attributor.attribute(QUERY, diverging, "again")
+        attribute_queries(attributor, [QUERY], diverging, "again")[0]
     assert attributor.attribute(QUERY, CONFIG, "again").name == "again"
 
 
@@ -276,7 +278,7 @@ def test_base_losses_of_another_kind_of_device_are_computed_anew(finished, pipel
     (stage,) = (other / "losses").glob("stride300-first-flips2-seed0")
     store = ChunkStore(stage, {"loss": ((2,), np.float64)}, len(dataset), 512, name="losses")
     store.write(0, {"loss": store.read(0)["loss"] * (1 + 1e-4)})
-    again = Attributor(pipeline, dataset, StageRoot(other)).base_losses(CONFIG)
+    again = Run(pipeline, dataset, StageRoot(other)).base_losses(CONFIG)
     np.testing.assert_array_equal(again, first.scores.loss_before)
 
 
@@ -285,38 +287,42 @@ def test_a_whole_pass_of_another_kind_of_device_is_computed_anew_where_its_score
 ):
     """The losses that it would be subtracted from may since have been computed on this one."""
     workdir, _, first = finished
-    attributor = Attributor(pipeline, dataset, StageRoot(tmp_path, shipped=workdir))
-    attributor.attribute(QUERY, CONFIG, "one")
+    attributor = Run(pipeline, dataset, StageRoot(tmp_path, shipped=workdir))
+    attribute_queries(attributor, [QUERY], CONFIG, "one")[0]
     folder = tmp_path / "attribution" / "one"
     store = ChunkStore(folder, {"loss": ((2,), np.float64)}, len(dataset), 512, name="losses")
     store.write(0, {"loss": store.read(0)["loss"] * (1 + 1e-4)})
     (folder / "scores.npz").unlink()
-    np.testing.assert_array_equal(attributor.attribute(QUERY, CONFIG, "one").scores.score, first.scores.score)
+    np.testing.assert_array_equal(
+        attribute_queries(attributor, [QUERY], CONFIG, "one").scores.score, first.scores.score
+    )[0]
 
 
 def test_a_pass_that_another_kind_of_device_began_is_computed_anew(finished, pipeline, dataset, tmp_path, monkeypatch):
     workdir, _, first = finished
     monkeypatch.setattr(losses_stage, "_ROWS_PER_CHUNK", 16)
     monkeypatch.setattr(losses_stage, "_TILES_PER_CHUNK", 0)
-    attributor = Attributor(pipeline, dataset, StageRoot(tmp_path, shipped=workdir))
+    attributor = Run(pipeline, dataset, StageRoot(tmp_path, shipped=workdir))
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupt_writes(patch, every=3)
-        attributor.attribute(QUERY, CONFIG, "one")
+        attribute_queries(attributor, [QUERY], CONFIG, "one")[0]
     store = ChunkStore(tmp_path / "attribution" / "one", {"loss": ((2,), np.float64)}, len(dataset), 16, name="losses")
     assert list(store.missing()) == [2]
     for index in (0, 1):
         store.write(index, {"loss": store.read(index)["loss"] * (1 + 1e-4)})
-    np.testing.assert_array_equal(attributor.attribute(QUERY, CONFIG, "one").scores.score, first.scores.score)
+    np.testing.assert_array_equal(
+        attribute_queries(attributor, [QUERY], CONFIG, "one").scores.score, first.scores.score
+    )[0]
 
 
 def test_shipped_stages_are_used_when_they_match_and_computed_anew_when_not(finished, pipeline, dataset, tmp_path):
     workdir, _, first = finished
-    result = Attributor(pipeline, dataset, StageRoot(tmp_path / "a", shipped=workdir)).attribute(
+    result = Run(pipeline, dataset, StageRoot(tmp_path / "a", shipped=workdir)).attribute(
         Query(prompt="flag", sampler_steps=3), CONFIG
     )
     assert all(result.timings[stage][1] for stage in ("encode", "fisher", "base losses"))
     np.testing.assert_array_equal(result.scores.loss_before, first.scores.loss_before)
-    other = Attributor(pipeline, make_dataset(seed=1), StageRoot(tmp_path / "b", shipped=workdir))
+    other = Run(pipeline, make_dataset(seed=1), StageRoot(tmp_path / "b", shipped=workdir))
     assert not np.array_equal(other.base_losses(CONFIG), first.scores.loss_before)
 
 
@@ -325,7 +331,7 @@ def test_shipped_stages_are_used_when_they_match_and_computed_anew_when_not(fini
 )
 def test_variants_run_beside_each_other_in_one_workdir(finished, change):
     _, attributor, first = finished
-    config = AttributeConfig(**{"query_draws": 32, "fisher_samples": 96, "stride": 300, **change})
+    config = method_config(**{"query_draws": 32, "fisher_samples": 96, "stride": 300, **change})
     scores = attributor.attribute(QUERY, config).scores
     assert scores.loss_before.shape[1] == (1 if change.get("flips") == "none" else 2)
     assert not np.array_equal(scores.score, first.scores.score)
@@ -337,20 +343,20 @@ def test_fisher_from_elsewhere_is_used_and_checked(finished, tmp_path):
     workdir, attributor, first = finished
     settings = {"query_draws": 32, "fisher_samples": 96, "stride": 300}
     folder = workdir / "fisher" / "cross-attn-kv-96-seed0"
-    result = attributor.attribute(QUERY, AttributeConfig(fisher=str(folder), **settings))
+    result = attribute_queries(attributor, [QUERY], method_config(fisher=str(folder), **settings))[0]
     np.testing.assert_array_equal(result.scores.score, first.scores.score)
     with pytest.raises(ValueError, match="does not fit the selected weights"):
-        attributor.attribute(QUERY, AttributeConfig(fisher=str(folder), weights="attn", **settings))
+        attribute_queries(attributor, [QUERY], method_config(fisher=str(folder), weights="attn", **settings))[0]
     with pytest.raises(FileNotFoundError, match="nowhere"):
-        attributor.attribute(QUERY, AttributeConfig(fisher="nowhere", **settings))
+        attribute_queries(attributor, [QUERY], method_config(fisher="nowhere", **settings))[0]
 
 
 def test_random_method_needs_no_model_run(finished):
     _, attributor, _ = finished
-    config = AttributeConfig(method="random")
-    result = attributor.attribute(QUERY, config)
+    config = method_config(method="random")
+    result = attribute_queries(attributor, [QUERY], config)[0]
     assert "losses after" not in result.timings and len(np.unique(result.scores.score)) == len(result.scores)
-    other = attributor.attribute(Query(prompt="hat", seed=3, sampler_steps=3), config)
+    other = attribute_queries(attributor, [Query(prompt="hat", seed=3, sampler_steps=3)], config)[0]
     assert abs(np.corrcoef(result.scores.score, other.scores.score)[0, 1]) < 0.6
 
 
@@ -367,16 +373,16 @@ def test_random_method_needs_no_model_run(finished):
 )
 def test_bad_settings_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
-        AttributeConfig(**arguments)
+        method_config(**arguments)
 
 
 def test_bad_values_cost_no_stored_result(finished):
     workdir, attributor, _ = finished
     before = sorted(path for path in workdir.rglob("*") if path.is_file())
     with pytest.raises(ValueError, match="stride is 2000"):
-        attributor.attribute(QUERY, AttributeConfig(stride=2000))
+        attribute_queries(attributor, [QUERY], method_config(stride=2000))[0]
     with pytest.raises(FileNotFoundError, match="nothing.png"):
-        attributor.attribute(Query(prompt="hat", image="nothing.png"), CONFIG)
+        attribute_queries(attributor, [Query(prompt="hat", image="nothing.png")], CONFIG)[0]
     assert sorted(path for path in workdir.rglob("*") if path.is_file()) == before
 
 
@@ -387,13 +393,13 @@ def test_nan_in_the_weights_is_named(pipeline, dataset, tmp_path):
     params["unet"]["conv_in"]["kernel"][0, 0, 0, 0] = np.nan
     broken = dataclasses.replace(pipeline, params=params)
     with pytest.raises(ValueError, match="unet/conv_in/kernel"):
-        Attributor(broken, dataset, StageRoot(tmp_path))
+        Run(broken, dataset, StageRoot(tmp_path))
 
 
 def test_query_names_tell_settings_apart():
     names = {
         query_name(QUERY, CONFIG.settings()),
-        query_name(QUERY, AttributeConfig(step_size=0.02).settings()),
+        query_name(QUERY, method_config(step_size=0.02).settings()),
         query_name(Query(prompt="Red  heart!", seed=4), CONFIG.settings()),
     }
     assert len(names) == 3 and all(name.startswith("red-heart-seed") for name in names)

@@ -97,6 +97,23 @@ def combine_flips(values: np.ndarray, how: str = "max") -> tuple[np.ndarray, np.
     return values.mean(axis=1) if how == "mean" else values.max(axis=1), flip
 
 
+def make_scores(row_id: np.ndarray, values: np.ndarray, loss_before: np.ndarray | None, how: str = "max") -> Scores:
+    """`Scores` of N images from losses after unlearning (N, flips), or from linearised scores or similarities.
+
+    Args:
+        row_id: (N,) the images' rows.
+        values: (N, flips) losses after unlearning where `loss_before` is given; else numbers that are scores already.
+        loss_before: (N, flips) losses before it; None where `values` are scores.
+        how: see `combine_scores`.
+    """
+    if loss_before is None:
+        score, flip = combine_flips(values, how)
+    else:
+        score, flip = combine_scores(loss_before, values, how)
+    loss_after = None if loss_before is None else values
+    return Scores(row_id, score, loss_before, loss_after, None if how == "mean" else flip)
+
+
 def dataset_losses(
     predict: Predict,
     schedule: NoiseSchedule,

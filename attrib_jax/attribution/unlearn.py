@@ -5,7 +5,6 @@ Newton's method with Hessian N F, the pull of the second term dropped, is eq. 5.
 steps are *added* to the weights and raise the query's loss.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -216,14 +215,12 @@ def unlearn(
     mask: jax.Array | None = None,
     tile: int = DRAWS_PER_TILE,
     progress: Callable[[int], None] | None = None,
-    sum_draws: Callable[[Any, jax.Array, Callable[[int], Any]], QueryGradient] | None = None,
-    start: Unlearned | None = None,
-    on_step: Callable[[Unlearned], None] | None = None,
 ) -> Unlearned:
     """Unlearns the query: each step takes the gradient at the current weights, from fresh draws, and adds an update.
 
     A loop on the host around compiled steps, because the check of F needs values. Pass the same `predict` object to
-    every call: it is part of the compiled programs' identity.
+    every call: it is part of the compiled programs' identity. `attrib_jax.methods.unlearn` is the same loop on all
+    devices, stored and resumed.
 
     Args:
         predict, schedule, selected, rest, latents, text, mask, tile: as in `query_gradient`.
@@ -236,18 +233,12 @@ def unlearn(
         steps: number of steps.
         damping: added to F.
         keep_ewc_gradient: keep the pull towards the first weights, see `scale_by_newton`.
-        progress: called on the host with the number of draws done so far, up to draws * steps; with `start`, those of
-            its steps are counted as done.
-        sum_draws: `(selected, step key, advance) -> QueryGradient`, the sums over a step's draws where another place
-            computes them, such as all devices; `advance` takes the number of the step's draws done so far.
-        start: the state after the first steps of the same call, to go on from to the same bits; `selected` stays the
-            weights before the first step.
-        on_step: called after every step with the state so far.
+        progress: called on the host with the number of draws done so far, up to draws * steps.
 
     Raises:
-        TypeError: `key` is no typed threefry key.
-        ValueError: an argument is out of range or contradicts the method; `start` has more steps than asked; F is 0
-            where the gradient is not (the leaf is named); the gradient is NaN or infinite.
+        TypeError: `key` is not a typed threefry key.
+        ValueError: an argument is out of range or contradicts the method; F is 0 where the gradient is not (the leaf
+            is named); the gradient is NaN or infinite.
     """
     _check_draws(draws, tile)
     check_positive("steps", steps, integer=True)
@@ -268,69 +259,68 @@ def unlearn(
             )
         num_examples = 1
     origin = selected if keep_ewc_gradient else None
-    if sum_draws is None:
-        fixed = (predict, schedule, rest, latents, text, mask, draws, tile)
-        sum_draws = functools.partial(_sum_draws, fixed)
-    losses, norms = [], []
-    if start is not None:
-        if len(start.query_loss) > steps:
-            raise ValueError(f"start has done {len(start.query_loss)} steps; expected at most steps={steps}")
-        selected = jax.tree.map(jnp.asarray, start.selected)
-        losses, norms = list(start.query_loss), list(start.update_norm)
-    for step in range(len(losses), steps):
-        step_key = jax.random.fold_in(key, step)
-        with full_precision_matmuls():
-            total = sum_draws(selected, step_key, functools.partial(_advance, progress, step * draws))
-        if curvature is not None:
-            curvature.check_solvable(total.gradient, damping)
-        # N may exceed int32 (LAION-5B), so it is passed as a float.
-        selected, loss, norm = _ascend(
-            selected, total, curvature, origin, draws, step_size, float(num_examples), float(damping)
-        )
-        if not (jnp.isfinite(loss) and jnp.isfinite(norm)):
-            raise ValueError(
-                f"step {step + 1} of {steps} is not finite (query loss {float(loss)}, update norm {float(norm)}). "
-                f"Check the weights for NaN, or take a smaller step_size than {step_size}."
-            )
-        losses.append(loss)
-        norms.append(norm)
-        if on_step is not None:
-            on_step(Unlearned(selected, jnp.stack(losses), jnp.stack(norms)))
-    return Unlearned(selected, jnp.stack(losses), jnp.stack(norms))
-
-
-def _sum_draws(fixed, selected, key, advance) -> QueryGradient:
-    """The sums over a step's draws, a few tiles a call, so that progress shows."""
-    predict, schedule, rest, latents, text, mask, draws, tile = fixed
     tiles = -(-draws // tile)
     # A divisor, so that every call is the same compiled program and none runs tiles that do not count.
     tiles_per_call = max(count for count in range(1, _MAX_TILES_PER_CALL + 1) if tiles % count == 0)
-    weights = _project_text_jit(predict, selected, text)
-    total = zero_gradient(weights)
-    for first in range(0, tiles, tiles_per_call):
-        total = _add_query_tiles_jit(
-            predict,
-            total,
-            schedule,
-            weights,
-            rest,
-            latents,
-            text,
-            key,
-            mask,
-            first * tile,
-            draws,
-            tile,
-            tiles_per_call,
+    losses, norms = [], []
+    for step in range(steps):
+        # The sums over the step's draws, a few tiles a call, so that progress shows.
+        step_key = jax.random.fold_in(key, step)
+        with full_precision_matmuls():
+            weights = _project_text_jit(predict, selected, text)
+            total = zero_gradient(weights)
+            for first in range(0, tiles, tiles_per_call):
+                fixed = (schedule, weights, rest, latents, text, step_key, mask)
+                total = _add_query_tiles_jit(predict, total, *fixed, first * tile, draws, tile, tiles_per_call)
+                if progress is not None:
+                    jax.block_until_ready(total.loss)
+                    progress(step * draws + min((first + tiles_per_call) * tile, draws))
+            total = _by_selected_jit(total, selected, text)
+        if curvature is not None:
+            curvature.check_solvable(total.gradient, damping)
+        selected, loss, norm = ascend(
+            selected, total, curvature, origin, draws, step_size, num_examples=num_examples, damping=damping
         )
-        jax.block_until_ready(total.loss)
-        advance(min((first + tiles_per_call) * tile, draws))
-    return _by_selected_jit(total, selected, text)
+        check_step(step, steps, loss, norm, step_size)
+        losses.append(loss)
+        norms.append(norm)
+    return Unlearned(selected, jnp.stack(losses), jnp.stack(norms))
 
 
-def _advance(progress: Callable[[int], None] | None, before: int, count: int) -> None:
-    if progress is not None:
-        progress(before + count)
+def check_step(step: int, steps: int, loss: jax.Array, norm: jax.Array, step_size: float) -> None:
+    """Raises ValueError where the loss or the norm that `ascend` returned for step number `step` is not finite."""
+    if not (jnp.isfinite(loss) and jnp.isfinite(norm)):
+        raise ValueError(
+            f"step {step + 1} of {steps} is not finite (query loss {float(loss)}, update norm {float(norm)}). "
+            f"Check the weights for NaN, or take a smaller step_size than {step_size}."
+        )
+
+
+def ascend(
+    selected: Any,
+    total: QueryGradient,
+    curvature: Diagonal | EKFAC | None,
+    origin: Any,
+    draws: int,
+    step_size: float,
+    *,
+    num_examples: int,
+    damping: float = 0.0,
+) -> tuple[Any, jax.Array, jax.Array]:
+    """One step of unlearning from the sums over its draws -> new weights, the query's mean loss, the step's norm.
+
+    Args:
+        selected: nested dict of the weights before the step.
+        total: sums over `draws` draws of the query's loss and gradient.
+        curvature: F of a Newton step (eq. 5); None for plain ascent, which does not use `num_examples` and `damping`.
+        origin: the weights before the first step where the EWC gradient is kept, see `scale_by_newton`; else None.
+        draws: number of draws in the sums.
+        step_size: alpha.
+        num_examples: N.
+        damping: added to F.
+    """
+    # N may exceed int32 (LAION-5B), so it is passed as a float.
+    return _ascend(selected, total, curvature, origin, draws, step_size, float(num_examples), float(damping))
 
 
 def _newton_direction(gradient, curvature, num_examples, damping, selected=None, origin=None):

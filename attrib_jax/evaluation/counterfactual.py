@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attrib_jax.attribute import Attributor
 from attrib_jax.convert.pipeline import Pipeline, encode_text, tokenize
 from attrib_jax.core.checks import check_positive, check_range
 from attrib_jax.core.fingerprint import json_digest
@@ -24,8 +23,8 @@ from attrib_jax.diffusion.samplers import sample
 from attrib_jax.diffusion.schedule import strided_timesteps
 from attrib_jax.evaluation.results import ResultTable
 from attrib_jax.evaluation.retrain import Recipe, Retrainer, Training
-from attrib_jax.jobs.identity import query_settings
-from attrib_jax.jobs.query import PreparedQuery, Query, initial_noise
+from attrib_jax.jobs.context import Run
+from attrib_jax.jobs.query import PreparedQuery, Query, initial_noise, query_settings
 from attrib_jax.models.predictor import predictor
 from attrib_jax.parallel.mesh import replicate, shard_batch, tile_map
 from attrib_jax.storage.state import StateStore
@@ -70,7 +69,7 @@ class Counterfactuals:
 
     def __init__(
         self,
-        attributor: Attributor,
+        run: Run,
         queries: Sequence[Query],
         prepared: Sequence[PreparedQuery],
         recipe: Recipe,
@@ -86,14 +85,14 @@ class Counterfactuals:
         if len({(q.guidance_scale, q.sampler_steps) for q in queries}) != 1:
             raise ValueError("queries differ in guidance_scale or sampler_steps; expected one for all")
         # Now, and not after the first models are trained.
-        self._timesteps = strided_timesteps(measure.stride, attributor.pipeline.schedule.num_train_timesteps)
-        self.attributor, self.queries, self.recipe, self.measure = attributor, list(queries), recipe, measure
+        self._timesteps = strided_timesteps(measure.stride, run.pipeline.schedule.num_train_timesteps)
+        self.run, self.queries, self.recipe, self.measure = run, list(queries), recipe, measure
         self.prepared = list(prepared)
         with_pictures = dataclasses.replace(measure, pictures=True)
         if self._is_begun(with_pictures) and not self._is_begun(measure):
             # Models that were asked for more serve as well.
             self.measure = with_pictures
-        self._retrainer = Retrainer(attributor.pipeline, attributor.data, recipe, per_device)
+        self._retrainer = Retrainer(run.pipeline, run.data, recipe, per_device)
         self._program: Any = None
 
     def results(
@@ -114,7 +113,7 @@ class Counterfactuals:
             draws from the same noise.
           latents: (M, Q, h, w, c) of these regenerations, where `measure.pictures`.
         """
-        with self.attributor.root.stage(self.name, self._settings(self.measure), self.attributor.inputs) as stage:
+        with self.run.root.stage(self.name, self._settings(self.measure), self.run.inputs) as stage:
             table = ResultTable(stage.path / _TABLE, self._fields)
             # A state is of as many models as train together, and a run may go on with other devices.
             states = StateStore(stage.path, f"training{self._retrainer.models_at_once}")
@@ -156,7 +155,7 @@ class Counterfactuals:
 
     def _is_begun(self, measure: MeasureConfig) -> bool:
         settings = self._settings(measure)
-        return self.attributor.root.holds(self._name(settings), settings, self.attributor.inputs)
+        return self.run.root.holds(self._name(settings), settings, self.run.inputs)
 
     @property
     def _fields(self) -> dict[str, tuple[int, ...]]:
@@ -165,7 +164,7 @@ class Counterfactuals:
         return fields | ({"latents": (count, *self.prepared[0].latents.shape)} if self.measure.pictures else {})
 
     def _measured(self, params: Any, count: int) -> dict[str, np.ndarray]:
-        mesh, pipeline = self._retrainer.mesh, self.attributor.pipeline
+        mesh, pipeline = self._retrainer.mesh, self.run.pipeline
         if self._program is None:
             query = self.queries[0]
             fn = functools.partial(_measure, pipeline.unet, query.sampler_steps, query.guidance_scale)

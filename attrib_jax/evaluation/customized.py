@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from attrib_jax.attribute import Attributor
 from attrib_jax.convert.adapters.custom_diffusion import apply_custom_diffusion
 from attrib_jax.convert.pipeline import Pipeline
 from attrib_jax.core.checks import check_positive, check_range
@@ -27,10 +26,12 @@ from attrib_jax.data.latents import LatentsDataset
 from attrib_jax.data.protocol import Row
 from attrib_jax.data.sources import ArrayDataset, Dataset
 from attrib_jax.evaluation.metrics import average_precision, mean_and_error, recall_at
+from attrib_jax.evaluation.named import score_queries
 from attrib_jax.evaluation.tables import write_table
-from attrib_jax.jobs.encode import EncodeConfig, picture_resolution
+from attrib_jax.jobs.context import Run
+from attrib_jax.jobs.encode import EncodeConfig, image_resolution
 from attrib_jax.jobs.query import Query
-from attrib_jax.methods.config import AttributeConfig
+from attrib_jax.methods.base import MethodConfig
 from attrib_jax.storage.files import make_folder, write_json
 from attrib_jax.storage.stage_root import StageRoot
 from attrib_jax.storage.stages import lock
@@ -156,7 +157,7 @@ def run_customized(
     base: Pipeline,
     rest: Dataset,
     cases: Sequence[Case],
-    methods: Mapping[str, AttributeConfig],
+    methods: Mapping[str, MethodConfig],
     config: CustomizedConfig = CustomizedConfig(),
     encode_config: EncodeConfig = EncodeConfig(),
 ) -> str:
@@ -182,7 +183,7 @@ def run_customized(
                 "token, so that both forms of the prompt are asked"
             )
     folder = make_folder(Path(workdir) / "evaluation" / "customized")
-    resolution = picture_resolution(base)
+    resolution = image_resolution(base)
     grouped = _by_model(cases)
     # Before anything is written: a picture that cannot be read should not cost an earlier run's records.
     exemplars_of = {model: _exemplars(members[0], resolution) for model, members in grouped.items()}
@@ -193,14 +194,15 @@ def run_customized(
         place = Path(workdir) / "models" / _name(model)
         make_folder(place)
         with lock(place):
-            attributor = Attributor(pipeline, concatenate(exemplars, rest), StageRoot(place), encode_config)
+            run = Run(pipeline, concatenate(exemplars, rest), StageRoot(place), encode_config)
             for form, strip in (("with V*", False), ("without V*", True)):
                 queries = [
                     Query(_without(case.prompt, config.token) if strip else case.prompt, image=case.image)
                     for case in members
                 ]
                 for method, settings in methods.items():
-                    results = attributor.attribute_many(queries, settings)
+                    label = "token" if form == "with V*" else "no-token"
+                    results = score_queries(run, settings, queries, place / "queries" / f"{method}-{label}")
                     records += [
                         {
                             "model": _name(model),
@@ -208,9 +210,9 @@ def run_customized(
                             "prompt": case.prompt,
                             "method": method,
                             "form": form,
-                            "ranks": [result.scores.rank_of(int(row)) for row in exemplars.row_ids],
+                            "ranks": [scores.rank_of(int(row)) for row in exemplars.row_ids],
                         }
-                        for case, result in zip(members, results)
+                        for case, scores in zip(members, results)
                     ]
         finished = model == list(grouped)[-1]
         if finished:

@@ -11,7 +11,7 @@ from attrib_jax.evaluation.metrics import Lds, half_subsets, lds
 from attrib_jax.evaluation.named import QuerySet, method_scores
 from attrib_jax.evaluation.retrain import Training
 from attrib_jax.evaluation.tables import bar_plot, write_table
-from attrib_jax.methods.config import AttributeConfig
+from attrib_jax.methods.base import MethodConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,7 @@ class LdsConfig:
 
 def run_lds(
     counterfactuals: Counterfactuals,
-    methods: Mapping[str, AttributeConfig],
+    methods: Mapping[str, MethodConfig],
     queries: QuerySet,
     split: str,
     config: LdsConfig,
@@ -65,10 +65,10 @@ def run_lds(
     for name, each in methods.items():
         if each.cascade:
             raise ValueError(f"method {name!r} has a cascade, and sums need the scores of all pictures; leave it out")
-    attributor, positions = counterfactuals.attributor, queries.split(split)
-    kept, trainings = config.subsets(len(attributor.data))
+    run, positions = counterfactuals.run, queries.split(split)
+    kept, trainings = config.subsets(len(run.data))
     # Attributions first: what is wrong with a method shows before hours of training.
-    scores = {name: method_scores(attributor, name, each, queries.of(split)) for name, each in methods.items()}
+    scores = {name: method_scores(run, name, each, queries.of(split)) for name, each in methods.items()}
     losses = counterfactuals.results(trainings, "train on subsets")["loss"]
     results = {name: lds(each, kept, losses[:, positions]) for name, each in scores.items()}
     rows = [
@@ -83,7 +83,7 @@ def run_lds(
         }
         for name, result in sorted(results.items(), key=lambda item: -item[1].mean)
     ]
-    folder = attributor.root.workdir / "evaluation" / f"lds-{split}"
+    folder = run.root.workdir / "evaluation" / f"lds-{split}"
     folder.mkdir(parents=True, exist_ok=True)
     table = write_table(folder, "lds", rows)
     title = f"LDS, {len(trainings)} models on {config.share:.0%} of the data, {len(positions)} {split} queries"

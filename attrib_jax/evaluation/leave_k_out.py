@@ -21,7 +21,7 @@ from attrib_jax.evaluation.retrain import Training
 from attrib_jax.evaluation.similarity import check_sees_pictures, picture_directions
 from attrib_jax.evaluation.tables import curve_plot, picture_grid, write_table
 from attrib_jax.jobs.query import decode
-from attrib_jax.methods.config import AttributeConfig
+from attrib_jax.methods.base import MethodConfig
 
 # Rows of the references; no method can have these names, see `read_methods`.
 RANDOM = "random pictures"
@@ -134,7 +134,7 @@ class Effects:
         Returns:
           (M, J) float64, at most 1; the lower, the more the pictures mattered.
         """
-        pipeline, tower = self._counterfactuals.attributor.pipeline, self._tower
+        pipeline, tower = self._counterfactuals.run.pipeline, self._tower
         if self._own_directions is None:
             own = np.stack([query.latents for query in self._counterfactuals.prepared])
             self._own_directions = picture_directions(pipeline, tower, own)
@@ -151,7 +151,7 @@ class Effects:
 
 def run_leave_k_out(
     counterfactuals: Counterfactuals,
-    methods: Mapping[str, AttributeConfig],
+    methods: Mapping[str, MethodConfig],
     queries: QuerySet,
     split: str,
     config: LeaveKOutConfig,
@@ -164,8 +164,8 @@ def run_leave_k_out(
 
     Raises ValueError for a tower that cannot be used, more pictures to remove than there are, or than a cascade ranks.
     """
-    attributor, positions = counterfactuals.attributor, queries.split(split)
-    size, row_ids = len(attributor.data), attributor.data.row_ids
+    run, positions = counterfactuals.run, queries.split(split)
+    size, row_ids = len(run.data), run.data.row_ids
     config.check_size(size)
     for name, each in methods.items():
         if each.cascade and each.num_finalists(size) < max(config.counts):
@@ -174,7 +174,7 @@ def run_leave_k_out(
                 f"the {max(config.counts)} to be removed; raise its cascade or cascade_min"
             )
     effects = Effects(counterfactuals, config.seeds, tower)
-    scores = {name: method_scores(attributor, name, each, queries.of(split)) for name, each in methods.items()}
+    scores = {name: method_scores(run, name, each, queries.of(split)) for name, each in methods.items()}
 
     all_counts = sorted({*config.counts, *config.curve})
     sets = {
@@ -228,8 +228,8 @@ def run_leave_k_out(
                 | {f"random {kind}": float(base[kind][:, place].mean()) for kind in compared}
                 for place, query in enumerate(positions)
             ]
-            _write(attributor, split, rows, per_query, finished=False)
-    folder = _write(attributor, split, rows, per_query)
+            _write(run, split, rows, per_query, finished=False)
+    folder = _write(run, split, rows, per_query)
     title = f"{len(positions)} {split} queries, {len(config.seeds)} training seed(s), {size} training pictures"
     curve_plot(folder / "leave_k_out.png", title, curve, points)
     if counterfactuals.measure.pictures:
@@ -257,8 +257,8 @@ def _row(
     return row
 
 
-def _write(attributor, split: str, rows: list[dict], per_query: list[dict], finished: bool = True):
-    folder = attributor.root.workdir / "evaluation" / f"leave-k-out-{split}"
+def _write(run, split: str, rows: list[dict], per_query: list[dict], finished: bool = True):
+    folder = run.root.workdir / "evaluation" / f"leave-k-out-{split}"
     folder.mkdir(parents=True, exist_ok=True)
     order = sorted(rows, key=lambda row: (row["K"], -row["dL"]))
     write_table(folder, "leave_k_out", order, finished)
@@ -275,12 +275,12 @@ def _write_pictures(
     config: LeaveKOutConfig,
 ):
     """A row for each query: itself, as the model retrained on all draws it, and as those without pictures do."""
-    attributor, count = counterfactuals.attributor, config.counts[0]
+    run, count = counterfactuals.run, config.counts[0]
     removed = {"trained on all": [_NOTHING] * len(positions)} | tops
-    removed[RANDOM] = [random_positions(len(attributor.data), count, 0)] * len(positions)
+    removed[RANDOM] = [random_positions(len(run.data), count, 0)] * len(positions)
     columns = {"query": np.stack([counterfactuals.prepared[place].image for place in positions])}
     for name, sets in removed.items():
         found = counterfactuals.results([Training(positions, config.seeds[0]) for positions in sets])["latents"]
         own = found[np.arange(len(positions)), positions].astype(np.float32)
-        columns[name] = decode(attributor.pipeline, own)
+        columns[name] = decode(run.pipeline, own)
     picture_grid(file, f"{count} pictures removed", [counterfactuals.queries[p].prompt for p in positions], columns)

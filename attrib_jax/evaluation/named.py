@@ -3,31 +3,34 @@
 import dataclasses
 import json
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from attrib_jax.attribute import Attributor
 from attrib_jax.core.checks import check_choice
 from attrib_jax.core.fingerprint import json_digest
-from attrib_jax.jobs.identity import check_query_name, query_settings
-from attrib_jax.jobs.query import Query
-from attrib_jax.methods.config import AttributeConfig
-from attrib_jax.methods.feature_settings import FeatureSettings
-from attrib_jax.methods.gradient_settings import GradientSettings
-from attrib_jax.storage.files import stored_arrays, write_arrays
+from attrib_jax.core.settings import declared
+from attrib_jax.core.types import Scores
+from attrib_jax.jobs.context import Run
+from attrib_jax.jobs.query import Query, check_query_name, prepare_query, query_settings
+from attrib_jax.methods import CONFIGS, METHODS, check_method, method_config, method_inputs, queries_per_pass
+from attrib_jax.methods.base import MethodConfig, QueryJob
+from attrib_jax.parallel.hosts import run_on_host0
+from attrib_jax.storage.files import make_folder, stored_arrays, write_arrays
 
 _SHARED = "shared"
 _FILE = "scores.safetensors"
 SPLITS = ("tuning", "reported")
 
 
-def read_methods(file: str | os.PathLike, only: Sequence[str] = ()) -> dict[str, AttributeConfig]:
+def read_methods(file: str | os.PathLike, only: Sequence[str] = ()) -> dict[str, MethodConfig]:
     """Method name -> its settings, from a JSON object of objects.
 
-    Each holds fields of `AttributeConfig` that differ from the defaults; those of the object `shared` go to all.
+    Each holds settings of its method that differ from the defaults, and `method` where that is not `unlearn`; those of
+    the object `shared` go to every method that reads them.
 
     Args:
       file: such as `configs/evaluation/methods_digits.json`.
@@ -35,7 +38,7 @@ def read_methods(file: str | os.PathLike, only: Sequence[str] = ()) -> dict[str,
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: it is no such object, a field is unknown, or a name of `only` is; says which.
+      ValueError: it is not such an object, a method does not read a setting, or a name is unknown; says which.
     """
     try:
         content = json.loads(Path(file).read_text(encoding="utf-8"))
@@ -46,28 +49,25 @@ def read_methods(file: str | os.PathLike, only: Sequence[str] = ()) -> dict[str,
     shared = content.pop(_SHARED, {})
     if not content:
         raise ValueError(f"methods file {file} names no method")
-    fields = [field.name for field in dataclasses.fields(AttributeConfig)]
-    configs = {}
-    for name, values in content.items():
+    for name in content:
         check_query_name(name)
-        for field in {**shared, **values}:
-            check_choice(f"field of method {name!r}", field, fields)
-        if only and name not in only:
-            continue
-        try:
-            configs[name] = _config({**shared, **values})
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"method {name!r} of {file}: {error}") from error
     for name in only:
         check_choice("method", name, content)
-    return {name: configs[name] for name in only or configs}
-
-
-def _config(values: dict[str, Any]) -> AttributeConfig:
-    """A config from JSON values: lists are tuples there, and objects the nested records."""
-    nested = {"gradients": GradientSettings, "features": FeatureSettings}
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-    return AttributeConfig(**{name: nested[name](**v) if name in nested else v for name, v in values.items()})
+    configs = {}
+    for name in only or content:
+        own = content[name]
+        method = own.get("method", "unlearn")
+        try:
+            check_choice("method", method, METHODS)
+            for field in shared:
+                check_choice(
+                    "setting", field, sorted({field for config in CONFIGS.values() for field in declared(config)})
+                )
+            read = {field: value for field, value in shared.items() if field in declared(CONFIGS[method])}
+            configs[name] = method_config(**{"method": method, **read, **own})
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"method {name!r} of {file}: {error}") from error
+    return configs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,24 +96,37 @@ class QuerySet:
         return [self.queries[position] for position in self.split(name)]
 
 
-def method_scores(attributor: Attributor, name: str, config: AttributeConfig, queries: Sequence[Query]) -> np.ndarray:
-    """The scores (Q, N) float32 of one method, larger is more influential; columns as `attributor.data`.
+def method_scores(run: Run, name: str, config: MethodConfig, queries: Sequence[Query]) -> np.ndarray:
+    """The scores (Q, N) float32 of one method, larger is more influential; columns as `run.data`.
 
     Kept in one small file, so that a study goes on where the attributions themselves are not at hand.
     """
-    settings = {"method": config.settings(), "queries": [query_settings(query) for query in queries]}
-    digest = json_digest(settings)[:8]
-    with attributor.root.stage(f"evaluation/scores/{name}-{digest}", settings, attributor.inputs_of(config)) as stage:
+    settings = {"method": config.describe(), "queries": [query_settings(query) for query in queries]}
+    inputs = method_inputs(run, config)
+    with run.root.stage(f"evaluation/scores/{name}-{json_digest(settings)[:8]}", settings, inputs) as stage:
         file = stage.path / _FILE
-        stored = stored_arrays(file)
+        stored = run_on_host0(lambda: stored_arrays(file))
         if stored is not None:
             return stored["scores"]
-        names = [f"{name}-{digest}-{index}" for index in range(len(queries))]
-        rows = attributor.data.row_ids
-        results = attributor.attribute_many(queries, config, names)
-        scores = np.stack([_in_order(result.scores, rows) for result in results]).astype(np.float32)
-        write_arrays(file, {"scores": scores}, {"method": name})
+        results = score_queries(run, config, queries, stage.path / "queries")
+        scores = np.stack([_in_order(each, run.data.row_ids) for each in results]).astype(np.float32)
+        run_on_host0(lambda: write_arrays(file, {"scores": scores}, {"method": name}))
+        # What the method kept of each query: the scores say it all.
+        run_on_host0(lambda: shutil.rmtree(stage.path / "queries", ignore_errors=True))
         return scores
+
+
+def score_queries(run: Run, config: MethodConfig, queries: Sequence[Query], folder: Path) -> list[Scores]:
+    """Scores of each query; the method keeps what it needs to resume in a folder for each below `folder`."""
+    check_method(run, config)
+    jobs = []
+    for number, query in enumerate(queries):
+        settings = {"query": query_settings(query), **config.describe()}
+        place = make_folder(folder / f"{number}-{json_digest(settings)[:8]}")
+        jobs.append(QueryJob(f"number {number}", settings, prepare_query(run.pipeline, run.predict, query), place))
+    size, score = queries_per_pass(run, config), METHODS[config.method].score
+    groups = (jobs[first : first + size] for first in range(0, len(jobs), size))
+    return [scored.scores for group in groups for scored in score(run, group, config)]
 
 
 def _in_order(scores: Any, rows: np.ndarray) -> np.ndarray:

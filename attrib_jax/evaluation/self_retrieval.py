@@ -5,13 +5,13 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from attrib_jax.attribute import Attributor
 from attrib_jax.core.checks import check_choice, check_positive
 from attrib_jax.evaluation.metrics import ranks, recall_at
 from attrib_jax.evaluation.named import SPLITS, method_scores
 from attrib_jax.evaluation.tables import write_table
+from attrib_jax.jobs.context import Run
 from attrib_jax.jobs.query import Query
-from attrib_jax.methods.config import AttributeConfig
+from attrib_jax.methods.base import MethodConfig
 
 _ORDER_SEED = 2024
 
@@ -35,13 +35,13 @@ class SelfConfig:
         return order[: self.queries] if self.split == "reported" else order[-self.queries :]
 
 
-def run_self(attributor: Attributor, methods: Mapping[str, AttributeConfig], config: SelfConfig) -> str:
+def run_self(run: Run, methods: Mapping[str, MethodConfig], config: SelfConfig) -> str:
     """Ranks of each query itself, and of the best of its near-duplicates, by every method -> a markdown table.
 
     Queries have their picture's latents as is and its first caption. Kept in the workdir as `self.csv`, see
     `write_table`.
     """
-    data, dataset = attributor.data, attributor.dataset
+    data, dataset = run.data, run.dataset
     positions = config.positions(len(data))
     # A data set may hold rows that could not be encoded: its positions are not those of `data`.
     place_in_dataset = {row: place for place, row in enumerate(dataset.row_ids.tolist())}
@@ -56,8 +56,8 @@ def run_self(attributor: Attributor, methods: Mapping[str, AttributeConfig], con
     groups = None if dataset.groups is None else np.asarray(dataset.groups)[places]
     rows = []
     for name, method in methods.items():
-        rows.append({"method": name} | summary(method_scores(attributor, name, method, queries), positions, groups))
-        folder = attributor.root.workdir / "evaluation" / f"self-{config.split}"
+        rows.append({"method": name} | summary(method_scores(run, name, method, queries), positions, groups))
+        folder = run.root.workdir / "evaluation" / f"self-{config.split}"
         folder.mkdir(parents=True, exist_ok=True)
         table = write_table(folder, "self", rows, finished=len(rows) == len(methods))
     return f"{len(queries)} {config.split} training pictures as queries, among {len(data)}\n\n{table}"

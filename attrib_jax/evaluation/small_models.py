@@ -24,8 +24,8 @@ from attrib_jax.data.readers import image_side
 from attrib_jax.data.sources import Dataset
 from attrib_jax.diffusion.schedule import NoiseSchedule
 from attrib_jax.evaluation.retrain import Recipe, Retrainer, Training
+from attrib_jax.jobs.context import model_fingerprint
 from attrib_jax.jobs.encode import EncodeConfig, encode
-from attrib_jax.jobs.identity import model_fingerprint
 from attrib_jax.models.clip import CLIPTextConfig, CLIPTextModel
 from attrib_jax.models.pixel_autoencoder import PixelAutoencoder, PixelAutoencoderConfig
 from attrib_jax.models.unet import UNet2DConditionModel, UNetConfig

@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from attrib_jax.core.weights import count_weights, merge_weights
+from attrib_jax.curvature.fisher import FisherSum
 from attrib_jax.diffusion.losses import Predict, batch_losses, denoising_losses
 from attrib_jax.diffusion.schedule import NoiseSchedule
 from attrib_jax.jobs.encoded_dataset import EncodedDataset
@@ -218,3 +219,19 @@ def gradients_at_once(selected: Any, tile: int, latent_shape: tuple[int, ...]) -
     while microbatch > 1 and microbatch * 4 * count_weights(selected).values > _GRADIENT_BYTES:
         microbatch //= 2
     return microbatch
+
+
+def sums_like(selected: Any) -> Any:
+    """Zeros in the layout of the selected weights, in the dtype that their squares are summed in."""
+    return jax.tree.map(lambda leaf: np.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32)), selected)
+
+
+def as_pair(part: FisherSum) -> Pair:
+    """A sum of squares and its count as devices add them."""
+    return Pair((part.sum, part.count), (part.compensation, jnp.zeros_like(part.count)))
+
+
+def as_fisher_sum(pair: Pair) -> FisherSum:
+    """The inverse of `as_pair`."""
+    (total, count), (compensation, _) = pair
+    return FisherSum(total, count, compensation)

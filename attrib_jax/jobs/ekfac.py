@@ -1,4 +1,4 @@
-"""Stage 2 with `--curvature=ekfac`: EKFAC of the selected weights over the training set.
+"""EKFAC of the selected weights over the training set.
 
 Two passes over the same draws as the Fisher information's: the factors, whose eigenvectors are stored, then the
 eigenvalues in their bases. Each pass resumes where it was stopped.
@@ -32,14 +32,16 @@ from attrib_jax.diffusion.schedule import NoiseSchedule
 from attrib_jax.jobs.draws import (
     FisherDraws,
     Sample,
+    as_fisher_sum,
+    as_pair,
     fisher_draws,
     gradients_at_once,
     sample_loss,
     samples_per_tile,
     sum_over_draws,
+    sums_like,
 )
 from attrib_jax.jobs.encoded_dataset import EncodedDataset
-from attrib_jax.jobs.fisher import as_fisher_sum, as_pair, sums_like
 from attrib_jax.models.prepared import transform_kernels
 from attrib_jax.ops.micro_batching import even_group_size, gradient_pixels, num_pixels, sum_groups
 from attrib_jax.parallel.hosts import run_on_host0

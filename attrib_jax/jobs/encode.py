@@ -16,9 +16,9 @@ import numpy as np
 
 from attrib_jax.convert.pipeline import Pipeline, encode_text, latent_size, tokenize
 from attrib_jax.convert.tokenizer import tokenizer_fingerprint
-from attrib_jax.core.checks import check_choice, check_range
 from attrib_jax.core.fingerprint import params_fingerprint
 from attrib_jax.core.keys import purpose_key
+from attrib_jax.core.settings import Settings, setting
 from attrib_jax.core.weights import flatten_names
 from attrib_jax.data.captions import read_captions
 from attrib_jax.data.concat import ConcatDataset
@@ -46,28 +46,33 @@ POSTERIORS = ("mean", "sample")
 
 
 @dataclasses.dataclass(frozen=True)
-class EncodeConfig:
-    """How pictures and captions are encoded and kept.
+class EncodeConfig(Settings):
+    """How images and captions are encoded and kept."""
 
-    Attributes:
-      dtype: `float32`, or `float16` for half the disk space; BUILD_NOTES.md says what that does to scores.
-      posterior: `mean` of the autoencoder's distribution, or one seeded `sample` for each picture and mirror image.
-      seed: of the samples, which depend on it, the row id and the flip alone.
-      workers: processes that read and decode pictures, 0 for threads of this one; changes the speed only.
-    """
+    dtype: str = setting(
+        "float32",
+        "Data type of stored latents and text states; float16 takes half the disk space.",
+        choices=STORE_DTYPES,
+        flag="store_dtype",
+    )
+    posterior: str = setting(
+        "mean",
+        "Latents: the mean of the autoencoder's distribution, or one seeded sample for each image and mirror image.",
+        choices=POSTERIORS,
+    )
+    seed: int = setting(
+        0,
+        "Seed of sampled latents, which depend on it, the row id and the flip alone.",
+        low=0,
+        high=2**32 - 1,
+        flag="encode_seed",
+        only_if=("posterior", "sample"),
+    )
+    workers: int = setting(
+        0, "Processes that read and decode images; 0 takes threads of this process.", low=0, performance=True
+    )
 
-    dtype: str = "float32"
-    posterior: str = "mean"
-    seed: int = 0
-    workers: int = 0
-
-    def __post_init__(self):
-        check_choice("dtype", self.dtype, STORE_DTYPES)
-        check_choice("posterior", self.posterior, POSTERIORS)
-        check_range("seed", self.seed, 0, 2**32 - 1, integer=True)
-        check_range("workers", self.workers, 0, integer=True)
-
-    def describe(self) -> str:
+    def encoding(self) -> str:
         """What decides the stored values, as one of the inputs that later stages are checked against."""
         return f"{self.dtype} {self.posterior}" + (f" seed {self.seed}" if self.posterior == "sample" else "")
 
@@ -83,7 +88,7 @@ def encode(
     Args:
       root: where the stages `latents` and `text` are kept.
       pipeline: its `vae` and `text_encoder`.
-      inputs: fingerprints of model and data set, and `config.describe()`.
+      inputs: fingerprints of model and data set, and `config.encoding()`.
       dataset: see `open_dataset`; pictures have the model's resolution.
       config: see `EncodeConfig`.
 
@@ -99,15 +104,15 @@ def encode(
     return data
 
 
-def picture_size(pipeline: Pipeline) -> tuple[int, int]:
+def image_size(pipeline: Pipeline) -> tuple[int, int]:
     """Height and width in pixels of the pictures that a pipeline was trained on."""
     height, width = (size * pipeline.vae.config.downscale for size in latent_size(pipeline))
     return height, width
 
 
-def picture_resolution(pipeline: Pipeline) -> int:
+def image_resolution(pipeline: Pipeline) -> int:
     """Side in pixels of the square pictures that a pipeline was trained on; ValueError where they are not square."""
-    height, width = picture_size(pipeline)
+    height, width = image_size(pipeline)
     if height != width:
         raise ValueError(
             f"the model was trained on pictures of {height} x {width} pixels; data sets are read as squares"
@@ -133,9 +138,7 @@ def _encode_part(root, prefix: str, pipeline, inputs, dataset, config) -> Encode
     captions = functools.cache(lambda: read_captions(dataset))
     latents_name, text_name = stage_names(dataset, prefix)
     with root.stage(latents_name, {}, inputs) as stage:
-        latents = encode_images(
-            stage.path, dataset, pipeline.vae, pipeline.params["vae"], config, picture_size(pipeline)
-        )
+        latents = encode_images(stage.path, dataset, pipeline.vae, pipeline.params["vae"], config, image_size(pipeline))
         skipped = dict(run_on_host0(lambda: list(read_skipped(stage.path).items())))
     kept = np.setdiff1d(np.arange(len(dataset)), list(skipped))
     with root.stage(text_name, {}, inputs) as stage:

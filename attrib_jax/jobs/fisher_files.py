@@ -21,7 +21,18 @@ from attrib_jax.storage.files import atomic_write, read_arrays
 
 _log = logging.getLogger(__name__)
 
+# Name of the file in the folder of a stage.
+FISHER_FILE = "fisher.safetensors"
 FISHER_SUFFIXES = (".safetensors", ".pt")
+
+
+def fisher_file(path: str | os.PathLike) -> Path:
+    """The file of an F given as a file or as the folder of its stage; FileNotFoundError if there is none."""
+    path = Path(path)
+    file = path / FISHER_FILE if path.is_dir() else path
+    if not file.is_file():
+        raise FileNotFoundError(f"fisher {os.fspath(path)!r} is neither a Fisher file nor a folder with {FISHER_FILE}")
+    return file
 
 
 def read_fisher_file(path: str | os.PathLike, selected: Any = None) -> dict[str, Tensor]:

@@ -4,21 +4,21 @@ The change is what unlearning made of a query, new weights less old. There is no
 near-equal numbers; as the change shrinks, the score becomes the exact one (METHOD.md section 4).
 """
 
-from typing import Any
+from collections.abc import Sequence
+from pathlib import Path
 
 import jax
-from jax.sharding import Mesh
+import numpy as np
 
 from attrib_jax.attribution.influence import influence_matrix
 from attrib_jax.attribution.scores import example_loss, strided_losses
 from attrib_jax.core.types import Batch
-from attrib_jax.core.weights import merge_weights
-from attrib_jax.diffusion.losses import Predict
-from attrib_jax.diffusion.schedule import NoiseSchedule
-from attrib_jax.jobs.losses import ExampleProgram
-from attrib_jax.models.precision import cast_params, matmul_precision
+from attrib_jax.core.weights import Params, merge_weights, select_weights
+from attrib_jax.jobs.context import Run
+from attrib_jax.jobs.losses import ExampleProgram, dataset_pass
+from attrib_jax.jobs.settings import LossSettings
+from attrib_jax.models.precision import cast_params
 from attrib_jax.models.predictor import predictor
-from attrib_jax.models.unet import UNet2DConditionModel
 from attrib_jax.ops.micro_batching import GRADIENT_PIXELS, even_group_size, num_pixels
 
 # UNet forwards whose activations the reverse mode holds at once, and their latent pixels.
@@ -26,45 +26,49 @@ _FORWARDS_AT_ONCE = 40
 _PIXELS_AT_ONCE = 4 * GRADIENT_PIXELS
 
 
-class LinearProgram(ExampleProgram):
-    """The compiled linearised score of one model; its weights are `(selected, rest, change)`.
+def linear_pass(
+    run: Run,
+    paths: Sequence[Path],
+    changes: Sequence[Params],
+    weights: str,
+    config: LossSettings,
+    description: str,
+    rows: np.ndarray | None = None,
+) -> list[np.ndarray]:
+    """Linearised scores of the data set for each query (N, flips), in one pass.
 
-    `selected` and `change` are nested dicts in float32 of the weights that move and of what they move by, `rest` the
-    others in any precision. They are rounded inside of what is differentiated, so each change too is rounded only
-    where the precision rounds its weight.
+    One query takes forward mode, at about the cost of two forwards an example. Several take reverse mode: one gradient
+    an example, dotted with every change, which costs about as much, however many there are. The two agree up to
+    rounding.
+
+    Args:
+      run, paths, description, rows: as in `dataset_pass`.
+      changes: the weight change of each query, nested dicts like the weights of the subset `weights`.
+      weights: name of that subset.
+      config: how losses are taken.
     """
-
-    def __init__(
-        self,
-        unet: UNet2DConditionModel,
-        schedule: NoiseSchedule,
-        loss_seed: int,
-        stride: int,
-        batch_size: int = 0,
-        mesh: Mesh | None = None,
-        precision: str = "float32",
-        num_queries: int | None = None,
-    ):
-        """One query in forward mode, or `num_queries` in reverse mode.
-
-        Forward mode gives results (rows, flips) at about the cost of two forwards. Reverse mode takes changes with a
-        leading axis of `num_queries` and gives (rows, flips, num_queries): one gradient an example, dotted with every
-        change, which costs about as much, however many there are. The two agree up to rounding.
-
-        Args:
-          unet: the model.
-          schedule, loss_seed, stride, batch_size, mesh: as in `ExampleProgram`.
-          precision: of the forward pass, see `PRECISIONS`.
-          num_queries: of the reverse mode; None for forward mode.
-        """
-        function, shape = (_forward_mode, ()) if num_queries is None else (_reverse_mode, (num_queries,))
-        static = (predictor(unet, precision), precision)
-        products = matmul_precision(precision)
-        super().__init__(function, schedule, loss_seed, stride, batch_size, mesh, shape, products, static=static)
+    program = linear_program(run, config, len(changes))
+    stacked = changes[0] if len(changes) == 1 else jax.tree.map(lambda *leaves: np.stack(leaves), *changes)
+    # The weights are rounded inside of what is differentiated, so each change too is rounded only where the precision
+    # rounds its weight.
+    selected, _ = run.select(weights)
+    _, rest = select_weights(cast_params(run.pipeline.params["unet"], config.precision), weights)
+    weights_and_change = program.place((selected, rest, stacked))
+    return dataset_pass(run, paths, program, [weights_and_change], description, rows, check_device=False)
 
 
-def _forward_mode(predict: Predict, precision: str, schedule, key, timesteps, weights, batch: Batch) -> jax.Array:
-    selected, rest, change = weights
+def linear_program(run: Run, config: LossSettings, num_queries: int) -> ExampleProgram:
+    """The compiled linearised score; its weights are `(selected, rest, change)`, of several queries stacked changes.
+
+    `selected` and `change` are in float32, `rest` in any precision.
+    """
+    static = (predictor(run.pipeline.unet, config.precision), config.precision)
+    function, shape = (_forward_mode, ()) if num_queries == 1 else (_reverse_mode, (num_queries,))
+    return ExampleProgram(function, run.pipeline.schedule, config, result_shape=shape, static=static)
+
+
+def _forward_mode(predict, precision: str, shared, batch: Batch) -> jax.Array:
+    schedule, key, timesteps, (selected, rest, change) = shared
 
     def losses(selected):
         params = cast_params(merge_weights(selected, rest), precision)
@@ -73,23 +77,19 @@ def _forward_mode(predict: Predict, precision: str, schedule, key, timesteps, we
     return jax.jvp(losses, (selected,), (change,))[1]
 
 
-def _reverse_mode(predict: Predict, precision: str, schedule, key, timesteps, weights, batch: Batch) -> jax.Array:
-    selected, rest, changes = weights
+def _reverse_mode(predict, precision: str, shared, batch: Batch) -> jax.Array:
+    schedule, key, timesteps, (selected, rest, changes) = shared
 
     def loss(selected, rest, example):
         params = cast_params(merge_weights(selected, rest), precision)
         return example_loss(predict, schedule, params, key, example, timesteps)
 
-    at_once = _examples_at_once(len(batch.row_id), len(timesteps), num_pixels(batch.latents.shape[1:]))
+    forwards = min(_FORWARDS_AT_ONCE, _PIXELS_AT_ONCE // num_pixels(batch.latents.shape[1:]))
+    # A divisor of the tile, so that no group is smaller than the others.
+    at_once = even_group_size(len(batch.row_id), len(timesteps), forwards)
     return influence_matrix(loss, selected, rest, batch, changes, at_once)
 
 
-def _examples_at_once(tile: int, num_timesteps: int, pixels: int) -> int:
-    """A divisor of the tile, so that no group is smaller than the others."""
-    forwards = min(_FORWARDS_AT_ONCE, _PIXELS_AT_ONCE // pixels)
-    return even_group_size(tile, num_timesteps, forwards)
-
-
-def weight_change(moved: Any, selected: Any) -> Any:
-    """What unlearning moved each weight by: a nested dict like `selected`."""
+def weight_change(moved: Params, selected: Params) -> Params:
+    """Change of each weight by unlearning: a nested dict like `selected`."""
     return jax.tree.map(lambda new, old: new - old, moved, selected)

@@ -1,8 +1,14 @@
-"""Stage 3: numbers of every training picture and its mirror image, such as strided losses, under given weights."""
+"""Numbers of every training image and its mirror image, such as strided losses, under given weights.
 
+`dataset_pass` runs a compiled program over the data set for one or many queries, keeps the results in chunks and
+resumes from them; `base_losses` are the losses under the model's own weights, which all queries share.
+"""
+
+import collections
+import dataclasses
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +19,13 @@ from jax.sharding import Mesh
 from attrib_jax.attribution.scores import EXAMPLES_PER_TILE, strided_losses
 from attrib_jax.core.keys import loss_key
 from attrib_jax.core.types import Batch
-from attrib_jax.diffusion.losses import Predict
+from attrib_jax.core.weights import Params, merge_weights, select_weights
 from attrib_jax.diffusion.schedule import NoiseSchedule, strided_timesteps
+from attrib_jax.jobs.context import Run
 from attrib_jax.jobs.encoded_dataset import EncodedDataset
+from attrib_jax.jobs.settings import LossSettings
+from attrib_jax.models.precision import cast_params, matmul_precision
+from attrib_jax.models.predictor import predictor
 from attrib_jax.parallel.hosts import fetch, host0_first, is_host0, run_on_host0
 from attrib_jax.parallel.mesh import data_mesh, host_share, padded_tiles, replicate, shard_batch, tile_map
 from attrib_jax.parallel.progress import progress
@@ -34,19 +44,16 @@ class ExampleProgram:
     """A compiled function of training examples: made once for a model, run with any weights, on all devices.
 
     One compiled program in tiles of one fixed shape, whatever the weights, so that the difference of two runs is that
-    of the weights alone: to the bit, whatever the batch size, the order or the subset.
+    of the weights alone: bitwise, whatever the batch size, the order or the subset.
     """
 
     def __init__(
         self,
         function: Callable[..., jax.Array],
         schedule: NoiseSchedule,
-        loss_seed: int,
-        stride: int,
-        batch_size: int = 0,
+        config: LossSettings,
         mesh: Mesh | None = None,
         result_shape: tuple[int, ...] = (),
-        matmul_precision: str = "highest",
         timesteps: np.ndarray | None = None,
         tile: int = EXAMPLES_PER_TILE,
         static: tuple = (),
@@ -54,28 +61,27 @@ class ExampleProgram:
         """Compiles when first called, unless a program of the same function and `static` was compiled before.
 
         Args:
-          function: `(*static, schedule, key, timesteps (S,), weights, batch of B) -> (B, *result_shape)`, pure.
+          function: `(*static, (schedule, key, timesteps (S,), weights), batch of B) -> (B, *result_shape)`, pure.
           schedule: noise levels and prediction type.
-          loss_seed: of the noise, see `loss_key`.
-          stride: of the timesteps.
-          batch_size: examples in flight, in whole tiles, 0 for automatic; changes no result.
+          config: seed of the noise, stride of the timesteps, flips, captions, precision and examples in flight.
           mesh: all devices if None.
-          result_shape: of one example's result.
-          matmul_precision: of float32 products, see `tile_map`.
+          result_shape: shape of one example's result.
           timesteps: (S,) int32 instead of the strided ones.
           tile: examples that a device takes at once; another number changes rounding.
-          static: hashable first arguments of `function`, such as the model.
+          static: hashable first arguments of `function`, such as the predictor.
         """
-        self.mesh = mesh or data_mesh()
-        self.loss_seed, self.stride, self.result_shape = loss_seed, stride, tuple(result_shape)
-        strided = strided_timesteps(stride, schedule.num_train_timesteps)
-        self._timesteps, self.tile = strided if timesteps is None else timesteps, tile
-        self._shared = replicate(self.mesh, (schedule, loss_key(loss_seed), self._timesteps))
-        self._tiles_in_flight = max(2, -(-batch_size // (tile * self.mesh.size)))
-        self._run = _compiled(function, static, self.mesh, matmul_precision)
+        self.mesh, self.config = mesh or data_mesh(), config
+        self.result_shape, self.tile = tuple(result_shape), tile
+        strided = strided_timesteps(config.stride, schedule.num_train_timesteps)
+        self._timesteps = strided if timesteps is None else timesteps
+        self._shared = replicate(self.mesh, (schedule, loss_key(config.loss_seed), self._timesteps))
+        self._tiles_in_flight = max(2, -(-config.batch_size // (tile * self.mesh.size)))
+        self._matmul_precision = matmul_precision(config.precision)
+        self._run = _compiled(function, static, self.mesh)
 
     @property
     def num_timesteps(self) -> int:
+        """Timesteps of each example, S."""
         return len(self._timesteps)
 
     def place(self, weights: Any) -> Any:
@@ -83,15 +89,9 @@ class ExampleProgram:
         return replicate(self.mesh, weights)
 
     def __call__(
-        self,
-        weights: Any,
-        data: EncodedDataset,
-        rows: np.ndarray,
-        flips: int,
-        captions: str,
-        advance: Callable[[int], Any],
+        self, weights: Any, data: EncodedDataset, rows: np.ndarray, advance: Callable[[int], Any] | None = None
     ) -> np.ndarray:
-        """Results of the pictures at positions `rows`, the mean over captions -> (len(rows), flips, *result_shape).
+        """Results of the images at positions `rows`, the mean over captions -> (len(rows), flips, *result_shape).
 
         Float64. With several hosts each reads its share of every batch, and all return the whole.
 
@@ -99,29 +99,29 @@ class ExampleProgram:
           weights: as `place` returned them.
           data: the encoded data set.
           rows: positions in it, in any order.
-          flips: 1 for the pictures as they are, 2 to add their mirror images.
-          captions: `first` or `all`.
-          advance: called with the number of (picture, flip, caption) examples done since the last call.
+          advance: called with the number of forwards done since the last call.
         """
-        counts = data.num_captions[rows] if captions == "all" else np.ones(len(rows), np.int64)
-        picture = np.repeat(np.arange(len(rows)), counts)
-        caption = np.arange(len(picture)) - np.repeat(np.cumsum(counts) - counts, counts)
-        picture, caption = np.repeat(picture, flips), np.repeat(caption, flips)
-        flip = np.tile(np.arange(flips), len(picture) // flips)
-
-        values = np.empty((len(picture), *self.result_shape), np.float64)
-        pending: list[tuple[np.ndarray, jax.Array]] = []
+        # One example for each (image, flip, caption).
+        flips, counts = self.config.num_flips, num_captions(data, rows, self.config)
+        image = np.repeat(np.arange(len(rows)), counts)
+        caption = np.arange(len(image)) - np.repeat(np.cumsum(counts) - counts, counts)
+        image, caption = np.repeat(image, flips), np.repeat(caption, flips)
+        flip = np.tile(np.arange(flips), len(image) // flips)
+        values = np.empty((len(image), *self.result_shape), np.float64)
+        pending: collections.deque[tuple[np.ndarray, jax.Array]] = collections.deque()
 
         def collect():
-            members, result = pending.pop(0)
+            members, result = pending.popleft()
             values[members] = fetch(result)[: len(members)]
-            advance(len(members))
+            if advance is not None:
+                advance(len(members) * self.num_timesteps)
 
+        # Tiles are read and placed while earlier ones are computed; results are fetched late.
         size = self.tile * self.mesh.size
         share = host_share(self.mesh, size)
-        for members, mask in zip(*padded_tiles(len(picture), size)):
+        for members, mask in zip(*padded_tiles(len(image), size)):
             mine = members[share]
-            row = rows[picture[mine]]
+            row = rows[image[mine]]
             latents, text = data.inputs(row, flip[mine], caption[mine])
             batch = Batch(
                 latents=latents,
@@ -131,83 +131,160 @@ class ExampleProgram:
                 caption=caption[mine].astype(np.int32),
                 mask=mask[share].astype(np.float32),
             )
-            pending.append((members[mask], self._run((self._shared, weights), shard_batch(self.mesh, batch))))
+            # Here and not only in the commands: a loss must not depend on who calls. A GPU's or TPU's default would
+            # round the factors of every product.
+            with jax.default_matmul_precision(self._matmul_precision):
+                result = self._run((*self._shared, weights), shard_batch(self.mesh, batch))
+            pending.append((members[mask], result))
             if len(pending) >= self._tiles_in_flight:
                 collect()
         while pending:
             collect()
         sums = np.zeros((len(rows), flips, *self.result_shape))
-        np.add.at(sums, (picture, flip), values)
+        np.add.at(sums, (image, flip), values)
         return sums / counts.reshape(-1, *(1,) * (sums.ndim - 1))
 
 
 @functools.lru_cache(maxsize=8)
-def _compiled(function: Callable[..., jax.Array], static: tuple, mesh: Mesh, matmul_precision: str):
+def _compiled(function: Callable[..., jax.Array], static: tuple, mesh: Mesh):
     """Made once: another model of the same architecture, or another data set, compiles nothing."""
-
-    def run(shared, batch):
-        (schedule, key, timesteps), weights = shared
-        return function(*static, schedule, key, timesteps, weights, batch)
-
-    return tile_map(mesh, run, matmul_precision)
+    return tile_map(mesh, functools.partial(function, *static), matmul_precision=None)
 
 
-class LossProgram(ExampleProgram):
-    """The compiled strided loss of one model, as a function of the UNet's parameters."""
-
-    def __init__(
-        self,
-        predict: Predict,
-        schedule: NoiseSchedule,
-        loss_seed: int,
-        stride: int,
-        batch_size: int = 0,
-        mesh: Mesh | None = None,
-        matmul_precision: str = "highest",
-    ):
-        """`predict` is the model; the others are those of `ExampleProgram`."""
-        super().__init__(
-            _losses, schedule, loss_seed, stride, batch_size, mesh, (), matmul_precision, static=(predict,)
-        )
+def num_captions(data: EncodedDataset, rows: np.ndarray, config: LossSettings) -> np.ndarray:
+    """(len(rows),) captions that count of the images at positions `rows`."""
+    return data.num_captions[rows] if config.captions == "all" else np.ones(len(rows), np.int64)
 
 
-def _losses(predict: Predict, schedule, key, timesteps, params, batch: Batch) -> jax.Array:
+def loss_program(run: Run, config: LossSettings) -> ExampleProgram:
+    """The strided loss of the run's model; `loss_weights` makes the weights that it takes."""
+    predict = predictor(run.pipeline.unet, config.precision)
+    return ExampleProgram(_tile_losses, run.pipeline.schedule, config, static=(predict,))
+
+
+def _tile_losses(predict, shared, batch: Batch) -> jax.Array:
+    schedule, key, timesteps, params = shared
     return strided_losses(predict, schedule, params, key, batch, timesteps)
 
 
-def value_store(path: Path, rows: int, shape: tuple[int, ...], mesh: Mesh) -> ChunkStore:
-    """Opens or makes the chunks of one float64 array of `shape` for each of `rows` pictures, on all hosts."""
+def loss_weights(run: Run, program: ExampleProgram, moved: Sequence[Params], weights: str) -> list[Params]:
+    """The denoiser's parameters, on all devices, for each of several trees of the weights of subset `weights`."""
+    precision = program.config.precision
+    # The weights that no query moves lie on the devices once.
+    rest = program.place(select_weights(cast_params(run.pipeline.params["unet"], precision), weights)[1])
+    return [merge_weights(program.place(cast_params(tree, precision)), rest) for tree in moved]
+
+
+def dataset_pass(
+    run: Run,
+    paths: Sequence[Path],
+    program: ExampleProgram,
+    weights: Sequence[Any],
+    description: str,
+    rows: np.ndarray | None = None,
+    check_device: bool = True,
+) -> list[np.ndarray]:
+    """A program's results on the data set for each query, in one pass; kept in chunks and resumed.
+
+    A query's chunks are the same whichever others come with it. With several hosts, host 0 decides what is missing and
+    writes.
+
+    Args:
+      run: the data set.
+      paths: a folder for each query.
+      program: see `ExampleProgram`.
+      weights: the weights of each query, as `program.place` returned them; or one entry for all queries, where the
+        program's result has a last axis over them.
+      description: what the progress bar says.
+      rows: positions in the data set, all of them if None; the caller keeps to one set of rows for one path.
+      check_device: whether stored results have to come from this kind of device, because they are subtracted from
+        others; see `pending_chunks`.
+
+    Returns:
+      (N, flips) float64 for each query.
+    """
+    data, flips = run.data, program.config.num_flips
+    rows = np.arange(len(data)) if rows is None else np.asarray(rows)
+    joint = len(weights) < len(paths)
+    stores = [_value_store(path, len(rows), (flips,), program.mesh) for path in paths]
+    # Row range -> the (query, chunk) that lack it: queries may come from earlier runs, and with chunks of other sizes.
+    lacking: dict[tuple[int, int], list[tuple[int, int]]] = collections.defaultdict(list)
+    for query, store in enumerate(stores):
+        check = functools.partial(program, weights[query], data) if check_device else None
+        for chunk in pending_chunks(store, rows, check):
+            span = store.rows(chunk)
+            lacking[span.start, span.stop].append((query, chunk))
+    counts = num_captions(data, rows, program.config)
+    forwards = flips * program.num_timesteps
+
+    def work(queries: int, span: slice = slice(None)) -> int:
+        return int(counts[span].sum()) * forwards * (1 if joint else queries)
+
+    left = sum(work(len(members), slice(*span)) for span, members in lacking.items())
+    total = work(len(paths))
+    label = description if len(paths) == 1 else f"{description} of {len(paths)} queries"
+    with progress(total, label, "forward", initial=max(total - left, 0)) as bar:
+        for (start, stop), members in sorted(lacking.items()):
+            if joint:
+                together = program(weights[0], data, rows[start:stop], bar.update)
+            for query, chunk in members:
+                if joint:
+                    values = np.ascontiguousarray(together[..., query])
+                else:
+                    values = program(weights[query], data, rows[start:stop], bar.update)
+                run_on_host0(functools.partial(stores[query].write, chunk, {"loss": values}))
+    return [store.read_all()["loss"] for store in stores]
+
+
+def base_losses(
+    run: Run, config: LossSettings, rows: np.ndarray | None = None, path: Path | None = None, passes: int = 1
+) -> np.ndarray:
+    """Losses under the model's own weights (N, flips) float64, computed or reused.
+
+    Args:
+      run: model, data set and storage.
+      config: how losses are taken.
+      rows: positions in the data set; all if None. Their losses come from the stage of all images where it is finished,
+        or where `passes` calls such as this would cost as much as making it; else they are computed for these alone.
+      path: where the losses of `rows` alone are kept.
+      passes: how often the caller asks for other rows of the same number.
+    """
+    both = dataclasses.replace(config, flips="max")
+    if rows is not None:
+        finished = any(run.root.is_finished(*_base_stage(run, stored)) for stored in (config, both))
+        if not finished and passes * len(rows) < len(run.data):
+            with run.timed("base losses"):
+                return _losses_of_model(run, path, config, rows)
+        return base_losses(run, config)[rows]
+    if config.flips == "none" and run.root.is_finished(*_base_stage(run, both)):
+        # The losses of the images as they are, bitwise.
+        return base_losses(run, both)[:, :1]
+    stage = _base_stage(run, config)
+    with run.timed("base losses", run.root.is_finished(*stage)), run.root.stage(*stage) as opened:
+        return _losses_of_model(run, opened.path, config, None)
+
+
+def _losses_of_model(run: Run, path: Path, config: LossSettings, rows: np.ndarray | None) -> np.ndarray:
+    program = loss_program(run, config)
+    weights = program.place(cast_params(run.pipeline.params["unet"], config.precision))
+    return dataset_pass(run, [path], program, [weights], "losses before", rows)[0]
+
+
+def _base_stage(run: Run, config: LossSettings) -> tuple[str, dict[str, Any], Mapping[str, str]]:
+    settings = {name: getattr(config, name) for name in ("loss_seed", "stride", "captions", "num_flips")}
+    name = f"losses/stride{config.stride}-{config.captions}-flips{config.num_flips}-seed{config.loss_seed}"
+    # Losses in float32 need no word about it.
+    if config.precision != "float32":
+        name, settings = f"{name}-{config.precision}", {**settings, "precision": config.precision}
+    return name, settings, run.inputs
+
+
+def _value_store(path: Path, rows: int, shape: tuple[int, ...], mesh: Mesh) -> ChunkStore:
+    """Opens or makes the chunks of one float64 array of `shape` for each of `rows` images, on all hosts."""
     # Many devices take many rows at once: a chunk should fill them several times.
     rows_per_chunk = max(_ROWS_PER_CHUNK, _TILES_PER_CHUNK * EXAMPLES_PER_TILE * mesh.size // shape[0])
     fields = {"loss": (shape, np.float64)}
     return host0_first(lambda: ChunkStore(path, fields, rows, rows_per_chunk, name="losses"))
-
-
-def dataset_values(
-    path: Path,
-    program: ExampleProgram,
-    weights: Any,
-    data: EncodedDataset,
-    flips: int,
-    captions: str,
-    description: str,
-    rows: np.ndarray | None = None,
-) -> np.ndarray:
-    """A program's results on a data set, kept in chunks under `path` and resumed there.
-
-    Returns (N, flips, *result_shape) float64, N the pictures at the positions `rows`, all of them if None; the caller
-    keeps to one set of rows for one `path`. Weights need no `place`. With several hosts, host 0 decides what is missing
-    and writes.
-    """
-    rows = np.arange(len(data)) if rows is None else np.asarray(rows)
-    store = value_store(path, len(rows), (flips, *program.result_shape), program.mesh)
-
-    def compute(some: np.ndarray) -> np.ndarray:
-        return program(program.place(weights), data, some, flips, captions, lambda count: None)
-
-    missing = pending_chunks(store, rows, compute if isinstance(program, LossProgram) else None)
-    fill_chunks(store, missing, program, weights, data, flips, captions, description, lambda x: {"loss": x}, rows)
-    return store.read_all()["loss"]
 
 
 def pending_chunks(store: ChunkStore, rows: np.ndarray, losses: Callable[[np.ndarray], np.ndarray] | None) -> list[int]:
@@ -217,7 +294,7 @@ def pending_chunks(store: ChunkStore, rows: np.ndarray, losses: Callable[[np.nda
     its losses are subtracted from may since have been computed on this one.
 
     Args:
-      store: of `rows` (N,), positions in the data set.
+      store: results of `rows` (N,), positions in the data set.
       losses: `(positions) -> (len, flips)` on this device; None for values that are not subtracted from others.
     """
     missing = run_on_host0(lambda: list(store.missing()))
@@ -236,34 +313,3 @@ def pending_chunks(store: ChunkStore, rows: np.ndarray, losses: Callable[[np.nda
 def _same_device(losses: np.ndarray, stored: np.ndarray) -> bool:
     """Whether losses agree as far as those of one kind of device do."""
     return bool(np.allclose(losses, stored, rtol=LOSS_TOLERANCE, atol=0))
-
-
-def fill_chunks(
-    store: ChunkStore,
-    missing: list[int],
-    program: ExampleProgram,
-    weights: Any,
-    data: EncodedDataset,
-    flips: int,
-    captions: str,
-    description: str,
-    pack: Callable[[np.ndarray], dict[str, np.ndarray]],
-    rows: np.ndarray,
-) -> None:
-    """Computes the `missing` chunks of a program's results on a data set.
-
-    `pack` makes the store's fields of the results (rows, flips, *result_shape) of a chunk. `rows` are the positions in
-    the data set of the store's rows. Weights need no `place`; of several hosts, host 0 writes.
-    """
-    if not missing:
-        return
-    counts = data.num_captions[rows] if captions == "all" else np.ones(len(rows), np.int64)
-    forwards = flips * program.num_timesteps
-    left = sum(int(counts[store.rows(index)].sum()) for index in missing)
-    total = int(counts.sum())
-    weights = program.place(weights)
-    with progress(total * forwards, description, "forward", initial=(total - left) * forwards) as bar:
-        for index in missing:
-            part = rows[store.rows(index)]
-            values = program(weights, data, part, flips, captions, lambda n: bar.update(n * program.num_timesteps))
-            run_on_host0(functools.partial(store.write, index, pack(values)))

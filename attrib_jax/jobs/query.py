@@ -1,38 +1,48 @@
-"""The query: a picture that the model generates from a prompt, or one that is given, as latents and text states."""
+"""The query: an image that the model generates from a prompt, or one that is given, as latents and text states."""
 
 import dataclasses
 import functools
 import logging
 import os
+import re
+import unicodedata
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 
+from attrib_jax.attribution.regions import region_mask, shape_mask
 from attrib_jax.convert.pipeline import Pipeline, encode_text, latent_size, prompt_report, tokenize
-from attrib_jax.core.checks import check_choice, check_finite, check_positive, check_range
+from attrib_jax.core.checks import check_finite, check_range
+from attrib_jax.core.fingerprint import array_digest, file_digest, json_digest
 from attrib_jax.core.keys import purpose_key
+from attrib_jax.core.settings import Settings, setting
 from attrib_jax.core.text import replace_surrogates
 from attrib_jax.data.images import read_image
 from attrib_jax.data.latents import open_npy
 from attrib_jax.diffusion.losses import Predict
 from attrib_jax.diffusion.samplers import SAMPLERS, sample
-from attrib_jax.jobs.encode import picture_size
+from attrib_jax.jobs.encode import image_size
+from attrib_jax.jobs.settings import RegionSettings
 
 _log = logging.getLogger(__name__)
 
+_MAX_NAME_BYTES = 200
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Query:
+class Query(Settings):
     """What to attribute.
 
     Attributes:
       prompt: its caption; half a surrogate pair, which JSON can escape, becomes '?'.
-      image: path of a picture, or (H, W, 3) uint8; None generates one from the prompt.
-      latents: (h, w, c), multiplied by the scaling factor, instead of a picture; None otherwise.
+      image: path of an image, or (H, W, 3) uint8; None generates one from the prompt.
+      latents: (h, w, c), multiplied by the scaling factor, instead of an image; None otherwise.
       text: (L, d) text states instead of those of the prompt; None encodes the prompt.
-      seed: of the initial noise of a generated picture.
+      seed: seed of the initial noise of a generated image.
       guidance_scale: weight of classifier-free guidance.
       sampler: `ddim` or `ddpm`.
       sampler_steps: steps of the sampler.
@@ -42,23 +52,20 @@ class Query:
     image: str | os.PathLike | np.ndarray | None = None
     latents: np.ndarray | None = None
     text: np.ndarray | None = None
-    seed: int = 0
-    guidance_scale: float = 7.5
-    sampler: str = "ddim"
-    sampler_steps: int = 50
+    seed: int = setting(0, "Seed of the generated query.", low=0, high=2**32 - 1)
+    guidance_scale: float = setting(7.5, "Weight of classifier-free guidance of the generated query.", low=0)
+    sampler: str = setting("ddim", "Sampler of the generated query.", choices=tuple(SAMPLERS))
+    sampler_steps: int = setting(50, "Sampling steps of the generated query.", low=1)
 
     def __post_init__(self):
+        super().__post_init__()
         if not isinstance(self.prompt, str):
             raise ValueError(f"prompt is {self.prompt!r}; expected a text")
         object.__setattr__(self, "prompt", replace_surrogates(self.prompt))
         if self.image is not None and self.latents is not None:
-            raise ValueError("the query has a picture and latents; give one of them")
+            raise ValueError("the query has an image and latents; give one of them")
         if self.text is not None and self.latents is None and self.image is None:
-            raise ValueError("the query has text states but no picture or latents; give one of them too")
-        check_range("seed", self.seed, 0, 2**32 - 1, integer=True)
-        check_range("guidance_scale", self.guidance_scale, 0)
-        check_choice("sampler", self.sampler, SAMPLERS)
-        check_positive("sampler_steps", self.sampler_steps, integer=True)
+            raise ValueError("the query has text states but no image or latents; give one of them too")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -201,7 +208,7 @@ def decode(pipeline: Pipeline, latents: np.ndarray) -> np.ndarray:
 
 
 def _encode_picture(pipeline: Pipeline, image: Any) -> tuple[np.ndarray, np.ndarray]:
-    height, width = picture_size(pipeline)
+    height, width = image_size(pipeline)
     if not isinstance(image, np.ndarray):
         image = read_image(image, height, width)
     if image.shape != (height, width, 3) or image.dtype != np.uint8:
@@ -229,3 +236,92 @@ def _decode(vae, params, latents):
 @functools.partial(jax.jit, static_argnums=0)
 def _encode(vae, params, images):
     return vae.apply({"params": params}, images, method=vae.encode).mean
+
+
+def check_query_name(name: str) -> None:
+    """Raises ValueError unless `name` can name a query's folder."""
+    if not isinstance(name, str) or not re.fullmatch(r"[\w.-]*\w[\w.-]*", name):
+        raise ValueError(f"query_name is {name!r}; expected letters, digits, '.', '_' and '-', as in a file name")
+    if len(name.encode()) > _MAX_NAME_BYTES:
+        raise ValueError(
+            f"query_name is {name[:40]!r}... of {len(name.encode())} bytes; expected at most {_MAX_NAME_BYTES}, as "
+            "names of folders allow"
+        )
+
+
+def query_name(query: Query, settings: dict[str, Any]) -> str:
+    """Folder name of a query: its prompt, its seed if generated, and a digest of every setting.
+
+    Letters and digits of all scripts are kept; emoji and other symbols are spelled out by their Unicode names.
+    """
+    spelled = "".join(
+        character if character.isalnum() or character.isascii() else f" {unicodedata.name(character, '')} "
+        for character in unicodedata.normalize("NFKC", query.prompt)
+    )
+    slug = re.sub(r"[\W_]+", "-", spelled.lower()).strip("-")[:40].rstrip("-")
+    origin = "latents" if query.latents is not None else f"seed{query.seed}" if query.image is None else "picture"
+    return f"{slug or ('symbols' if query.prompt.strip() else 'empty-prompt')}-{origin}-{json_digest(settings)[:8]}"
+
+
+def query_settings(query: Query) -> dict[str, Any]:
+    """What decides a query as JSON values; of pictures and arrays their content.
+
+    Raises FileNotFoundError where its picture does not exist.
+    """
+    settings = {field.name: getattr(query, field.name) for field in dataclasses.fields(query)}
+    given = {name: value for name in ("image", "latents", "text") if (value := settings.pop(name)) is not None}
+    if not {"image", "latents"} & given.keys():
+        return settings
+    content = {
+        name: array_digest(value) if isinstance(value, np.ndarray) else file_digest(Path(value))
+        for name, value in given.items()
+    }
+    return {"prompt": query.prompt} | content
+
+
+def query_mask(query: PreparedQuery, config: RegionSettings) -> np.ndarray | None:
+    """The weights (h, w) of the query's latent pixels; None where all count.
+
+    Raises ValueError where the region does not fit the query's image, or its mask is no PNG or empty;
+    FileNotFoundError where the mask's file does not exist.
+    """
+    size, latent_size = query.image.shape[:2], query.latents.shape[:2]
+    if config.region is not None:
+        return region_mask(config.region, size, latent_size)
+    if config.region_mask is not None:
+        return shape_mask(read_region_mask(config.region_mask, size), latent_size)
+    return None
+
+
+def read_region_mask(path: str | os.PathLike, image_size: tuple[int, int]) -> np.ndarray:
+    """Reads a mask for a image of (H, W) pixels -> (H, W) bool.
+
+    Pixels count where any colour channel is not 0; transparent ones do not.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it is no PNG file, or of another size; no pixel counts.
+    """
+    name, (height, width) = os.fspath(path), image_size
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"region_mask {name!r} does not exist")
+    try:
+        with Image.open(path, formats=["PNG"]) as opened:
+            # Before the pixels are decoded, so that none are that could not be used.
+            if opened.size != (width, height):
+                raise ValueError(
+                    f"region_mask {name!r} has {opened.width} x {opened.height} pixels; expected {width} x {height}, "
+                    "as many as the query's image"
+                )
+            if opened.has_transparency_data:
+                *colours, opaque = opened.convert("RGBA").split()
+                marked = np.any(colours, axis=0) & (np.asarray(opaque) > 0)
+            else:
+                # Palettes hold colours; 1-bit and 16-bit greys are taken as they are.
+                pixels = np.asarray(opened.convert("RGB") if opened.mode == "P" else opened)
+                marked = pixels.reshape(height, width, -1).any(axis=-1)
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"region_mask {name!r} cannot be read as a PNG file ({error})") from error
+    if not marked.any():
+        raise ValueError(f"region_mask {name!r} marks no pixel; paint what counts in any colour but black")
+    return marked

@@ -1,1 +1,93 @@
-"""Attribution methods, one file each, behind one protocol."""
+"""Attribution methods by name: one file each, behind the protocol of `attrib_jax.methods.base`.
+
+A new method is a file with a config, `prepare` and `score`, and one entry in `METHODS`.
+"""
+
+from typing import Any
+
+from attrib_jax.core.checks import check_choice, check_range
+from attrib_jax.core.settings import refuse_unread
+from attrib_jax.core.weights import count_weights
+from attrib_jax.diffusion.schedule import strided_timesteps
+from attrib_jax.jobs.context import Run
+from attrib_jax.jobs.settings import LossSettings, PassSettings, WeightSettings
+from attrib_jax.methods import features, influence, pixel, projected, random, unlearn
+from attrib_jax.methods.base import Method, MethodConfig, QueryJob, Scored
+
+# Bytes of moved weights that lie on a device in one pass, where the number of queries is not given.
+_BYTES_PER_PASS = 2**31
+# Queries in one pass of methods that move no weights.
+_MAX_QUERIES = 1024
+
+_PROJECTED = (projected.ProjectedConfig, projected.prepare, projected.score)
+_FEATURES = (features.FeatureConfig, features.prepare, features.score)
+_BY_IMAGES = {"inputs": features.image_inputs}
+
+METHODS: dict[str, Method] = {
+    "unlearn": Method(unlearn.UnlearnConfig, unlearn.prepare, unlearn.score, "attribution by unlearning"),
+    "influence": Method(influence.InfluenceConfig, influence.prepare, influence.score, "the influence function"),
+    "trak": Method(*_PROJECTED, "TRAK: a kernel of projected loss gradients", check=projected.check),
+    "journey-trak": Method(*_PROJECTED, "TRAK with the query's loss at one timestep", check=projected.check),
+    "d-trak": Method(*_PROJECTED, "D-TRAK: gradients of the prediction's mean square", check=projected.check),
+    "das": Method(*_PROJECTED, "DAS: gradients of the prediction's mean", check=projected.check),
+    "pixel": Method(pixel.PixelConfig, pixel.prepare, pixel.score, "similarity of pixels", **_BY_IMAGES),
+    "clip": Method(*_FEATURES, "similarity of CLIP image features", **_BY_IMAGES),
+    "clip-text": Method(*_FEATURES, "similarity of CLIP text features", **_BY_IMAGES),
+    "dino": Method(*_FEATURES, "similarity of DINO features", **_BY_IMAGES),
+    "dinov2": Method(*_FEATURES, "similarity of DINOv2 features", **_BY_IMAGES),
+    "clip-abc": Method(*_FEATURES, "similarity of CLIP features under a linear mapping", **_BY_IMAGES),
+    "dino-abc": Method(*_FEATURES, "similarity of DINO features under a linear mapping", **_BY_IMAGES),
+    "random": Method(random.RandomConfig, random.prepare, random.score, "uniform scores, the floor"),
+}
+
+CONFIGS: dict[str, type[MethodConfig]] = {name: method.config for name, method in METHODS.items()}
+
+
+def method_config(method: str = "unlearn", **settings: Any) -> MethodConfig:
+    """The config of a method; ValueError for a name that is not known, or a setting that the method does not read."""
+    check_choice("method", method, METHODS)
+    readers = {f"method {name!r}": config for name, config in CONFIGS.items()}
+    refuse_unread(settings, f"method {method!r}", readers)
+    return CONFIGS[method](method=method, **settings)
+
+
+def check_method(run: Run, config: MethodConfig) -> None:
+    """Raises ValueError where a config does not fit the model's schedule or the method's own demands."""
+    steps = run.pipeline.schedule.num_train_timesteps
+    if isinstance(config, LossSettings):
+        strided_timesteps(config.stride, steps)
+    if isinstance(config, PassSettings) and config.cascade:
+        check_range("cascade_stride", config.cascade_stride, 1, steps, integer=True)
+    check = METHODS[config.method].check
+    if check is not None:
+        check(run, config)
+
+
+def method_inputs(run: Run, config: MethodConfig) -> dict[str, str]:
+    """Fingerprints of all that decides a method's scores, but for its settings and the query."""
+    own = METHODS[config.method].inputs
+    return run.inputs if own is None else {**run.inputs, **own(run)}
+
+
+def queries_per_pass(run: Run, config: MethodConfig) -> int:
+    """How many queries to score in one pass over the data set: as asked, or as the weights that move fit in memory."""
+    given = getattr(config, "queries_per_pass", 0)
+    if given or not isinstance(config, WeightSettings):
+        return given or _MAX_QUERIES
+    selected, _ = run.select(config.weights)
+    # Moved weights are never below float32.
+    return max(1, _BYTES_PER_PASS // (4 * count_weights(selected).values))
+
+
+__all__ = [
+    "CONFIGS",
+    "METHODS",
+    "Method",
+    "MethodConfig",
+    "QueryJob",
+    "Scored",
+    "check_method",
+    "method_config",
+    "method_inputs",
+    "queries_per_pass",
+]

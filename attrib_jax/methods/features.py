@@ -1,14 +1,20 @@
-"""Attribution by the similarity of features (METHOD.md section 7): a tower's features of a data set, stored once."""
+"""Methods `clip`, `clip-text`, `dino`, `dinov2`, `clip-abc`, `dino-abc`: similarity of a tower's features.
 
+docs/METHOD.md section 7. The features of a data set are a stage that all queries share.
+"""
+
+import dataclasses
+import os
 import threading
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attrib_jax.attribution.feature_head import load_head
+from attrib_jax.attribution.feature_head import FeatureHead, load_head
 from attrib_jax.attribution.features import (
     IMAGE_TILE,
     TEXT_TILE,
@@ -18,62 +24,151 @@ from attrib_jax.attribution.features import (
     pixel_features,
     text_features,
 )
+from attrib_jax.attribution.scores import make_scores
 from attrib_jax.convert.tokenizer import tokenize_prompts
 from attrib_jax.convert.tower import Tower, load_tower, tower_fingerprint
+from attrib_jax.core.fingerprint import file_digest
+from attrib_jax.core.settings import setting
 from attrib_jax.core.types import Scores
 from attrib_jax.data.concat import ConcatDataset
 from attrib_jax.data.latents import LatentsDataset
 from attrib_jax.data.readers import ImageReader
 from attrib_jax.data.sources import Dataset
+from attrib_jax.jobs.context import Run
 from attrib_jax.jobs.fill import fill, make_store
-from attrib_jax.jobs.scoring import make_scores
-from attrib_jax.methods.config import AttributeConfig
-from attrib_jax.methods.feature_settings import TOWER_METHODS
+from attrib_jax.jobs.settings import CaptionSettings, FlipSettings
+from attrib_jax.methods.base import MethodConfig, QueryJob, Scored
 from attrib_jax.parallel.hosts import run_on_host0
 from attrib_jax.storage.joined import JoinedArray
 from attrib_jax.storage.skipped import SkippedRows, read_skipped
 from attrib_jax.storage.stage_root import StageRoot
 
-if TYPE_CHECKING:
-    from attrib_jax.attribute import Attributor
-    from attrib_jax.methods.registry import Job, Scored
+# The small CLIP that comes with the repository, trained on OpenMoji.
+_SHIPPED = Path(__file__).parents[2] / "models" / "openmoji_tower"
 
 
-def feature_scores(attributor: "Attributor", jobs: Sequence["Job"], config: AttributeConfig) -> list["Scored"]:
-    """Cosine similarities of a tower's features of the query and of each training picture.
+class TowerMethod(NamedTuple):
+    """One baseline: the family of its tower, the published one, and whether it compares texts or mapped features."""
 
-    Pictures are compared as they are and mirrored, and `config.flips` says what to make of the two. `clip-text`
-    compares the query's prompt with the first caption of each picture, or with all, the largest counting, as
-    `config.captions` says. The features are a stage of the workdir, of one tower and the data set.
-    """
-    method, dataset = TOWER_METHODS[config.method], attributor.dataset
-    check_pictures(dataset, config.method)
-    tower = load_tower(config.features.tower, method.family)
+    family: str
+    example: str
+    text: bool = False
+    mapped: bool = False
+
+
+_CLIP, _DINO = ("clip", "openai/clip-vit-base-patch32"), ("dino", "facebook/dino-vitb16")
+TOWER_METHODS = {
+    "clip": TowerMethod(*_CLIP),
+    "clip-text": TowerMethod(*_CLIP, text=True),
+    "dino": TowerMethod(*_DINO),
+    "dinov2": TowerMethod("dinov2", "facebook/dinov2-with-registers-large"),
+    "clip-abc": TowerMethod(*_CLIP, mapped=True),
+    "dino-abc": TowerMethod(*_DINO, mapped=True),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FeatureConfig(MethodConfig, FlipSettings, CaptionSettings):
+    """Settings of feature similarity."""
+
+    method: str = setting("clip", "Attribution method.", choices=tuple(TOWER_METHODS))
+    tower: str | None = setting(
+        None,
+        "Feature tower: a folder in the transformers layout or a Hugging Face id; for clip and clip-text on OpenMoji "
+        "the one that comes with the repository.",
+        path=True,
+        content=tower_fingerprint,
+    )
+    feature_head: str | None = setting(
+        None,
+        "File with one matrix, the linear mapping of the features; of clip-abc and dino-abc.",
+        path=True,
+        content=lambda path: file_digest(Path(path)),
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        needs = TOWER_METHODS[self.method]
+        if self.tower is None:
+            raise ValueError(
+                f"tower is None: method {self.method!r} expected a transformers folder or Hugging Face id such as "
+                f"{needs.example}. Give --tower."
+            )
+        if needs.mapped and self.feature_head is None:
+            raise ValueError(
+                f"feature_head is None: method {self.method!r} expected a file with one matrix. Give --feature_head, "
+                f"or take method {needs.family!r}, which maps nothing."
+            )
+        if not needs.mapped and self.feature_head is not None:
+            mapped = [name for name, method in TOWER_METHODS.items() if method.mapped]
+            raise ValueError(
+                f"feature_head is {self.feature_head!r}, but method is {self.method!r}: it belongs to method "
+                f"{' and '.join(mapped)}. Leave it out, or change method."
+            )
+
+    def applies(self, name: str) -> bool:
+        """Captions count where texts are compared, flips where images are."""
+        text = TOWER_METHODS[self.method].text
+        return super().applies(name) and name != ("flips" if text else "captions")
+
+
+def default_tower(method: str, dataset_name: str) -> str | None:
+    """The tower that comes with the repository, for the methods and the data set that it was trained for, else None."""
+    fits = method in ("clip", "clip-text") and dataset_name == "openmoji" and os.path.isdir(_SHIPPED)
+    return os.fspath(_SHIPPED) if fits else None
+
+
+class Prepared(NamedTuple):
+    """The tower, AbC's mapping, features of the data set's images or captions, and the positions of readable images."""
+
+    tower: Tower
+    head: FeatureHead | None
+    features: JoinedArray
+    kept: np.ndarray | None
+
+
+def prepare(run: Run, config: FeatureConfig) -> Prepared:
+    """Features of the data set, computed, resumed or reused; one stage for each tower."""
+    method = TOWER_METHODS[config.method]
+    check_images(run.dataset, config.method)
+    tower = load_tower(config.tower, method.family)
     if (tower.tokenizer if method.text else tower.processor) is None:
         half = "text" if method.text else "vision"
         raise ValueError(
-            f"method {config.method!r}: tower {config.features.tower!r} lacks its {half} half; give a whole model such "
-            f"as {method.example}"
+            f"tower is {config.tower!r}, which lacks the {half} half that method {config.method!r} needs: expected a "
+            f"whole model such as {method.example}"
         )
-    head = load_head(config.features.head, tower.module.feature_width()) if method.mapped else None
-    fingerprint = tower_fingerprint(config.features.tower)
-    inputs = {**picture_inputs(attributor), "tower": fingerprint}
+    # Before the features, which take long.
+    head = load_head(config.feature_head, tower.module.feature_width()) if method.mapped else None
+    fingerprint = tower_fingerprint(config.tower)
+    inputs = {**image_inputs(run), "tower": fingerprint}
     name = f"features/{'captions' if method.text else 'pictures'}-{fingerprint[:12]}"
-    reused = attributor.root.is_finished(name, {}, inputs)
-    if method.text:
-        with attributor.timed("features", reused):
-            features = caption_features(attributor.root, name, inputs, dataset, tower)
-            queries = text_features(tower, [job.prepared.prompt for job in jobs])
-        return [(scores, ()) for scores in _text_scores(dataset, features, queries, config)]
-    with attributor.timed("features", reused):
-        workers = attributor.encode_config.workers
-        features, kept = picture_features(attributor.root, name, inputs, dataset, tower, workers)
-        queries = pixel_features(tower, np.stack([job.prepared.image for job in jobs]))
-    values = cosine_similarities(features, queries, head)
-    return [(make_scores(dataset.row_ids[kept], each[kept], None, config), ()) for each in values]
+    with run.timed("features", run.root.is_finished(name, {}, inputs)):
+        if method.text:
+            return Prepared(tower, head, caption_features(run.root, name, inputs, run.dataset, tower), None)
+        workers = run.encode_config.workers
+        return Prepared(tower, head, *picture_features(run.root, name, inputs, run.dataset, tower, workers))
 
 
-def _text_scores(dataset, features, queries, config: AttributeConfig) -> list[Scores]:
+def score(run: Run, queries: Sequence[QueryJob], config: FeatureConfig) -> list[Scored]:
+    """Cosine similarities of a tower's features of the query and of each training image.
+
+    Images are compared as they are and mirrored, and `config.flips` says what to make of the two. `clip-text` compares
+    the query's prompt with the first caption of each image, or with all, the largest counting, as `config.captions`
+    says.
+    """
+    method = TOWER_METHODS[config.method]
+    tower, head, features, kept = prepare(run, config)
+    with run.timed("features"):
+        if method.text:
+            found = text_features(tower, [query.prepared.prompt for query in queries])
+            return [Scored(scores) for scores in _text_scores(run.dataset, features, found, config)]
+        found = pixel_features(tower, np.stack([query.prepared.image for query in queries]))
+    values = cosine_similarities(features, found, head)
+    return [Scored(make_scores(run.dataset.row_ids[kept], each[kept], None, config.flips)) for each in values]
+
+
+def _text_scores(dataset, features, queries, config: FeatureConfig) -> list[Scores]:
     first = _first_captions(dataset)
     results = []
     for values in cosine_similarities(features, queries):
@@ -83,11 +178,11 @@ def _text_scores(dataset, features, queries, config: AttributeConfig) -> list[Sc
     return results
 
 
-def check_pictures(dataset: Dataset, method: str) -> None:
+def check_images(dataset: Dataset, method: str) -> None:
     """Raises ValueError where a data set holds latents alone."""
     if isinstance(dataset, ConcatDataset):
-        check_pictures(dataset.first, method)
-        check_pictures(dataset.second, method)
+        check_images(dataset.first, method)
+        check_images(dataset.second, method)
     elif isinstance(dataset, LatentsDataset) and dataset.images is None:
         raise ValueError(
             f"method {method!r} compares pictures or captions, and {dataset.name!r} holds latents alone; give the data "
@@ -95,16 +190,16 @@ def check_pictures(dataset: Dataset, method: str) -> None:
         )
 
 
-def picture_inputs(attributor: "Attributor") -> dict[str, str]:
+def image_inputs(run: Run) -> dict[str, str]:
     """Fingerprints of the data set, and of the pictures beside the latents, which those do not tell."""
-    beside = pictures_fingerprint(attributor.dataset)
-    return {"dataset": attributor.inputs["dataset"]} | ({"images": beside} if beside else {})
+    beside = images_fingerprint(run.dataset)
+    return {"dataset": run.inputs["dataset"]} | ({"images": beside} if beside else {})
 
 
-def pictures_fingerprint(dataset: Dataset) -> str:
+def images_fingerprint(dataset: Dataset) -> str:
     """Of the pictures that stand beside latents (`--images`); empty where the data set has none of these."""
     if isinstance(dataset, ConcatDataset):
-        parts = [pictures_fingerprint(part) for part in (dataset.first, dataset.second)]
+        parts = [images_fingerprint(part) for part in (dataset.first, dataset.second)]
         return "+".join(parts) if any(parts) else ""
     if isinstance(dataset, LatentsDataset) and dataset.images is not None:
         return dataset.images.fingerprint()

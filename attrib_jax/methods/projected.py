@@ -17,37 +17,117 @@ rounds over the timesteps. Scores of several models are averaged.
 
 import dataclasses
 import functools
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from attrib_jax.attribution.kernel import Kernel, fit_kernel, kernel_scores, leverages
-from attrib_jax.attribution.scores import combine_flips
+from attrib_jax.attribution.outputs import output_gradient
+from attrib_jax.attribution.projection import PROJECTIONS, check_projection, project
+from attrib_jax.attribution.scores import make_scores
 from attrib_jax.convert.load import load_pipeline, load_unet
-from attrib_jax.core.fingerprint import params_fingerprint
+from attrib_jax.core.checks import check_range
+from attrib_jax.core.fingerprint import files_digest, params_fingerprint
 from attrib_jax.core.keys import purpose_key
-from attrib_jax.core.types import Scores
-from attrib_jax.core.weights import select_weights
+from attrib_jax.core.settings import setting
+from attrib_jax.core.types import Batch, Scores
+from attrib_jax.core.weights import Params, count_weights, merge_weights, select_weights
+from attrib_jax.diffusion.schedule import strided_timesteps
+from attrib_jax.jobs.context import Run, model_fingerprint
 from attrib_jax.jobs.encoded_dataset import EncodedDataset
-from attrib_jax.jobs.identity import model_fingerprint
-from attrib_jax.jobs.projections import dataset_features
+from attrib_jax.jobs.losses import ExampleProgram, num_captions
 from attrib_jax.jobs.query import PreparedQuery
-from attrib_jax.methods.config import AttributeConfig
-from attrib_jax.methods.gradient_settings import unet_folder
-from attrib_jax.methods.registry import Job, Scored
+from attrib_jax.jobs.settings import LossSettings, QueryDrawSettings, WeightSettings
+from attrib_jax.methods.base import MethodConfig, QueryJob, Scored
 from attrib_jax.models.precision import cast_params
-from attrib_jax.parallel.hosts import run_on_host0
+from attrib_jax.models.predictor import predictor
+from attrib_jax.ops.micro_batching import GRADIENT_PIXELS, group_size, num_pixels
+from attrib_jax.parallel.hosts import host0_first, run_on_host0
+from attrib_jax.parallel.mesh import data_mesh
 from attrib_jax.parallel.progress import progress
+from attrib_jax.storage.chunks import ChunkStore
 from attrib_jax.storage.files import stored_arrays, write_arrays
 
-if TYPE_CHECKING:
-    from attrib_jax.attribute import Attributor
+# The model output whose gradients a method compares, see `attrib_jax.attribution.outputs`.
+OUTPUTS = {"trak": "loss", "journey-trak": "loss", "d-trak": "square", "das": "mean"}
 
 _KERNEL_FILE = "kernel.safetensors"
-# Row ids of a query's rounds count down from here, so that they share no noise with training pictures.
+# Row ids of a query's rounds count down from here, so that they share no noise with training images.
 _LAST_ROW_ID = 2**31 - 1
+# UNet forwards whose activations a device holds at once: a core is as fast with few; an accelerator has to be filled.
+_FORWARDS_PER_CPU, _FORWARDS_PER_ACCELERATOR = 40, 320
+# Their latent pixels: a tile of a model with large latents is taken in parts.
+_PIXELS_AT_ONCE = 4 * GRADIENT_PIXELS
+# The memory that the gradients of a tile may fill.
+_GRADIENT_BYTES = 2**30
+_MAX_ROWS_PER_CHUNK = 256
+_CHUNK_BYTES = 2**26
+# Stores up to this size are checked whole whenever they are opened; chunks of larger ones when they are first used.
+_CHECKED_BYTES = 2**31
+
+
+def unet_folder(path: str | os.PathLike) -> Path:
+    """The folder with the UNet of a model of an ensemble; FileNotFoundError where there is none."""
+    folder = Path(path) / "unet" if (Path(path) / "model_index.json").is_file() else Path(path)
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"ensemble holds {path!r}: expected a pipeline folder, or a UNet folder with config.json and weights"
+        )
+    return folder
+
+
+def _ensemble_digest(paths: Sequence[str]) -> list[str]:
+    """Digest of the files of each model of an ensemble, in an order that does not depend on theirs."""
+    folders = map(unet_folder, paths)
+    return sorted(files_digest(sorted(path for path in folder.iterdir() if path.is_file())) for folder in folders)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProjectedConfig(MethodConfig, WeightSettings, QueryDrawSettings, LossSettings):
+    """Settings of the methods that compare projected per-example gradients."""
+
+    method: str = setting("trak", "Attribution method.", choices=tuple(OUTPUTS))
+    projection: str = setting("sparse", "Random projection of the gradients.", choices=tuple(PROJECTIONS))
+    projection_dim: int = setting(2048, "Projection dimension of the gradients.", low=1, symbol="k")
+    projection_seed: int = setting(
+        0, "Seed of the projection; every model of an ensemble has one of its own made from it.", low=0, high=2**32 - 1
+    )
+    regularisation: float = setting(
+        0.1, "Regularisation of the kernel, in units of its mean eigenvalue.", above=0, symbol="lambda"
+    )
+    journey_timestep: int = setting(
+        400, "Timestep of the query's loss in journey-trak.", low=0, only_if=("method", "journey-trak")
+    )
+    das_leverage: bool = setting(
+        False, "Whether das divides by 1 - h_i, the leverage of each training example.", only_if=("method", "das")
+    )
+    ensemble: tuple[str, ...] = setting(
+        (),
+        "Folders of further models trained on the same data set, whose scores are averaged with the model's: UNet "
+        "folders, or pipeline folders with the same autoencoder and text encoder.",
+        path=True,
+        content=_ensemble_digest,
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_projection(self.projection, self.projection_dim)
+        repeated = sorted({path for path in self.ensemble if self.ensemble.count(path) > 1})
+        if repeated:
+            raise ValueError(f"ensemble holds {repeated[0]!r} more than once: expected each model once.")
+
+
+def check(run: Run, config: ProjectedConfig) -> None:
+    """Raises ValueError where the schedule has no such timestep."""
+    last = run.pipeline.schedule.num_train_timesteps - 1
+    if config.method == "journey-trak":
+        check_range("journey_timestep", config.journey_timestep, 0, last, integer=True)
 
 
 class Member(NamedTuple):
@@ -59,67 +139,177 @@ class Member(NamedTuple):
     suffix: str
 
 
-def projected_scores(attributor: "Attributor", jobs: Sequence[Job], config: AttributeConfig) -> list[Scored]:
-    """The scores of every job by a projected method, see the module."""
-    queries = [job.prepared for job in jobs]
-    (scores,) = scores_by_regularisation(attributor, queries, config, [config.gradients.regularisation])
-    return [(each, ()) for each in scores]
+class TrainingFeatures(NamedTuple):
+    """Features of the data set under one model.
+
+    Attributes:
+      weights: `(selected, rest, projection key)`, what the compiled program takes.
+      features: (N, flips, k) float32, on disk.
+      residuals: (N, flips) float32; None for outputs without.
+      kernel_file: file of the kernel's eigendecomposition.
+    """
+
+    weights: tuple[Params, Params, jax.Array]
+    features: Any
+    residuals: np.ndarray | None
+    kernel_file: Path
+
+
+def prepare(run: Run, config: ProjectedConfig) -> list[TrainingFeatures]:
+    """Features of the data set under the model and those of the ensemble, computed, resumed or reused."""
+    return [_training_features(run, member, config) for member in _members(run, config)]
+
+
+def score(run: Run, queries: Sequence[QueryJob], config: ProjectedConfig) -> list[Scored]:
+    """Scores by a kernel of projected gradients, see the module."""
+    prepared = [query.prepared for query in queries]
+    (scores,) = scores_by_regularisation(run, prepared, config, [config.regularisation])
+    return [Scored(each) for each in scores]
 
 
 def scores_by_regularisation(
-    attributor: "Attributor",
-    queries: Sequence[PreparedQuery],
-    config: AttributeConfig,
-    regularisations: Sequence[float],
+    run: Run, queries: Sequence[PreparedQuery], config: ProjectedConfig, regularisations: Sequence[float]
 ) -> list[list[Scores]]:
     """Scores for each regularisation, in place of that of `config`, and each query.
 
     All come from the same features and one eigendecomposition a model, so that the regularisation can be chosen on
     held-out queries at the cost of one.
     """
-    members = _members(attributor, config)
-    values = sum(_member_values(attributor, member, queries, config, regularisations) for member in members)
-    row_ids = attributor.data.row_ids
-    return [[_scores(row_ids, each / len(members), config) for each in at_one] for at_one in values]
+    members = prepare(run, config)
+    values = sum(_member_values(run, member, queries, config, regularisations) for member in members)
+    row_ids = run.data.row_ids
+    return [[make_scores(row_ids, each / len(members), None, config.flips) for each in at_one] for at_one in values]
 
 
-def _scores(row_ids: np.ndarray, values: np.ndarray, config: AttributeConfig) -> Scores:
-    score, flip = combine_flips(values, config.flips)
-    return Scores(row_ids, score, flip=None if config.flips == "mean" else flip)
-
-
-def _member_values(attributor, member: Member, queries, config: AttributeConfig, regularisations) -> np.ndarray:
-    """(len(regularisations), Q, N, flips) float64 of one model."""
+def _training_features(run: Run, member: Member, config: ProjectedConfig) -> TrainingFeatures:
     selected, _ = select_weights(member.params, config.weights)
     _, rest = select_weights(cast_params(member.params, config.precision), config.weights)
     weights = selected, rest, purpose_key(member.projection_seed, "projection")
     stage = _stage(config, member)
-    reused, data = attributor.root.is_finished(*stage), attributor.data
-    with attributor.timed("features", reused), attributor.root.stage(*stage) as opened:
-        program = attributor.programs.features(config)
-        arguments = weights, data, config.num_flips, config.captions, "projected gradients"
-        features, residuals = dataset_features(opened.path, program, *arguments)
-        run_on_host0(functools.partial(_store_kernel, opened.path / _KERNEL_FILE, features))
-    with attributor.timed("query gradients"):
-        journey = config.gradients.journey_timestep if config.method == "journey-trak" else None
-        program = attributor.programs.features(config, journey)
-        query_features = _query_features(program, weights, queries, config)
-    with attributor.timed("kernel"):
+    reused, data = run.root.is_finished(*stage), run.data
+    with run.timed("features", reused), run.root.stage(*stage) as opened:
+        program = feature_program(run, config)
+        features, residuals = dataset_features(opened.path, program, weights, data, "projected gradients")
+        kernel_file = opened.path / _KERNEL_FILE
+        run_on_host0(functools.partial(_store_kernel, kernel_file, features))
+    return TrainingFeatures(weights, features, residuals, kernel_file)
 
-        def score() -> np.ndarray:
-            kernel = _read_kernel(opened.path / _KERNEL_FILE)
-            values = kernel_scores(features, query_features, regularisations, kernel)
-            if residuals is not None:
-                values *= residuals
-            if config.method == "das" and config.gradients.das_leverage:
+
+def _member_values(run: Run, member: TrainingFeatures, queries, config: ProjectedConfig, regularisations) -> np.ndarray:
+    """(len(regularisations), Q, N, flips) float64 of one model."""
+    with run.timed("query gradients"):
+        # A query is taken as it is, with its own prompt.
+        own = dataclasses.replace(config, flips="none", captions="first")
+        program = feature_program(run, own, config.journey_timestep if config.method == "journey-trak" else None)
+        query_features = _query_features(program, member.weights, queries, config)
+    with run.timed("kernel"):
+
+        def compare() -> np.ndarray:
+            kernel = _read_kernel(member.kernel_file)
+            values = kernel_scores(member.features, query_features, regularisations, kernel)
+            if member.residuals is not None:
+                values *= member.residuals
+            if config.das_leverage:
                 for at_one, regularisation in zip(values, regularisations):
-                    at_one /= 1 - leverages(features, kernel, regularisation)
+                    at_one /= 1 - leverages(member.features, kernel, regularisation)
             return values
 
-        return run_on_host0(score)
+        return run_on_host0(compare)
 
 
-def _query_features(program, weights, queries: Sequence[PreparedQuery], config: AttributeConfig) -> np.ndarray:
+def feature_program(run: Run, config: ProjectedConfig, timestep: int | None = None) -> ExampleProgram:
+    """The compiled projected gradients of a method's output; its weights are `(selected, rest, projection key)`.
+
+    Results are (rows, flips, k), and (rows, flips, k + 1) for the output `mean`, whose last number is the residual.
+    `timestep` is the only one, instead of the strided ones.
+    """
+    output, schedule, mesh = OUTPUTS[config.method], run.pipeline.schedule, data_mesh()
+    with_residual = output == "mean"
+    if timestep is None:
+        timesteps = strided_timesteps(config.stride, schedule.num_train_timesteps)
+    else:
+        timesteps = np.array([timestep], np.int32)
+    # For `mean` every timestep has a gradient of its own.
+    numbers = count_weights(run.select(config.weights)[0]).values * (len(timesteps) if with_residual else 1)
+    predict = predictor(run.pipeline.unet, config.precision)
+    return ExampleProgram(
+        _features,
+        schedule,
+        config,
+        mesh,
+        (config.projection_dim + with_residual,),
+        timesteps,
+        _examples_per_tile(mesh, len(timesteps), numbers),
+        static=(predict, config.precision, output, config.projection, config.projection_dim),
+    )
+
+
+def _features(
+    predict, precision: str, output: str, projection: str, projection_dim: int, shared, batch: Batch
+) -> jax.Array:
+    schedule, key, timesteps, (selected, rest, projection_key) = shared
+
+    def merge(selected):
+        return cast_params(merge_weights(selected, rest), precision)
+
+    def gradient(example):
+        return output_gradient(output, predict, schedule, merge, selected, key, example, timesteps)
+
+    pixels = len(timesteps) * num_pixels(batch.latents.shape[1:])
+    count = len(batch.row_id)
+    at_once = group_size(count, pixels, _PIXELS_AT_ONCE)
+    gradients, residuals = jax.lax.map(gradient, batch, batch_size=at_once % count)  # 0 is a plain vmap
+    projected = project(gradients, projection_key, projection, projection_dim)
+    if output != "mean":
+        return projected
+    return jnp.concatenate([projected, residuals[:, None].astype(projected.dtype)], axis=1)
+
+
+def _examples_per_tile(mesh: Mesh, num_timesteps: int, numbers: int) -> int:
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    forwards = _FORWARDS_PER_CPU if on_cpu else _FORWARDS_PER_ACCELERATOR
+    return max(1, min(forwards // num_timesteps, _GRADIENT_BYTES // (4 * numbers)))
+
+
+def dataset_features(
+    path: Path, program: ExampleProgram, weights: Any, data: EncodedDataset, description: str
+) -> tuple[Any, np.ndarray | None]:
+    """A program's results on a data set, kept in chunks under `path` and resumed there.
+
+    Returns features (N, flips, k) float32, an array on disk that takes slices, and the residuals (N, flips) float32 in
+    memory, None for outputs without. With several hosts, host 0 decides what is missing and writes.
+
+    Raises ValueError where a feature is NaN or infinite.
+    """
+    flips, dim = program.config.num_flips, program.config.projection_dim
+    fields = {"features": ((flips, dim), np.float32)}
+    with_residual = program.result_shape[0] > dim
+    if with_residual:
+        fields["residual"] = ((flips,), np.float32)
+    rows_per_chunk = max(1, min(_MAX_ROWS_PER_CHUNK, _CHUNK_BYTES // (4 * flips * dim)))
+    store = host0_first(lambda: ChunkStore(path, fields, len(data), rows_per_chunk, name="features"))
+    small = 4 * len(data) * flips * dim <= _CHECKED_BYTES
+    missing = run_on_host0(lambda: list(store.missing()) if small else store.absent())
+    counts = num_captions(data, np.arange(len(data)), program.config) * flips * program.num_timesteps
+    left = sum(int(counts[store.rows(index)].sum()) for index in missing)
+    weights = program.place(weights) if missing else None
+    with progress(int(counts.sum()), description, "forward", initial=int(counts.sum()) - left) as bar:
+        for index in missing:
+            values = program(weights, data, np.arange(len(data))[store.rows(index)], bar.update)
+            run_on_host0(functools.partial(store.write, index, _pack(dim, with_residual, values)))
+    return store.array("features"), np.asarray(store.array("residual")) if with_residual else None
+
+
+def _pack(dim: int, with_residual: bool, values: np.ndarray) -> dict[str, np.ndarray]:
+    if not np.isfinite(values).all():
+        raise ValueError(
+            "projected gradients are NaN or infinite: look for a damaged model, or keep precision='float32'"
+        )
+    values = values.astype(np.float32)
+    return {"features": values[..., :dim]} | ({"residual": values[..., dim]} if with_residual else {})
+
+
+def _query_features(program, weights, queries: Sequence[PreparedQuery], config: ProjectedConfig) -> np.ndarray:
     """(Q, k) float64: each query's gradient, averaged over its draws, projected."""
     rounds = -(-config.query_draws // program.num_timesteps)
     weights = program.place(weights)
@@ -133,23 +323,20 @@ def _query_features(program, weights, queries: Sequence[PreparedQuery], config: 
                 first_caption=np.array([0, 1]),
                 positions=np.zeros(rounds, np.int64),
             )
-            values = program(
-                weights, data, np.arange(rounds), 1, "first", lambda count: bar.update(count * program.num_timesteps)
-            )
-            result.append(values.mean(axis=(0, 1))[: program.projection_dim])
+            values = program(weights, data, np.arange(rounds), bar.update)
+            result.append(values.mean(axis=(0, 1))[: config.projection_dim])
     return np.stack(result)
 
 
-def _stage(config: AttributeConfig, member: Member) -> tuple[str, dict[str, Any], Mapping[str, str]]:
+def _stage(config: ProjectedConfig, member: Member) -> tuple[str, dict[str, Any], Mapping[str, str]]:
     """Name, settings and inputs of the training features."""
-    gradients = config.gradients
-    output = gradients.output(config.method)
-    settings = {name: getattr(config, name) for name in ("weights", "loss_seed", "stride", "captions", "num_flips")}
-    settings |= {name: getattr(gradients, name) for name in ("projection", "projection_dim")}
+    output = OUTPUTS[config.method]
+    names = ("weights", "loss_seed", "stride", "captions", "num_flips", "projection", "projection_dim")
+    settings = {name: getattr(config, name) for name in names}
     settings |= {"output": output, "projection_seed": member.projection_seed}
     name = (
-        f"features/{output}-{config.weights}-{gradients.projection}{gradients.projection_dim}"
-        f"-seed{gradients.projection_seed}-stride{config.stride}-{config.captions}-flips{config.num_flips}"
+        f"features/{output}-{config.weights}-{config.projection}{config.projection_dim}"
+        f"-seed{config.projection_seed}-stride{config.stride}-{config.captions}-flips{config.num_flips}"
         f"-seed{config.loss_seed}"
     )
     if config.precision != "float32":
@@ -157,15 +344,15 @@ def _stage(config: AttributeConfig, member: Member) -> tuple[str, dict[str, Any]
     return name + member.suffix, settings, member.inputs
 
 
-def _members(attributor: "Attributor", config: AttributeConfig) -> list[Member]:
+def _members(run: Run, config: ProjectedConfig) -> list[Member]:
     """The model, and those of the ensemble, each with a projection of its own that does not depend on their order."""
-    pipeline, seed = attributor.pipeline, config.gradients.projection_seed
-    members = [Member(pipeline.params["unet"], attributor.inputs, seed, "")]
-    for path in config.gradients.ensemble:
+    pipeline, seed = run.pipeline, config.projection_seed
+    members = [Member(pipeline.params["unet"], run.inputs, seed, "")]
+    for path in config.ensemble:
         params = _load_unet(path, pipeline)
         fingerprint = model_fingerprint(dataclasses.replace(pipeline, params=pipeline.params | {"unet": params}))
         own_seed = (seed + int(fingerprint[:8], 16)) % 2**32
-        inputs = {**attributor.inputs, "model": fingerprint}
+        inputs = {**run.inputs, "model": fingerprint}
         members.append(Member(params, inputs, own_seed, f"-model-{fingerprint[:8]}"))
     return members
 

@@ -1,21 +1,37 @@
-"""Stage 4: unlearning one query, kept in its folder and resumed there step by step."""
+"""Method `unlearn`: unlearn each query, then see which training images the model represents worse.
 
+Wang et al., "Data Attribution for Text-to-Image Models by Unlearning Synthesized Images", NeurIPS 2024; docs/METHOD.md
+sections 3 to 5.
+"""
+
+import dataclasses
+import functools
 import logging
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
-from attrib_jax.attribution.unlearn import Unlearned, unlearn
+from attrib_jax.attribution.scores import make_scores
+from attrib_jax.attribution.unlearn import METHODS as UPDATES
+from attrib_jax.attribution.unlearn import Unlearned, ascend, check_step
 from attrib_jax.core.keys import purpose_key
-from attrib_jax.core.weights import flatten_names, unflatten_names
+from attrib_jax.core.settings import setting
+from attrib_jax.core.weights import Params, flatten_names, unflatten_names
 from attrib_jax.curvature.diagonal import Diagonal
 from attrib_jax.curvature.ekfac import EKFAC
-from attrib_jax.diffusion.schedule import NoiseSchedule
-from attrib_jax.jobs.query import PreparedQuery
+from attrib_jax.jobs.cascade import cascade_scores
+from attrib_jax.jobs.context import Run
+from attrib_jax.jobs.curvature import fit_curvature
+from attrib_jax.jobs.linear import linear_pass, weight_change
+from attrib_jax.jobs.losses import base_losses, dataset_pass, loss_program, loss_weights
+from attrib_jax.jobs.query import query_mask
 from attrib_jax.jobs.query_gradient import GradientProgram
-from attrib_jax.methods.config import AttributeConfig
+from attrib_jax.jobs.settings import SCORES, CurvatureSettings, PassSettings, QueryDrawSettings, RegionSettings
+from attrib_jax.methods.base import MethodConfig, QueryJob, Scored
 from attrib_jax.parallel.hosts import run_on_host0
 from attrib_jax.parallel.progress import progress
 from attrib_jax.storage.files import DamagedFileError, read_arrays, write_arrays
@@ -24,7 +40,6 @@ from attrib_jax.storage.state import StateStore
 _log = logging.getLogger(__name__)
 
 _FILE = "unlearned.safetensors"
-_LOSSES = "query_loss"
 _STATE = "unlearning"
 # A state is stored after a step once this many seconds have passed since the last one, and not so often that storing
 # takes more than a twentieth of the time.
@@ -32,122 +47,164 @@ _SECONDS_BETWEEN_STATES = 2.0
 _STORING_SHARE = 0.05
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class UnlearnConfig(MethodConfig, CurvatureSettings, QueryDrawSettings, RegionSettings, PassSettings):
+    """Settings of attribution by unlearning."""
+
+    update: str = setting(
+        "newton", "Unlearning rule: Newton steps (eq. 5), or plain gradient ascent without F.", choices=UPDATES
+    )
+    step_size: float = setting(0.01, "Size of an unlearning step.", above=0, symbol="alpha")
+    steps: int = setting(1, "Number of unlearning steps.", low=1)
+    keep_ewc_gradient: bool = setting(
+        False,
+        "Whether later steps keep the pull towards the first weights (appendix A.2).",
+        only_if=("update", "newton"),
+    )
+    num_examples: int | None = setting(
+        None, "Number of training images in a Newton step; the data set's size if not given.", low=1, symbol="N"
+    )
+    score: str = setting(
+        "exact",
+        "Score: the difference of an image's losses after and before unlearning, or the derivative of its loss along "
+        "the weight change, which is cheap for many queries.",
+        choices=SCORES,
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.update == "sgd":
+            for name in ("damping", "curvature", "fisher"):
+                if getattr(self, name) != getattr(type(self), name):
+                    raise ValueError(
+                        f"{name} is {getattr(self, name)!r}, but update is 'sgd', which has no F: {name} belongs to "
+                        f"update='newton'. Leave out {name}, or change update."
+                    )
+
+
+def prepare(run: Run, config: UnlearnConfig) -> Diagonal | EKFAC | None:
+    """F of the Newton step, fitted, reused or from elsewhere; None for plain ascent."""
+    _ = run.data  # encoded before F is fitted, so that each is timed by itself
+    return fit_curvature(run, config) if config.update == "newton" else None
+
+
+def score(run: Run, queries: Sequence[QueryJob], config: UnlearnConfig) -> list[Scored]:
+    """Each query is unlearned, then one pass over the data set gives the scores of all."""
+    # F of the weights that move, over the training set.
+    curvature = prepare(run, config)
+
+    # Gradient ascent on each query's loss, held near the old weights by F.
+    selected, _ = run.select(config.weights)
+    moved, query_losses = [], []
+    for query in queries:
+        with run.timed("unlearn"):
+            weights, losses = unlearn_query(run, query, config, curvature)
+        moved.append(weights)
+        query_losses.append(losses)
+
+    # The scores, from losses under both weights and the same noise, or along the weight change.
+    folders = [query.folder for query in queries]
+    if config.cascade:
+        scores = _cascade(run, folders, moved, config)
+    elif config.score == "linear":
+        changes = [weight_change(tree, selected) for tree in moved]
+        with run.timed("linearised scores"):
+            values = linear_pass(run, folders, changes, config.weights, config, "linearised scores")
+        scores = [make_scores(run.data.row_ids, each, None, config.flips) for each in values]
+    else:
+        before = base_losses(run, config)
+        with run.timed("losses after"):
+            program = loss_program(run, config)
+            after = dataset_pass(
+                run, folders, program, loss_weights(run, program, moved, config.weights), "losses after"
+            )
+        scores = [make_scores(run.data.row_ids, each, before, config.flips) for each in after]
+    return [Scored(*result) for result in zip(scores, query_losses)]
+
+
+def _cascade(run: Run, folders: Sequence[Path], moved: Sequence[Params], config: UnlearnConfig) -> list:
+    """All images by coarse scores, then the best at the full setting."""
+    selected, _ = run.select(config.weights)
+    linear = config.score == "linear"
+
+    def values(paths, config, rows, members, label):
+        label += "linearised scores" if linear else "losses after"
+        trees = [moved[query] for query in members]
+        with run.timed(label):
+            if linear:
+                changes = [weight_change(tree, selected) for tree in trees]
+                return linear_pass(run, paths, changes, config.weights, config, label, rows)
+            program = loss_program(run, config)
+            return dataset_pass(run, paths, program, loss_weights(run, program, trees, config.weights), label, rows)
+
+    def base(config, rows=None, path=None, passes=1):
+        return base_losses(run, config, rows, path, passes)
+
+    return cascade_scores(run, folders, config, values, None if linear else base)
+
+
 def unlearn_query(
-    path: Path,
-    gradient_program: GradientProgram,
-    schedule: NoiseSchedule,
-    selected: Any,
-    rest: Any,
-    query: PreparedQuery,
-    config: AttributeConfig,
-    curvature: Diagonal | EKFAC | None,
-    num_examples: int | None,
-    mask: np.ndarray | None,
-) -> tuple[Any, tuple[float, ...]]:
-    """The selected weights after unlearning a query, and the query's loss before each step; stored in `path`.
+    run: Run, query: QueryJob, config: UnlearnConfig, curvature: Diagonal | EKFAC | None
+) -> tuple[Params, tuple[float, ...]]:
+    """The selected weights after unlearning a query, and its loss before each step; stored in the query's folder.
 
-    A killed run goes on from its last stored step to the same bits. With several hosts, host 0 reads and writes.
+    `attrib_jax.attribution.unlearn.unlearn` on all devices: a killed run goes on from its last stored step to the same
+    bits. With several hosts, host 0 reads and writes.
 
-    Args:
-      path: the query's folder; what it holds is returned.
-      gradient_program: of the model.
-      schedule: noise levels and prediction type.
-      selected, rest: the two halves of the UNet's parameters.
-      query: its latents and text states.
-      config: step size, steps, draws and rule.
-      curvature: F, for Newton steps.
-      num_examples: N of the Newton step.
-      mask: (h, w) weights of the query's latent pixels; None for all.
+    Raises ValueError, naming the query, where F is 0 and the gradient is not, or a step is not finite.
     """
-    file, states = path / _FILE, _States(path, selected, config.steps)
-    stored = run_on_host0(lambda: _read(file))
+    file, store = query.folder / _FILE, StateStore(query.folder, _STATE)
+    stored = run_on_host0(lambda: _read_result(file))
     if stored is not None:
         # What a run that was killed between writing its result and this left.
-        run_on_host0(states.store.remove)
-        losses = tuple(stored.pop(_LOSSES).tolist())
+        run_on_host0(store.remove)
+        losses = tuple(stored.pop("query_loss").tolist())
         return unflatten_names(stored), losses
-    start = states.read()
-    done = 0 if start is None else len(start.query_loss)
-    total, initial = config.steps * config.query_draws, done * config.query_draws
-    with progress(total, "unlearn the query", "draw", initial=initial) as bar:
-        try:
-            result = unlearn(
-                gradient_program.predict,
-                schedule,
-                selected,
-                rest,
-                query.latents,
-                query.text,
-                purpose_key(config.loss_seed, "query"),
-                draws=config.query_draws,
-                step_size=config.step_size,
-                method=config.update,
-                curvature=curvature,
-                num_examples=num_examples,
-                steps=config.steps,
-                damping=config.damping,
-                keep_ewc_gradient=config.keep_ewc_gradient,
-                mask=mask,
-                progress=lambda done: bar.update(done - bar.n),
-                sum_draws=gradient_program.bind(rest, query.latents, query.text, config.query_draws, mask),
-                start=start,
-                on_step=states.write,
-            )
-        except ValueError:
-            # These settings lead nowhere, from any step.
-            run_on_host0(states.store.remove)
-            raise
-    arrays = {name: np.asarray(value) for name, value in flatten_names(result.selected).items()}
-    losses = tuple(float(loss) for loss in result.query_loss)
-    run_on_host0(lambda: write_arrays(file, arrays, list(losses)))
-    run_on_host0(states.store.remove)
-    return result.selected, losses
+
+    selected, rest = run.select(config.weights)
+    origin = selected if config.keep_ewc_gradient else None
+    mask = query_mask(query.prepared, config)
+    num_examples = config.num_examples or len(run.data)
+    key = purpose_key(config.loss_seed, "query")
+    gradients = GradientProgram(run.predict, run.pipeline.schedule)
+    sum_draws = gradients.bind(rest, query.prepared.latents, query.prepared.text, config.query_draws, mask)
+
+    state = _read_state(store, selected, config.steps)
+    selected, losses, norms = state.selected, list(state.query_loss), list(state.update_norm)
+    draws = config.query_draws
+    next_write = time.monotonic() + _SECONDS_BETWEEN_STATES
+    with progress(config.steps * draws, "unlearn the query", "draw", initial=len(losses) * draws) as bar:
+        for step in range(len(losses), config.steps):
+            # The gradient of the query's loss at the current weights, from fresh draws.
+            step_key = jax.random.fold_in(key, step)
+            total = sum_draws(selected, step_key, lambda done, step=step: bar.update(step * draws + done - bar.n))
+            # The step: checked on the host, where values can be seen.
+            try:
+                if curvature is not None:
+                    curvature.check_solvable(total.gradient, config.damping)
+                selected, loss, norm = ascend(
+                    selected, total, curvature, origin, draws, config.step_size,
+                    num_examples=num_examples, damping=config.damping,
+                )  # fmt: skip
+                check_step(step, config.steps, loss, norm, config.step_size)
+            except ValueError as error:
+                # These settings lead nowhere, from any step.
+                run_on_host0(store.remove)
+                raise ValueError(f"query {query.name!r}: {error}") from error
+            losses.append(loss)
+            norms.append(norm)
+            # The state, now and then, as host 0's clock says; the last one is the result, which has its own file.
+            if step + 1 < config.steps:
+                state = Unlearned(selected, losses, norms)
+                next_write = run_on_host0(functools.partial(_write_state, store, state, config.steps, next_write))
+    arrays = {name: np.asarray(value) for name, value in flatten_names(selected).items()}
+    query_loss = tuple(float(loss) for loss in losses)
+    run_on_host0(lambda: write_arrays(file, arrays, list(query_loss)))
+    run_on_host0(store.remove)
+    return selected, query_loss
 
 
-class _States:
-    """The steps done so far, on disk: written by host 0 every few seconds, read by all hosts."""
-
-    def __init__(self, path: Path, selected: Any, steps: int):
-        self.store = StateStore(path, _STATE)
-        self._steps = steps
-        dtype = np.result_type(np.float32, *(leaf.dtype for leaf in flatten_names(selected).values()))
-        self._like = Unlearned(selected, *(np.zeros(steps, dtype) for _ in range(2)))
-        self._next_write = time.monotonic() + _SECONDS_BETWEEN_STATES
-
-    def write(self, state: Unlearned) -> None:
-        """Stores a state if it is time; the last one is the result, which has a file of its own."""
-        if len(state.query_loss) < self._steps:
-            run_on_host0(lambda: self._write(state))
-
-    def _write(self, state: Unlearned) -> None:
-        began = time.monotonic()
-        if began < self._next_write:
-            return
-        done = len(state.query_loss)
-        # Of one length at every step, since the store compares shapes.
-        losses, norms = (np.pad(np.asarray(x), (0, self._steps - done)) for x in state[1:])
-        self.store.write(Unlearned(state.selected, losses, norms), done)
-        now = time.monotonic()
-        self._next_write = now + max(_SECONDS_BETWEEN_STATES, (now - began) / _STORING_SHARE)
-
-    def read(self) -> Unlearned | None:
-        """The newest stored state; None to begin with the first step."""
-        flat = run_on_host0(self._read)
-        if flat is None:
-            return None
-        done = int(flat.pop("done"))
-        losses, norms = (flat.pop(name)[:done] for name in ("losses", "norms"))
-        return Unlearned(unflatten_names(flat), losses, norms)
-
-    def _read(self) -> dict[str, np.ndarray] | None:
-        stored = self.store.read(self._like)
-        if stored is None:
-            return None
-        (selected, losses, norms), done = stored
-        return {**flatten_names(selected), "losses": losses, "norms": norms, "done": np.asarray(done)}
-
-
-def _read(file: Path) -> dict[str, np.ndarray] | None:
+def _read_result(file: Path) -> dict[str, np.ndarray] | None:
     """The stored result, its losses among the weights; None where it has to be computed."""
     try:
         arrays, losses = read_arrays(file)
@@ -156,4 +213,40 @@ def _read(file: Path) -> dict[str, np.ndarray] | None:
     except DamagedFileError as error:
         _log.warning("%s: it will be computed again", error)
         return None
-    return {**arrays, _LOSSES: np.asarray(losses, np.float64)}
+    return {**arrays, "query_loss": np.asarray(losses, np.float64)}
+
+
+def _state_like(selected: Params, steps: int) -> Unlearned:
+    # Of one length at every step, since the store compares shapes.
+    dtype = np.result_type(np.float32, *(leaf.dtype for leaf in flatten_names(selected).values()))
+    return Unlearned(selected, *(np.zeros(steps, dtype) for _ in range(2)))
+
+
+def _write_state(store: StateStore, state: Unlearned, steps: int, next_write: float) -> float:
+    """Stores a state if it is time, and returns when it is time again."""
+    began = time.monotonic()
+    if began < next_write:
+        return next_write
+    done = len(state.query_loss)
+    histories = (np.pad(np.asarray(values), (0, steps - done)) for values in state[1:])
+    store.write(Unlearned(state.selected, *histories), done)
+    now = time.monotonic()
+    return now + max(_SECONDS_BETWEEN_STATES, (now - began) / _STORING_SHARE)
+
+
+def _read_state(store: StateStore, selected: Params, steps: int) -> Unlearned:
+    """The newest stored state; that before the first step if there is none."""
+
+    def read() -> dict[str, Any] | None:
+        stored = store.read(_state_like(selected, steps))
+        if stored is None:
+            return None
+        (weights, losses, norms), done = stored
+        return {**flatten_names(weights), "losses": losses, "norms": norms, "done": np.asarray(done)}
+
+    flat = run_on_host0(read)
+    if flat is None:
+        return Unlearned(selected, np.zeros(0), np.zeros(0))
+    done = int(flat.pop("done"))
+    losses, norms = (flat.pop(name)[:done] for name in ("losses", "norms"))
+    return Unlearned(unflatten_names(flat), losses, norms)

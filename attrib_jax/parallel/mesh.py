@@ -65,14 +65,17 @@ def host_share(mesh: Mesh, count: int) -> slice:
     return slice(first * rows, (first + len(mesh.local_devices)) * rows)
 
 
-def tile_map(mesh: Mesh, fn: Callable[[Any, Any], Any], matmul_precision: str = "highest") -> Callable[[Any, Any], Any]:
+def tile_map(
+    mesh: Mesh, fn: Callable[[Any, Any], Any], matmul_precision: str | None = "highest"
+) -> Callable[[Any, Any], Any]:
     """Compiles `fn(shared, batch) -> results` so that every device runs it on one tile.
 
     Returns a function of the same arguments whose batch holds one tile for each device of `mesh`, one after the other
     along the first axis of every leaf, as do the results. `shared` is whole on every device. Each device runs the
     program that one device alone would run on its tile, so a row's result does not depend on the number of devices.
 
-    `matmul_precision` is that of float32 products: `highest`, or what else `jax.default_matmul_precision` takes.
+    `matmul_precision` is that of float32 products: `highest`, or what else `jax.default_matmul_precision` takes; None
+    for that which is set where the function is called.
     """
 
     def traced(shared, batch):
@@ -81,6 +84,7 @@ def tile_map(mesh: Mesh, fn: Callable[[Any, Any], Any], matmul_precision: str = 
         with jax.default_matmul_precision(matmul_precision):
             return fn(shared, batch)
 
+    traced = fn if matmul_precision is None else traced
     # Without check_vma=False the gradient by `shared`, which all devices hold, would be summed over the devices.
     data, whole = PartitionSpec("data"), PartitionSpec()
     return jax.jit(jax.shard_map(traced, mesh=mesh, in_specs=(whole, data), out_specs=data, check_vma=False))

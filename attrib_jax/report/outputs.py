@@ -10,22 +10,16 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from attrib_jax.attribute import Attributed
+from attrib_jax.core.settings import declared
 from attrib_jax.core.types import Scores
 from attrib_jax.data.images import UnreadableRowError
 from attrib_jax.data.sources import Dataset
-from attrib_jax.jobs.query import Query
-from attrib_jax.jobs.regions import read_region_mask
-from attrib_jax.methods.config import AttributeConfig
-from attrib_jax.methods.feature_settings import SIMILARITIES, TOWER_METHODS
-from attrib_jax.methods.gradient_settings import PROJECTED_METHODS
+from attrib_jax.jobs.query import Query, read_region_mask
+from attrib_jax.methods.base import Attribution, MethodConfig
 from attrib_jax.parallel.hosts import run_on_host0
 from attrib_jax.report import Credit, ReportData, Timing, write_contact_sheet, write_report
 from attrib_jax.storage.files import write_bytes, write_json
 from attrib_jax.storage.stages import load_stage
-
-# Methods that take gradients of the model's own loss, whose settings are those of `AttributeConfig`.
-_GRADIENT_METHODS = ("unlearn", "influence")
 
 _LINEAR_EXPLANATION = (
     "The model was nudged to unlearn this picture, and a training picture's score is how fast its own loss begins to "
@@ -35,10 +29,10 @@ _LINEAR_EXPLANATION = (
 
 
 def write_outputs(
-    result: Attributed,
+    result: Attribution,
     dataset: Dataset,
     query: Query,
-    config: AttributeConfig,
+    config: MethodConfig,
     *,
     model_name: str,
     model_credit: str | None = None,
@@ -50,7 +44,7 @@ def write_outputs(
     With several hosts all call it, and host 0 writes.
 
     Args:
-      result: see `Attributor.attribute`.
+      result: see `attribute_queries`.
       dataset, query, config: what it was made from.
       model_name: as it should read in the report.
       model_credit: licence line of the model, if it needs one.
@@ -62,8 +56,8 @@ def write_outputs(
 
 def _write_outputs(result, dataset, query, config, model_name, model_credit, top_k, record) -> None:
     folder = result.folder
-    cascade = bool(config.method in _GRADIENT_METHODS and config.cascade)
-    linear = config.method == "unlearn" and config.score == "linear"
+    cascade = bool(getattr(config, "cascade", 0))
+    linear = getattr(config, "score", None) == "linear"
     position = {int(row): index for index, row in enumerate(dataset.row_ids)}
     png = io.BytesIO()
     Image.fromarray(result.query.image).save(png, format="png")
@@ -98,7 +92,7 @@ def _write_outputs(result, dataset, query, config, model_name, model_credit, top
         num_pictures=len(dataset) if cascade else None,
         explanation=_LINEAR_EXPLANATION if linear else None,
         timings={stage: Timing(seconds, reused) for stage, (seconds, reused) in result.timings.items()},
-        region=config.region,
+        region=getattr(config, "region", None),
         region_mask=_region_mask(config, result.query.image),
         warnings=tuple(notes),
         model_credit=None if model_credit is None else Credit(model_credit),
@@ -121,14 +115,15 @@ def _write_outputs(result, dataset, query, config, model_name, model_credit, top
             "query_loss": list(result.query_loss),
             "notes": notes,
             "scored": report.scored,
-            "queries_together": result.together,
+            "queries_together": result.num_queries,
             **record,
         },
     )
 
 
-def _region_mask(config: AttributeConfig, image: np.ndarray) -> np.ndarray | None:
-    return None if config.region_mask is None else read_region_mask(config.region_mask, image.shape[:2])
+def _region_mask(config: MethodConfig, image: np.ndarray) -> np.ndarray | None:
+    mask = getattr(config, "region_mask", None)
+    return None if mask is None else read_region_mask(mask, image.shape[:2])
 
 
 def _picture(dataset: Dataset, index: int) -> np.ndarray | None:
@@ -161,84 +156,27 @@ def _query_settings(query: Query) -> dict[str, str]:
     }
 
 
-def _similarity_settings(config: AttributeConfig) -> dict[str, str]:
-    method = TOWER_METHODS.get(config.method)
-    settings = {} if method is None else {"tower": Path(config.features.tower).name}
-    if method is not None and method.mapped:
-        settings["mapping"] = Path(config.features.head).name
-    if method is not None and method.text:
-        return settings | {"captions": config.captions}
-    return settings | {"flips": config.flips}
-
-
-def _projected_settings(config: AttributeConfig) -> dict[str, str]:
-    gradients = config.gradients
-    settings = {
-        "weights": config.weights,
-        "projection": f"{gradients.projection}, {gradients.projection_dim} numbers, seed {gradients.projection_seed}",
-        "regularisation": f"{gradients.regularisation:g} x mean eigenvalue",
-        "query draws": str(config.query_draws),
-        "timesteps": f"every {config.stride}",
-        "captions": config.captions,
-        "flips": config.flips,
-        "loss seed": str(config.loss_seed),
-    }
-    if config.precision != "float32":
-        settings["precision"] = config.precision
-    if config.method == "journey-trak":
-        settings["query's timestep"] = str(gradients.journey_timestep)
-    if config.method == "das" and gradients.das_leverage:
-        settings["leverage"] = "divided by 1 - h"
-    if gradients.ensemble:
-        settings["models"] = str(1 + len(gradients.ensemble))
-    return settings
-
-
-def _method_settings(config: AttributeConfig, size: int) -> dict[str, str]:
-    if config.method in SIMILARITIES:
-        return _similarity_settings(config)
-    if config.method in PROJECTED_METHODS:
-        return _projected_settings(config)
-    if config.method not in _GRADIENT_METHODS:
-        return {}
-    curvature = {"diagonal": "diagonal Fisher", "ekfac": "EKFAC"}[config.curvature]
-    settings = {"weights": config.weights}
-    if config.method == "unlearn":
-        settings |= {
-            "update": f"Newton, {curvature}" if config.update == "newton" else "gradient ascent",
-            "step size": f"{config.step_size:g}",
-            "steps": str(config.steps),
-        }
-        if config.keep_ewc_gradient:
-            settings["EWC gradient"] = "kept"
-    else:
-        settings["curvature"] = curvature
-    settings |= {
-        "query draws": str(config.query_draws),
-        "timesteps": f"every {config.stride}",
-        "captions": config.captions,
-        "flips": config.flips,
-        "loss seed": str(config.loss_seed),
-    }
-    if config.method == "unlearn" and config.score == "linear":
-        settings["score"] = "linearised"
-    if config.precision != "float32":
-        settings["precision"] = config.precision
-    if config.cascade:
-        settings["cascade"] = (
-            f"all at every {config.cascade_stride} timesteps, then the best {config.cascade:g} of them, and at least "
-            f"{config.cascade_min:,}"
+def _method_settings(config: MethodConfig, size: int) -> dict[str, str]:
+    """The settings that decide the scores, in the order of their declaration, as the report shows them."""
+    shown = {}
+    for name, field in declared(type(config)).items():
+        value = getattr(config, name)
+        if name == "num_examples":
+            value = value or size
+        if name == "method" or field.setting.performance or not config.applies(name) or value in (None, (), False):
+            continue
+        if field.setting.path:
+            # Where a file lies says nothing to a reader.
+            value = tuple(Path(path).name for path in value) if field.many else Path(value).name
+        text = (
+            ", ".join(map(str, value))
+            if isinstance(value, tuple)
+            else f"{value:g}"
+            if isinstance(value, float)
+            else value
         )
-    if config.update == "newton":
-        fitted = {"Fisher samples": str(config.fisher_samples)}
-        settings |= fitted if config.fisher is None else {"Fisher": Path(config.fisher).name}
-        settings["damping"] = f"{config.damping:g}"
-        if config.curvature == "ekfac":
-            settings["EKFAC damping"] = f"{config.ekfac_damping:g} of each layer's mean eigenvalue"
-        if config.method == "unlearn":
-            settings["N"] = str(config.num_examples or size)
-    if config.region is not None:
-        settings["region"] = ", ".join(map(str, config.region))
-    if config.region_mask is not None:
-        settings["region mask"] = Path(config.region_mask).name
-    return settings
+        label = name.replace("_", " ")
+        shown[f"{label} ({field.setting.symbol})" if field.setting.symbol else label] = (
+            "yes" if value is True else f"{text} {field.setting.unit}" if field.setting.unit else str(text)
+        )
+    return shown

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from attrib_jax.attribution.features import normalise
 from attrib_jax.diffusion.training import random_flips
 from attrib_jax.models.clip_towers import CLIPModel
 
@@ -32,12 +33,6 @@ class TowerBatch(NamedTuple):
     input_ids: Any
     caption_ids: Any
     num_captions: Any
-
-
-def normalise(features: jax.Array) -> jax.Array:
-    """Features (..., d) at unit length; a zero vector stays zero."""
-    length = jnp.linalg.norm(features, axis=-1, keepdims=True)
-    return features / jnp.maximum(length, jnp.finfo(features.dtype).tiny)
 
 
 def contrastive_loss(logits: jax.Array, positives: jax.Array) -> jax.Array:

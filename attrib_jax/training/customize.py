@@ -21,7 +21,6 @@ import optax
 from flax import traverse_util
 from jax.sharding import NamedSharding, PartitionSpec
 
-from attrib_jax.attribute import model_fingerprint
 from attrib_jax.convert.adapters.custom_diffusion import save_custom_diffusion
 from attrib_jax.convert.adapters.textual_inversion import add_tokens
 from attrib_jax.convert.pipeline import Pipeline, encode_text, tokenize
@@ -33,7 +32,8 @@ from attrib_jax.data.sources import Dataset
 from attrib_jax.diffusion.losses import Predict
 from attrib_jax.diffusion.schedule import NoiseSchedule
 from attrib_jax.diffusion.training import DiffusionBatch, TrainState, diffusion_loss, init_state, train_step
-from attrib_jax.jobs.encode import encode_images, picture_size, read_skipped
+from attrib_jax.jobs.context import model_fingerprint
+from attrib_jax.jobs.encode import encode_images, image_size, read_skipped
 from attrib_jax.models.clip import CLIPTextModel
 from attrib_jax.models.predictor import predictor
 from attrib_jax.parallel.mesh import data_mesh, replicate
@@ -203,7 +203,7 @@ def _check_captions(pipeline: Pipeline, captions: list[list[str]], token_id: int
 
 
 def _check_size(pipeline: Pipeline, name: str, dataset: Dataset) -> None:
-    expected = picture_size(pipeline)
+    expected = image_size(pipeline)
     found = dataset[0].image.shape[:2]
     if found != expected:
         raise ValueError(
@@ -213,7 +213,7 @@ def _check_size(pipeline: Pipeline, name: str, dataset: Dataset) -> None:
 
 
 def _encode(path: Path, pipeline: Pipeline, dataset: Dataset, captions: list, random_flips: bool) -> DiffusionBatch:
-    latents = encode_images(path, dataset, pipeline.vae, pipeline.params["vae"], size=picture_size(pipeline))
+    latents = encode_images(path, dataset, pipeline.vae, pipeline.params["vae"], size=image_size(pipeline))
     skipped = read_skipped(path)
     if skipped:
         raise ValueError(f"{dataset.name!r} has pictures that cannot be read: {'; '.join(skipped.values())}")

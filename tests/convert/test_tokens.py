@@ -11,11 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attrib_jax.attribute import model_fingerprint
 from attrib_jax.convert.adapters.textual_inversion import add_tokens, read_token_file, read_tokens, write_token_file
 from attrib_jax.convert.diffusers_folder import save_pipeline
 from attrib_jax.convert.load import load_pipeline
 from attrib_jax.convert.pipeline import prompt_report, tokenize
+from attrib_jax.jobs.context import model_fingerprint
 from tests.convert.outputs import relative_error, text_states, torch_text_states
 from tests.tiny_pipeline import CAPTIONS, MAX_LENGTH, TEXT_WIDTH
 

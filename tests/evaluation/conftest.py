@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attrib_jax.attribute import Attributor
 from attrib_jax.data.sources import ArrayDataset
 from attrib_jax.evaluation.retrain import Recipe, initial_params
 from attrib_jax.evaluation.small_models import SmallUNet, pixel_pipeline
+from attrib_jax.jobs.context import Run
 from attrib_jax.models.unet import UNetConfig
 from attrib_jax.parallel.mesh import data_mesh
 from attrib_jax.storage.stage_root import StageRoot
@@ -70,7 +70,7 @@ def tiny_model():
 @pytest.fixture
 def attributor(tmp_path, tiny_model, tiny_dataset):
     with lock(tmp_path):
-        yield Attributor(tiny_model, tiny_dataset, StageRoot(tmp_path))
+        yield Run(tiny_model, tiny_dataset, StageRoot(tmp_path))
 
 
 @pytest.fixture(scope="session")

@@ -18,15 +18,15 @@ from attrib_jax.evaluation.metrics import half_subsets
 from attrib_jax.evaluation.named import QuerySet, method_scores, read_methods
 from attrib_jax.evaluation.retrain import Retrainer, Training
 from attrib_jax.jobs.query import Query, prepare_query
-from attrib_jax.methods.config import AttributeConfig
+from attrib_jax.methods import method_config
 from tests.evaluation.conftest import COUNT, RECIPE
 
 QUERIES = tuple(Query(f"digit {word}", seed=3, guidance_scale=1.5, sampler_steps=4) for word in ("one", "two", "three"))
 SET = QuerySet(QUERIES, num_tuning=1)
 MEASURE = MeasureConfig(stride=250)
 METHODS = {
-    "random": AttributeConfig(method="random", flips="none"),
-    "unlearn": AttributeConfig(flips="none", stride=500, query_draws=8, fisher_samples=16, damping=1e-6),
+    "random": method_config(method="random", flips="none"),
+    "unlearn": method_config(flips="none", stride=500, query_draws=8, fisher_samples=16, damping=1e-6),
 }
 
 
@@ -290,7 +290,7 @@ def test_methods_files(tmp_path):
     file = tmp_path / "methods.json"
     file.write_text(json.dumps({"shared": {"stride": 50}, "a": {"step_size": 0.5}, "b": {"method": "random"}}))
     methods = read_methods(file)
-    assert methods["a"] == AttributeConfig(stride=50, step_size=0.5) and methods["b"].method == "random"
+    assert methods["a"] == method_config(stride=50, step_size=0.5) and methods["b"].method == "random"
     assert list(read_methods(file, ["b"])) == ["b"]
     with pytest.raises(ValueError, match="unknown method 'c'"):
         read_methods(file, ["c"])

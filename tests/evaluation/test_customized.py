@@ -6,7 +6,6 @@ import json
 import numpy as np
 import pytest
 
-from attrib_jax.attribute import Attributor
 from attrib_jax.data.concat import concatenate
 from attrib_jax.data.images import UnreadableRowError
 from attrib_jax.data.latents import open_latents
@@ -21,7 +20,8 @@ from attrib_jax.evaluation.customized import (
 )
 from attrib_jax.evaluation.self_retrieval import SelfConfig, run_self
 from attrib_jax.evaluation.self_retrieval import summary as self_summary
-from attrib_jax.methods.config import AttributeConfig
+from attrib_jax.jobs.context import Run
+from attrib_jax.methods import method_config
 from attrib_jax.storage.files import make_folder
 from attrib_jax.storage.stage_root import StageRoot
 from attrib_jax.storage.stages import lock
@@ -115,10 +115,10 @@ def test_bad_lists(tmp_path):
 @pytest.mark.parametrize(
     ("method", "changes", "message"),
     [
-        (AttributeConfig(), {}, "method 'm' has no fisher"),
-        (AttributeConfig(method="influence"), {}, "method 'm' has no fisher"),
-        (AttributeConfig(update="sgd", cascade=0.1), {}, "method 'm' has a cascade"),
-        (AttributeConfig(curvature="ekfac"), {"prompt": "photo of a dog"}, "'photo of a dog' does not hold the word"),
+        (method_config(), {}, "method 'm' has no fisher"),
+        (method_config(method="influence"), {}, "method 'm' has no fisher"),
+        (method_config(update="sgd", cascade=0.1), {}, "method 'm' has a cascade"),
+        (method_config(curvature="ekfac"), {"prompt": "photo of a dog"}, "'photo of a dog' does not hold the word"),
     ],
 )
 def test_what_a_study_needs_is_checked_first(tmp_path, tiny_model, tiny_dataset, method, changes, message):
@@ -195,8 +195,8 @@ def test_self_queries_of_latents_alone_have_their_own_text_states(tmp_path, tiny
 
     monkeypatch.setattr("attrib_jax.evaluation.self_retrieval.method_scores", note)
     with lock(tmp_path / "work"):
-        attributor = Attributor(tiny_model, dataset, StageRoot(tmp_path / "work"))
-        run_self(attributor, {"random": AttributeConfig(method="random")}, SelfConfig(2))
+        attributor = Run(tiny_model, dataset, StageRoot(tmp_path / "work"))
+        run_self(attributor, {"random": method_config(method="random")}, SelfConfig(2))
     places = SelfConfig(2).positions(4)
     np.testing.assert_array_equal([query.text for query in asked], dataset.text[places])
     np.testing.assert_array_equal([query.latents for query in asked], dataset.latents[places, 0])
@@ -207,7 +207,7 @@ def test_self_queries_of_a_workdir_that_left_pictures_out_have_their_own_caption
     broken = UnreadablePictures(attributor.dataset, {1}, lambda row: UnreadableRowError("cut off"))
     model, asked = attributor.pipeline, []
     with lock(tmp_path / "first"):
-        assert len(Attributor(model, broken, StageRoot(tmp_path / "first")).data) == COUNT - 1
+        assert len(Run(model, broken, StageRoot(tmp_path / "first")).data) == COUNT - 1
     stored = open_latents(tmp_path / "first", images=attributor.dataset)
     exemplars = ArrayDataset(np.zeros((2, *attributor.dataset[0].image.shape), np.uint8), [["x"], ["y"]])
     monkeypatch.setattr(
@@ -218,9 +218,9 @@ def test_self_queries_of_a_workdir_that_left_pictures_out_have_their_own_caption
     )
     for name, dataset in (("alone", stored), ("behind", concatenate(exemplars, stored))):
         with lock(tmp_path / name):
-            again = Attributor(model, dataset, StageRoot(tmp_path / name))
+            again = Run(model, dataset, StageRoot(tmp_path / name))
             np.testing.assert_array_equal(again.data.row_ids, dataset.row_ids)
-            run_self(again, {"random": AttributeConfig(method="random")}, SelfConfig(5))
+            run_self(again, {"random": method_config(method="random")}, SelfConfig(5))
         places = SelfConfig(5).positions(len(dataset))
         assert [query.prompt for query in asked[-1]] == [dataset.captions(place)[0] for place in places]
         latents, _ = again.data.inputs(places, 0, 0)
@@ -250,10 +250,8 @@ def test_self_summary_by_hand():
 
 def test_self_ranks_each_querys_own_picture(attributor):
     methods = {
-        "linear": AttributeConfig(
-            update="sgd", weights="all", score="linear", flips="none", stride=125, query_draws=64
-        ),
-        "pixel": AttributeConfig(method="pixel", flips="none"),
+        "linear": method_config(update="sgd", weights="all", score="linear", flips="none", stride=125, query_draws=64),
+        "pixel": method_config(method="pixel", flips="none"),
     }
     text = run_self(attributor, methods, SelfConfig(4))
     assert "| linear |" in text and "4 reported training pictures" in text

@@ -19,10 +19,11 @@ NOTHING = np.array([], np.int64)
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory, tiny_model, tiny_dataset):
-    from attrib_jax.attribute import Attributor
+    from attrib_jax.attribute import attribute_queries
+from attrib_jax.jobs.context import Run
     from attrib_jax.storage.stage_root import StageRoot
 
-    return Attributor(tiny_model, tiny_dataset, StageRoot(tmp_path_factory.mktemp("encoded"))).data
+    return Run(tiny_model, tiny_dataset, StageRoot(tmp_path_factory.mktemp("encoded"))).data
 
 
 def test_an_epoch_draws_every_picture_once(data):

@@ -14,12 +14,12 @@ from attrib_jax.evaluation.leave_k_out import LeaveKOutConfig, random_positions,
 from attrib_jax.evaluation.named import QuerySet, method_scores
 from attrib_jax.evaluation.retrain import Training
 from attrib_jax.evaluation.similarity import picture_directions
-from attrib_jax.methods.config import AttributeConfig
+from attrib_jax.methods import method_config
 from tests.evaluation.test_counterfactual import QUERIES, SET, make
 from tests.towers import save_torch_tower
 
 CONFIG = LeaveKOutConfig((2,), random_sets=2, seeds=(0, 1))
-METHODS = {"m": AttributeConfig(method="random")}  # whose scores take no time
+METHODS = {"m": method_config(method="random")}  # whose scores take no time
 PICTURES = MeasureConfig(stride=500, pictures=True)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import attrib_jax.jobs.draws as draws_stage
-from attrib_jax.attribute import Attributor
+from attrib_jax.attribute import attribute_queries
 from attrib_jax.attribution import score_dataset, unlearn
 from attrib_jax.attribution.scores import example_loss
 from attrib_jax.attribution.unlearn import query_draws
@@ -19,11 +19,12 @@ from attrib_jax.core.weights import flatten_names, merge_weights, select_weights
 from attrib_jax.curvature import fisher_ekfac
 from attrib_jax.diffusion.losses import denoising_loss
 from attrib_jax.diffusion.schedule import NoiseSchedule
+from attrib_jax.jobs.context import Run
 from attrib_jax.jobs.draws import Sample, fisher_draws, sample_loss
 from attrib_jax.jobs.ekfac import fit_ekfac
 from attrib_jax.jobs.encoded_dataset import EncodedDataset
 from attrib_jax.jobs.query import Query
-from attrib_jax.methods.config import AttributeConfig
+from attrib_jax.methods import method_config
 from attrib_jax.models.projected_text import ProjectedText
 from attrib_jax.models.unet import Attention
 from attrib_jax.parallel.mesh import data_mesh
@@ -32,7 +33,7 @@ from attrib_jax.storage.stage_root import StageRoot
 from attrib_jax.storage.state import StateStore
 
 QUERY = Query(prompt="red heart", seed=3, sampler_steps=2)
-INFLUENCE = AttributeConfig(
+INFLUENCE = method_config(
     method="influence", curvature="ekfac", query_draws=16, fisher_samples=32, stride=500, flips="none"
 )
 SAMPLES, COUNT, SIZE, CHANNELS, LENGTH, WIDTH = 43, 11, 2, 3, 4, 6
@@ -157,8 +158,8 @@ def test_small_newton_steps_score_by_the_influence_function(problem, tmp_path):
 
 
 def test_influence_is_the_dense_product_with_f_inverse_between(pipeline, dataset, tmp_path):
-    attributor = Attributor(pipeline, dataset, StageRoot(tmp_path))
-    result, other = attributor.attribute_many([QUERY, Query(prompt="hat", seed=1, sampler_steps=2)], INFLUENCE)
+    attributor = Run(pipeline, dataset, StageRoot(tmp_path))
+    result, other = attribute_queries(attributor, [QUERY, Query(prompt="hat", seed=1, sampler_steps=2)], INFLUENCE)
     assert result.query_loss == () and result.scores.loss_before is None
     assert attributor.timings["ekfac"][1] is False
     curvature = attributor.curvature(INFLUENCE)
@@ -195,9 +196,9 @@ def test_influence_is_the_dense_product_with_f_inverse_between(pipeline, dataset
 
 
 def test_settings_and_refusals():
-    plain = AttributeConfig().settings()
+    plain = method_config().settings()
     assert "curvature" not in plain and "ekfac_damping" not in plain
-    settings = AttributeConfig(curvature="ekfac").settings()
+    settings = method_config(curvature="ekfac").settings()
     assert settings["curvature"] == "ekfac" and settings["ekfac_damping"] == 0.1
     for arguments, message in (
         ({"curvature": "kfac"}, "unknown curvature 'kfac': did you mean 'ekfac'"),
@@ -209,4 +210,4 @@ def test_settings_and_refusals():
         ({"method": "influence", "steps": 2}, "steps 2"),
     ):
         with pytest.raises(ValueError, match=message):
-            AttributeConfig(**arguments)
+            method_config(**arguments)

@@ -7,16 +7,15 @@ import jax
 import numpy as np
 import pytest
 
-from attrib_jax.attribute import Attributor
 from attrib_jax.convert.adapters.textual_inversion import add_tokens
 from attrib_jax.convert.pipeline import encode_text, tokenize
 from attrib_jax.data.concat import concatenate
 from attrib_jax.data.images import UnreadableRowError
 from attrib_jax.data.latents import open_latents
+from attrib_jax.jobs.context import Run, model_fingerprint
 from attrib_jax.jobs.encode import EncodeConfig, encode, read_skipped
-from attrib_jax.jobs.identity import model_fingerprint
 from attrib_jax.jobs.query import Query, prepare_query, read_stored_query
-from attrib_jax.methods.config import AttributeConfig
+from attrib_jax.methods import method_config
 from attrib_jax.storage.files import DamagedFileError, StorageError
 from attrib_jax.storage.stage_root import StageRoot
 from attrib_jax.storage.stages import StageMismatchError
@@ -24,7 +23,7 @@ from tests.failures import UnreadablePictures
 from tests.tiny_dataset import make_dataset
 
 QUERY = Query(prompt="red heart", seed=3, sampler_steps=3)
-CONFIG = AttributeConfig(query_draws=32, fisher_samples=64, stride=300)
+CONFIG = method_config(query_draws=32, fisher_samples=64, stride=300)
 
 
 def damaged_pictures(dataset, rows):
@@ -111,9 +110,9 @@ def test_unreadable_pictures_are_left_out_counted_and_listed(plain, pipeline, da
 
 
 def test_scores_of_the_readable_pictures_do_not_depend_on_the_others(pipeline, dataset, tmp_path):
-    config = AttributeConfig(query_draws=32, update="sgd", stride=300)
-    whole = Attributor(pipeline, dataset, StageRoot(tmp_path / "a")).attribute(QUERY, config).scores
-    attributor = Attributor(pipeline, damaged_pictures(dataset, {3}), StageRoot(tmp_path / "b"))
+    config = method_config(query_draws=32, update="sgd", stride=300)
+    whole = Run(pipeline, dataset, StageRoot(tmp_path / "a")).attribute(QUERY, config).scores
+    attributor = Run(pipeline, damaged_pictures(dataset, {3}), StageRoot(tmp_path / "b"))
     damaged = attributor.attribute(QUERY, config).scores
     kept = np.delete(np.arange(len(dataset)), 3)
     np.testing.assert_array_equal(damaged.row_id, whole.row_id[kept])
@@ -168,9 +167,9 @@ def save_latents(path, data, count):
 
 def test_stored_latents_are_attributed_as_their_pictures_are(plain, pipeline, dataset, tmp_path):
     save_latents(tmp_path / "x", plain, len(dataset))
-    config = AttributeConfig(query_draws=32, update="sgd", stride=300)
+    config = method_config(query_draws=32, update="sgd", stride=300)
     images = (
-        Attributor(
+        Run(
             pipeline,
             type(dataset)(
                 np.stack([dataset[row].image for row in range(len(dataset))]),
@@ -181,12 +180,12 @@ def test_stored_latents_are_attributed_as_their_pictures_are(plain, pipeline, da
         .attribute(QUERY, config)
         .scores
     )
-    stored = Attributor(pipeline, open_latents(tmp_path / "x"), StageRoot(tmp_path / "b")).attribute(QUERY, config)
+    stored = Run(pipeline, open_latents(tmp_path / "x"), StageRoot(tmp_path / "b")).attribute(QUERY, config)
     np.testing.assert_array_equal(stored.scores.score, images.score)
     unscaled = np.load(tmp_path / "x_latents.npy") / pipeline.vae.config.scaling_factor
     np.save(tmp_path / "x_latents.npy", unscaled)
     dataset = open_latents(tmp_path / "x", scaled=False)
-    scores = Attributor(pipeline, dataset, StageRoot(tmp_path / "c")).attribute(QUERY, config).scores
+    scores = Run(pipeline, dataset, StageRoot(tmp_path / "c")).attribute(QUERY, config).scores
     np.testing.assert_allclose(scores.loss_before, images.loss_before, rtol=1e-5)
 
 
@@ -226,9 +225,9 @@ def test_latents_of_another_model_are_refused(plain, pipeline, tmp_path):
 
 
 def test_encoding_is_part_of_what_made_a_workdir(pipeline, dataset, tmp_path):
-    Attributor(pipeline, dataset, StageRoot(tmp_path))
+    Run(pipeline, dataset, StageRoot(tmp_path))
     with pytest.raises(StageMismatchError, match='inputs.encoding: found "float32 mean", expected "float16 mean"'):
-        Attributor(pipeline, dataset, StageRoot(tmp_path), EncodeConfig(dtype="float16"))
+        Run(pipeline, dataset, StageRoot(tmp_path), EncodeConfig(dtype="float16"))
 
 
 def test_query_from_numpy_files(plain, pipeline, dataset, tmp_path):

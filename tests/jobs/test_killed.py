@@ -22,12 +22,12 @@ from attrib_jax.attribute import attribute
 from attrib_jax.convert.diffusers_folder import save_pipeline
 from attrib_jax.convert.load import load_pipeline
 from attrib_jax.jobs.query import Query
-from attrib_jax.methods.config import AttributeConfig
+from attrib_jax.methods import method_config
 from attrib_jax.training.loop import FitConfig, fit
 from launch import common
 from tests.tiny_dataset import make_dataset
 
-_CONFIG = AttributeConfig(query_draws=64, fisher_samples=256, stride=300, steps=4, keep_ewc_gradient=True)
+_CONFIG = method_config(query_draws=64, fisher_samples=256, stride=300, steps=4, keep_ewc_gradient=True)
 _FIT = FitConfig(steps=120, batch_size=8, learning_rate=0.1, warmup_steps=2, checkpoint_every=4, log_every=1)
 _SOURCE = np.random.default_rng(0).normal(size=(20, 3)).astype(np.float32)
 

@@ -7,23 +7,24 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from attrib_jax.jobs.queries import queries_in_pass, read_queries
 
 import attrib_jax.jobs.losses as losses_stage
-from attrib_jax.attribute import Attributor
+from attrib_jax.attribute import attribute_queries
 from attrib_jax.attribution.scores import example_loss
 from attrib_jax.core.keys import loss_key
 from attrib_jax.core.types import Batch
 from attrib_jax.core.weights import flatten_names, merge_weights, select_weights
+from attrib_jax.jobs.context import Run
 from attrib_jax.jobs.losses import ExampleProgram
-from attrib_jax.jobs.queries import queries_in_pass, read_queries
 from attrib_jax.jobs.query import Query
-from attrib_jax.methods.config import AttributeConfig
+from attrib_jax.methods import method_config
 from attrib_jax.models.predictor import predictor
 from attrib_jax.storage.stage_root import StageRoot
 from tests.failures import interrupt_writes
 
 QUERIES = [Query(prompt=prompt, seed=seed, sampler_steps=2) for seed, prompt in enumerate(("red heart", "hat", "flag"))]
-CONFIG = AttributeConfig(query_draws=32, fisher_samples=96, stride=300)
+CONFIG = method_config(query_draws=32, fisher_samples=96, stride=300)
 LINEAR = dataclasses.replace(CONFIG, score="linear")
 
 
@@ -31,7 +32,7 @@ LINEAR = dataclasses.replace(CONFIG, score="linear")
 def alone(pipeline, dataset, tmp_path_factory):
     """The stages that all queries share, and each query attributed by itself."""
     workdir, shared = tmp_path_factory.mktemp("alone"), tmp_path_factory.mktemp("shared")
-    attributor = Attributor(pipeline, dataset, StageRoot(workdir))
+    attributor = Run(pipeline, dataset, StageRoot(workdir))
     results = [attributor.attribute(query, CONFIG) for query in QUERIES]
     shutil.copytree(workdir, shared, ignore=shutil.ignore_patterns("attribution"), dirs_exist_ok=True)
     return shared, results
@@ -39,7 +40,7 @@ def alone(pipeline, dataset, tmp_path_factory):
 
 @pytest.fixture
 def attributor(alone, pipeline, dataset, tmp_path):
-    return Attributor(pipeline, dataset, StageRoot(tmp_path, shipped=alone[0]))
+    return Run(pipeline, dataset, StageRoot(tmp_path, shipped=alone[0]))
 
 
 def assert_same(results, expected):
@@ -65,7 +66,7 @@ def passes(monkeypatch):
 @pytest.mark.parametrize("queries_per_pass", [0, 2])
 def test_queries_together_have_the_scores_of_each_alone_to_the_bit(alone, attributor, queries_per_pass):
     config = dataclasses.replace(CONFIG, queries_per_pass=queries_per_pass)
-    results = attributor.attribute_many(QUERIES, config)
+    results = attribute_queries(attributor, QUERIES, config)
     assert_same(results, alone[1])
     assert all(result.together == 3 for result in results)
     assert len({result.scores.score.tobytes() for result in results}) == 3
@@ -76,12 +77,12 @@ def test_a_killed_pass_resumes_with_other_queries_beside(alone, attributor, monk
     monkeypatch.setattr(losses_stage, "_TILES_PER_CHUNK", 0)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupt_writes(patch, every=6)
-        attributor.attribute_many(QUERIES[:2], CONFIG)
+        attribute_queries(attributor, QUERIES[:2], CONFIG)
     # Five of the six chunks are stored, and one tile of each of these two queries is computed again to see that they
     # are of this device; the third query has none, and chunks of another size.
     passes.clear()
     monkeypatch.setattr(losses_stage, "_ROWS_PER_CHUNK", 24)
-    results = attributor.attribute_many(QUERIES[::-1], CONFIG)
+    results = attribute_queries(attributor, QUERIES[::-1], CONFIG)
     assert_same(results, alone[1][::-1])
     base_check = resume_check = 8
     assert sorted(passes) == sorted([37 - 32, 24, 13, base_check, resume_check, resume_check])
@@ -90,18 +91,18 @@ def test_a_killed_pass_resumes_with_other_queries_beside(alone, attributor, monk
 def test_finished_queries_are_not_run_again(alone, attributor, passes):
     first = attributor.attribute(QUERIES[1], CONFIG, "one")
     passes.clear()
-    results = attributor.attribute_many(QUERIES[:2], CONFIG, [None, "one"])
+    results = attribute_queries(attributor, QUERIES[:2], CONFIG, [None, "one"])
     assert sorted(passes) == [8, 37]
     assert_same(results[1:], [first])
     passes.clear()
-    assert_same(attributor.attribute_many(QUERIES[:2], CONFIG, [None, "one"]), results)
+    assert_same(attribute_queries(attributor, QUERIES[:2], CONFIG, [None, "one"]), results)
     assert not passes
 
 
 def test_a_query_that_fails_is_named_and_leaves_the_others_names_free(attributor):
     broken = dataclasses.replace(CONFIG, step_size=1e38, steps=2)
     with pytest.raises(ValueError, match="query 'a': .*step_size"):
-        attributor.attribute_many(QUERIES[:2], broken, ["a", "b"])
+        attribute_queries(attributor, QUERIES[:2], broken, ["a", "b"])
     assert not list(attributor.root.workdir.glob("attribution/*"))
 
 
@@ -138,9 +139,9 @@ def test_linear_scores_are_gradients_times_the_weight_change(attributor, pipelin
 @pytest.mark.parametrize("change", [{}, {"flips": "mean", "captions": "all"}, {"flips": "none"}])
 def test_linear_scores_of_many_are_those_of_one(attributor, change):
     config = dataclasses.replace(LINEAR, **change)
-    together = attributor.attribute_many(QUERIES[:2], config, ["a", "b"])
+    together = attribute_queries(attributor, QUERIES[:2], config, ["a", "b"])
     for result, query in zip(together, QUERIES):
-        one = attributor.attribute(query, config, f"{result.name}-alone")
+        one = attribute_queries(attributor, [query], config, f"{result.name}-alone")[0]
         scale = np.abs(one.scores.score).max()
         np.testing.assert_allclose(result.scores.score, one.scores.score, rtol=1e-3, atol=1e-5 * scale)
         assert (result.scores.flip is None) == (config.flips == "mean")
@@ -164,7 +165,7 @@ def test_scores_in_another_precision(attributor, score):
 
 def test_precisions_keep_their_losses_apart(attributor):
     config = dataclasses.replace(CONFIG, precision="bfloat16")
-    together = attributor.attribute_many(QUERIES[:2], config, ["a", "b"])
+    together = attribute_queries(attributor, QUERIES[:2], config, ["a", "b"])
     one = attributor.attribute(QUERIES[0], config)
     np.testing.assert_array_equal(together[0].scores.score, one.scores.score)
     assert np.abs(attributor.base_losses(CONFIG) - one.scores.loss_before).max() > 0
@@ -200,7 +201,7 @@ def test_as_many_queries_a_pass_as_fit_into_two_gibibytes():
 )
 def test_wrong_lists_of_queries_store_nothing(attributor, queries, names, message):
     with pytest.raises(ValueError, match=message):
-        attributor.attribute_many(queries, CONFIG, names)
+        attribute_queries(attributor, queries, CONFIG, names)
     assert not list(attributor.root.workdir.glob("attribution/*"))
 
 

@@ -7,9 +7,8 @@ import pytest
 from PIL import Image
 
 from attrib_jax.attribution import region_mask
-from attrib_jax.jobs.query import PreparedQuery
-from attrib_jax.jobs.regions import query_mask, read_region_mask
-from attrib_jax.methods.config import AttributeConfig
+from attrib_jax.jobs.query import PreparedQuery, query_mask, read_region_mask
+from attrib_jax.methods import method_config
 
 QUERY = PreparedQuery(np.zeros((16, 16, 3), np.uint8), np.zeros((8, 8, 4), np.float32), np.zeros((3, 4)), ())
 MARKED = np.zeros((16, 16), bool)
@@ -45,17 +44,17 @@ def test_pixels_count_that_are_neither_black_nor_transparent(tmp_path, mode):
 
 
 def test_a_mask_weighs_latents_as_the_box_does(tmp_path):
-    config = AttributeConfig(region_mask=str(save(tmp_path / "mask.png", "L")))
+    config = method_config(region_mask=str(save(tmp_path / "mask.png", "L")))
     expected = region_mask((4, 2, 16, 7), (16, 16), (8, 8))
     np.testing.assert_allclose(query_mask(QUERY, config), expected, atol=1e-6)
-    np.testing.assert_array_equal(query_mask(QUERY, AttributeConfig(region=(4, 2, 16, 7))), expected)
-    assert query_mask(QUERY, AttributeConfig()) is None
+    np.testing.assert_array_equal(query_mask(QUERY, method_config(region=(4, 2, 16, 7))), expected)
+    assert query_mask(QUERY, method_config()) is None
 
 
 def test_settings_hold_the_content(tmp_path):
-    assert "region_mask" not in AttributeConfig().settings()
+    assert "region_mask" not in method_config().settings()
     first, second = save(tmp_path / "a.png", "L"), save(tmp_path / "b.png", "L")
-    config = AttributeConfig(region_mask=str(first))
+    config = method_config(region_mask=str(first))
     assert config.settings() == dataclasses.replace(config, region_mask=str(second)).settings()
     save(second, "RGB")
     assert config.settings() != dataclasses.replace(config, region_mask=str(second)).settings()
@@ -63,7 +62,7 @@ def test_settings_hold_the_content(tmp_path):
 
 def test_wrong_masks_are_refused(tmp_path):
     with pytest.raises(ValueError, match="give one of them"):
-        AttributeConfig(region=(0, 0, 1, 1), region_mask="mask.png")
+        method_config(region=(0, 0, 1, 1), region_mask="mask.png")
     with pytest.raises(FileNotFoundError, match="region_mask 'nowhere.png' does not exist"):
         read_region_mask("nowhere.png", (16, 16))
     file = tmp_path / "mask.png"

@@ -13,12 +13,13 @@ import pytest
 import attrib_jax.jobs.draws
 import attrib_jax.jobs.fill
 import attrib_jax.methods.unlearn
-from attrib_jax.attribute import Attributor
+from attrib_jax.attribute import attribute_queries
 from attrib_jax.data.sources import ArrayDataset
+from attrib_jax.jobs.context import Run
 from attrib_jax.jobs.draws import samples_per_tile
 from attrib_jax.jobs.encode import encode
 from attrib_jax.jobs.query import Query
-from attrib_jax.methods.config import AttributeConfig
+from attrib_jax.methods import method_config
 from attrib_jax.parallel.mesh import data_mesh
 from attrib_jax.storage import files
 from attrib_jax.storage.checkpoints import TrainingCheckpoints
@@ -32,9 +33,7 @@ from tests.failures import UnreadablePictures
 from tests.tiny_dataset import make_dataset
 
 QUERY = Query(prompt="red heart", seed=3, sampler_steps=2)
-CONFIG = AttributeConfig(
-    query_draws=64, fisher_samples=200, stride=300, steps=4, keep_ewc_gradient=True, step_size=0.003
-)
+CONFIG = method_config(query_draws=64, fisher_samples=200, stride=300, steps=4, keep_ewc_gradient=True, step_size=0.003)
 # A file of each kind that a run stores, in the order in which it writes them.
 STORED = (
     "latents/latents/chunk-000000.safetensors",
@@ -71,7 +70,7 @@ def finished(pipeline, dataset, tmp_path_factory):
 
 
 def run(pipeline, dataset, workdir, config=CONFIG, **arguments):
-    return Attributor(pipeline, dataset, StageRoot(workdir)).attribute(QUERY, config, **arguments)
+    return Run(pipeline, dataset, StageRoot(workdir)).attribute(QUERY, config, **arguments)
 
 
 def contents(file: Path) -> dict[str, np.ndarray]:
@@ -107,14 +106,14 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 def test_damage_in_every_stage_is_detected_and_computed_again(finished, pipeline, dataset, tmp_path, caplog):
     workdir = tmp_path / "work"
     shutil.copytree(finished, workdir)
-    attributor = Attributor(pipeline, dataset, StageRoot(workdir))
+    attributor = Run(pipeline, dataset, StageRoot(workdir))
     damaged = [next(workdir.glob(pattern)) for pattern in STORED]
     for damage in ("flip", "truncate"):
         for file in damaged:
             spoil(file, damage)
         caplog.clear()
         attributor.prepare()
-        attributor.attribute(QUERY, CONFIG)
+        attribute_queries(attributor, [QUERY], CONFIG)[0]
         assert [file for file in damaged if str(file) not in caplog.text] == []
         assert_same_results(workdir, finished)
 
@@ -192,10 +191,10 @@ def test_a_disk_that_refuses_a_write_stops_the_run_with_a_message_and_loses_noth
         written.append(path)
 
     monkeypatch.setattr(files.os, "replace", full)
-    attributor = Attributor(pipeline, dataset, StageRoot(tmp_path))
+    attributor = Run(pipeline, dataset, StageRoot(tmp_path))
 
     def command() -> None:
-        attributor.attribute(QUERY, CONFIG)
+        attribute_queries(attributor, [QUERY], CONFIG)[0]
 
     for pattern, error in failures:
         pending.append((pattern, error))

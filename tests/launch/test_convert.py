@@ -22,7 +22,7 @@ from attrib_jax.core.types import Scores
 from attrib_jax.core.weights import select_weights
 from attrib_jax.curvature import Diagonal
 from attrib_jax.curvature.diagonal import GRADIENT_SCALE
-from attrib_jax.jobs.fisher import load_fisher
+from attrib_jax.jobs.curvature import load_fisher
 from attrib_jax.storage.files import write_arrays
 from attrib_jax.storage.score_files import read_scores
 from tests.tiny_pipeline import CAPTIONS, make_torch_pipeline

@@ -5,16 +5,17 @@ import dataclasses
 import numpy as np
 import pytest
 
-from attrib_jax.attribute import Attributor
+from attrib_jax.attribute import attribute_queries
+from attrib_jax.jobs.context import Run
 from attrib_jax.jobs.losses import ExampleProgram
 from attrib_jax.jobs.query import Query
-from attrib_jax.methods.config import AttributeConfig
+from attrib_jax.methods import method_config
 from attrib_jax.report.outputs import write_outputs
 from attrib_jax.storage.stage_root import StageRoot
 from tests.failures import interrupt_writes, until_done
 
 QUERIES = [Query(prompt=prompt, seed=seed, sampler_steps=2) for seed, prompt in enumerate(("red heart", "hat"))]
-FULL = AttributeConfig(query_draws=32, fisher_samples=96, stride=300, captions="all")
+FULL = method_config(query_draws=32, fisher_samples=96, stride=300, captions="all")
 CASCADE = dataclasses.replace(FULL, cascade=0.25, cascade_stride=500, cascade_min=5)
 FINALISTS = 10
 
@@ -22,7 +23,7 @@ FINALISTS = 10
 @pytest.fixture(scope="module")
 def full(pipeline, dataset, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("full")
-    attributor = Attributor(pipeline, dataset, StageRoot(workdir))
+    attributor = Run(pipeline, dataset, StageRoot(workdir))
     results = {"exact": [attributor.attribute(query, FULL) for query in QUERIES]}
     linear = dataclasses.replace(FULL, score="linear")
     return workdir, results | {"linear": [attributor.attribute(query, linear) for query in QUERIES]}
@@ -31,7 +32,7 @@ def full(pipeline, dataset, tmp_path_factory):
 @pytest.fixture(params=[True, False], ids=["base losses there", "no base losses"])
 def attributor(request, full, pipeline, dataset, tmp_path):
     """With the finished stages of the full setting, and without its base losses."""
-    attributor = Attributor(pipeline, dataset, StageRoot(tmp_path, shipped=full[0]))
+    attributor = Run(pipeline, dataset, StageRoot(tmp_path, shipped=full[0]))
     if not request.param:
         fits = attributor.root._fits
         attributor.root._fits = lambda name, *rest: not name.startswith("losses/") and fits(name, *rest)
@@ -59,13 +60,13 @@ def test_finalists_have_the_scores_of_the_full_setting(full, attributor, score):
     config = dataclasses.replace(CASCADE, score=score)
     one = attributor.attribute(QUERIES[0], config, "one")
     assert_finalists(one, full[1][score][0], config, score == "exact")
-    together = attributor.attribute_many(QUERIES, config)
+    together = attribute_queries(attributor, QUERIES, config)
     for result, expected in zip(together, full[1][score]):
         assert_finalists(result, expected, config, score == "exact")
 
 
 def test_coarse_scores_are_those_of_the_coarse_setting(full, pipeline, dataset, tmp_path):
-    attributor = Attributor(pipeline, dataset, StageRoot(tmp_path, shipped=full[0]))
+    attributor = Run(pipeline, dataset, StageRoot(tmp_path, shipped=full[0]))
     result = attributor.attribute(QUERIES[0], CASCADE)
     coarse = attributor.attribute(QUERIES[0], dataclasses.replace(FULL, stride=500, captions="first")).scores
     np.testing.assert_array_equal(np.load(result.folder / "coarse.npz")["score"], coarse.score)
@@ -85,29 +86,29 @@ def test_base_losses_of_finalists_alone_where_there_are_no_others(full, pipeline
         # The check that this device gives the stored losses takes eight pictures.
         ("with", full[0], [(300, FINALISTS)] + [(300, 8)] + [(500, 37)] * 2),
     ):
-        attributor = Attributor(pipeline, dataset, StageRoot(tmp_path / name, shipped))
+        attributor = Run(pipeline, dataset, StageRoot(tmp_path / name, shipped))
         calls.clear()
         attributor.attribute(QUERIES[0], CASCADE)
         assert sorted(calls) == sorted(expected)
 
 
 def test_an_interrupted_cascade_resumes_to_the_same_bits(full, pipeline, dataset, tmp_path, monkeypatch):
-    attributor = Attributor(pipeline, dataset, StageRoot(tmp_path, shipped=full[0]))
+    attributor = Run(pipeline, dataset, StageRoot(tmp_path, shipped=full[0]))
     interrupt_writes(monkeypatch, every=2)
-    results, interruptions = until_done(lambda: attributor.attribute_many(QUERIES, CASCADE))
+    results, interruptions = until_done(lambda: attribute_queries(attributor, QUERIES, CASCADE))
     assert interruptions >= 3
     for result, expected in zip(results, full[1]["exact"]):
         assert_finalists(result, expected, CASCADE, exact=True)
 
 
 def test_all_pictures_are_finalists_where_they_are_few(full, pipeline, dataset, tmp_path):
-    attributor = Attributor(pipeline, dataset, StageRoot(tmp_path, shipped=full[0]))
+    attributor = Run(pipeline, dataset, StageRoot(tmp_path, shipped=full[0]))
     result = attributor.attribute(QUERIES[0], dataclasses.replace(CASCADE, cascade_min=1000))
     np.testing.assert_array_equal(result.scores.score, full[1]["exact"][0].scores.score)
 
 
 def test_report_and_manifest_tell_how_many_were_scored(full, pipeline, dataset, tmp_path):
-    attributor = Attributor(pipeline, dataset, StageRoot(tmp_path, shipped=full[0]))
+    attributor = Run(pipeline, dataset, StageRoot(tmp_path, shipped=full[0]))
     for score in ("exact", "linear"):
         config = dataclasses.replace(CASCADE, score=score)
         result = attributor.attribute(QUERIES[0], config)
@@ -133,10 +134,10 @@ def test_report_and_manifest_tell_how_many_were_scored(full, pipeline, dataset, 
 )
 def test_bad_settings_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
-        AttributeConfig(**arguments)
+        method_config(**arguments)
 
 
 def test_a_coarse_stride_beyond_the_timesteps_is_refused(pipeline, dataset, tmp_path):
-    attributor = Attributor(pipeline, dataset, StageRoot(tmp_path))
+    attributor = Run(pipeline, dataset, StageRoot(tmp_path))
     with pytest.raises(ValueError, match="cascade_stride is 2000"):
         attributor.attribute(QUERIES[0], dataclasses.replace(CASCADE, cascade_stride=2000))

@@ -1,11 +1,12 @@
-"""The similarity methods through `Attributor`: their scores against plain numpy, resume, and bad input."""
+"""The similarity methods through `Run`: their scores against plain numpy, resume, and bad input."""
 
 import shutil
 
 import numpy as np
 import pytest
 
-from attrib_jax.attribute import Attributor
+from attrib_jax.attribute import attribute_queries
+from attrib_jax.jobs.context import Run
 from attrib_jax.attribution.features import image_features, text_features
 from attrib_jax.convert.tower import load_tower
 from attrib_jax.core.types import Scores
@@ -16,8 +17,7 @@ from attrib_jax.data.sources import ArrayDataset
 from attrib_jax.jobs.encode import encode
 from attrib_jax.jobs.query import Query
 from attrib_jax.methods import features as features_stage
-from attrib_jax.methods.config import AttributeConfig
-from attrib_jax.methods.feature_settings import FeatureSettings, default_tower
+from attrib_jax.methods import method_config
 from attrib_jax.storage.stage_root import StageRoot
 from attrib_jax.storage.stages import StageMismatchError
 from tests.tiny_dataset import make_dataset
@@ -40,9 +40,9 @@ QUERIES = [Query("red heart 0", image=image(1)), Query("hat", image=image(2)), Q
 
 
 def run(workdir, pipeline, dataset, method, features=None, queries=QUERIES, **settings) -> list[Scores]:
-    attributor = Attributor(pipeline, dataset, StageRoot(workdir))
-    config = AttributeConfig(method=method, features=features or FeatureSettings(), **settings)
-    return [result.scores for result in attributor.attribute_many(queries, config)]
+    attributor = Run(pipeline, dataset, StageRoot(workdir))
+    config = method_config(method=method, features=features or FeatureSettings(), **settings)
+    return [result.scores for result in attribute_queries(attributor, queries, config)]
 
 
 def cosine(left: np.ndarray, right: np.ndarray) -> np.ndarray:
@@ -129,8 +129,8 @@ def test_scores_do_not_depend_on_the_other_queries_and_features_are_kept(tmp_pat
     together = run(tmp_path / "a", pipeline, dataset, "clip", features)
     alone = run(tmp_path / "b", pipeline, dataset, "clip", features, QUERIES[1:2])[0]
     np.testing.assert_array_equal(together[1].score, alone.score)
-    again = Attributor(pipeline, dataset, StageRoot(tmp_path / "b"))
-    result = again.attribute(QUERIES[0], AttributeConfig(method="clip", features=features))
+    again = Run(pipeline, dataset, StageRoot(tmp_path / "b"))
+    result = again.attribute(QUERIES[0], method_config(method="clip", features=features))
     assert result.timings["features"][1]  # reused
     np.testing.assert_array_equal(result.scores.score, together[0].score)
 
@@ -206,13 +206,13 @@ def test_two_data_sets_as_one(tmp_path, pipeline, dataset):
 def test_settings_hold_what_the_method_reads(towers, tmp_path):
     features = FeatureSettings(str(towers / "clip"), str(tmp_path / "head.npz"))
     np.savez(tmp_path / "head.npz", w=np.eye(10, dtype=np.float32))
-    plain = AttributeConfig(features=features).settings()
-    assert plain == AttributeConfig().settings() and "features" not in plain
-    clip = AttributeConfig(method="clip", features=features).settings()["features"]
-    mapped = AttributeConfig(method="clip-abc", features=features).settings()["features"]
+    plain = method_config(features=features).settings()
+    assert plain == method_config().settings() and "features" not in plain
+    clip = method_config(method="clip", features=features).settings()["features"]
+    mapped = method_config(method="clip-abc", features=features).settings()["features"]
     assert clip.keys() == {"tower"} and mapped.keys() == {"tower", "head"} and mapped["tower"] == clip["tower"]
     copied = shutil.copytree(towers / "clip", tmp_path / "copy")
-    moved = AttributeConfig(method="clip", features=FeatureSettings(str(copied)))
+    moved = method_config(method="clip", tower=str(copied))
     assert moved.settings()["features"] == clip  # what it holds counts, not where it lies
     (copied / "preprocessor_config.json").write_text((copied / "preprocessor_config.json").read_text() + " ")
     assert moved.settings()["features"] != clip
@@ -229,7 +229,7 @@ def test_settings_hold_what_the_method_reads(towers, tmp_path):
 )
 def test_what_a_method_lacks_is_named(method, features, message):
     with pytest.raises(ValueError, match=message):
-        AttributeConfig(method=method, features=FeatureSettings(**features))
+        method_config(method=method, tower=**features)
 
 
 def test_wrong_families_and_latents_without_pictures_are_refused(tmp_path, pipeline, dataset, towers):

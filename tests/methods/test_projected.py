@@ -5,23 +5,22 @@ import dataclasses
 import functools
 import types
 
+import attrib_jax.jobs.projections as features_stage
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attrib_jax.jobs.programs import ScorePrograms
+from attrib_jax.jobs.projections import FeatureProgram, dataset_features
 
-import attrib_jax.jobs.projections as features_stage
 import attrib_jax.methods.projected as projected
 from attrib_jax.attribution.projection import project
 from attrib_jax.convert.load import load_pipeline
 from attrib_jax.core.keys import example_noise, loss_key, purpose_key
 from attrib_jax.core.weights import flatten_names, merge_weights, select_weights
 from attrib_jax.jobs.encoded_dataset import EncodedDataset
-from attrib_jax.jobs.programs import ScorePrograms
-from attrib_jax.jobs.projections import FeatureProgram, dataset_features
 from attrib_jax.jobs.query import PreparedQuery
-from attrib_jax.methods.config import AttributeConfig
-from attrib_jax.methods.gradient_settings import PROJECTED_METHODS, GradientSettings
+from attrib_jax.methods import method_config
 from attrib_jax.parallel.mesh import data_mesh
 from attrib_jax.storage.chunks import ChunkStore
 from attrib_jax.storage.stage_root import StageRoot
@@ -33,7 +32,7 @@ from tests.tiny_pipeline import make_torch_pipeline
 
 COUNT, DIM = 7, 32
 GRADIENTS = GradientSettings(projection_dim=DIM, journey_timestep=40, regularisation=0.3)
-CONFIG = AttributeConfig(
+CONFIG = method_config(
     method="trak",
     weights="attn",
     query_draws=16,
@@ -68,7 +67,7 @@ def make_encoded():
 
 
 def make_attributor(path, params=None):
-    """What the methods take of an `Attributor`, around the tiny denoiser."""
+    """What the methods take of an `Run`, around the tiny denoiser."""
     pipeline = PIPELINE if params is None else types.SimpleNamespace(params={"unet": params})
     return types.SimpleNamespace(
         pipeline=pipeline,
@@ -293,7 +292,7 @@ def test_models_of_an_ensemble_share_all_but_the_unet(folders):
     pipeline = load_pipeline(str(folders / "first"))
     stub = types.SimpleNamespace(pipeline=pipeline, inputs={"model": "own", "dataset": "d"})
     gradients = GradientSettings(ensemble=(str(folders / "second" / "unet"), str(folders / "first")))
-    config = AttributeConfig(method="trak", gradients=gradients)
+    config = method_config(method="trak", gradients=gradients)
     own, second, same = projected._members(stub, config)
     assert own.inputs == stub.inputs and own.projection_seed == 0 and own.suffix == ""
     assert second.inputs["model"] != same.inputs["model"] and second.inputs["dataset"] == "d"
@@ -312,7 +311,7 @@ def test_models_of_an_ensemble_share_all_but_the_unet(folders):
 
 def test_settings_hold_what_the_method_uses():
     ours = {"projection": "sparse", "projection_dim": 2048, "projection_seed": 0, "regularisation": 0.1}
-    settings = {method: AttributeConfig(method=method, steps=7).settings() for method in PROJECTED_METHODS}
+    settings = {method: method_config(method=method, steps=7).settings() for method in PROJECTED_METHODS}
     assert settings["trak"] == {
         "method": "trak",
         "weights": "cross-attn-kv",
@@ -325,8 +324,8 @@ def test_settings_hold_what_the_method_uses():
     }
     assert settings["journey-trak"]["gradients"] == {**ours, "journey_timestep": 400}
     assert settings["das"]["gradients"] == {**ours, "das_leverage": False}
-    assert AttributeConfig(method="trak", precision="bfloat16").settings()["precision"] == "bfloat16"
-    assert "gradients" not in AttributeConfig().settings()
+    assert method_config(method="trak", precision="bfloat16").settings()["precision"] == "bfloat16"
+    assert "gradients" not in method_config().settings()
 
 
 @pytest.mark.parametrize(
@@ -341,18 +340,18 @@ def test_settings_hold_what_the_method_uses():
         (lambda: GradientSettings(ensemble="model"), "expected a tuple of folders"),
         (lambda: GradientSettings(ensemble=("a", "a")), "more than once"),
         (
-            lambda: AttributeConfig(method="trak", region=(0, 0, 8, 8)),
+            lambda: method_config(method="trak", region=(0, 0, 8, 8)),
             "region is .* belongs to methods 'unlearn' and 'influence'",
         ),
-        (lambda: AttributeConfig(method="das", region_mask="mask.png"), "region_mask is 'mask.png', but method='das'"),
+        (lambda: method_config(method="das", region_mask="mask.png"), "region_mask is 'mask.png', but method='das'"),
         (
-            lambda: AttributeConfig(method="pixel", region_mask="mask.png"),
+            lambda: method_config(method="pixel", region_mask="mask.png"),
             "region_mask is 'mask.png', but method='pixel'",
         ),
-        (lambda: AttributeConfig(method="random", region=(0, 0, 8, 8)), "region is .*method='random' has no use"),
-        (lambda: AttributeConfig(method="das", cascade=0.5), "cascade is 0.5"),
-        (lambda: AttributeConfig(method="d-trak", score="linear"), "score is 'linear'"),
-        (lambda: AttributeConfig(method="d-trak", fisher="file"), "fisher is 'file'"),
+        (lambda: method_config(method="random", region=(0, 0, 8, 8)), "region is .*method='random' has no use"),
+        (lambda: method_config(method="das", cascade=0.5), "cascade is 0.5"),
+        (lambda: method_config(method="d-trak", score="linear"), "score is 'linear'"),
+        (lambda: method_config(method="d-trak", fisher="file"), "fisher is 'file'"),
     ],
 )
 def test_wrong_settings_are_refused(make, message):
@@ -363,4 +362,4 @@ def test_wrong_settings_are_refused(make, message):
 def test_a_missing_model_is_named(tmp_path):
     gradients = GradientSettings(ensemble=(str(tmp_path / "nowhere"),))
     with pytest.raises(FileNotFoundError, match="nowhere"):
-        AttributeConfig(method="trak", gradients=gradients).settings()
+        method_config(method="trak", gradients=gradients).settings()

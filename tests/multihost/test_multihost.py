@@ -11,7 +11,7 @@ from PIL import Image
 
 from attrib_jax.convert.load import load_pipeline
 from attrib_jax.core.weights import select_weights
-from attrib_jax.jobs.fisher import fisher_file, load_fisher
+from attrib_jax.jobs.curvature import fisher_file, load_fisher
 from attrib_jax.storage.chunks import ChunkStore
 from attrib_jax.storage.skipped import read_skipped
 from tests.multihost.ports import free_port

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from attrib_jax.attribute import Attributor
 from attrib_jax.convert.load import load_pipeline
 from attrib_jax.data.sources import open_dataset
+from attrib_jax.jobs.context import Run
 from attrib_jax.jobs.query import Query, decode, generate, initial_noise
-from attrib_jax.methods.config import AttributeConfig
+from attrib_jax.methods import method_config
 from attrib_jax.models.predictor import predictor
 from attrib_jax.storage.chunks import ChunkStore
 from attrib_jax.storage.stage_root import StageRoot
@@ -56,8 +56,8 @@ def test_folder_is_small_and_whole():
 
 def test_shipped_stages_fit_the_model_and_recomputing_gives_the_same_losses(pipeline, tmp_path):
     dataset = open_dataset("openmoji", tmp_path / "data")
-    config = AttributeConfig()
-    attributor = Attributor(pipeline, dataset, StageRoot(tmp_path / "work", FOLDER / "stages"))
+    config = method_config()
+    attributor = Run(pipeline, dataset, StageRoot(tmp_path / "work", FOLDER / "stages"))
     for name in (
         "latents",
         f"fisher/{config.weights}-{config.fisher_samples}-seed0",

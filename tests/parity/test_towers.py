@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from attrib_jax.methods.feature_settings import default_tower
 from safetensors.torch import load_file
 
 from attrib_jax.attribution.features import pixel_features, text_features
 from attrib_jax.convert.tower import load_tower
-from attrib_jax.methods.feature_settings import default_tower
 from tests.towers import CLIP, DINO, DINOV2, save_torch_tower
 
 TOLERANCE = 1e-4

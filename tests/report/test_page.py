@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from attrib_jax.methods.config import AttributeConfig
+from attrib_jax.methods import method_config
 from attrib_jax.report import ReportData, Timing, write_report
 from attrib_jax.report.outputs import _method_settings
 from attrib_jax.report.page import render_report
@@ -226,5 +226,5 @@ def test_a_failed_write_keeps_the_earlier_page(make_report, tmp_path, monkeypatc
 
 
 def test_settings_tell_updates_apart():
-    plain, kept = (_method_settings(AttributeConfig(keep_ewc_gradient=keep), 100) for keep in (False, True))
+    plain, kept = (_method_settings(method_config(keep_ewc_gradient=keep), 100) for keep in (False, True))
     assert kept == plain | {"EWC gradient": "kept"}

@@ -1,31 +1,35 @@
-"""Stage 2: the diagonal Fisher information of the selected weights over the training set."""
+"""Curvature of the loss over the training set: the diagonal Fisher information or EKFAC, fitted, reused or given."""
 
 import functools
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from attrib_jax.core.keys import purpose_key
 from attrib_jax.curvature.diagonal import Diagonal
-from attrib_jax.curvature.fisher import FisherSum, sum_squares
+from attrib_jax.curvature.ekfac import EKFAC
+from attrib_jax.curvature.fisher import sum_squares
 from attrib_jax.diffusion.losses import Predict
 from attrib_jax.diffusion.schedule import NoiseSchedule
+from attrib_jax.jobs.context import Run
 from attrib_jax.jobs.draws import (
     Sample,
+    as_fisher_sum,
+    as_pair,
     fisher_draws,
     gradients_at_once,
     sample_gradients,
     samples_per_tile,
     sum_over_draws,
+    sums_like,
 )
+from attrib_jax.jobs.ekfac import fit_ekfac
 from attrib_jax.jobs.encoded_dataset import EncodedDataset
-from attrib_jax.jobs.fisher_files import read_fisher_file
+from attrib_jax.jobs.fisher_files import FISHER_FILE, fisher_file, read_fisher_file
+from attrib_jax.jobs.settings import CurvatureSettings
 from attrib_jax.models.prepared import transform_kernels
 from attrib_jax.models.projected_text import text_columns
 from attrib_jax.parallel.hosts import run_on_host0
@@ -36,8 +40,26 @@ from attrib_jax.storage.state import StateStore
 
 _log = logging.getLogger(__name__)
 
-_FILE = "fisher.safetensors"
 _PARTIAL = "partial"
+
+
+def fit_curvature(run: Run, config: CurvatureSettings) -> Diagonal | EKFAC:
+    """F of the selected weights: fitted, reused, or from the file that `config.fisher` names.
+
+    EKFAC and the diagonal take the same draws; the relative damping of EKFAC is no part of what is stored.
+    """
+    selected, rest = run.select(config.weights)
+    if config.fisher is not None:
+        return load_fisher(fisher_file(config.fisher), selected)
+    samples, seed = config.fisher_samples, config.loss_seed
+    settings = {"weights": config.weights, "samples": samples, "seed": seed}
+    kind = "ekfac" if config.curvature == "ekfac" else "fisher"
+    stage = (f"{kind}/{config.weights}-{samples}-seed{seed}", settings, run.inputs)
+    fixed = (run.predict, run.pipeline.schedule, selected, rest, run.data, samples, seed)
+    with run.timed(kind, run.root.is_finished(*stage)), run.root.stage(*stage) as opened:
+        if kind == "ekfac":
+            return fit_ekfac(opened.path, *fixed, config.ekfac_damping)
+        return fit_fisher(opened.path, *fixed)
 
 
 def fit_fisher(
@@ -56,7 +78,7 @@ def fit_fisher(
     Kills change nothing, and another number of devices only the rounding within a tile, see `sum_over_draws`. With
     several hosts all return F.
     """
-    file = path / _FILE
+    file = path / FISHER_FILE
     if run_on_host0(lambda: _is_fitted(file, selected)):
         # What a kill right after storing the result left.
         run_on_host0(StateStore(path, _PARTIAL).remove)
@@ -74,26 +96,10 @@ def _fit(path, predict, schedule, selected, rest, data, samples, seed, mesh) -> 
     total, state = sum_over_draws(path, _PARTIAL, program, shared, like, draws, data, "Fisher information")
 
     def store():
-        write_arrays(path / _FILE, as_fisher_sum(total).mean().to_flat(), {"samples": samples})
+        write_arrays(path / FISHER_FILE, as_fisher_sum(total).mean().to_flat(), {"samples": samples})
         state.remove()
 
     run_on_host0(store)
-
-
-def sums_like(selected: Any) -> Any:
-    """Zeros in the layout of the selected weights, in the dtype that their squares are summed in."""
-    return jax.tree.map(lambda leaf: np.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32)), selected)
-
-
-def as_pair(part: FisherSum) -> Pair:
-    """A sum of squares and its count as devices add them."""
-    return Pair((part.sum, part.count), (part.compensation, jnp.zeros_like(part.count)))
-
-
-def as_fisher_sum(pair: Pair) -> FisherSum:
-    """The inverse of `as_pair`."""
-    (total, count), (compensation, _) = pair
-    return FisherSum(total, count, compensation)
 
 
 @functools.lru_cache(maxsize=4)
@@ -119,15 +125,6 @@ def _is_fitted(file: Path, selected: Any) -> bool:
         _log.warning("%s: it will be computed again", error)
         return False
     return True
-
-
-def fisher_file(path: str | os.PathLike) -> Path:
-    """The file of an F given as a file or as the folder of its stage; FileNotFoundError if there is none."""
-    path = Path(path)
-    file = path / _FILE if path.is_dir() else path
-    if not file.is_file():
-        raise FileNotFoundError(f"fisher {os.fspath(path)!r} is neither a Fisher file nor a folder with {_FILE}")
-    return file
 
 
 def load_fisher(file: Path, selected: Any) -> Diagonal:
