@@ -50,7 +50,7 @@ class ImageFiles:
         return self._captions[index]
 
     def fingerprint(self) -> str:
-        """sha256 over resolution, file names, captions, and size and ends of each file; see `hash_files`."""
+        """sha256 over resolution, file names, captions, and what `hash_files` reads of each file."""
         rows = zip(self.row_ids.tolist(), self._files, self._captions)
         return hash_files([self._resolution, *rows], [FilePart(self._path(index)) for index in range(len(self))])
 

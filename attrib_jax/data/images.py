@@ -26,6 +26,10 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+# Of TIFF: bits a sample, what is black, and what kind of numbers samples are.
+_BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339
+_WHITE_IS_ZERO = 0
+_SIGNED_OR_FLOAT = frozenset((2, 3))
 # More than MAX_IMAGE_PIXELS need when stored without compression, in 16 bits and four channels.
 MAX_FILE_BYTES = 2**30
 
@@ -43,7 +47,7 @@ def decode_image(source: bytes | str | os.PathLike, name: str | None = None) -> 
     """Decodes an image file -> (H, W, 3) uint8, RGB.
 
     It is turned upright as its EXIF orientation says; where that is damaged, it stays as it is stored. Transparency is
-    laid on white. Of 16-bit channels the upper 8 bits are kept. Of an animation the first frame is read.
+    laid on white. Of channels of 12 or 16 bits the upper 8 bits are kept. Of an animation the first frame is read.
 
     Args:
       source: path of the file, or its content.
@@ -51,7 +55,8 @@ def decode_image(source: bytes | str | os.PathLike, name: str | None = None) -> 
 
     Raises:
       UnreadableRowError: no such file, no image, one that is damaged or cut off, one with more pixels than
-        `PIL.Image.MAX_IMAGE_PIXELS`, or one in floating point, whose range no rule gives.
+        `PIL.Image.MAX_IMAGE_PIXELS`, or one whose pixels are floating-point, signed or 32-bit numbers, since nothing
+        says what black and white are among them.
       OSError: the file is there and its disk or its permissions fail.
     """
     if not isinstance(source, bytes):
@@ -64,7 +69,7 @@ def decode_image(source: bytes | str | os.PathLike, name: str | None = None) -> 
             if opened.width * opened.height > (Image.MAX_IMAGE_PIXELS or math.inf):
                 raise Image.DecompressionBombError(f"{opened.width} x {opened.height} pixels are too many")
             opened.load()
-            return np.asarray(_to_rgb(_turn_upright(opened)))
+            return np.asarray(_turn_upright(_to_rgb(opened), opened))
     # Pillow's decoders answer damaged data with exceptions of many types; reading the disk is done by now.
     except Exception as error:
         reason = "no known format" if isinstance(error, UnidentifiedImageError) else str(error) or type(error).__name__
@@ -136,21 +141,29 @@ def _read_file(path: str | os.PathLike, name: str) -> bytes:
         raise UnreadableRowError(f"image {name!r} {what}") from error
 
 
-def _turn_upright(image: Image.Image) -> Image.Image:
+def _turn_upright(image: Image.Image, opened: Image.Image) -> Image.Image:
+    """`image` turned as the file that it was `opened` from says."""
     # Not Pillow's `exif_transpose`, which also writes the EXIF anew: one damaged elsewhere would cost the image.
     try:
-        method = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
+        method = _UPRIGHT.get(opened.getexif().get(ExifTags.Base.Orientation))
     except Exception:  # of many types, as from the decoders
         method = None
     return image if method is None else image.transpose(method)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "F":
-        raise ValueError("floating-point pixels; save it with 8 bits a channel")
+    tags = getattr(image, "tag_v2", {})  # of a TIFF
+    bits, sample_format = (tags.get(tag, (default,)) for tag, default in ((_BITS, 16), (_SAMPLE_FORMAT, 1)))
+    if image.mode == "F" or not _SIGNED_OR_FLOAT.isdisjoint(sample_format):
+        raise ValueError("floating-point or signed pixels, whose range is not known; save it with 8 bits a channel")
     if image.mode.startswith("I"):
-        # Greyscale of 16 bits, which Pillow also opens with 32; its own conversion clips all above 255 to white.
-        return Image.fromarray((np.asarray(image).clip(0, 2**16 - 1) >> 8).astype(np.uint8)).convert("RGB")
+        if max(bits) > 16:
+            raise ValueError("32-bit pixels, whose range is not known; save it with 8 or 16 bits a channel")
+        # Greyscale, which Pillow may open with 32 bits; its own conversion clips all above 255 to white.
+        grey = (np.asarray(image).clip(0, 2 ** bits[0] - 1) >> (bits[0] - 8)).astype(np.uint8)
+        return Image.fromarray(~grey if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO else grey).convert("RGB")
+    if image.mode == "La":
+        image = image.convert("LA")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

@@ -108,7 +108,7 @@ class TfdsDataset:
         files = info.splits[self._split].file_instructions
         described = [self._resolution, info.full_name, self._split, self._image.name, self._caption.name]
         described += [(os.path.basename(file.filename), file.skip, file.take) for file in files]
-        return hash_files(described, [FilePart(os.fspath(file.filename)) for file in files])
+        return hash_files(described, [FilePart(os.fspath(file.filename)) for file in files], images=False)
 
     def __getstate__(self) -> dict:
         opened = ("_records", "_features", "_image", "_caption")

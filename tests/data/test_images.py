@@ -92,6 +92,65 @@ def test_sixteen_bits_keep_the_upper_eight():
     assert np.array_equal(decode_image(save(Image.fromarray(values), "tiff")), expected)
 
 
+def tiff(values: np.ndarray, bits: int, photometric: int = 1, sample_format: int = 1, orientation: int = 1) -> bytes:
+    """One row of grey values as an uncompressed TIFF; of 12 bits, two values share three bytes."""
+    data = values.tobytes()
+    if bits == 12:
+        data = b"".join(int(a << 12 | b).to_bytes(3, "big") for a, b in values.reshape(-1, 2).tolist())
+    entries = [(256, values.size), (257, 1), (258, bits), (259, 1), (262, photometric), (273, 0), (274, orientation)]
+    entries += [(277, 1), (278, 1), (279, len(data)), (339, sample_format)]
+    start = 8 + 2 + 12 * len(entries) + 4
+    fields = [struct.pack("<HHLL", tag, 4, 1, start if tag == 273 else value) for tag, value in entries]
+    return b"II*\0" + struct.pack("<LH", 8, len(entries)) + b"".join(fields) + bytes(4) + data
+
+
+GREYS = np.array([0, 1000, 2047, 4095])
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (tiff(GREYS, 12), [0, 62, 127, 255]),
+        (tiff((GREYS * 16).astype("<u2"), 16), [0, 62, 127, 255]),
+        (tiff((GREYS * 16).astype("<u2"), 16, photometric=0), [255, 193, 128, 0]),
+        (tiff((GREYS // 16).astype(np.uint8), 8, photometric=0), [255, 193, 128, 0]),
+        (b"P5 4 1 1000\n" + np.array([0, 250, 500, 1000], ">u2").tobytes(), [0, 64, 128, 255]),
+        (b"P5 4 1 100\n" + bytes([0, 25, 50, 100]), [0, 64, 128, 255]),
+    ],
+)
+def test_grey_values_are_scaled_by_their_bits(content, expected):
+    assert decode_image(content)[0, :, 0].tolist() == expected
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize(
+    ("dtype", "sample_format", "reason"),
+    [
+        ("<u4", 1, "32-bit pixels"),
+        ("<i4", 2, "signed"),
+        ("<i2", 2, "signed"),
+        ("i1", 2, "signed"),
+        ("<f4", 3, "floating-point"),
+        ("<f2", 3, "no known format"),
+        ("<u8", 1, "no known format"),
+    ],
+)
+def test_grey_values_without_a_range_are_refused(dtype, sample_format, reason, orientation):
+    values = GREYS.astype(dtype)
+    with pytest.raises(UnreadableRowError, match=reason):
+        decode_image(tiff(values, 8 * values.itemsize, sample_format=sample_format, orientation=orientation))
+
+
+@pytest.mark.parametrize("form", ["gif", "webp", "png", "tiff", "avif"])
+def test_of_an_animation_the_first_frame_is_read(form):
+    Image.init()
+    if form.upper() not in Image.SAVE_ALL:
+        pytest.skip(f"Pillow was built without {form}")
+    frames = [Image.new("RGB", (16, 16), colour) for colour in ((200, 0, 0), (0, 200, 0))]
+    first = decode_image(save(frames[0], form, save_all=True, append_images=frames[1:]))
+    assert np.abs(first.astype(int) - [200, 0, 0]).max() <= 4
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [

@@ -1,5 +1,8 @@
 """`open_dataset`: names, arguments, and what goes wrong."""
 
+import io
+
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -80,21 +83,48 @@ def test_data_sets_that_are_no_folder_of_images_are_never_in_the_way(tmp_path, m
     check_separate("data/run", dataset)
 
 
-def test_hash_files_reads_sizes_and_ends(tmp_path):
-    file = tmp_path / "a"
-    content = bytearray(20_000)
+def changed(content: bytes, *places: int) -> list[bytes]:
+    """Copies that differ in one byte each."""
+    return [content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :] for place in places]
 
-    def digest(described=("x",), size=None):
-        file.write_bytes(content)
-        return hash_files(described, [FilePart(str(file), 0, size), FilePart(str(tmp_path / "absent"))])
 
-    seen = [digest()]
-    content[10_000] = 1  # in the middle: not looked at, which is what makes it fast
-    assert digest() == seen[0]
-    content[0] = 1
-    seen.append(digest())
-    content[-1] = 1
-    seen.append(digest())
-    content.append(1)
-    seen += [digest(), digest(described=("y",)), digest(size=5000)]
-    assert len(set(seen)) == len(seen)
+def image_file(form: str, side: int = 300) -> bytes:
+    file = io.BytesIO()
+    pixels = np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8)
+    Image.fromarray(pixels).save(file, form)
+    return file.getvalue()
+
+
+WHOLE = ["bmp", "tiff", "ppm", "tga", "sgi"]
+
+
+@pytest.mark.parametrize(
+    ("form", "side"), [(form, 300) for form in WHOLE] + [(form, 90) for form in (*WHOLE, "png", "jpeg", "webp")]
+)
+def test_a_change_of_any_byte_of_an_image_that_is_read_whole_changes_the_hash(tmp_path, form, side):
+    content = image_file(form, side)
+    copies = [content, content[:-1], content + b"1", *changed(content, 0, len(content) // 2, 4200, len(content) - 1)]
+    seen = set()
+    for copy in copies:
+        (tmp_path / "a").write_bytes(copy)
+        (tmp_path / "b").write_bytes(b"tar" + copy + b"further members")
+        part = FilePart(str(tmp_path / "b"), 3, len(copy))
+        alone = hash_files(["x"], [FilePart(str(tmp_path / "a"))])
+        assert hash_files(["x"], [part]) == alone and hash_files(["y"], [part]) != alone
+        seen.add(alone)
+    assert len(seen) == len(copies)
+
+
+def test_of_compressed_and_of_large_files_samples_are_read(tmp_path):
+    """Which is what makes it fast; the digests are those that stages were made with."""
+
+    def seen(content, images=True):
+        (tmp_path / "a").write_bytes(content)
+        return hash_files(["x"], [FilePart(str(tmp_path / "a")), FilePart(str(tmp_path / "absent"))], images=images)
+
+    jpeg = image_file("jpeg", 600)
+    assert seen(changed(jpeg, 4500)[0]) == seen(jpeg)
+    assert seen(changed(jpeg, 5 * (len(jpeg) - 4096) // 9)[0]) != seen(jpeg)
+    many = bytes(20_000)
+    digests = [seen(copy, images=False) for copy in (many, *changed(many, 10_000, 0, 19_999), many + b"1")]
+    assert digests[1] == digests[0] and len(set(digests)) == 4
