@@ -1,6 +1,7 @@
 """What every command shares: devices, compilation cache, the model and data flags, and one-line errors."""
 
 import contextlib
+import dataclasses
 import json
 import logging
 import os
@@ -16,6 +17,7 @@ from absl import logging as absl_logging
 from attrib_jax.convert import load as assemble
 from attrib_jax.convert.load import ModelSource
 from attrib_jax.convert.pipeline import Pipeline
+from attrib_jax.core.settings import Settings, setting
 from attrib_jax.data.concat import concatenate
 from attrib_jax.data.latents import open_latents
 from attrib_jax.data.sources import Dataset, check_separate, open_dataset
@@ -29,36 +31,36 @@ from launch.packaged import check_model_folder, find_configs
 
 _LATENTS = "latents:"
 
-MODEL = flags.DEFINE_string(
-    "model", None, "Pipeline folder in the diffusers layout, Hugging Face id, or single-file checkpoint."
-)
-_VARIANT = flags.DEFINE_string("variant", None, "Of the model's weight files, such as `fp16`.")
-TOKENIZER = flags.DEFINE_string(
-    "tokenizer", None, "Tokenizer or pipeline folder, for a single-file checkpoint or for training a tower."
-)
-_PREDICTION = flags.DEFINE_string("prediction_type", None, "epsilon or v_prediction, for a single-file checkpoint.")
-_UNET = flags.DEFINE_string("unet", None, "UNet that replaces the model's: a folder, or a state dict's file.")
-_UNET_CONFIG = flags.DEFINE_string("unet_config", None, "Of a --unet file: `mscoco`, or a json file.")
-_CUSTOM = flags.DEFINE_string(
-    "custom_diffusion", None, "Custom Diffusion weights, or the folder of them and their tokens."
-)
-_TOKENS = flags.DEFINE_list("tokens", [], "Textual-inversion files, separated by commas.")
-_LORA = flags.DEFINE_string("lora", None, "LoRA weights of attention projections, merged into the model.")
-_LORA_SCALE = flags.DEFINE_float("lora_scale", 1.0, "What the LoRA weights are multiplied by.")
 
-DATASET = flags.DEFINE_string(
-    "dataset",
-    "openmoji",
-    "Training data set: openmoji, digits, tfds:NAME[:SPLIT], folder:PATH, coco:PATH, webdataset:PATH, latents:PATH.",
+@dataclasses.dataclass(frozen=True)
+class DataConfig(Settings):
+    """The training data set."""
+
+    dataset: str = setting(
+        "openmoji",
+        "Training data set: openmoji, digits, tfds:NAME[:SPLIT], folder:PATH, coco:PATH, webdataset:PATH or "
+        "latents:PATH.",
+    )
+    data_dir: str | None = setting(
+        None, "Folder where prepared data sets are kept; TFDS's default if not given.", path=True
+    )
+    exemplars: str | None = setting(
+        None, "Data set (as --dataset) that is put before it: the exemplars of a customised model."
+    )
+    images: str | None = setting(None, "Data set (as --dataset) whose images are shown for latents:PATH.")
+    latents_scaled: bool = setting(
+        True, "Whether latents that are given as files are already multiplied by the scaling factor."
+    )
+    image_key: str | None = setting(None, "Image feature of a tfds: data set, where it has several.")
+    caption_key: str | None = setting(None, "Caption feature or column, where the usual names do not fit.")
+
+
+define_flags(ModelSource, defaults={"model": None})
+define_flags(DataConfig)
+MODEL, TOKENIZER, DATASET, DATA_DIR, EXEMPLARS, LATENTS_SCALED, CAPTION_KEY = (
+    flags.FLAGS[name]
+    for name in ("model", "tokenizer", "dataset", "data_dir", "exemplars", "latents_scaled", "caption_key")
 )
-DATA_DIR = flags.DEFINE_string("data_dir", None, "Where prepared data sets are kept; TFDS's default if not given.")
-EXEMPLARS = flags.DEFINE_string("exemplars", None, "Data set (as --dataset) put before it: a customised model's own.")
-_IMAGES = flags.DEFINE_string("images", None, "Data set (as --dataset) whose pictures are shown for latents:PATH.")
-LATENTS_SCALED = flags.DEFINE_boolean(
-    "latents_scaled", True, "Latents given as files are multiplied by the scaling factor already."
-)
-_IMAGE_KEY = flags.DEFINE_string("image_key", None, "Picture feature of a tfds: data set, where it has several.")
-CAPTION_KEY = flags.DEFINE_string("caption_key", None, "Caption feature or column, where the usual names do not fit.")
 define_flags(EncodeConfig, defaults={"workers": None})
 
 WORKDIR = flags.DEFINE_string(
@@ -173,41 +175,30 @@ def require(**values: object) -> None:
 
 def load_model() -> Pipeline:
     """The pipeline of --model and the flags that change it."""
-    require(model=MODEL.value)
-    check_model_folder(MODEL.value)
-    source = ModelSource(
-        model=MODEL.value,
-        variant=_VARIANT.value,
-        tokenizer=TOKENIZER.value,
-        prediction_type=_PREDICTION.value,
-        unet=_UNET.value,
-        unet_config=_UNET_CONFIG.value,
-        custom_diffusion=_CUSTOM.value,
-        tokens=tuple(_TOKENS.value),
-        lora=_LORA.value,
-        lora_scale=_LORA_SCALE.value,
-    )
-    return assemble.load_model(source)
+    require(model=flags.FLAGS.model)
+    check_model_folder(flags.FLAGS.model)
+    return assemble.load_model(read_config(ModelSource))
 
 
 def open_source(name: str, resolution: int | None = None, **keys: str | None) -> Dataset:
     """A data set by name, in --data_dir; ValueError where --workdir lies among its images."""
-    if WORKDIR.value:
-        check_separate(WORKDIR.value, name)
-    return open_dataset(name, DATA_DIR.value, resolution=resolution, **keys)
+    if workdir():
+        check_separate(workdir(), name)
+    return open_dataset(name, read_config(DataConfig).data_dir, resolution=resolution, **keys)
 
 
 def load_dataset(resolution: int | None = None) -> Dataset:
-    """The data set of --dataset and the flags that go with it, its pictures at `resolution` (native if None)."""
-    keys = {"image_key": _IMAGE_KEY.value, "caption_key": CAPTION_KEY.value}
-    if DATASET.value.startswith(_LATENTS):
-        images = None if _IMAGES.value is None else open_source(_IMAGES.value, resolution, **keys)
-        dataset = open_latents(DATASET.value.removeprefix(_LATENTS), images, LATENTS_SCALED.value)
-    elif _IMAGES.value is not None:
-        raise ValueError(f"images is {_IMAGES.value!r}, but {DATASET.value!r} has its own; it goes with latents:PATH")
+    """The data set of --dataset and the flags that go with it, its images at `resolution` (native if None)."""
+    config = read_config(DataConfig)
+    keys = {"image_key": config.image_key, "caption_key": config.caption_key}
+    if config.dataset.startswith(_LATENTS):
+        images = None if config.images is None else open_source(config.images, resolution, **keys)
+        dataset = open_latents(config.dataset.removeprefix(_LATENTS), images, config.latents_scaled)
+    elif config.images is not None:
+        raise ValueError(f"images is {config.images!r}, but {config.dataset!r} has its own; it goes with latents:PATH")
     else:
-        dataset = open_source(DATASET.value, resolution, **keys)
-    return dataset if EXEMPLARS.value is None else concatenate(open_source(EXEMPLARS.value, resolution), dataset)
+        dataset = open_source(config.dataset, resolution, **keys)
+    return dataset if config.exemplars is None else concatenate(open_source(config.exemplars, resolution), dataset)
 
 
 def encode_config() -> EncodeConfig:
@@ -220,12 +211,12 @@ def encode_config() -> EncodeConfig:
 
 def shipped_stages() -> Path:
     """Where a model folder keeps the finished stages that came with it."""
-    return Path(MODEL.value) / "stages"
+    return Path(os.path.expanduser(flags.FLAGS.model)) / "stages"
 
 
 def model_credit() -> str | None:
     """The licence line in a model folder's CREDIT file, if it has one."""
-    file = Path(MODEL.value) / "CREDIT"
+    file = Path(os.path.expanduser(flags.FLAGS.model)) / "CREDIT"
     return file.read_text(encoding="utf-8").strip() if file.is_file() else None
 
 

@@ -15,42 +15,49 @@ from attrib_jax.convert.hub import resolve_model
 from attrib_jax.convert.pipeline import Pipeline, check_parts
 from attrib_jax.convert.single_file import load_single_file
 from attrib_jax.core.paths import expand_path
+from attrib_jax.core.settings import Settings, setting
 from attrib_jax.models.unet import UNet2DConditionModel
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelSource:
-    """Where a pipeline comes from; applied in the order of the attributes.
+class ModelSource(Settings):
+    """Where a pipeline comes from; applied in the order of the fields."""
 
-    Attributes:
-      model: diffusers folder, Hugging Face id, or a single file in the original latent-diffusion naming.
-      variant: of the weight files, such as `fp16`; None for full precision where it is there.
-      tokenizer: tokenizer or pipeline folder, for a single file, which has none.
-      prediction_type: `epsilon` or `v_prediction`, in place of what the files say; a single file may not tell.
-      unet: UNet weights that replace the model's: a folder, or a bare state dict with `unet_config`.
-      unet_config: `mscoco`, or a json file; brings the noise schedule that the UNet was trained with.
-      custom_diffusion: Custom Diffusion weights, or the folder with them and their `<token>` files.
-      tokens: textual-inversion files.
-      lora: LoRA weights of attention projections in diffusers' format.
-      lora_scale: what they are multiplied by.
-    """
-
-    model: str
-    variant: str | None = None
-    tokenizer: str | None = None
-    prediction_type: str | None = None
-    unet: str | None = None
-    unet_config: str | None = None
-    custom_diffusion: str | None = None
-    tokens: tuple[str, ...] = ()
-    lora: str | None = None
-    lora_scale: float = 1.0
-
-    def __post_init__(self):
-        if self.unet_config is not None and self.unet is None:
-            raise ValueError(f"unet_config is {self.unet_config!r} but unet is not given; give the UNet's weights too")
-        if self.lora is None and self.lora_scale != 1.0:
-            raise ValueError(f"lora_scale is {self.lora_scale} but lora is not given")
+    model: str = setting(
+        "",
+        "Model: a pipeline folder in the diffusers layout, a Hugging Face id, or a single-file checkpoint in the "
+        "original naming.",
+        path=True,
+    )
+    variant: str | None = setting(
+        None, "Variant of the model's weight files, such as fp16; full precision where it is there, if not given."
+    )
+    tokenizer: str | None = setting(
+        None, "Tokenizer or pipeline folder, for a single-file checkpoint, which has no tokenizer.", path=True
+    )
+    prediction_type: str | None = setting(
+        None,
+        "What the denoiser predicts, in place of what the files say; a single file may not tell.",
+        choices=("epsilon", "v_prediction"),
+    )
+    unet: str | None = setting(
+        None,
+        "UNet weights that replace the model's: a folder, or the file of a state dict with --unet_config.",
+        path=True,
+    )
+    unet_config: str | None = setting(
+        None,
+        "Config of such a state dict: mscoco, or a json file; it brings the noise schedule that the UNet was trained "
+        "with.",
+        path=True,
+        only_if="unet",
+    )
+    custom_diffusion: str | None = setting(
+        None, "Custom Diffusion weights, or the folder with them and their <token> files.", path=True
+    )
+    tokens: tuple[str, ...] = setting((), "Textual-inversion files, separated by commas.", path=True)
+    lora: str | None = setting(None, "LoRA weights of attention projections, merged into the model.", path=True)
+    lora_scale: float = setting(1.0, "Factor of the LoRA weights.", only_if="lora")
 
 
 def load_model(source: ModelSource, dtype: Any = jnp.float32) -> Pipeline:
