@@ -19,7 +19,7 @@ CAPTION_FIELDS = (
     *("short_caption", "top_caption", "blip_caption", "llava_caption", "caption_text", "label_text", "class_name"),
 )
 # Files that hold an image's caption, by what their names end in, the surest first. A `.cls` is a class.
-CAPTION_ENDINGS = (".txt", ".caption", ".captions", ".text", ".json", ".cls")
+CAPTION_ENDINGS = (".txt", ".caption", ".captions", ".text", ".prompt", ".json", ".cls")
 _SHOWN_FIELDS = 20
 
 

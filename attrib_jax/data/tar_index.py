@@ -1,6 +1,6 @@
 """Where the files in a tar archive lie, from their headers alone.
 
-Written by hand because `tarfile` allocates what a damaged header claims and, up to Python 3.13, can loop forever on one.
+Written by hand: `tarfile` allocates what a damaged header claims and, up to Python 3.13, can loop forever on one.
 """
 
 import os

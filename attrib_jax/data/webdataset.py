@@ -30,7 +30,7 @@ class _Shard(NamedTuple):
       keys: of its N rows, in stored order.
       places: (N, 2) int64, offset and size of each row's image.
       captions: of each row.
-      endings: of the parts that its rows have beside the image.
+      endings: of what it holds beside images.
       reader: what was odd about the captions.
       unused: names that make no row.
       dotted: images that further dots in their names leave out.
@@ -140,11 +140,20 @@ class WebDataset:
         return FilePart(self._shards[self._shard[index]], offset, size)
 
 
-def _group(path: str, suffixes) -> tuple[dict[str, dict[str, FilePart]], list[str], list[str], str | None]:
-    """A tar file's rows by key, each ending -> part, in stored order; unused names, dotted ones, and the damage."""
+class _Rows(NamedTuple):
+    """A tar file's rows, key -> ending or "image" -> part, in stored order; for the rest see `_Shard`."""
+
+    rows: dict[str, dict[str, FilePart]]
+    endings: dict[str, None]
+    unused: list[str]
+    dotted: list[str]
+    damage: str | None
+
+
+def _group(path: str, suffixes) -> _Rows:
     index = index_tar(path)
     rows: dict[str, dict[str, FilePart]] = {}
-    unused, dotted, endings = [], [], tuple(suffixes)
+    unused, dotted, endings, image_endings = [], [], {}, tuple(suffixes)
     for name, part in index.members:
         folder, slash, base = name.rpartition("/")
         stem, dot, suffix = base.partition(".")
@@ -152,26 +161,29 @@ def _group(path: str, suffixes) -> tuple[dict[str, dict[str, FilePart]], list[st
         if not stem:
             continue
         which = suffix if suffix in CAPTION_ENDINGS else _IMAGE if suffix in suffixes else None
+        if which != _IMAGE:
+            endings[suffix] = None
         if which is None:
-            if suffix.endswith(endings):
+            if suffix.endswith(image_endings):
                 dotted.append(name)
         elif rows.setdefault(folder + slash + stem, {}).setdefault(which, part) is not part:
             unused.append(name)
     unused += [key for key, parts in rows.items() if _IMAGE not in parts]
-    return {key: parts for key, parts in rows.items() if _IMAGE in parts}, unused, dotted, index.damage
+    whole = {key: parts for key, parts in rows.items() if _IMAGE in parts}
+    return _Rows(whole, endings, unused, dotted, index.damage)
 
 
 def _usual_parts(paths: list[str], suffixes) -> set[str]:
     """The endings that the first row of the first whole shard has; none where no shard is whole."""
     for path in paths:
-        rows, _, _, damage = _group(path, suffixes)
-        if damage is None and rows:
-            return set(next(iter(rows.values())))
+        found = _group(path, suffixes)
+        if found.damage is None and found.rows:
+            return set(next(iter(found.rows.values())))
     return set()
 
 
 def _read_shard(path: str, suffixes, caption_key: str | None, usual: set[str]) -> _Shard:
-    rows, unused, dotted, damage = _group(path, suffixes)
+    rows, endings, unused, dotted, damage = _group(path, suffixes)
     if damage is not None and rows:
         # The last row of a file that was cut off may lack its caption.
         last = next(reversed(rows.values()))
@@ -190,7 +202,6 @@ def _read_shard(path: str, suffixes, caption_key: str | None, usual: set[str]) -
                     texts = reader.captions(file.read(size), ending, name, cut=size < parts[ending].size)
             captions.append(texts)
     places = [(parts[_IMAGE].offset, parts[_IMAGE].size) for parts in rows.values()]
-    endings = dict.fromkeys(ending for parts in rows.values() for ending in parts if ending != _IMAGE)
     return _Shard(
         *(path, list(rows), np.array(places, np.int64).reshape(-1, 2), captions, endings, reader),
         *(unused, dotted, damage),
@@ -228,7 +239,13 @@ def _find_shards(name: str, path: str) -> list[str]:
                 raise FileNotFoundError(f"{name}: {pattern!r} does not exist; expected .tar shards")
             shards += found
     if not shards:
-        raise FileNotFoundError(f"{name}: no .tar file in {path!r}; expected shards such as 00000.tar")
+        packed = [
+            file for file in os.listdir(path) if file.endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip"))
+        ]
+        hint = f"; unpack {packed[0]} and the like" if packed else ""
+        inner = glob.glob(os.path.join(glob.escape(path), "**", "*.tar"), recursive=True)
+        hint += f"; give a pattern that leads to {inner[0]}" if inner else ""
+        raise FileNotFoundError(f"{name}: no .tar file in {path!r}; expected shards such as 00000.tar{hint}")
     return sorted(set(shards))
 
 

@@ -103,6 +103,9 @@ def test_plain_images_have_empty_captions_and_a_warning(tmp_path, caplog):
     assert contents(open_folder(tmp_path)) == [(0, ("",), 0), (1, ("",), 1), (2, ("",), 2)]
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
     assert "3 of 3 rows" in caplog.text and "have no caption" in caplog.text and "name.txt" in caplog.text
+    (tmp_path / "captions.json").write_text('{"9.png": "nine"}')
+    open_folder(tmp_path)
+    assert "fields that are there: captions.json" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,11 @@ def test_one_shard_and_missing_ones(shards):
     (shards / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="no .tar file in"):
         WebDataset(shards / "empty")
+    (shards / "empty" / "0.tar.gz").touch()
+    (shards / "empty" / "part").mkdir()
+    (shards / "empty" / "part" / "1.tar").touch()
+    with pytest.raises(FileNotFoundError, match="unpack 0.tar.gz .*pattern that leads to .*part/1.tar"):
+        WebDataset(shards / "empty")
 
 
 # Members of a row beside its image -> its captions.
@@ -101,6 +106,7 @@ CAPTIONS = [
     ({"txt": "zwei ü".encode("utf-16-le")}, ("zwei ü",)),
     ({"txt": "one\u2028caption\nof two lines".encode()}, ("one\u2028caption\nof two lines",)),
     ({"cls": b"cat"}, ("cat",)),
+    ({"prompt": b"a"}, ("a",)),
     ({"cls": b"7"}, ("",)),
 ]
 
@@ -117,9 +123,9 @@ def test_where_captions_come_from(tmp_path, caplog):
     write_captions(tmp_path / "a.tar", [files for files, _ in CAPTIONS])
     dataset = WebDataset(tmp_path)
     assert [dataset.captions(index) for index in range(len(dataset))] == [captions for _, captions in CAPTIONS]
-    assert "4 of 16 rows" in caplog.text and "(00, 06, 07, 15)" in caplog.text
+    assert "4 of 17 rows" in caplog.text and "(00, 06, 07, 16)" in caplog.text
     assert "caption (in .json), TEXT (in .json), URL (in .json)" in caplog.text and ".cls" in caplog.text
-    assert "2 of 17 caption files" in caplog.text and "11.txt in" in caplog.text and "(Windows-1252)" in caplog.text
+    assert "2 of 18 caption files" in caplog.text and "11.txt in" in caplog.text and "(Windows-1252)" in caplog.text
     assert "are damaged" in caplog.text and "06.json in" in caplog.text and "07.json in" in caplog.text
     named = WebDataset(tmp_path, caption_key="alt")
     assert [row for row in range(len(named)) if named.captions(row) != ("",)] == [3, 4]
@@ -131,6 +137,7 @@ def test_where_captions_come_from(tmp_path, caplog):
         ([{"json": b'{"url": "u"}'}, {}], r"2 of 2 rows .*\(00, 01\); fields that are there: url \(in .json\)"),
         ([{"txt": b"a"}, {"txt": b""}, {}], r"2 of 3 rows .*\(01, 02\); fields that are there: .txt"),
         ([{"cls": b"3"}], "1 of 1 rows .*there: .cls"),
+        ([{"comment": b"a cat"}], "1 of 1 rows .*there: .comment"),
     ],
 )
 def test_rows_without_a_caption_are_counted(tmp_path, caplog, files, said):
