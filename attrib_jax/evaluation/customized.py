@@ -26,11 +26,12 @@ from attrib_jax.data.latents import LatentsDataset
 from attrib_jax.data.protocol import Row
 from attrib_jax.data.sources import ArrayDataset, Dataset
 from attrib_jax.evaluation.metrics import average_precision, mean_and_error, recall_at
-from attrib_jax.evaluation.named import score_queries
+from attrib_jax.evaluation.named import has_cascade, score_queries
 from attrib_jax.evaluation.tables import write_table
 from attrib_jax.jobs.context import Run
 from attrib_jax.jobs.encode import EncodeConfig, image_resolution
 from attrib_jax.jobs.query import Query
+from attrib_jax.jobs.settings import CurvatureSettings
 from attrib_jax.methods.base import MethodConfig
 from attrib_jax.storage.files import make_folder, write_json
 from attrib_jax.storage.stage_root import StageRoot
@@ -171,10 +172,10 @@ def run_customized(
     prompt lacks V*.
     """
     for name, each in methods.items():
-        takes = each.method in ("unlearn", "influence") and (each.update, each.curvature) == ("newton", "diagonal")
-        if takes and each.fisher is None:
+        takes_diagonal = isinstance(each, CurvatureSettings) and each.curvature == "diagonal"
+        if takes_diagonal and getattr(each, "update", "newton") == "newton" and each.fisher is None:
             raise ValueError(f"method {name!r} has no fisher; give that of the base model, which all models share")
-        if each.cascade:
+        if has_cascade(each):
             raise ValueError(f"method {name!r} has a cascade, which may leave exemplars without a rank; leave it out")
     for case in cases:
         if _without(case.prompt, config.token) == " ".join(case.prompt.split()):

@@ -8,7 +8,7 @@ import numpy as np
 from attrib_jax.core.checks import check_positive, check_range
 from attrib_jax.evaluation.counterfactual import Counterfactuals
 from attrib_jax.evaluation.metrics import Lds, half_subsets, lds
-from attrib_jax.evaluation.named import QuerySet, method_scores
+from attrib_jax.evaluation.named import QuerySet, has_cascade, method_scores
 from attrib_jax.evaluation.retrain import Training
 from attrib_jax.evaluation.tables import bar_plot, write_table
 from attrib_jax.methods.base import MethodConfig
@@ -63,7 +63,7 @@ def run_lds(
     Raises ValueError for a method with a cascade, which has no scores of most pictures to sum.
     """
     for name, each in methods.items():
-        if each.cascade:
+        if has_cascade(each):
             raise ValueError(f"method {name!r} has a cascade, and sums need the scores of all pictures; leave it out")
     run, positions = counterfactuals.run, queries.split(split)
     kept, trainings = config.subsets(len(run.data))

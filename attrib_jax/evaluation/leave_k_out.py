@@ -16,7 +16,7 @@ from attrib_jax.core.checks import check_positive, check_range
 from attrib_jax.core.types import ranking
 from attrib_jax.evaluation.counterfactual import Counterfactuals
 from attrib_jax.evaluation.metrics import RemovalCurve, crossed_mean, mean_and_error, over_sets
-from attrib_jax.evaluation.named import QuerySet, method_scores
+from attrib_jax.evaluation.named import QuerySet, has_cascade, method_scores
 from attrib_jax.evaluation.retrain import Training
 from attrib_jax.evaluation.similarity import check_sees_pictures, picture_directions
 from attrib_jax.evaluation.tables import curve_plot, picture_grid, write_table
@@ -168,7 +168,7 @@ def run_leave_k_out(
     size, row_ids = len(run.data), run.data.row_ids
     config.check_size(size)
     for name, each in methods.items():
-        if each.cascade and each.num_finalists(size) < max(config.counts):
+        if has_cascade(each) and each.num_finalists(size) < max(config.counts):
             raise ValueError(
                 f"method {name!r} has a cascade that scores {each.num_finalists(size)} pictures in full, fewer than "
                 f"the {max(config.counts)} to be removed; raise its cascade or cascade_min"

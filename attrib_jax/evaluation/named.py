@@ -16,6 +16,7 @@ from attrib_jax.core.settings import declared
 from attrib_jax.core.types import Scores
 from attrib_jax.jobs.context import Run
 from attrib_jax.jobs.query import Query, check_query_name, prepare_query, query_settings
+from attrib_jax.jobs.settings import PassSettings
 from attrib_jax.methods import CONFIGS, METHODS, check_method, method_config, method_inputs, queries_per_pass
 from attrib_jax.methods.base import MethodConfig, QueryJob
 from attrib_jax.parallel.hosts import run_on_host0
@@ -68,6 +69,11 @@ def read_methods(file: str | os.PathLike, only: Sequence[str] = ()) -> dict[str,
         except (ValueError, TypeError) as error:
             raise ValueError(f"method {name!r} of {file}: {error}") from error
     return configs
+
+
+def has_cascade(config: MethodConfig) -> bool:
+    """Whether a method gives full scores to some of the images only."""
+    return isinstance(config, PassSettings) and config.cascade > 0
 
 
 @dataclasses.dataclass(frozen=True)
