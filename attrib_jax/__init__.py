@@ -37,7 +37,7 @@ _MODULES = {
     "jobs.encode": ("EncodeConfig", "encode"),
     "methods": ("METHODS", "method_config"),
     "methods.base": ("Attribution", "MethodConfig"),
-    "methods.features": ("FeatureConfig",),
+    "methods.features": ("FeatureConfig", "MappedFeatureConfig", "TextFeatureConfig"),
     "methods.influence": ("InfluenceConfig",),
     "methods.pixel": ("PixelConfig",),
     "methods.projected": ("ProjectedConfig",),

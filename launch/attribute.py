@@ -16,7 +16,7 @@ from attrib_jax.data.sources import Dataset
 from attrib_jax.jobs.encode import image_resolution
 from attrib_jax.jobs.query import Query, read_stored_query
 from attrib_jax.jobs.query_file import read_queries
-from attrib_jax.methods import CONFIGS, METHODS
+from attrib_jax.methods import METHODS, method_readers
 from attrib_jax.methods.base import Attribution, MethodConfig
 from attrib_jax.methods.features import default_tower
 from attrib_jax.parallel.hosts import is_host0
@@ -43,7 +43,7 @@ _TOP_K = flags.DEFINE_integer("top_k", 24, "Images shown in the report, and rows
 _SHIPPED = flags.DEFINE_boolean(
     "use_shipped_stages", True, "Whether finished stages that came with the model are reused."
 )
-define_flags(Query, *CONFIGS.values(), skip=["method"])
+define_flags(Query, *(method.config for method in METHODS.values()), skip=["method"])
 flags.mark_flags_as_mutual_exclusive(["query", "query_latents", "queries"])
 flags.mark_flags_as_mutual_exclusive(["region", "region_mask"])
 
@@ -94,13 +94,13 @@ def _print(query: Query, result: Attribution, dataset: Dataset, named: bool) -> 
 def _read_config() -> MethodConfig:
     """The config of the method, from the flags that it reads."""
     method, values = _METHOD.value, {}
-    check_unread(f"method {method!r}", {f"method {name!r}": config for name, config in CONFIGS.items()})
-    if "tower" in (fields := {field.name for field in dataclasses.fields(CONFIGS[method])}):
+    check_unread(f"method {method!r}", method_readers())
+    if "tower" in (fields := {field.name for field in dataclasses.fields(METHODS[method].config)}):
         values["tower"] = flags.FLAGS.tower or default_tower(method, common.DATASET.value)
     if "cascade_min" in fields and flags.FLAGS.cascade:
         # Every image that is shown has its full score.
         values["cascade_min"] = max(flags.FLAGS.cascade_min, _TOP_K.value)
-    return read_config(CONFIGS[method], method=method, **values)
+    return read_config(METHODS[method].config, method=method, **values)
 
 
 def _read_queries() -> tuple[list[Query], list[str | None]]:

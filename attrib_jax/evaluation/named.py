@@ -17,7 +17,7 @@ from attrib_jax.core.types import Scores
 from attrib_jax.jobs.context import Run
 from attrib_jax.jobs.query import Query, check_query_name, prepare_query, query_settings
 from attrib_jax.jobs.settings import PassSettings
-from attrib_jax.methods import CONFIGS, METHODS, check_method, method_config, method_inputs, queries_per_pass
+from attrib_jax.methods import METHODS, check_method, method_config, method_inputs, queries_per_pass
 from attrib_jax.methods.base import MethodConfig, QueryJob
 from attrib_jax.parallel.hosts import run_on_host0
 from attrib_jax.storage.files import make_folder, stored_arrays, write_arrays
@@ -62,9 +62,9 @@ def read_methods(file: str | os.PathLike, only: Sequence[str] = ()) -> dict[str,
             check_choice("method", method, METHODS)
             for field in shared:
                 check_choice(
-                    "setting", field, sorted({field for config in CONFIGS.values() for field in declared(config)})
+                    "setting", field, sorted({field for each in METHODS.values() for field in declared(each.config)})
                 )
-            read = {field: value for field, value in shared.items() if field in declared(CONFIGS[method])}
+            read = {field: value for field, value in shared.items() if field in declared(METHODS[method].config)}
             configs[name] = method_config(**{"method": method, **read, **own})
         except (ValueError, TypeError) as error:
             raise ValueError(f"method {name!r} of {file}: {error}") from error

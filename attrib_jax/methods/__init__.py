@@ -20,7 +20,7 @@ _BYTES_PER_PASS = 2**31
 _MAX_QUERIES = 1024
 
 _PROJECTED = (projected.ProjectedConfig, projected.prepare, projected.score)
-_FEATURES = (features.FeatureConfig, features.prepare, features.score)
+_FEATURES = (features.prepare, features.score)
 _BY_IMAGES = {"inputs": features.image_inputs}
 
 METHODS: dict[str, Method] = {
@@ -31,24 +31,30 @@ METHODS: dict[str, Method] = {
     "d-trak": Method(*_PROJECTED, "D-TRAK: gradients of the prediction's mean square", check=projected.check),
     "das": Method(*_PROJECTED, "DAS: gradients of the prediction's mean", check=projected.check),
     "pixel": Method(pixel.PixelConfig, pixel.prepare, pixel.score, "similarity of pixels", **_BY_IMAGES),
-    "clip": Method(*_FEATURES, "similarity of CLIP image features", **_BY_IMAGES),
-    "clip-text": Method(*_FEATURES, "similarity of CLIP text features", **_BY_IMAGES),
-    "dino": Method(*_FEATURES, "similarity of DINO features", **_BY_IMAGES),
-    "dinov2": Method(*_FEATURES, "similarity of DINOv2 features", **_BY_IMAGES),
-    "clip-abc": Method(*_FEATURES, "similarity of CLIP features under a linear mapping", **_BY_IMAGES),
-    "dino-abc": Method(*_FEATURES, "similarity of DINO features under a linear mapping", **_BY_IMAGES),
+    "clip": Method(features.FeatureConfig, *_FEATURES, "similarity of CLIP image features", **_BY_IMAGES),
+    "clip-text": Method(features.TextFeatureConfig, *_FEATURES, "similarity of CLIP text features", **_BY_IMAGES),
+    "dino": Method(features.FeatureConfig, *_FEATURES, "similarity of DINO features", **_BY_IMAGES),
+    "dinov2": Method(features.FeatureConfig, *_FEATURES, "similarity of DINOv2 features", **_BY_IMAGES),
+    "clip-abc": Method(
+        features.MappedFeatureConfig, *_FEATURES, "similarity of CLIP features under a linear mapping", **_BY_IMAGES
+    ),
+    "dino-abc": Method(
+        features.MappedFeatureConfig, *_FEATURES, "similarity of DINO features under a linear mapping", **_BY_IMAGES
+    ),
     "random": Method(random.RandomConfig, random.prepare, random.score, "uniform scores, the floor"),
 }
 
-CONFIGS: dict[str, type[MethodConfig]] = {name: method.config for name, method in METHODS.items()}
+
+def method_readers() -> dict[str, type[MethodConfig]]:
+    """The config class of every method by "method 'NAME'", as `refuse_unread` takes them."""
+    return {f"method {name!r}": method.config for name, method in METHODS.items()}
 
 
 def method_config(method: str = "unlearn", **settings: Any) -> MethodConfig:
     """The config of a method; ValueError for a name that is not known, or a setting that the method does not read."""
     check_choice("method", method, METHODS)
-    readers = {f"method {name!r}": config for name, config in CONFIGS.items()}
-    refuse_unread(settings, f"method {method!r}", readers)
-    return CONFIGS[method](method=method, **settings)
+    refuse_unread(settings, f"method {method!r}", method_readers())
+    return METHODS[method].config(method=method, **settings)
 
 
 def check_method(run: Run, config: MethodConfig) -> None:
@@ -80,7 +86,6 @@ def queries_per_pass(run: Run, config: MethodConfig) -> int:
 
 
 __all__ = [
-    "CONFIGS",
     "METHODS",
     "Method",
     "MethodConfig",
@@ -89,5 +94,6 @@ __all__ = [
     "check_method",
     "method_config",
     "method_inputs",
+    "method_readers",
     "queries_per_pass",
 ]

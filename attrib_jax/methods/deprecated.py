@@ -26,7 +26,7 @@ def GradientSettings(**settings: Any) -> dict[str, Any]:  # noqa: N802
 
 
 def FeatureSettings(tower: str | None = None, head: str | None = None) -> dict[str, Any]:  # noqa: N802
-    """Deprecated: `tower` and `feature_head` of `FeatureConfig`."""
+    """Deprecated: `tower` and `feature_head` of the configs of feature similarity."""
     _warn("FeatureSettings", "FeatureConfig")
     return {"tower": tower} | ({} if head is None else {"feature_head": head})
 

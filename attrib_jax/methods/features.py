@@ -67,11 +67,14 @@ TOWER_METHODS = {
 }
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class FeatureConfig(MethodConfig, FlipSettings, CaptionSettings):
-    """Settings of feature similarity."""
+def _names(text: bool = False, mapped: bool = False) -> tuple[str, ...]:
+    return tuple(name for name, method in TOWER_METHODS.items() if (method.text, method.mapped) == (text, mapped))
 
-    method: str = setting("clip", "Attribution method.", choices=tuple(TOWER_METHODS))
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TowerConfig(MethodConfig):
+    """The feature tower, which all of these methods read."""
+
     tower: str | None = setting(
         None,
         "Feature tower: a folder in the transformers layout or a Hugging Face id; for clip and clip-text on OpenMoji "
@@ -79,6 +82,35 @@ class FeatureConfig(MethodConfig, FlipSettings, CaptionSettings):
         path=True,
         content=tower_fingerprint,
     )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.tower is None:
+            raise ValueError(
+                f"tower is None: method {self.method!r} expected a transformers folder or Hugging Face id such as "
+                f"{TOWER_METHODS[self.method].example}. Give --tower."
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FeatureConfig(TowerConfig, FlipSettings):
+    """Settings of the similarity of image features."""
+
+    method: str = setting("clip", "Attribution method.", choices=_names())
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextFeatureConfig(TowerConfig, CaptionSettings):
+    """Settings of the similarity of text features."""
+
+    method: str = setting("clip-text", "Attribution method.", choices=_names(text=True))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MappedFeatureConfig(FeatureConfig):
+    """Settings of the similarity of image features under a linear mapping (AbC)."""
+
+    method: str = setting("clip-abc", "Attribution method.", choices=_names(mapped=True))
     feature_head: str | None = setting(
         None,
         "File with one matrix, the linear mapping of the features; of clip-abc and dino-abc.",
@@ -88,28 +120,11 @@ class FeatureConfig(MethodConfig, FlipSettings, CaptionSettings):
 
     def __post_init__(self):
         super().__post_init__()
-        needs = TOWER_METHODS[self.method]
-        if self.tower is None:
-            raise ValueError(
-                f"tower is None: method {self.method!r} expected a transformers folder or Hugging Face id such as "
-                f"{needs.example}. Give --tower."
-            )
-        if needs.mapped and self.feature_head is None:
+        if self.feature_head is None:
             raise ValueError(
                 f"feature_head is None: method {self.method!r} expected a file with one matrix. Give --feature_head, "
-                f"or take method {needs.family!r}, which maps nothing."
+                f"or take method {TOWER_METHODS[self.method].family!r}, which maps nothing."
             )
-        if not needs.mapped and self.feature_head is not None:
-            mapped = [name for name, method in TOWER_METHODS.items() if method.mapped]
-            raise ValueError(
-                f"feature_head is {self.feature_head!r}, but method is {self.method!r}: it belongs to method "
-                f"{' and '.join(mapped)}. Leave it out, or change method."
-            )
-
-    def applies(self, name: str) -> bool:
-        """Captions count where texts are compared, flips where images are."""
-        text = TOWER_METHODS[self.method].text
-        return super().applies(name) and name != ("flips" if text else "captions")
 
 
 def default_tower(method: str, dataset_name: str) -> str | None:
@@ -127,7 +142,7 @@ class Prepared(NamedTuple):
     kept: np.ndarray | None
 
 
-def prepare(run: Run, config: FeatureConfig) -> Prepared:
+def prepare(run: Run, config: TowerConfig) -> Prepared:
     """Features of the data set, computed, resumed or reused; one stage for each tower."""
     method = TOWER_METHODS[config.method]
     check_images(run.dataset, config.method)
@@ -139,7 +154,8 @@ def prepare(run: Run, config: FeatureConfig) -> Prepared:
             f"whole model such as {method.example}"
         )
     # Before the features, which take long.
-    head = load_head(config.feature_head, tower.module.feature_width()) if method.mapped else None
+    mapped = isinstance(config, MappedFeatureConfig)
+    head = load_head(config.feature_head, tower.module.feature_width()) if mapped else None
     fingerprint = tower_fingerprint(config.tower)
     inputs = {**image_inputs(run), "tower": fingerprint}
     name = f"features/{'captions' if method.text else 'pictures'}-{fingerprint[:12]}"
@@ -150,7 +166,7 @@ def prepare(run: Run, config: FeatureConfig) -> Prepared:
         return Prepared(tower, head, *picture_features(run.root, name, inputs, run.dataset, tower, workers))
 
 
-def score(run: Run, queries: Sequence[QueryJob], config: FeatureConfig) -> list[Scored]:
+def score(run: Run, queries: Sequence[QueryJob], config: TowerConfig) -> list[Scored]:
     """Cosine similarities of a tower's features of the query and of each training image.
 
     Images are compared as they are and mirrored, and `config.flips` says what to make of the two. `clip-text` compares
@@ -168,7 +184,7 @@ def score(run: Run, queries: Sequence[QueryJob], config: FeatureConfig) -> list[
     return [Scored(make_scores(run.dataset.row_ids[kept], each[kept], None, config.flips)) for each in values]
 
 
-def _text_scores(dataset, features, queries, config: FeatureConfig) -> list[Scores]:
+def _text_scores(dataset, features, queries, config: TextFeatureConfig) -> list[Scores]:
     first = _first_captions(dataset)
     results = []
     for values in cosine_similarities(features, queries):

@@ -1,4 +1,4 @@
-"""One tiny random pipeline and data set for all tests of the stages."""
+"""One tiny random pipeline and data set for all tests of a folder."""
 
 import pytest
 
