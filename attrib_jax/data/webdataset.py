@@ -19,6 +19,7 @@ from attrib_jax.data.tar_index import index_tar
 _MAX_CAPTION_BYTES = 2**20
 _READERS = 8
 _IMAGE = "image"
+_PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip")
 _ADVICE = "expected key.txt, key.caption or a field of key.json beside key.jpg; name the field as caption_key"
 
 
@@ -239,11 +240,9 @@ def _find_shards(name: str, path: str) -> list[str]:
                 raise FileNotFoundError(f"{name}: {pattern!r} does not exist; expected .tar shards")
             shards += found
     if not shards:
-        packed = [
-            file for file in os.listdir(path) if file.endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip"))
-        ]
+        packed = [file for file in os.listdir(path) if file.endswith(_PACKED)]
         hint = f"; unpack {packed[0]} and the like" if packed else ""
-        inner = glob.glob(os.path.join(glob.escape(path), "**", "*.tar"), recursive=True)
+        inner = glob.glob(os.path.join(glob.escape(path), "*", "*.tar"))
         hint += f"; give a pattern that leads to {inner[0]}" if inner else ""
         raise FileNotFoundError(f"{name}: no .tar file in {path!r}; expected shards such as 00000.tar{hint}")
     return sorted(set(shards))
