@@ -20,6 +20,7 @@ from attrib_jax.convert.adapters.custom_diffusion import apply_custom_diffusion
 from attrib_jax.convert.pipeline import Pipeline
 from attrib_jax.core.checks import check_positive, check_range
 from attrib_jax.core.fingerprint import digest
+from attrib_jax.core.text import read_text
 from attrib_jax.data.concat import concatenate
 from attrib_jax.data.images import UnreadableRowError, read_image
 from attrib_jax.data.latents import LatentsDataset
@@ -145,7 +146,7 @@ def _find(root: Path, path: str, published: str) -> Path:
 
 def _read_list(file: str | os.PathLike) -> list:
     try:
-        content = json.loads(Path(file).read_text(encoding="utf-8"))
+        content = json.loads(read_text(file))
     except ValueError as error:
         raise ValueError(f"{file} is damaged, it is not valid JSON ({error})") from error
     if not isinstance(content, list):

@@ -13,6 +13,7 @@ import numpy as np
 from attrib_jax.core.checks import check_choice
 from attrib_jax.core.fingerprint import json_digest
 from attrib_jax.core.settings import declared
+from attrib_jax.core.text import read_text
 from attrib_jax.core.types import Scores
 from attrib_jax.jobs.context import Run
 from attrib_jax.jobs.query import Query, check_query_name, prepare_query, query_settings
@@ -42,7 +43,7 @@ def read_methods(file: str | os.PathLike, only: Sequence[str] = ()) -> dict[str,
       ValueError: it is not such an object, a method does not read a setting, or a name is unknown; says which.
     """
     try:
-        content = json.loads(Path(file).read_text(encoding="utf-8"))
+        content = json.loads(read_text(file))
     except ValueError as error:
         raise ValueError(f"methods file {file} is not valid JSON ({error})") from error
     if not isinstance(content, dict) or not all(isinstance(value, dict) for value in content.values()):
