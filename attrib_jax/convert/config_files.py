@@ -1,7 +1,10 @@
-"""JSON files of a model folder: reading and writing them."""
+"""JSON files of a model folder: reading, writing, and checking the values in them."""
 
 import json
+import math
 import os
+import types
+import typing
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,3 +35,83 @@ def write_json(content: Mapping[str, Any], path: str) -> None:
     with open(path, "w", encoding="utf-8") as file:
         json.dump(content, file, indent=2, sort_keys=True)
         file.write("\n")
+
+
+# Bounds by option, of the numbers in it: (lowest, whether the lowest itself is allowed). Others are counts from 1, or
+# finite numbers above 0.
+_BOUNDS = {
+    "freq_shift": (0, True),
+    "shift_factor": (-math.inf, True),
+    "steps_offset": (0, True),
+    "trained_betas": (0, True),
+    "num_register_tokens": (0, True),
+    "bos_token_id": (0, True),
+    "eos_token_id": (0, True),
+    "pad_token_id": (0, True),
+}
+_LARGEST = 2**31 - 1
+
+
+def check_values(content: Mapping[str, Any], options: type | Mapping[str, Any], source: str) -> None:
+    """Checks the types and bounds of the options that a JSON object gives; absent ones have defaults.
+
+    Args:
+      content: the JSON object.
+      options: a config dataclass, whose field types count, or option -> type. Unions, and tuples for lists, are
+        understood. Null is allowed where the type has None, and for true or false, as older files have it.
+      source: the file, for the message.
+
+    Raises ValueError with the file, the option, its value and what was expected.
+    """
+    hints = options if isinstance(options, Mapping) else typing.get_type_hints(options)
+    for name, hint in hints.items():
+        if name in content:
+            bounds = _BOUNDS.get(name)
+            if not _fits(content[name], hint, bounds):
+                raise ValueError(f"{source}: {name} is {content[name]!r}; expected {_describe(hint, bounds)}")
+
+
+def _alternatives(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+
+
+def _fits(value: Any, hint: Any, bounds: tuple[float, bool] | None) -> bool:
+    for kind in _alternatives(hint):
+        if typing.get_origin(kind) is tuple:
+            inner = typing.get_args(kind)
+            if isinstance(value, list | tuple):
+                kinds = [inner[0]] * len(value) if inner[-1] is Ellipsis else inner
+                if value and len(value) == len(kinds):
+                    if all(_fits(x, k, bounds) for x, k in zip(value, kinds, strict=True)):
+                        return True
+        elif kind in (int, float):
+            low, inclusive = bounds or (1, True) if kind is int else bounds or (0, False)
+            number = isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
+            if number and (low <= value if inclusive else low < value) and value <= _LARGEST and math.isfinite(value):
+                return True
+        elif kind is bool:
+            if value is None or isinstance(value, bool):
+                return True
+        elif kind in (str, types.NoneType):
+            if isinstance(value, kind):
+                return True
+        else:  # a type with a check of its own
+            return True
+    return False
+
+
+def _describe(hint: Any, bounds: tuple[float, bool] | None) -> str:
+    words = []
+    for kind in _alternatives(hint):
+        if typing.get_origin(kind) is tuple:
+            inner = typing.get_args(kind)
+            length = "" if inner[-1] is Ellipsis else f"{len(inner)} "
+            words.append(f"a list of {length}entries, each {_describe(inner[0], bounds)}")
+        elif kind in (int, float):
+            low, inclusive = bounds or (1, True) if kind is int else bounds or (0, False)
+            noun = "a whole number" if kind is int else "a finite number"
+            limit = "" if low == -math.inf else f" of at least {low}" if inclusive else f" greater than {low}"
+            words.append(noun + limit)
+        else:
+            words.append({bool: "true or false", str: "a text", types.NoneType: "null"}.get(kind, str(kind)))
+    return ", or ".join(words)

@@ -10,10 +10,12 @@ import jax.numpy as jnp
 
 from attrib_jax.convert.config_files import read_config, read_json, write_json
 from attrib_jax.convert.configs import named_config
-from attrib_jax.convert.parts import PIXELS, build_module, load_part
+from attrib_jax.convert.families import PIPELINE, check_class, refusal
+from attrib_jax.convert.ldm.target import TARGET_OPTIONS, Claim, merge_claims, read_claims
+from attrib_jax.convert.parts import PIXELS, build_module, build_schedule, load_part
 from attrib_jax.convert.pipeline import Pipeline, check_parts
-from attrib_jax.convert.tokenizer import load_tokenizer, save_tokenizer
-from attrib_jax.convert.weights.files import write_weights
+from attrib_jax.convert.tokenizer import check_padding, load_tokenizer, save_tokenizer
+from attrib_jax.convert.weights.files import open_weights, write_weights
 from attrib_jax.convert.weights.state_dicts import state_dict_of
 from attrib_jax.core.durable import new_folder
 from attrib_jax.diffusion.schedule import NoiseSchedule
@@ -120,8 +122,10 @@ def find_weights(folder: str, stem: str, variant: str | None = None) -> str:
     return os.path.join(folder, found[variant])
 
 
-def check_folder(path: str, variant: str | None = None, replaced: Collection[str] = ()) -> dict[str, str]:
-    """Checks that a pipeline folder is complete and of a supported family -> the weight file of each part.
+def check_folder(
+    path: str, variant: str | None = None, replaced: Collection[str] = ()
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Checks that a pipeline folder is of a supported family and complete -> module and weight file of each part.
 
     Args:
       path: the folder.
@@ -130,11 +134,9 @@ def check_folder(path: str, variant: str | None = None, replaced: Collection[str
 
     Raises:
       FileNotFoundError: files are missing (all are listed), or the variant is.
-      ValueError: model_index.json is damaged, or names a pipeline or part of another class.
+      ValueError: see `check_configs`.
     """
-    if not os.path.isfile(os.path.join(path, INDEX)):
-        raise FileNotFoundError(f"{path!r} has no {INDEX}; give the top folder of a pipeline in the diffusers layout")
-    _check_classes(read_json(os.path.join(path, INDEX)), path, replaced)
+    modules = check_configs(path, replaced)
     names = {part: _files(os.path.join(path, part)) for part in STEMS if part not in replaced}
     chosen = choose_weights(names, variant, f"model folder {path!r}")
     missing = []
@@ -147,7 +149,7 @@ def check_folder(path: str, variant: str | None = None, replaced: Collection[str
         missing.append("tokenizer/")
     if missing:
         raise FileNotFoundError(f"model folder {path!r} is incomplete, it lacks: {', '.join(missing)}")
-    return {part: os.path.join(path, part, name) for part, name in chosen.items() if name}
+    return modules, {part: os.path.join(path, part, name) for part, name in chosen.items() if name}
 
 
 def _files(folder: str) -> list[str]:
@@ -157,17 +159,51 @@ def _files(folder: str) -> list[str]:
     return [name for name in os.listdir(folder) if os.path.isfile(os.path.join(folder, name))]
 
 
-def _check_classes(index: dict[str, Any], path: str, replaced: Collection[str]) -> None:
-    class_name = index.get("_class_name")
-    if class_name != "StableDiffusionPipeline":
-        raise ValueError(
-            f"{path!r} is a {class_name!r}; supported: 'StableDiffusionPipeline' (the Stable Diffusion 1 and 2 family)"
-        )
+def check_configs(path: str, replaced: Collection[str] = ()) -> dict[str, Any]:
+    """Checks a pipeline folder's model_index.json and configs, as far as they are there -> part -> Flax module.
+
+    No weight file has to be there: a download starts with what is checked here.
+
+    Args:
+      path: the folder.
+      replaced: parts, as the folder calls them, that another one stands in for: they are left out of the checks.
+
+    Raises:
+      FileNotFoundError: there is no model_index.json.
+      ValueError: it names a pipeline or part of another class, or a config has a value that is not supported; says
+        what the model is, or which file, key and value.
+    """
+    index_file = os.path.join(path, INDEX)
+    if not os.path.isfile(index_file):
+        config_file = os.path.join(path, "config.json")
+        if os.path.isfile(config_file):
+            config = read_json(config_file)
+            name = config.get("_class_name") or config.get("model_type")
+            check_class(name, (PIPELINE,), f"model {path!r}")
+        raise FileNotFoundError(f"{path!r} has no {INDEX}; give the top folder of a pipeline in the diffusers layout")
+    index = read_json(index_file)
+    is_refiner = index.get("_class_name") == "StableDiffusionXLImg2ImgPipeline" and index.get("text_encoder") in (
+        None,
+        [None, None],
+    )
+    if is_refiner:
+        raise refusal(f"model {path!r}", "the refiner of Stable Diffusion XL", "give a Stable Diffusion 1 or 2 model")
+    check_class(index.get("_class_name"), (PIPELINE,), f"model {path!r}")
     for part, supported in _SUPPORTED.items():
         entry = index.get(part)
         found = entry[1] if isinstance(entry, list) and len(entry) == 2 else entry
-        if part not in replaced and found not in supported:
-            raise ValueError(f"{path!r} has {part} of class {found!r}; supported: {', '.join(supported)}")
+        if part not in replaced:
+            check_class(found, supported, f"{part} of model {path!r}")
+    modules = {}
+    for part in STEMS:
+        file = os.path.join(path, part, "config.json")
+        if part not in replaced and os.path.isfile(file):
+            modules[part] = build_module(part, read_json(file), file)
+    file = os.path.join(path, "scheduler", SCHEDULER_CONFIG)
+    if "scheduler" not in replaced and os.path.isfile(file):
+        build_schedule(read_json(file), None, file)
+    check_parts(**modules)
+    return modules
 
 
 class UNetFile(NamedTuple):
@@ -177,15 +213,37 @@ class UNetFile(NamedTuple):
       module: built from its config.
       file: its weights.
       scheduler: the scheduler_config.json that it was trained with; None where its config has none.
+      source: what error messages call the config.
     """
 
     module: UNet2DConditionModel
     file: str
     scheduler: dict[str, Any] | None
+    source: str
 
     def load(self, dtype: Any) -> Any:
         """The parameters."""
         return load_part("unet", self.module, self.file, dtype)
+
+    def schedule(self, base: Mapping[str, Any] | None, prediction_type: str | None) -> NoiseSchedule:
+        """The noise schedule that the UNet was trained with, on that of its config or else the `base` model's."""
+        claims = target_claims(self.file, prediction_type, self.scheduler or {}, self.source)
+        scheduler = base if self.scheduler is None else self.scheduler
+        return build_schedule({**scheduler, **merge_claims(claims)}, None, self.source)
+
+
+def target_claims(file: str, prediction_type: str | None, scheduler: Mapping[str, Any], source: str) -> list[Claim]:
+    """What a UNet's weight file, an argument, or else a scheduler config says of the target.
+
+    An argument stands in place of the config; the file's own header and marks have to agree with either.
+    """
+    shapes = {name: tensor.shape for name, tensor in open_weights(file).items()}
+    claims = [claim for claim in read_claims(file, shapes) if claim.option in TARGET_OPTIONS]
+    if prediction_type is not None:
+        claims.append(Claim("prediction_type", prediction_type, "prediction_type (--prediction_type)"))
+    elif "prediction_type" in scheduler:
+        claims.append(Claim("prediction_type", scheduler["prediction_type"], f"prediction_type in {source}"))
+    return claims
 
 
 def find_unet(path: str, config: str | Mapping[str, Any] | None = None) -> UNetFile:
@@ -196,8 +254,13 @@ def find_unet(path: str, config: str | Mapping[str, Any] | None = None) -> UNetF
     if os.path.isfile(path) and config is None:
         raise ValueError(f"{path} is a bare weight file; give its config: a name such as 'mscoco', or a json file")
     content, scheduler = (read_config(path), None) if config is None else named_config(config)
+    if config is None:
+        source = os.path.join(path, "config.json")
+    else:
+        source = "unet_config" if isinstance(config, Mapping) else os.fspath(config)
+    module = build_module("unet", content, source)
     file = find_weights(path, STEMS["unet"]) if os.path.isdir(path) else path
-    return UNetFile(build_module("unet", content), file, scheduler)
+    return UNetFile(module, file, scheduler, source)
 
 
 def load_folder(
@@ -213,17 +276,21 @@ def load_folder(
 
     All configs are read and checked before the first tensor.
     """
-    weights = check_folder(path, variant, replaced_parts(unet, tokenizer))
-    scheduler = unet.scheduler if unet is not None else None
-    if scheduler is None:
-        scheduler = read_json(os.path.join(path, "scheduler", SCHEDULER_CONFIG))
-    schedule = read_schedule(scheduler, prediction_type)
-    modules = {part: build_module(part, read_config(os.path.join(path, part))) for part in weights}
+    modules, weights = check_folder(path, variant, replaced_parts(unet, tokenizer))
+    file = os.path.join(path, "scheduler", SCHEDULER_CONFIG)
+    if unet is not None:
+        schedule = unet.schedule(None if unet.scheduler is not None else read_json(file), prediction_type)
+    else:
+        config = read_json(file)
+        claims = target_claims(weights["unet"], prediction_type, config, file)
+        schedule = build_schedule({**config, **merge_claims(claims)}, None, file)
     if unet is not None:
         modules["unet"] = unet.module
     length = modules["text_encoder"].config.max_position_embeddings
     loaded_tokenizer = load_tokenizer(os.path.join(path, "tokenizer") if tokenizer is None else tokenizer, length)
     check_parts(**modules, tokenizer=loaded_tokenizer)
+    if tokenizer is not None:
+        check_padding(loaded_tokenizer, modules["text_encoder"].config, tokenizer)
     params = {part: load_part(part, modules[part], file, dtype) for part, file in weights.items()}
     if unet is not None:
         params["unet"] = unet.load(dtype)
@@ -238,12 +305,6 @@ def replaced_parts(unet: UNetFile | None, tokenizer: str | None) -> list[str]:
         "scheduler": unet is not None and unet.scheduler is not None,
     }
     return [part for part, is_replaced in replaced.items() if is_replaced]
-
-
-def read_schedule(scheduler: Mapping[str, Any], prediction_type: str | None) -> NoiseSchedule:
-    """The schedule of a scheduler_config.json, with another `prediction_type` unless None."""
-    given = {} if prediction_type is None else {"prediction_type": prediction_type}
-    return NoiseSchedule.from_config({**scheduler, **given})
 
 
 def save_pipeline(pipeline: Pipeline, path: str, dtype: Any = None, overwrite: bool = False) -> None:
@@ -275,7 +336,12 @@ def save_pipeline(pipeline: Pipeline, path: str, dtype: Any = None, overwrite: b
 
 def _write_parts(pipeline: Pipeline, folder: str, dtype: Any) -> None:
     for part, stem in STEMS.items():
-        write_json(getattr(pipeline, part).config.to_dict(), os.path.join(folder, part, "config.json"))
+        config = getattr(pipeline, part).config.to_dict()
+        if part == "text_encoder":
+            # Without it transformers 5 takes the dtype of the stored weights, while diffusers loads the other parts in
+            # float32: a folder stored in half precision would then open only with an explicit dtype.
+            config["dtype"] = "float32"
+        write_json(config, os.path.join(folder, part, "config.json"))
         write_weights(state_dict_of(pipeline.params[part], dtype), os.path.join(folder, part, f"{stem}.safetensors"))
     save_tokenizer(pipeline.tokenizer, os.path.join(folder, "tokenizer"))
     scheduler = {"_class_name": "DDIMScheduler", **pipeline.schedule.to_config()}

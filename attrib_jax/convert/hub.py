@@ -5,8 +5,9 @@ import os
 import posixpath
 import re
 from collections.abc import Callable, Collection
+from typing import Any
 
-from attrib_jax.convert.diffusers_folder import INDEX, SCHEDULER_CONFIG, STEMS, choose_weights
+from attrib_jax.convert.diffusers_folder import INDEX, SCHEDULER_CONFIG, STEMS, check_configs, choose_weights
 
 _log = logging.getLogger(__name__)
 
@@ -24,7 +25,8 @@ def resolve_model(
     """The local path of a model: a path as it is, a Hugging Face id downloaded or taken from the cache.
 
     Of a repository only the files that `load_pipeline` reads are downloaded: the jsons, the tokenizer, and of the
-    weights of each part one variant, safetensors where they are there. Where the hub cannot be reached (or
+    weights of each part one variant, safetensors where they are there. The jsons come first: of a model that they show
+    to be of another family nothing else is downloaded. Where the hub cannot be reached (or
     HF_HUB_OFFLINE is set), what huggingface_hub's cache holds is taken.
 
     Args:
@@ -35,16 +37,35 @@ def resolve_model(
 
     Raises:
       FileNotFoundError: there is no such path, and no such model on the hub or in the cache.
-      ValueError: the repository holds no pipeline in the diffusers layout, or huggingface_hub is not installed.
+      ValueError: the repository holds no pipeline in the diffusers layout, one that is not supported (see
+        `check_configs`), or huggingface_hub is not installed.
     """
-    forms = "a folder in the diffusers layout, a single-file checkpoint"
-    return _resolve(name, forms, INDEX, lambda names: _wanted(names, variant, os.fspath(name), replaced), cache_dir)
-
-
-def resolve_tower(name: str | os.PathLike, cache_dir: str | None = None) -> str:
-    """The local path of a feature tower in the transformers layout; as `resolve_model`, whose errors it raises."""
     return _resolve(
-        name, "a folder in the transformers layout", _CONFIG, lambda names: _wanted_tower(names, name), cache_dir
+        name,
+        "a folder in the diffusers layout, a single-file checkpoint",
+        INDEX,
+        lambda names: _wanted_configs(names, os.fspath(name), replaced),
+        lambda folder: check_configs(folder, replaced),
+        lambda names: _wanted_weights(names, variant, os.fspath(name), replaced),
+        cache_dir,
+    )
+
+
+def resolve_tower(
+    name: str | os.PathLike, cache_dir: str | None = None, check: Callable[[str], Any] = lambda folder: None
+) -> str:
+    """The local path of a feature tower in the transformers layout; as `resolve_model`, whose errors it raises.
+
+    `check` gets the folder once the jsons have arrived, and raises where nothing else is to be downloaded.
+    """
+    return _resolve(
+        name,
+        "a folder in the transformers layout",
+        _CONFIG,
+        lambda names: _wanted_tower_configs(names, os.fspath(name)),
+        check,
+        lambda names: _wanted_tower_weights(names, os.fspath(name)),
+        cache_dir,
     )
 
 
@@ -52,7 +73,9 @@ def _resolve(
     name: str | os.PathLike,
     forms: str,
     index: str,
-    wanted_of: Callable[[Collection[str]], list[str]],
+    configs_of: Callable[[Collection[str]], list[str]],
+    check: Callable[[str], Any],
+    weights_of: Callable[[Collection[str]], list[str]],
     cache_dir: str | None,
 ) -> str:
     name = os.fspath(name)
@@ -71,15 +94,21 @@ def _resolve(
         info = huggingface_hub.HfApi().model_info(repo, revision=revision, timeout=_TIMEOUT)
     except (OSError, HTTPError) as error:
         return _cached(name, repo, revision, cache_dir, index, error)
-    wanted = wanted_of({sibling.rfilename for sibling in info.siblings or ()})
-    try:
-        return huggingface_hub.snapshot_download(
-            repo, revision=revision, cache_dir=cache_dir, allow_patterns=wanted, etag_timeout=_TIMEOUT
-        )
-    except (OSError, HTTPError) as error:
-        raise ConnectionError(
-            f"the download of model {name!r} broke off ({_reason(error)}); try again, what has arrived is kept"
-        ) from error
+    names = {sibling.rfilename for sibling in info.siblings or ()}
+
+    def download(patterns: list[str]) -> str:
+        try:
+            return huggingface_hub.snapshot_download(
+                repo, revision=revision, cache_dir=cache_dir, allow_patterns=patterns, etag_timeout=_TIMEOUT
+            )
+        except (OSError, HTTPError) as error:
+            raise ConnectionError(
+                f"the download of model {name!r} broke off ({_reason(error)}); try again, what has arrived is kept"
+            ) from error
+
+    configs = configs_of(names)
+    check(download(configs))
+    return download([*configs, *weights_of(names)])
 
 
 def _cached(name: str, repo: str, revision: str | None, cache_dir: str | None, index: str, error: Exception) -> str:
@@ -103,43 +132,53 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
-def _wanted(names: Collection[str], variant: str | None, source: str, replaced: Collection[str]) -> list[str]:
-    """What to download of a repository with the files `names`, as names and glob patterns."""
+def _wanted_configs(names: Collection[str], source: str, replaced: Collection[str]) -> list[str]:
+    """The small files of a pipeline among the files `names`, as names and glob patterns."""
     if INDEX not in names:
+        if _CONFIG in names:  # a part of a pipeline, or another library's model: its config says which
+            return [_CONFIG]
         raise ValueError(
             f"Hugging Face model {source!r} has no {INDEX}: it is no pipeline in the diffusers layout. Download "
             "the file that you want, and give its path"
         )
-    kept = [part for part in STEMS if part not in replaced]
-    parts = {part: [posixpath.basename(n) for n in names if posixpath.dirname(n) == part] for part in kept}
-    chosen = choose_weights(parts, variant, f"Hugging Face model {source!r}")
     wanted = [INDEX]
     wanted += [] if "scheduler" in replaced else [f"scheduler/{SCHEDULER_CONFIG}"]
     wanted += [] if "tokenizer" in replaced else ["tokenizer/*.json", "tokenizer/*.txt"]
+    return wanted + [f"{part}/{_CONFIG}" for part in STEMS if part not in replaced]
+
+
+def _wanted_weights(names: Collection[str], variant: str | None, source: str, replaced: Collection[str]) -> list[str]:
+    """The weight files of a pipeline to download, as names and glob patterns."""
+    kept = [part for part in STEMS if part not in replaced]
+    parts = {part: [posixpath.basename(n) for n in names if posixpath.dirname(n) == part] for part in kept}
+    chosen = choose_weights(parts, variant, f"Hugging Face model {source!r}")
+    wanted = []
     for part, weights in chosen.items():
-        wanted.append(f"{part}/config.json")
-        if weights is None:
-            continue
-        wanted.append(f"{part}/{weights}")
-        if weights.endswith(".json"):
-            wanted += [f"{part}/{pattern}" for pattern in _shards(weights)]
+        if weights is not None:
+            wanted += [f"{part}/{file}" for file in (weights, *_shards(weights))]
     return wanted
 
 
-def _wanted_tower(names: Collection[str], source: str | os.PathLike) -> list[str]:
+def _wanted_tower_configs(names: Collection[str], source: str) -> list[str]:
     if _CONFIG not in names:
-        raise ValueError(f"Hugging Face model {os.fspath(source)!r} has no {_CONFIG}: it is no transformers model")
+        raise ValueError(f"Hugging Face model {source!r} has no {_CONFIG}: it is no transformers model")
+    return ["*.json", "*.txt"]
+
+
+def _wanted_tower_weights(names: Collection[str], source: str) -> list[str]:
     top = [name for name in names if "/" not in name]
     # Weight files of transformers are named alike for every model.
-    (weights,) = choose_weights({"text_encoder": top}, None, f"Hugging Face model {os.fspath(source)!r}").values()
-    wanted = ["*.json", "*.txt"]
-    if weights is not None:
-        wanted += [weights, *(_shards(weights) if weights.endswith(".json") else ())]
-    return wanted
+    (weights,) = choose_weights({"text_encoder": top}, None, f"Hugging Face model {source!r}").values()
+    return [] if weights is None else [weights, *_shards(weights)]
 
 
 def _shards(index: str) -> tuple[str, ...]:
-    """Glob patterns of the shards of an index, with the variant at either of the places that have been in use."""
+    """Glob patterns of the shards of an index, with the variant at either of the places that have been in use.
+
+    None for a file that is no index.
+    """
+    if not index.endswith(".json"):
+        return ()
     stem, suffix, *rest = index.removesuffix(".json").split(".")
     number = "-?????-of-?????"
     variants = [word for word in rest if word != "index"]

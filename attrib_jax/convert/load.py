@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from attrib_jax.convert.adapters.custom_diffusion import apply_custom_diffusion
 from attrib_jax.convert.adapters.lora import merge_lora
 from attrib_jax.convert.adapters.textual_inversion import add_tokens, read_token_file
-from attrib_jax.convert.diffusers_folder import UNetFile, find_unet, load_folder, read_schedule, replaced_parts
+from attrib_jax.convert.config_files import read_json
+from attrib_jax.convert.diffusers_folder import UNetFile, find_unet, load_folder, replaced_parts
 from attrib_jax.convert.hub import resolve_model
 from attrib_jax.convert.pipeline import Pipeline, check_parts
 from attrib_jax.convert.single_file import load_single_file
@@ -37,8 +38,14 @@ class ModelSource(Settings):
     )
     prediction_type: str | None = setting(
         None,
-        "What the denoiser predicts, in place of what the files say; a single file may not tell.",
+        "What the denoiser predicts, in place of what a folder's scheduler config says, or where a single file does not say it.",
         choices=("epsilon", "v_prediction"),
+    )
+    model_config: str | None = setting(
+        None,
+        "Json file with the config entries of a single-file checkpoint that tensor shapes cannot determine: "
+        '{"unet": {...}, "vae": {...}, "text_encoder": {...}, "scheduler": {...}}.',
+        path=True,
     )
     unet: str | None = setting(
         None,
@@ -56,7 +63,7 @@ class ModelSource(Settings):
         None, "Custom Diffusion weights, or the folder with them and their <token> files.", path=True
     )
     tokens: tuple[str, ...] = setting((), "Textual-inversion files, separated by commas.", path=True)
-    lora: str | None = setting(None, "LoRA weights of attention projections, merged into the model.", path=True)
+    lora: str | None = setting(None, "LoRA weights, merged into the model.", path=True)
     lora_scale: float = setting(1.0, "Factor of the LoRA weights.", only_if="lora")
 
 
@@ -73,6 +80,7 @@ def load_model(source: ModelSource, dtype: Any = jnp.float32) -> Pipeline:
         variant=source.variant,
         tokenizer=source.tokenizer,
         prediction_type=source.prediction_type,
+        model_config=source.model_config,
         unet=source.unet,
         unet_config=source.unet_config,
     )
@@ -92,6 +100,7 @@ def load_pipeline(
     variant: str | None = None,
     tokenizer: str | None = None,
     prediction_type: str | None = None,
+    model_config: str | Mapping[str, Mapping[str, Any]] | None = None,
     unet: str | None = None,
     unet_config: str | Mapping[str, Any] | None = None,
 ) -> Pipeline:
@@ -107,7 +116,9 @@ def load_pipeline(
       dtype: of the loaded parameters, whatever the files hold.
       variant: of the weight files, such as "fp16". None takes full precision, or `fp16` where nothing else is there.
       tokenizer: a tokenizer folder, or a pipeline folder with one, in place of the model's own.
-      prediction_type: "epsilon" or "v_prediction", in place of what the scheduler's config says, `unet_config`'s too.
+      prediction_type: "epsilon" or "v_prediction", in place of what the scheduler's config says, `unet_config`'s too;
+        what a weight file's own header or marks say must agree.
+      model_config: `config` of `load_single_file`, or the json file that holds it; for a single file.
       unet, unet_config: another UNet and its config, as for `replace_unet`, in place of the model's own.
 
     Raises:
@@ -119,12 +130,18 @@ def load_pipeline(
     replacement = None if unet is None else find_unet(expand_path(unet), unet_config)
     path = resolve_model(expand_path(path), variant, replaced=replaced_parts(replacement, tokenizer))
     if not os.path.isfile(path):
+        if model_config is not None:
+            raise ValueError(
+                f"model_config is {model_config!r}, but {path} is a folder with config files of its own; leave it out"
+            )
         return load_folder(
             path, dtype, variant=variant, tokenizer=tokenizer, prediction_type=prediction_type, unet=replacement
         )
     if variant is not None:
         raise ValueError(f"variant is {variant!r}, but {path} is one file; only a folder has variants")
-    pipeline = load_single_file(path, tokenizer, prediction_type, dtype)
+    if model_config is not None and not isinstance(model_config, Mapping):
+        model_config = read_json(expand_path(os.fspath(model_config)))
+    pipeline = load_single_file(path, tokenizer, prediction_type, dtype, model_config)
     return pipeline if replacement is None else _with_unet(pipeline, replacement, dtype, prediction_type)
 
 
@@ -166,9 +183,7 @@ def replace_unet(
 
 
 def _with_unet(pipeline: Pipeline, unet: UNetFile, dtype: Any, prediction_type: str | None) -> Pipeline:
-    schedule = pipeline.schedule
-    if unet.scheduler is not None or prediction_type is not None:
-        schedule = read_schedule(unet.scheduler or schedule.to_config(), prediction_type)
+    schedule = unet.schedule(pipeline.schedule.to_config(), prediction_type)
     check_parts(unet.module, pipeline.vae, pipeline.text_encoder, pipeline.tokenizer)
     params = pipeline.params | {"unet": unet.load(dtype)}
     return dataclasses.replace(pipeline, unet=unet.module, schedule=schedule, params=params)

@@ -7,33 +7,103 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from attrib_jax.convert.config_files import check_values
+from attrib_jax.convert.families import check_unet_config
+from attrib_jax.convert.ldm.target import is_mark
 from attrib_jax.convert.weights.files import open_weights
 from attrib_jax.convert.weights.names import text_encoder_names, vae_names
 from attrib_jax.convert.weights.state_dicts import abstract_params, load_params
+from attrib_jax.diffusion.schedule import NoiseSchedule
 from attrib_jax.models.clip import CLIPTextConfig, CLIPTextModel
 from attrib_jax.models.pixel_autoencoder import CLASS_NAME as PIXELS
 from attrib_jax.models.pixel_autoencoder import PixelAutoencoder, PixelAutoencoderConfig
 from attrib_jax.models.unet import UNet2DConditionModel, UNetConfig
 from attrib_jax.models.vae import AutoencoderKL, AutoencoderKLConfig
 
+# Options that the readers of the configs take beside their dataclasses' fields.
+_MORE_OPTIONS: dict[type, dict[str, Any]] = {
+    UNetConfig: {"_class_name": str, "num_attention_heads": int | tuple[int, ...] | None},
+    AutoencoderKLConfig: {
+        "_class_name": str,
+        "down_block_types": tuple[str, ...] | None,
+        "up_block_types": tuple[str, ...] | None,
+    },
+    PixelAutoencoderConfig: {"_class_name": str},
+    CLIPTextConfig: {"model_type": str, "architectures": tuple[str, ...] | None},
+}
 
-def build_module(part: str, config: Mapping[str, Any]) -> Any:
+
+def build_module(part: str, config: Mapping[str, Any], source: str) -> Any:
     """The Flax module of a part's config.json: `unet`, `vae` or `text_encoder`.
 
-    Raises ValueError, naming the key and its value, for anything that the module would compute wrongly.
+    Args:
+      part: name of the part.
+      config: content of its config.json.
+      source: what the error messages call the config, usually its file.
+
+    Raises ValueError, naming the source, the key and its value, for another family of models, a value of a wrong type
+    or out of bounds, and anything that the module would compute wrongly.
     """
     if part == "unet":
-        return UNet2DConditionModel(UNetConfig.from_dict(config))
+        check_unet_config(config, source)
+        return UNet2DConditionModel(_read(UNetConfig, config, source))
     if part == "text_encoder":
-        return CLIPTextModel(CLIPTextConfig.from_dict(config))
+        return CLIPTextModel(_read(CLIPTextConfig, config, source))
     if config.get("_class_name") == PIXELS:
-        return PixelAutoencoder(PixelAutoencoderConfig.from_dict(config))
-    return AutoencoderKL(AutoencoderKLConfig.from_dict(config))
+        return PixelAutoencoder(_read(PixelAutoencoderConfig, config, source))
+    vae = _read(AutoencoderKLConfig, config, source)
+    if any(width % vae.norm_num_groups for width in vae.block_out_channels):
+        raise ValueError(
+            f"{source}: norm_num_groups is {vae.norm_num_groups}; expected a divisor of every entry of "
+            f"block_out_channels={list(vae.block_out_channels)}"
+        )
+    return AutoencoderKL(vae)
+
+
+def _read(config_class: Any, config: Mapping[str, Any], source: str) -> Any:
+    check_values(config, config_class, source)
+    check_values(config, _MORE_OPTIONS[config_class], source)
+    try:
+        return config_class.from_dict(config)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+
+
+# Options of a scheduler_config.json that a `NoiseSchedule` reads.
+_SCHEDULE_OPTIONS: dict[str, Any] = {
+    "_class_name": str,
+    "num_train_timesteps": int,
+    "beta_start": float,
+    "beta_end": float,
+    "beta_schedule": str,
+    "trained_betas": tuple[float, ...] | None,
+    "rescale_betas_zero_snr": bool,
+    "prediction_type": str,
+    "set_alpha_to_one": bool,
+    "steps_offset": int,
+    "timestep_spacing": str,
+    "clip_sample": bool,
+    "clip_sample_range": float,
+    "thresholding": bool,
+}
+
+
+def build_schedule(config: Mapping[str, Any], prediction_type: str | None, source: str) -> NoiseSchedule:
+    """The noise schedule of a scheduler_config.json, with another `prediction_type` unless None.
+
+    Raises ValueError, naming the source, the key and its value, for what is not supported.
+    """
+    check_values(config, _SCHEDULE_OPTIONS, source)
+    given = {} if prediction_type is None else {"prediction_type": prediction_type}
+    try:
+        return NoiseSchedule.from_config({**config, **given})
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
 
 
 def load_part(part: str, module: Any, path: str, dtype: Any) -> Any:
     """The parameters of a part in the diffusers naming, from a weight file or the index of its shards."""
-    state = open_weights(path)
+    state = {name: tensor for name, tensor in open_weights(path).items() if not is_mark(name, tensor.shape)}
     if part == "vae":
         state = vae_names(state)
     elif part == "text_encoder":

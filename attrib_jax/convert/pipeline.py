@@ -39,17 +39,25 @@ class Pipeline:
 
 
 def check_parts(
-    unet: UNet2DConditionModel, vae: AutoencoderKL | PixelAutoencoder, text_encoder: CLIPTextModel, tokenizer: Any
+    unet: UNet2DConditionModel | None = None,
+    vae: AutoencoderKL | PixelAutoencoder | None = None,
+    text_encoder: CLIPTextModel | None = None,
+    tokenizer: Any = None,
 ) -> None:
-    """Raises ValueError, naming both sides, unless the parts make one model."""
-    unet, vae, text = unet.config, vae.config, text_encoder.config
-    checks = (
-        ("unet cross_attention_dim", unet.cross_attention_dim, "text_encoder hidden_size", text.hidden_size),
-        ("unet in_channels", unet.in_channels, "vae latent_channels", vae.latent_channels),
-    )
-    for left, left_value, right, right_value in checks:
+    """Raises ValueError, naming both sides, unless the given parts make one model."""
+
+    def check_equal(left: str, left_value: int, right: str, right_value: int) -> None:
         if left_value != right_value:
             raise ValueError(f"the parts do not fit: {left} is {left_value} and {right} is {right_value}")
+
+    if unet is not None and text_encoder is not None:
+        width = text_encoder.config.hidden_size
+        check_equal("unet cross_attention_dim", unet.config.cross_attention_dim, "text_encoder hidden_size", width)
+    if unet is not None and vae is not None:
+        check_equal("unet in_channels", unet.config.in_channels, "vae latent_channels", vae.config.latent_channels)
+    if tokenizer is None or text_encoder is None:
+        return
+    text = text_encoder.config
     if len(tokenizer) > text.vocab_size:
         raise ValueError(f"the tokenizer has {len(tokenizer)} tokens and the text encoder only {text.vocab_size}")
     if tokenizer.model_max_length > text.max_position_embeddings:

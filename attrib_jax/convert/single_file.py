@@ -11,25 +11,24 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from attrib_jax.convert.families import check_tensors
 from attrib_jax.convert.ldm import configs as ldm_configs
 from attrib_jax.convert.ldm.names import CLIP, OPEN_CLIP, UNET, VAE, check_names, pack, part_tables, unpack
-from attrib_jax.convert.parts import PIXELS, abstract_part_params
-from attrib_jax.convert.pipeline import Pipeline
-from attrib_jax.convert.tokenizer import load_tokenizer
-from attrib_jax.convert.weights.files import open_weights, safetensors_layout, write_weights
+from attrib_jax.convert.ldm.target import TARGET_OPTIONS, Claim, is_mark, merge_claims, read_claims, read_metadata
+from attrib_jax.convert.parts import PIXELS, abstract_part_params, build_module, build_schedule
+from attrib_jax.convert.pipeline import Pipeline, check_parts
+from attrib_jax.convert.tokenizer import check_padding, load_tokenizer
+from attrib_jax.convert.weights.files import open_weights, write_weights
 from attrib_jax.convert.weights.state_dicts import load_params, state_dict_of
 from attrib_jax.convert.weights.tensors import Tensor
 from attrib_jax.convert.weights.torch_files import open_torch
 from attrib_jax.diffusion.schedule import NoiseSchedule
-from attrib_jax.models.clip import CLIPTextConfig, CLIPTextModel
 from attrib_jax.models.pixel_autoencoder import PixelAutoencoder
-from attrib_jax.models.unet import UNet2DConditionModel, UNetConfig
-from attrib_jax.models.vae import AutoencoderKL, AutoencoderKLConfig
 
 _log = logging.getLogger(__name__)
 
 _PARTS = ("unet", "vae", "text_encoder")
-# Where the header of our files has what the shapes do not tell.
+# The key of the header of our files with the entries that tensor shapes cannot determine.
 _METADATA_KEY = "attrib_jax_config"
 _SCHEDULER = {
     "_class_name": "DDIMScheduler",
@@ -44,7 +43,12 @@ _SCHEDULER = {
 # Stable Diffusion 2 has the same tensors for both predictions. The published .ckpt files are told apart by the number
 # of the training step that they were saved at: 2.0 base, 2.1 base, and 2.1 (768 pixels).
 _STEP_PREDICTIONS = {875_000: "epsilon", 220_000: "epsilon", 110_000: "v_prediction"}
-# Keys that change no result here; a file need not tell them.
+_GIVE_CONFIG = (
+    "give the entries that tensor shapes cannot determine as config of load_single_file, or in a json file as "
+    "model_config (--model_config): {'unet': {...}, 'vae': {...}, 'text_encoder': {...}, 'scheduler': {...}} with the "
+    "keys of diffusers' config files"
+)
+# Keys that change no result here; a file need not hold them.
 _INERT = {
     "unet": (),
     "vae": ("sample_size",),
@@ -81,23 +85,37 @@ def load_single_file(
     """
     path = os.fspath(path)
     state = _with_text_model(open_weights(path))
-    given = _check_config(_stored_config(path) if config is None else config)
     shapes = {name: tensor.shape for name, tensor in state.items()}
+    # What the file says of itself, each with the place that says it; all places must agree.
+    claims = read_claims(path, shapes)
+    for name in [name for name, shape in shapes.items() if is_mark(name, shape)]:
+        del state[name], shapes[name]
+    stored = (_stored_config(path) if config is None else None) or {}
+    pad_token = stored.pop("tokenizer", {}).get("pad_token")
+    given = _check_config(stored if config is None else config)
     _check_family(shapes, path)
+    if prediction_type is not None:
+        claims.append(Claim("prediction_type", prediction_type, "prediction_type (--prediction_type)"))
+    if "scale_factor" in state:
+        factor = _number(state["scale_factor"], f"{path}: scale_factor")
+        claims.append(Claim("scaling_factor", factor, f"scale_factor in {path}"))
+    where = f"the entry {_METADATA_KEY} in the header of {path}" if config is None else "config"
+    claims += [Claim(option, value, where) for option, value in given["scheduler"].items() if option in TARGET_OPTIONS]
+    said = merge_claims(claims)
+
     tokenizer_folder = _tokenizer_folder(tokenizer, path)
-    scheduler = _scheduler_config(state, prediction_type, given["scheduler"], path)
-    schedule = NoiseSchedule.from_config(scheduler)
-    if "alphas_cumprod" in state and not given["scheduler"]:
-        _check_schedule(state["alphas_cumprod"], schedule, path)
+    schedule = _schedule(state, said, given["scheduler"], path)
     configs = ldm_configs.infer_configs(shapes, schedule.prediction_type, path)
     positions = (configs["text_encoder"] | given["text_encoder"])["max_position_embeddings"]
     tokenizer = load_tokenizer(tokenizer_folder, positions)
     configs["text_encoder"] |= {
         f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")
     }
-    if "scale_factor" in state:
-        configs["vae"]["scaling_factor"] = _number(state["scale_factor"], f"{path}: scale_factor")
+    if "scaling_factor" in said:
+        configs["vae"]["scaling_factor"] = said["scaling_factor"]
     modules = _build_modules({part: configs[part] | given[part] for part in configs}, path)
+    check_parts(**modules, tokenizer=tokenizer)
+    check_padding(tokenizer, modules["text_encoder"].config, tokenizer_folder, pad_token)
     tables = part_tables(modules)
     check_names(shapes, tables, modules["text_encoder"].config.num_hidden_layers, path)
     params = {
@@ -132,7 +150,11 @@ def save_single_file(pipeline: Pipeline, path: str, dtype: Any = None) -> None:
     entries = uninferable_config(pipeline)
     prediction = {"prediction_type": pipeline.schedule.prediction_type}
     config = entries | {"scheduler": prediction | entries.get("scheduler", {})}
-    write_weights(tensors, path, dtype, {_METADATA_KEY: json.dumps(config)})
+    config["tokenizer"] = {"pad_token": pipeline.tokenizer.pad_token}
+    # ModelSpec's name of the target, for other programs.
+    short = {"v_prediction": "v"}.get(pipeline.schedule.prediction_type, pipeline.schedule.prediction_type)
+    metadata = {_METADATA_KEY: json.dumps(config), "modelspec.prediction_type": short}
+    write_weights(tensors, path, dtype, metadata)
     if entries:
         _log.warning("%s: other programs need these entries, which tensor shapes cannot determine: %r", path, entries)
 
@@ -176,19 +198,16 @@ def untold_config(pipeline: Pipeline) -> dict[str, dict[str, Any]]:
 
 def _stored_config(path: str) -> dict[str, dict[str, Any]] | None:
     """The config in the header of a file of ours; None for any other."""
-    if not path.endswith(".safetensors"):
-        return None
-    metadata = safetensors_layout(path)[0]
-    stored = metadata.get(_METADATA_KEY) if isinstance(metadata, dict) else None
+    stored = read_metadata(path).get(_METADATA_KEY)
     if stored is None:
         return None
     try:
         config = json.loads(stored)
         if not all(isinstance(entries, dict) for entries in config.values()):
-            raise ValueError("a part is no object")
+            raise ValueError("a part is not an object")
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
-            f"{path}: the entry {_METADATA_KEY} of its header is damaged ({error}); give config={{...}}"
+            f"{path}: the entry {_METADATA_KEY} of its header is damaged ({error}); {_GIVE_CONFIG}"
         ) from error
     return config
 
@@ -198,6 +217,9 @@ def _check_config(config: Mapping[str, Mapping[str, Any]] | None) -> dict[str, d
     unknown = sorted(set(config or {}) - set(parts))
     if unknown:
         raise ValueError(f"config has the parts {', '.join(unknown)}; expected some of {', '.join(parts)}")
+    wrong = sorted(part for part, entries in (config or {}).items() if not isinstance(entries, Mapping))
+    if wrong:
+        raise ValueError(f"config has {wrong[0]}={config[wrong[0]]!r}; expected entries of a config.json")
     return {part: dict((config or {}).get(part, {})) for part in parts}
 
 
@@ -209,17 +231,19 @@ def _with_text_model(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _check_family(shapes: ldm_configs.Shapes, source: str) -> None:
-    def has(*prefixes: str) -> bool:
-        return any(name.startswith(prefixes) for name in shapes)
-
-    supported = "supported: Stable Diffusion 1 and 2 checkpoints in the original latent-diffusion naming"
-    if has("conditioner.", "text_encoders."):
-        raise ValueError(f"{source} has the text encoders of Stable Diffusion XL or 3; {supported}")
+    check_tensors(shapes, source)
     parts = {"UNet": (UNET,), "autoencoder": (VAE,), "text encoder": (f"{CLIP}text_model.", OPEN_CLIP)}
-    absent = [f"{part} ({' or '.join(names)}*)" for part, names in parts.items() if not has(*names)]
+    absent = [
+        f"{part} ({' or '.join(names)}*)"
+        for part, names in parts.items()
+        if not any(name.startswith(names) for name in shapes)
+    ]
     if absent:
         names = ", ".join(sorted(shapes)[:3]) or "none"
-        raise ValueError(f"{source} has no {', no '.join(absent)}; {supported}. Its first tensors: {names}")
+        raise ValueError(
+            f"{source} has no {', no '.join(absent)}; supported: Stable Diffusion 1 and 2 checkpoints in the original "
+            f"latent-diffusion naming. Its first tensors: {names}"
+        )
 
 
 def _tokenizer_folder(tokenizer: str | None, source: str) -> str:
@@ -233,20 +257,53 @@ def _tokenizer_folder(tokenizer: str | None, source: str) -> str:
     return inner if os.path.isdir(inner) else folder
 
 
-def _scheduler_config(
-    state: Mapping[str, Tensor], prediction_type: str | None, given: dict[str, Any], source: str
-) -> dict[str, Any]:
-    scheduler = given if "_class_name" in given else _SCHEDULER | given
-    prediction_type = prediction_type or scheduler.get("prediction_type")
-    if prediction_type is None and ldm_configs.has_open_clip(state):
-        step = _training_step(state, source)
-        if step not in _STEP_PREDICTIONS:
+def _schedule(
+    state: Mapping[str, Tensor], said: Mapping[str, Any], given: Mapping[str, Any], source: str
+) -> NoiseSchedule:
+    """The noise schedule of what the file says, and of `given` entries of a scheduler_config.json."""
+    scheduler = dict(given) if "_class_name" in given else _SCHEDULER | given
+    scheduler |= {option: value for option, value in said.items() if option in TARGET_OPTIONS}
+    stored = state.get("alphas_cumprod")
+    stored = None if stored is None or given else np.asarray(stored, np.float32)
+    if scheduler.get("rescale_betas_zero_snr") is None and stored is not None:
+        # Trainers that rescale the schedule store the rescaled buffer; without a mark it is the only sign.
+        rescaled = NoiseSchedule.from_config(scheduler | {"rescale_betas_zero_snr": True})
+        if _fits_schedule(stored, rescaled):
+            scheduler["rescale_betas_zero_snr"] = True
+    if scheduler.get("rescale_betas_zero_snr"):
+        # The last timestep is pure noise, and a sampler must start there.
+        scheduler.setdefault("timestep_spacing", "trailing")
+    if scheduler.get("prediction_type") is None:
+        scheduler["prediction_type"] = _infer_prediction(state, bool(scheduler.get("rescale_betas_zero_snr")), source)
+    schedule = build_schedule(scheduler, None, source)
+    if stored is not None and not _fits_schedule(stored, schedule):
+        usual = NoiseSchedule.from_config(scheduler | {"rescale_betas_zero_snr": False})
+        if not (scheduler.get("rescale_betas_zero_snr") and _fits_schedule(stored, usual)):
             raise ValueError(
-                f"{source} is of the Stable Diffusion 2 family and does not tell what it predicts (training step: "
-                f"{step}); give prediction_type='epsilon' (the 512 pixel base models) or 'v_prediction' (768 pixels)"
+                f"{source} was trained with another noise schedule than Stable Diffusion's: its alphas_cumprod differ; "
+                f"{_GIVE_CONFIG}, with its scheduler_config.json as the scheduler"
             )
-        prediction_type = _STEP_PREDICTIONS[step]
-    return scheduler | {"prediction_type": prediction_type or "epsilon"}
+        _log.warning(
+            "%s: its alphas_cumprod are not those of zero terminal SNR, which is taken as it is marked", source
+        )
+    return schedule
+
+
+def _infer_prediction(state: Mapping[str, Tensor], has_zero_snr: bool, source: str) -> str:
+    """What a file that does not say it predicts."""
+    step = None
+    if not has_zero_snr:
+        if not ldm_configs.has_open_clip(state):
+            return "epsilon"
+        step = _training_step(state, source)
+        if step in _STEP_PREDICTIONS:
+            return _STEP_PREDICTIONS[step]
+    kind = "has zero terminal SNR" if has_zero_snr else "is of the Stable Diffusion 2 family"
+    raise ValueError(
+        f"{source} {kind} and does not say what it predicts (training step: {step}); give prediction_type "
+        "(--prediction_type): 'epsilon' (the 512 pixel base models of Stable Diffusion 2) or 'v_prediction' (768 "
+        "pixels, and most models with zero terminal SNR)"
+    )
 
 
 def _training_step(state: Mapping[str, Tensor], path: str) -> float | None:
@@ -263,14 +320,10 @@ def _number(tensor: Tensor, name: str) -> float:
     return float(np.asarray(tensor).reshape(()))
 
 
-def _check_schedule(stored: Tensor, schedule: NoiseSchedule, source: str) -> None:
+def _fits_schedule(stored: np.ndarray, schedule: NoiseSchedule) -> bool:
     expected = np.asarray(schedule.alphas_cumprod)
     # The tolerance is that of a buffer stored in half precision.
-    if stored.shape != expected.shape or not np.allclose(np.asarray(stored, np.float32), expected, rtol=0, atol=1e-3):
-        raise ValueError(
-            f"{source} was trained with another noise schedule than Stable Diffusion's: its alphas_cumprod differ; "
-            "give its scheduler_config.json entries as config={'scheduler': {...}}"
-        )
+    return stored.shape == expected.shape and np.allclose(stored, expected, rtol=0, atol=1e-3)
 
 
 def _same_schedule(left: NoiseSchedule, right: NoiseSchedule) -> bool:
@@ -282,21 +335,10 @@ def _build_modules(configs: Mapping[str, Mapping[str, Any]], source: str) -> dic
     try:
         for part, key in (("unet", "attention_head_dim"), ("text_encoder", "num_attention_heads")):
             if configs[part][key] is None and configs[part].get("num_attention_heads") is None:
-                raise ValueError(f"the shapes of the {part} do not tell its {key}, the number of heads")
-        vae = AutoencoderKLConfig.from_dict(configs["vae"])
-        if any(width % vae.norm_num_groups for width in vae.block_out_channels):
-            raise ValueError(
-                f"the vae's block_out_channels={vae.block_out_channels} are no multiples of norm_num_groups="
-                f"{vae.norm_num_groups}"
-            )
-        unet = UNetConfig.from_dict(configs["unet"])
-        text = CLIPTextConfig.from_dict(configs["text_encoder"])
+                raise ValueError(f"the shapes of the {part} cannot determine its {key}, the number of heads")
+        return {part: build_module(part, config, f"{source} ({part})") for part, config in configs.items()}
     except ValueError as error:
-        raise ValueError(
-            f"{source} is none of the published models: {error}; give what its shapes do not tell as "
-            "config={'unet': {...}, 'vae': {...}, 'text_encoder': {...}}, with the keys of the diffusers config.json"
-        ) from error
-    return {"unet": UNet2DConditionModel(unet), "vae": AutoencoderKL(vae), "text_encoder": CLIPTextModel(text)}
+        raise ValueError(f"{source} is none of the published models: {error}; {_GIVE_CONFIG}") from error
 
 
 def _modules_of(pipeline: Pipeline) -> dict[str, Any]:

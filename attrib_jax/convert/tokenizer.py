@@ -5,6 +5,7 @@
 
 import itertools
 import json
+import logging
 import os
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -14,9 +15,13 @@ import numpy as np
 from attrib_jax.convert.config_files import read_json, write_json
 from attrib_jax.core.fingerprint import json_digest
 from attrib_jax.core.text import replace_surrogates
+from attrib_jax.models.clip import CLIPTextConfig
+
+_log = logging.getLogger(__name__)
 
 START, END, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
 _CONFIG, _SPECIAL, _ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
+_CLIP_END = 49407  # id of the end token in CLIP's own vocabulary
 _LONGEST = 10**6  # a `model_max_length` beyond this is transformers' way to say that none was given
 
 
@@ -164,6 +169,42 @@ def load_tokenizer(path: str, max_length: int | None = None) -> Any:
     if max_length is not None and length > _LONGEST:
         tokenizer.model_max_length = max_length
     return tokenizer
+
+
+def check_padding(tokenizer: Any, config: CLIPTextConfig, source: str, expected: str | None = None) -> None:
+    """Checks that a tokenizer which does not come with its text encoder pads as the text encoder was trained.
+
+    Stable Diffusion 2 (whose encoder has the exact GELU) pads with `!`, Stable Diffusion 1 with `<|endoftext|>`; the
+    text states of one padded as the other differ by up to 2.4.
+
+    Args:
+      tokenizer: the tokenizer.
+      config: config of the text encoder.
+      source: folder of the tokenizer, for the message.
+      expected: the padding token that the model was trained with; None where it is known by the family alone. Then a
+        mismatch is an error with CLIP's own vocabulary, and is logged with another one.
+
+    Raises ValueError that names the tokenizer that belongs.
+    """
+    is_second = config.hidden_act == "gelu"
+    usual, other = ("!", END) if is_second else (END, "!")
+    found = tokenizer.pad_token
+    if found == expected or (expected is None and found != other):
+        return
+    if expected is not None:
+        raise ValueError(
+            f"tokenizer {source} pads with {found!r}, but the model was written with one that pads with {expected!r}; "
+            "give that one (--tokenizer)"
+        )
+    family = "Stable Diffusion 2" if is_second else "Stable Diffusion 1"
+    folder = "stabilityai/stable-diffusion-2-1" if is_second else "CompVis/stable-diffusion-v1-4"
+    message = (
+        f"tokenizer {source} pads with {found!r}, but the text encoder is that of {family}, which pads with {usual!r}: "
+        f"give the tokenizer of {family} (--tokenizer; tokenizer/ of {folder}), or set pad_token in its {_SPECIAL}"
+    )
+    if tokenizer.convert_tokens_to_ids(END) == _CLIP_END:
+        raise ValueError(message)
+    _log.warning("%s", message)
 
 
 def tokenize_prompts(tokenizer: Any, prompts: Sequence[str]) -> np.ndarray:

@@ -3,13 +3,14 @@
 import dataclasses
 import functools
 import os
+import typing
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from attrib_jax.convert.config_files import read_config, write_json
+from attrib_jax.convert.config_files import check_values, read_config, write_json
 from attrib_jax.convert.diffusers_folder import find_weights
 from attrib_jax.convert.hub import resolve_tower
 from attrib_jax.convert.image_processor import ImageProcessor, load_image_processor, save_image_processor
@@ -21,7 +22,8 @@ from attrib_jax.convert.weights.tensors import Tensor
 from attrib_jax.core.checks import check_choice
 from attrib_jax.core.durable import new_folder
 from attrib_jax.core.fingerprint import files_digest
-from attrib_jax.models.clip_towers import CLIPConfig, CLIPModel
+from attrib_jax.models.clip import CLIPTextConfig
+from attrib_jax.models.clip_towers import CLIPConfig, CLIPModel, CLIPVisionConfig
 from attrib_jax.models.vit import Dinov2Config, VisionTransformer, ViTConfig
 
 _STEM = "model"
@@ -74,20 +76,8 @@ def load_tower(path: str | os.PathLike, family: str | None = None, dtype: Any = 
     """
     if family is not None:
         check_choice("family", family, _EXAMPLES)
-    path = resolve_tower(path)
-    config = read_config(path)
-    found = config.get("model_type")
-    if found not in _FAMILIES:
-        raise ValueError(
-            f"tower {path!r} has model_type={found!r} in its config.json; supported: {', '.join(_FAMILIES)}"
-        )
-    own_family, make = _FAMILIES[found]
-    if family is not None and own_family != family:
-        raise ValueError(
-            f"tower {path!r} is of the family {own_family!r} (model_type={found!r}); expected {family!r}: "
-            f"{_EXAMPLES[family]}"
-        )
-    module = make(config)
+    path = resolve_tower(path, check=lambda folder: _build(folder, family))
+    own_family, module = _build(path, family)
     weights = find_weights(path, _STEM)
     params = load_params(tower_names(open_weights(weights)), abstract_tower_params(module), dtype, source=weights)
     has_text = isinstance(module, CLIPModel) and module.config.text is not None
@@ -99,6 +89,42 @@ def load_tower(path: str | os.PathLike, family: str | None = None, dtype: Any = 
     return Tower(own_family, module, params, processor, tokenizer)
 
 
+def _build(path: str, family: str | None) -> tuple[str, Any]:
+    """The family and Flax module that a folder's config.json describes."""
+    config = read_config(path)
+    source = os.path.join(path, "config.json")
+    found = config.get("model_type")
+    if not isinstance(found, str) or found not in _FAMILIES:
+        raise ValueError(
+            f"tower {path!r} has model_type={found!r} in its config.json; supported: {', '.join(_FAMILIES)}"
+        )
+    own_family, make = _FAMILIES[found]
+    if family is not None and own_family != family:
+        raise ValueError(
+            f"tower {path!r} is of the family {own_family!r} (model_type={found!r}); expected {family!r}: "
+            f"{_EXAMPLES[family]}"
+        )
+    sections = [config]
+    if found == "clip":
+        sections = [config.get(f"{tower}_config") or {} for tower in ("text", "vision")]
+    check_values(config, {"projection_dim": int}, source)
+    for section in sections:
+        if not isinstance(section, Mapping):
+            raise ValueError(f"{source}: text_config or vision_config is {section!r}; expected a JSON object")
+        check_values(section, _OPTIONS, source)
+    try:
+        return own_family, make(config)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+
+
+# Options of the towers' configs; those of a CLIP model are in its text_config and vision_config.
+_OPTIONS: dict[str, Any] = {"num_channels": int} | {
+    name: hint
+    for config in (CLIPTextConfig, CLIPVisionConfig, ViTConfig, Dinov2Config)
+    for name, hint in typing.get_type_hints(config).items()
+    if name != "MODEL_TYPE"
+}
 _EXAMPLES = {
     "clip": "a folder like that of openai/clip-vit-base-patch32",
     "dino": "a folder like that of facebook/dino-vitb16",
@@ -134,7 +160,7 @@ def _pictures(config: Any) -> jax.ShapeDtypeStruct:
 
 def tower_fingerprint(path: str | os.PathLike) -> str:
     """sha256 of the files that `load_tower` reads: whatever decides the features."""
-    path = resolve_tower(path)
+    path = resolve_tower(path, check=lambda folder: _build(folder, None))
     read_config(path)
     weights = find_weights(path, _STEM)
     names = sorted(os.listdir(path))

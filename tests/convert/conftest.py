@@ -4,6 +4,7 @@ import diffusers
 import pytest
 
 from attrib_jax.convert.load import load_pipeline
+from tests.convert.shrunken import Model
 from tests.tiny_pipeline import make_torch_pipeline
 
 
@@ -22,3 +23,13 @@ def ours(folder):
 @pytest.fixture
 def theirs(folder):
     return diffusers.StableDiffusionPipeline.from_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def sd1(tmp_path_factory):
+    return Model(tmp_path_factory.mktemp("models"), "sd1")
+
+
+@pytest.fixture(scope="session")
+def sd2(tmp_path_factory):
+    return Model(tmp_path_factory.mktemp("models"), "sd2")

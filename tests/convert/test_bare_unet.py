@@ -107,9 +107,9 @@ def test_a_folder_may_lack_what_is_replaced(folder, ours, tmp_path):
     index |= {"unet": ["diffusers", "UNet3DConditionModel"], "tokenizer": [None, None]}
     old_layout.write(base / "model_index.json", index)
     unet = {"unet": f"{folder}/unet", "unet_config": {"unet": ours.unet.config.to_dict()}}
-    with pytest.raises(ValueError, match="has unet of class 'UNet3DConditionModel'"):
+    with pytest.raises(ValueError, match="unet of .*'UNet3DConditionModel'.* a video model"):
         load_pipeline(str(base), tokenizer=str(folder))
-    with pytest.raises(ValueError, match="has tokenizer of class None"):
+    with pytest.raises(ValueError, match="tokenizer of .* class None"):
         load_pipeline(str(base), **unet)
     with pytest.raises(FileNotFoundError, match="it lacks: scheduler/scheduler_config.json$"):
         load_pipeline(str(base), tokenizer=str(folder), **unet)

@@ -121,7 +121,7 @@ def test_a_part_without_the_variant_takes_full_precision(caplog):
 def test_index_entries_of_another_form_are_refused(tmp_path):
     index = {"_class_name": "StableDiffusionPipeline", "unet": "UNet2DConditionModel", "vae": ["diffusers"]}
     (tmp_path / "model_index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match=r"has vae of class \['diffusers'\]; supported: AutoencoderKL"):
+    with pytest.raises(ValueError, match=r"vae of .* class \['diffusers'\].*AutoencoderKL"):
         check_folder(str(tmp_path))
 
 

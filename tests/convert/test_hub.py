@@ -17,14 +17,21 @@ from attrib_jax.convert.hub import resolve_model
 from attrib_jax.convert.load import load_pipeline
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+INDEX = {
+    "_class_name": "StableDiffusionPipeline",
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+}
 FILES = {
-    "model_index.json": b"{}",
+    "model_index.json": json.dumps(INDEX).encode(),
     "README.md": b"# A model",
     "v1-5-pruned.ckpt": b"all in one",
     "scheduler/scheduler_config.json": b"{}",
     "tokenizer/vocab.json": b"{}",
     "tokenizer/merges.txt": b"#version: 0.2\n",
-    "unet/config.json": b"{}",
+    "unet/config.json": b'{"cross_attention_dim": 512}',
     "unet/diffusion_pytorch_model.bin.index.json": b'{"weight_map": {}}',
     "unet/diffusion_pytorch_model-00001-of-00001.bin": b"full",
     "unet/diffusion_pytorch_model.fp16.safetensors": b"half",
@@ -41,21 +48,43 @@ FILES = {
 CONFIGS = {name for name in FILES if name.endswith(("config.json", "model_index.json", "merges.txt", "vocab.json"))}
 
 
+SIBLINGS = {
+    # Repository -> the files in which it differs from `FILES`.
+    "owner/sdxl": {"model_index.json": b'{"_class_name": "StableDiffusionXLPipeline"}'},
+    "owner/inpainting": {"unet/config.json": b'{"cross_attention_dim": 512, "in_channels": 9}'},
+    "owner/damaged": {"vae/config.json": b'{"scaling_factor": null}'},
+    "owner/unfit": {"text_encoder/config.json": b'{"hidden_size": 1024}'},
+}
+WITHOUT_INDEX = {
+    "owner/controlnet": {
+        "config.json": b'{"_class_name": "ControlNetModel"}',
+        "diffusion_pytorch_model.safetensors": b"weights",
+    },
+    "owner/t5": {"config.json": b'{"model_type": "t5"}', "model.safetensors": b"weights"},
+}
+REPOSITORIES = {"owner/model": FILES, **WITHOUT_INDEX, **{name: FILES | other for name, other in SIBLINGS.items()}}
+
+
 class _Hub(http.server.BaseHTTPRequestHandler):
-    """The paths of the hub's web API that a download of `owner/model` asks for."""
+    """The paths of the hub's web API that a download asks for; notes which weight files are."""
 
     def do_GET(self):
         path = self.path.partition("?")[0]
-        if not path.startswith(("/api/models/owner/model", "/owner/model/resolve/")):
+        repo = "/".join(path.removeprefix("/api/models").split("/")[1:3])
+        if repo not in REPOSITORIES:
             return self._answer(404, b"{}", {"X-Error-Code": "RepoNotFound"})
+        files = REPOSITORIES[repo]
         if "/tree/" in path:
-            entries = [{"type": "file", "path": n, "size": len(x), "oid": _etag(x)} for n, x in FILES.items()]
+            entries = [{"type": "file", "path": n, "size": len(x), "oid": _etag(x)} for n, x in files.items()]
             return self._answer(200, json.dumps(entries).encode())
         if path.startswith("/api/"):
-            siblings = [{"rfilename": name} for name in FILES]
-            info = {"id": "owner/model", "modelId": "owner/model", "sha": COMMIT, "siblings": siblings}
+            siblings = [{"rfilename": name} for name in files]
+            info = {"id": repo, "modelId": repo, "sha": COMMIT, "siblings": siblings}
             return self._answer(200, json.dumps(info).encode())
-        content = FILES[path.split("/", 5)[5]]
+        name = path.split("/", 5)[5]
+        if not name.endswith((".json", ".txt")):
+            self.server.weights.append(f"{repo}/{name}")
+        content = files[name]
         return self._answer(200, content, {"ETag": f'"{_etag(content)}"', "X-Repo-Commit": COMMIT})
 
     do_HEAD = do_GET
@@ -79,10 +108,11 @@ def _etag(content):
 @contextlib.contextmanager
 def _server():
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Hub)
+    server.weights = []
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     try:
-        yield f"http://127.0.0.1:{server.server_address[1]}"
+        yield f"http://127.0.0.1:{server.server_address[1]}", server.weights
     finally:
         server.shutdown()
         thread.join()
@@ -188,7 +218,7 @@ def test_only_the_files_that_are_read_are_downloaded(tmp_path):
         "text_encoder/model.fp16-00001-of-00001.safetensors",
     }
     asked = [("owner/model", None), ("owner/model", "fp16"), ("owner/model", "bf16"), ("owner/other", None)]
-    with _server() as endpoint:
+    with _server() as (endpoint, _):
         (first, second, no_variant, no_model), log = resolve(asked, tmp_path, endpoint)
     assert set(first[1]) == CONFIGS | full, log
     assert set(second[1]) == CONFIGS | full | half, log
@@ -200,7 +230,7 @@ def test_only_the_files_that_are_read_are_downloaded(tmp_path):
 
 
 def test_what_is_replaced_is_not_downloaded(tmp_path):
-    with _server() as endpoint:
+    with _server() as (endpoint, _):
         [(_, files)], log = resolve([("owner/model", None, "unet", "tokenizer", "scheduler")], tmp_path, endpoint)
     assert set(files) == {
         "model_index.json",
@@ -217,3 +247,19 @@ def test_paths_in_the_home_folder_are_expanded(tmp_path, monkeypatch, argument):
     (tmp_path / "model").mkdir()
     with pytest.raises(FileNotFoundError, match=f"{tmp_path}/"):
         load_pipeline(**{"path": "~/model", argument: "~/nothing"})
+
+
+def test_of_a_model_that_is_refused_no_weights_are_downloaded(tmp_path):
+    expected = {
+        "owner/sdxl": "Stable Diffusion XL",
+        "owner/inpainting": "inpainting model",
+        "owner/damaged": "scaling_factor is None",
+        "owner/unfit": "hidden_size is 1024",
+        "owner/controlnet": "ControlNet",
+        "owner/t5": "'t5'",
+    }
+    with _server() as (endpoint, weights):
+        answers, log = resolve([(name, None) for name in expected], tmp_path, endpoint)
+    for (message, _), what in zip(answers, expected.values(), strict=True):
+        assert message.startswith("ValueError") and what in message, log
+    assert weights == []

@@ -203,10 +203,10 @@ def test_half_written_folder_lists_what_it_lacks(copy):
 @pytest.mark.parametrize(
     ("file", "changes", "message"),
     [
-        ("model_index.json", {"_class_name": "FluxPipeline"}, "'FluxPipeline'; supported: 'StableDiffusionPipeline'"),
-        ("model_index.json", {"unet": ["diffusers", "UNet3D"]}, "unet of class 'UNet3D'; supported: UNet2DConditionM"),
-        ("model_index.json", {"vae": ["diffusers", "VQModel"]}, "vae of class 'VQModel'; supported: AutoencoderKL"),
-        ("unet/config.json", {"_class_name": "UNet2DModel"}, "'UNet2DModel' is not supported"),
+        ("model_index.json", {"_class_name": "FluxPipeline"}, "'FluxPipeline'.* FLUX"),
+        ("model_index.json", {"unet": ["diffusers", "UNet3D"]}, "unet of .* 'UNet3D'.* video .*UNet2DConditionModel"),
+        ("model_index.json", {"vae": ["diffusers", "VQModel"]}, "vae of .* 'VQModel'.*AutoencoderKL"),
+        ("unet/config.json", {"_class_name": "UNet2DModel"}, "unet/config.json, of class 'UNet2DModel'"),
         ("vae/config.json", {"_class_name": "VQModel"}, "'VQModel' is not supported, expected 'AutoencoderKL'"),
         ("text_encoder/config.json", {"model_type": "t5"}, "model_type='t5'; supported: 'clip_text_model'"),
         (

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from attrib_jax.convert import load
 from attrib_jax.convert.diffusers_folder import save_pipeline
 from attrib_jax.convert.load import load_pipeline
 from attrib_jax.convert.pipeline import tokenize
@@ -175,7 +174,7 @@ def test_tokenizer_and_prediction_type_of_choice(copy, folder, old_folder, ours)
 @pytest.mark.parametrize("name", ["AltDiffusionPipeline", "StableDiffusionXLPipeline", "FlaxStableDiffusionPipeline"])
 def test_other_families_are_refused(copy, name):
     old_layout.write(copy / "model_index.json", old_layout.read(copy / "model_index.json") | {"_class_name": name})
-    with pytest.raises(ValueError, match=f"'{name}'; supported: 'StableDiffusionPipeline'"):
+    with pytest.raises(ValueError, match=f"'{name}'.*StableDiffusionPipeline"):
         load_pipeline(str(copy))
 
 
@@ -183,14 +182,6 @@ def test_a_variant_of_one_file_is_refused(tmp_path):
     (tmp_path / "model.ckpt").touch()
     with pytest.raises(ValueError, match="variant is 'fp16', but .*model.ckpt is one file"):
         load_pipeline(str(tmp_path / "model.ckpt"), variant="fp16")
-
-
-def test_a_file_goes_to_the_single_file_reader(tmp_path, monkeypatch):
-    (tmp_path / "model.ckpt").touch()
-    monkeypatch.setattr(load, "load_single_file", lambda *arguments: arguments)
-    path = str(tmp_path / "model.ckpt")
-    loaded = load_pipeline(path, np.float16, tokenizer="tok", prediction_type="epsilon")
-    assert loaded == (path, "tok", "epsilon", np.float16)
 
 
 def test_safetensors_folders_need_no_torch(old_folder):

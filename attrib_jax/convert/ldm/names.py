@@ -61,13 +61,14 @@ _OPEN_CLIP_LAYER = {
 _RESBLOCK = re.compile(r"cond_stage_model\.model\.transformer\.resblocks\.([0-9]{1,9})\.")
 # What training leaves in a file beside the weights that make pictures.
 _UNUSED = {
-    "averaged copies of the UNet's weights": r"model_ema\..+",
+    "averaged copies of weights": r"((model|first_stage_model|cond_stage_model)\.)?model_ema\..+",
     "buffers of the noise schedule": (
-        r"betas|(sqrt_|log_)?(one_minus_|recip_|recipm1_)?alphas_cumprod(_prev)?|logvar|lvlb_weights|scale_factor"
-        r"|posterior_(variance|log_variance_clipped|mean_coef[12])"
+        r"denoiser\..+|((model|diffusion)\.)?(betas|(sqrt_|log_)?(one_minus_|recip_|recipm1_)?alphas_cumprod(_prev)?|logvar|lvlb_weights|scale_factor"
+        r"|posterior_(variance|log_variance_clipped|mean_coef[12]))"
     ),
     "parts of the training loss": r"(first_stage_model\.)?(loss|discriminator)\..+",
     "training state": r"(optimizer|optimizer_states|lr_schedulers|callbacks)\..+|global_step|epoch",
+    "learnt tokens beside the text encoder": r"embedding_manager\..+",
     "unused tensors of the text encoder": (
         r"cond_stage_model\.(model\.|transformer\.)?(text_projection(\.weight)?|logit_scale|attn_mask|visual\..+)"
         r"|cond_stage_model\.transformer\.text_model\.embeddings\.position_ids"
