@@ -33,14 +33,20 @@ import contextlib, io, json, sys
 from types import SimpleNamespace
 from absl import flags
 from absl.testing import flagsaver
-from launch import common, convert
+from launch import common, convert, process
+process.restart_with_huge_pages = lambda: None
 common.load_dataset = lambda: SimpleNamespace(
     name="tiny", row_ids=range(6), captions=lambda index: ({CAPTIONS!r}[index], "another"))
 for line in sys.stdin:
     out, err = io.StringIO(), io.StringIO()
     with flagsaver.flagsaver(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         flags.FLAGS(["convert", *json.loads(line)])
-        code = common.execute(convert.main)
+        code = 0
+        try:
+            with common.command(["convert"]):
+                convert.main()
+        except SystemExit as error:
+            code = error.code
     print(json.dumps([code, out.getvalue(), err.getvalue()]), flush=True)
 """
 
