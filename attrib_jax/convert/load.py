@@ -38,7 +38,8 @@ class ModelSource(Settings):
     )
     prediction_type: str | None = setting(
         None,
-        "What the denoiser predicts, in place of what a folder's scheduler config says, or where a single file does not say it.",
+        "What the denoiser predicts: in place of what a folder's scheduler config says, or of a single file that does "
+        "not say it.",
         choices=("epsilon", "v_prediction"),
     )
     model_config: str | None = setting(
