@@ -8,7 +8,7 @@ import numpy as np
 
 from attrib_jax.convert.weights.files import open_weights
 
-# The two of AbC's files: real pictures are training ones and exemplars, synthesised ones are queries.
+# The two of AbC's files: real images are training ones and exemplars, synthesised ones are queries.
 _TRAINING, _QUERY = "real_mapper.", "synth_mapper."
 
 
@@ -24,7 +24,7 @@ class LinearMap(NamedTuple):
 
 
 class FeatureHead(NamedTuple):
-    """training: the mapping of training pictures' features; query: that of queries'; to one width."""
+    """training: the mapping of training images' features; query: that of queries'; to one width."""
 
     training: LinearMap
     query: LinearMap
@@ -34,7 +34,7 @@ def load_head(path: str | os.PathLike, width: int) -> FeatureHead:
     """Reads a feature head.
 
     The file holds one mapping for both sides, a matrix (out, in) and a bias (out,) or none, under any names; or two,
-    `real_mapper.*` of training pictures and `synth_mapper.*` of queries, as AbC's are published.
+    `real_mapper.*` of training images and `synth_mapper.*` of queries, as AbC's are published.
 
     Args:
       path: an `.npz`, safetensors or PyTorch file.

@@ -1,4 +1,4 @@
-"""Features of pictures and texts in a tower, AbC's mapping of them, and their cosine similarities."""
+"""Features of images and texts in a tower, AbC's mapping of them, and their cosine similarities."""
 
 import functools
 from collections.abc import Sequence
@@ -13,21 +13,21 @@ from attrib_jax.convert.tokenizer import tokenize_prompts
 from attrib_jax.convert.tower import Tower
 from attrib_jax.parallel.mesh import padded_tiles
 
-# Pictures, and texts, in a compiled call. Fixed, so that a feature does not depend on how many are asked for.
+# Images, and texts, in a compiled call. Fixed, so that a feature does not depend on how many are asked for.
 IMAGE_TILE = 16
 TEXT_TILE = 64
 _BLOCK = 4096
 
 
 def image_features(tower: Tower, images: Any) -> np.ndarray:
-    """Features of pictures -> (B, d) float32, on the host; a picture's do not depend on the others.
+    """Features of images -> (B, d) float32, on the host; an image's do not depend on the others.
 
     Args:
       tower: see `load_tower`.
-      images: (B, H, W, 3) floats in [-1, 1], rounded to 8 bits as a picture file would be and then resized, cropped and
+      images: (B, H, W, 3) floats in [-1, 1], rounded to 8 bits as an image file would be and then resized, cropped and
         normalised as the tower's image processor does.
 
-    Raises ValueError for another shape, no picture, values outside of [-1, 1] or a tower without pictures.
+    Raises ValueError for another shape, no image, values outside of [-1, 1] or a tower without images.
     """
     images = np.asarray(images)
     if images.ndim != 4 or len(images) == 0 or images.shape[-1] != 3 or not np.issubdtype(images.dtype, np.floating):
@@ -37,11 +37,11 @@ def image_features(tower: Tower, images: Any) -> np.ndarray:
     return pixel_features(tower, np.round((images + 1) * 127.5).astype(np.uint8))
 
 
-def pixel_features(tower: Tower, pictures: np.ndarray) -> np.ndarray:
-    """As `image_features`, of pictures (B, H, W, 3) uint8."""
+def pixel_features(tower: Tower, images: np.ndarray) -> np.ndarray:
+    """As `image_features`, of images (B, H, W, 3) uint8."""
     if tower.processor is None:
         raise ValueError("this CLIP tower has a text half alone; load one with a vision tower")
-    fitted = np.stack([tower.processor.fit(picture) for picture in pictures])
+    fitted = np.stack([tower.processor.fit(image) for image in images])
     return _in_tiles(functools.partial(_images, tower.module, tower.processor), tower.params, fitted, IMAGE_TILE)
 
 
@@ -58,8 +58,8 @@ def text_features(tower: Tower, texts: Sequence[str]) -> np.ndarray:
     return _in_tiles(functools.partial(_texts, tower.module), tower.params, ids, TEXT_TILE)
 
 
-def encode_pictures(module: Any, processor: Any, params: Any, fitted: jax.Array) -> jax.Array:
-    """Fitted pictures (B, side, side, 3) uint8 -> features (B, d)."""
+def encode_images(module: Any, processor: Any, params: Any, fitted: jax.Array) -> jax.Array:
+    """Fitted images (B, side, side, 3) uint8 -> features (B, d)."""
     return module.apply({"params": params}, processor.normalise(fitted), method="image_features")
 
 
@@ -68,7 +68,7 @@ def encode_texts(module: Any, params: Any, input_ids: jax.Array) -> jax.Array:
     return module.apply({"params": params}, input_ids, method="text_features")
 
 
-_images = jax.jit(encode_pictures, static_argnums=(0, 1))
+_images = jax.jit(encode_images, static_argnums=(0, 1))
 _texts = jax.jit(encode_texts, static_argnums=0)
 
 
@@ -93,7 +93,7 @@ def normalise_rows(features: np.ndarray) -> np.ndarray:
 
 
 def cosine_similarities(features: Any, queries: np.ndarray, head: FeatureHead | None = None) -> list[np.ndarray]:
-    """Cosine similarities of N pictures' features with each of J queries' -> J arrays (N, views) float64.
+    """Cosine similarities of N images' features with each of J queries' -> J arrays (N, views) float64.
 
     Args:
       features: (N, views, d), in memory or on disk, of which a block is read at a time.

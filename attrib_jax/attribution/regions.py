@@ -1,4 +1,4 @@
-"""Region attribution (METHOD.md section 5): a box or a mask of the query's picture as weights of its latents."""
+"""Region attribution (METHOD.md section 5): a box or a mask of the query's image as weights of its latents."""
 
 from collections.abc import Sequence
 
@@ -6,41 +6,41 @@ import numpy as np
 
 
 def region_mask(region: Sequence[float], image_size: tuple[int, int], latent_size: tuple[int, int]) -> np.ndarray:
-    """The share of each latent pixel that a box of the picture covers -> (h, w) float32 in [0, 1].
+    """The share of each latent pixel that a box of the image covers -> (h, w) float32 in [0, 1].
 
     A latent pixel that the box cuts counts by its covered share, so the query's loss follows the box smoothly, a box of
-    a few picture pixels still selects something, and the mask's sum is the box's area in latent pixels.
+    a few image pixels still selects something, and the mask's sum is the box's area in latent pixels.
 
     Args:
-        region: (x0, y0, x1, y1) in picture pixels from the top left, x to the right; x1 and y1 are exclusive.
-        image_size: (H, W) of the picture.
+        region: (x0, y0, x1, y1) in image pixels from the top left, x to the right; x1 and y1 are exclusive.
+        image_size: (H, W) of the image.
         latent_size: (h, w) of its latents.
 
     Raises:
-        ValueError: not four finite numbers, an empty box, or one that reaches outside the picture.
+        ValueError: not four finite numbers, an empty box, or one that reaches outside the image.
     """
     height, width = image_size
     box = [float(edge) for edge in region]
     if len(box) != 4 or not np.isfinite(box).all():
-        raise ValueError(f"region={tuple(region)} must be four numbers x0,y0,x1,y1 in picture pixels.")
+        raise ValueError(f"region={tuple(region)} must be four numbers x0,y0,x1,y1 in image pixels.")
     x0, y0, x1, y1 = box
     if x0 >= x1 or y0 >= y1:
         raise ValueError(f"region={tuple(region)} is empty: expected x0 < x1 and y0 < y1 (x0,y0 is the top left).")
     if x0 < 0 or y0 < 0 or x1 > width or y1 > height:
-        raise ValueError(f"region={tuple(region)} reaches outside the picture of {width} x {height} pixels.")
+        raise ValueError(f"region={tuple(region)} reaches outside the image of {width} x {height} pixels.")
     rows = _coverage(y0 * latent_size[0] / height, y1 * latent_size[0] / height, latent_size[0])
     columns = _coverage(x0 * latent_size[1] / width, x1 * latent_size[1] / width, latent_size[1])
     return np.outer(rows, columns).astype(np.float32)
 
 
 def shape_mask(shape: np.ndarray, latent_size: tuple[int, int]) -> np.ndarray:
-    """The share of each latent pixel that a shape in the picture covers -> (h, w) float32 in [0, 1].
+    """The share of each latent pixel that a shape in the image covers -> (h, w) float32 in [0, 1].
 
     As `region_mask` does for a box: a latent pixel that the shape covers in part counts by its share.
 
     Args:
-        shape: (H, W) bool, the picture pixels that count.
-        latent_size: (h, w) of the picture's latents.
+        shape: (H, W) bool, the image pixels that count.
+        latent_size: (h, w) of the image's latents.
 
     Raises:
         ValueError: no pixel counts.
@@ -53,7 +53,7 @@ def shape_mask(shape: np.ndarray, latent_size: tuple[int, int]) -> np.ndarray:
 
 
 def _shares(size: int, latent: int) -> np.ndarray:
-    """(latent, size): the share of each latent pixel that each of `size` picture pixels covers along one axis."""
+    """(latent, size): the share of each latent pixel that each of `size` image pixels covers along one axis."""
     edges = np.arange(size + 1) * latent / size
     return np.stack([_coverage(start, stop, latent) for start, stop in zip(edges, edges[1:])], axis=1)
 

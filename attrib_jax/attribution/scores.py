@@ -135,7 +135,7 @@ def dataset_losses(
     Args:
         predict, schedule, params, key, timesteps: as in `example_loss`.
         row_id: (N,) the images' rows in the full data set.
-        latents: (N, flips, h, w, c); flip 1 is the mirrored picture's.
+        latents: (N, flips, h, w, c); flip 1 is the mirrored image's.
         text: (N, captions, L, d).
         caption_mask: (N, captions) 1 for a caption, 0 for padding of images with fewer; all count if None.
         batch_size: examples handed to the device before their losses are fetched, rounded up to whole tiles: it bounds

@@ -349,7 +349,7 @@ def _checked_mask(mask: Any) -> np.ndarray:
     if not np.all((mask >= 0) & (mask <= 1)):
         raise ValueError(f"mask has values from {mask.min()} to {mask.max()}; expected weights in [0, 1]")
     if not mask.any():
-        raise ValueError("mask selects no latent pixel; give a region that covers part of the picture.")
+        raise ValueError("mask selects no latent pixel; give a region that covers part of the image.")
     return mask
 
 

@@ -34,7 +34,7 @@ _CHECKPOINT_TILES_ON_CPU, _CHECKPOINT_TILES_ON_ACCELERATOR = 16, 64
 
 
 class FisherDraws(NamedTuple):
-    """One (picture, flip, caption, timestep, noise) draw for each sample; arrays (S,), the noise by its index."""
+    """One (image, flip, caption, timestep, noise) draw for each sample; arrays (S,), the noise by its index."""
 
     index: np.ndarray
     row: np.ndarray
@@ -54,7 +54,7 @@ class Sample(NamedTuple):
 
 
 def fisher_draws(seed: int, samples: int, num_captions: np.ndarray, num_train_timesteps: int) -> FisherDraws:
-    """The first `samples` draws: every picture once, in random order, before any comes twice.
+    """The first `samples` draws: every image once, in random order, before any comes twice.
 
     Draws are a function of the seed and their index, so more samples extend fewer.
     """

@@ -1,4 +1,4 @@
-"""Stage 1: pictures and captions -> latents and text states, encoded once and stored in chunks."""
+"""Stage 1: images and captions -> latents and text states, encoded once and stored in chunks."""
 
 import dataclasses
 import functools
@@ -25,8 +25,8 @@ from attrib_jax.data.concat import ConcatDataset
 from attrib_jax.data.latents import ROWS_FILE, LatentsDataset, broken_views
 from attrib_jax.data.readers import ImageReader
 from attrib_jax.data.sources import Dataset
+from attrib_jax.jobs.encode_to_store import encode_to_store, make_store
 from attrib_jax.jobs.encoded_dataset import EncodedDataset, join
-from attrib_jax.jobs.fill import fill, make_store
 from attrib_jax.parallel.hosts import is_host0, run_on_host0
 from attrib_jax.storage.files import DamagedFileError, read_arrays, write_arrays
 from attrib_jax.storage.joined import JoinedArray, ScaledArray
@@ -36,7 +36,7 @@ from attrib_jax.storage.stages import Stage
 
 _log = logging.getLogger(__name__)
 
-# Pictures, and captions, that one device holds at a time.
+# Images, and captions, that one device holds at a time.
 IMAGE_TILE = 16
 TEXT_TILE = 64
 _SKIPPED_SHOWN = 5
@@ -82,41 +82,39 @@ def encode(
 ) -> EncodedDataset:
     """Encodes a data set with a pipeline's autoencoder and text encoder, resuming or reusing what `root` has.
 
-    Pictures that cannot be read are left out: counted, logged, and listed in `skipped.json`. A `LatentsDataset` is
+    Images that cannot be read are left out: counted, logged, and listed in `skipped.json`. A `LatentsDataset` is
     checked and passed through; a `ConcatDataset` is encoded part by part.
 
     Args:
       root: where the stages `latents` and `text` are kept.
       pipeline: its `vae` and `text_encoder`.
       inputs: fingerprints of model and data set, and `config.encoding()`.
-      dataset: see `open_dataset`; pictures have the model's resolution.
+      dataset: see `open_dataset`; images have the model's resolution.
       config: see `EncodeConfig`.
 
     Raises:
-      ValueError: pictures or latents of another size than the model's, text states of another width, or no picture
+      ValueError: images or latents of another size than the model's, text states of another width, or no image
         could be read.
       StageMismatchError: a stored stage is of another model or data set.
     """
     data = _encode_part(root, "", pipeline, inputs, dataset, config)
     if not len(data):
         reason = next(iter(data.skipped.values()), "it is empty")
-        raise ValueError(f"dataset {dataset.name!r} has no picture that can be read (the first: {reason})")
+        raise ValueError(f"dataset {dataset.name!r} has no image that can be read (the first: {reason})")
     return data
 
 
 def image_size(pipeline: Pipeline) -> tuple[int, int]:
-    """Height and width in pixels of the pictures that a pipeline was trained on."""
+    """Height and width in pixels of the images that a pipeline was trained on."""
     height, width = (size * pipeline.vae.config.downscale for size in latent_size(pipeline))
     return height, width
 
 
 def image_resolution(pipeline: Pipeline) -> int:
-    """Side in pixels of the square pictures that a pipeline was trained on; ValueError where they are not square."""
+    """Side in pixels of the square images that a pipeline was trained on; ValueError where they are not square."""
     height, width = image_size(pipeline)
     if height != width:
-        raise ValueError(
-            f"the model was trained on pictures of {height} x {width} pixels; data sets are read as squares"
-        )
+        raise ValueError(f"the model was trained on images of {height} x {width} pixels; data sets are read as squares")
     return height
 
 
@@ -134,7 +132,7 @@ def _encode_part(root, prefix: str, pipeline, inputs, dataset, config) -> Encode
         return join(first, second, np.concatenate([first.row_ids, second.row_ids + dataset.shift]).astype(np.int32))
     if isinstance(dataset, LatentsDataset):
         return _stored_latents(pipeline, dataset)
-    # Reading a caption may mean reading its picture's whole record: not where nothing is left to encode.
+    # Reading a caption may mean reading its image's whole record: not where nothing is left to encode.
     captions = functools.cache(lambda: read_captions(dataset))
     latents_name, text_name = stage_names(dataset, prefix)
     with root.stage(latents_name, {}, inputs) as stage:
@@ -164,7 +162,7 @@ def _encode_part(root, prefix: str, pipeline, inputs, dataset, config) -> Encode
         run_on_host0(describe)
     if skipped and is_host0():
         _log.warning(
-            "%d of %d pictures of %s cannot be read and are left out, such as: %s. All are listed in %s.",
+            "%d of %d images of %s cannot be read and are left out, such as: %s. All are listed in %s.",
             len(skipped),
             len(dataset),
             dataset.name,
@@ -175,7 +173,7 @@ def _encode_part(root, prefix: str, pipeline, inputs, dataset, config) -> Encode
 
 
 def _stored_first_caption(stage: Stage) -> np.ndarray | None:
-    """Where each picture's captions begin, as a finished stage has it."""
+    """Where each image's captions begin, as a finished stage has it."""
 
     def read() -> np.ndarray | None:
         if not stage.finished:
@@ -247,23 +245,23 @@ def encode_images(
     config: EncodeConfig = EncodeConfig(),
     size: tuple[int, int] | None = None,
 ) -> JoinedArray:
-    """Latents of every picture and of its mirror image -> (N, 2, h, w, c), scaled, in `config.dtype`.
+    """Latents of every image and of its mirror image -> (N, 2, h, w, c), scaled, in `config.dtype`.
 
     Kept in chunks in `path`, and resumed there. Rows that cannot be read hold zeros; `read_skipped(path)` names them.
-    `size` is (height, width) of the pictures, that of the first one if None. Raises ValueError for a picture of another
+    `size` is (height, width) of the images, that of the first one if None. Raises ValueError for an image of another
     size.
     """
     size = size or dataset[0].image.shape[:2]
     scale = vae.config.downscale
     shape = (2, size[0] // scale, size[1] // scale, vae.config.latent_channels)
     skipped = SkippedRows(path)
-    stored = fill(
+    stored = encode_to_store(
         make_store(path, "latents", shape, config.dtype, len(dataset)),
         _latents,
         (params, purpose_key(config.seed, "posterior")),
         ImageReader(dataset, size),
         IMAGE_TILE,
-        "encode pictures",
+        "encode images",
         "image",
         workers=config.workers,
         store_skipped=skipped.store,
@@ -275,7 +273,7 @@ def encode_images(
 
 
 def _latents(vae: Any, posterior: str, shared: Any, batch: Any) -> jax.Array:
-    """Pictures (B, H, W, 3) uint8 and their row ids (B,) -> (B, 2, h, w, c), as they are and mirrored."""
+    """Images (B, H, W, 3) uint8 and their row ids (B,) -> (B, 2, h, w, c), as they are and mirrored."""
     params, key = shared
     images, row_ids = batch
     images = images.astype(jnp.float32) / 127.5 - 1.0
@@ -308,9 +306,9 @@ def _encode_captions(
 
     def read(rows):
         with lock:  # a tokenizer's padding is state that two threads must not set at once
-            pictures = np.searchsorted(first_caption, rows, side="right") - 1
-            places = zip(pictures, rows - first_caption[pictures])
-            return tokenize(pipeline, [captions()[picture][caption] for picture, caption in places]), {}
+            images = np.searchsorted(first_caption, rows, side="right") - 1
+            places = zip(images, rows - first_caption[images])
+            return tokenize(pipeline, [captions()[image][caption] for image, caption in places]), {}
 
     def name(caption: int, value: np.ndarray) -> str:
         del value
@@ -318,7 +316,7 @@ def _encode_captions(
         number = caption - int(first_caption[image])
         return f"caption {number} of row {int(row_ids[image])} ({captions()[image][number]!r})"
 
-    return fill(
+    return encode_to_store(
         make_store(path, "text", shape, config.dtype, int(first_caption[-1])),
         encode_text,
         pipeline.params["text_encoder"],

@@ -12,15 +12,15 @@ from attrib_jax.storage.joined import JoinedArray
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class EncodedDataset:
-    """Latents and text states of N training pictures; the arrays may be numpy's, memory-mapped, or `JoinedArray`s.
+    """Latents and text states of N training images; the arrays may be numpy's, memory-mapped, or `JoinedArray`s.
 
     Attributes:
       row_ids: (N,) int32.
-      latents: (R, 2, h, w, c), of all stored pictures; [:, 1] of the mirrored picture.
-      text: (M, L, d), the text states of all captions of all stored pictures, one picture after the other.
-      first_caption: (R + 1,) int64; the captions of stored picture r are text[first_caption[r]:first_caption[r + 1]].
-      positions: (N,) where the pictures lie among the R stored ones, of which some may be left out; None for all.
-      skipped: picture -> why it was left out.
+      latents: (R, 2, h, w, c), of all stored images; [:, 1] of the mirrored image.
+      text: (M, L, d), the text states of all captions of all stored images, one image after the other.
+      first_caption: (R + 1,) int64; the captions of stored image r are text[first_caption[r]:first_caption[r + 1]].
+      positions: (N,) where the images lie among the R stored ones, of which some may be left out; None for all.
+      skipped: image -> why it was left out.
       source: name of the data set, for messages.
     """
 
@@ -55,7 +55,7 @@ class EncodedDataset:
         return tuple(self.text.shape[1:])
 
     def inputs(self, row: np.ndarray, flip: np.ndarray, caption: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The UNet's inputs for examples (picture, flip, caption), each index (n,) or an integer for all.
+        """The UNet's inputs for examples (image, flip, caption), each index (n,) or an integer for all.
 
         `row` counts from 0 to N - 1. Returns latents (n, h, w, c) and text states (n, L, d), float32.
 

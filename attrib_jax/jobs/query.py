@@ -70,13 +70,13 @@ class Query(Settings):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PreparedQuery:
-    """A query as picture and as the UNet's input.
+    """A query as image and as the UNet's input.
 
     Attributes:
       image: (H, W, 3) uint8.
       latents: (h, w, c) float32, multiplied by the scaling factor.
       text: (L, d) float32.
-      notes: what a user should know of how the prompt or picture was read.
+      notes: what a user should know of how the prompt or image was read.
       prompt: its caption.
     """
 
@@ -88,14 +88,14 @@ class PreparedQuery:
 
 
 def prepare_query(pipeline: Pipeline, predict: Predict, query: Query) -> PreparedQuery:
-    """Generates or reads the query's picture and encodes it.
+    """Generates or reads the query's image and encodes it.
 
     A generated query keeps the latents that the sampler ended with: they are what the model made; encoding its decoded
-    picture again would add the autoencoder's error.
+    image again would add the autoencoder's error.
 
     Raises:
-      ValueError: the picture is no image, or the sampler cannot run with these steps.
-      FileNotFoundError: the picture does not exist.
+      ValueError: the image is no image, or the sampler cannot run with these steps.
+      FileNotFoundError: the image does not exist.
     """
     notes = () if query.text is not None else prompt_notes(pipeline, query.prompt)
     if query.latents is not None:
@@ -105,7 +105,7 @@ def prepare_query(pipeline: Pipeline, predict: Predict, query: Query) -> Prepare
         latents = generate(pipeline, predict, [query.prompt], [query.seed], query)
         image = decode(pipeline, latents)[0]
     else:
-        image, latents = _encode_picture(pipeline, query.image)
+        image, latents = _encode_image(pipeline, query.image)
     if query.text is not None:
         text = _given("text", query.text, (None, pipeline.unet.config.cross_attention_dim))
     else:
@@ -162,18 +162,18 @@ def prompt_notes(pipeline: Pipeline, prompt: str) -> tuple[str, ...]:
 def generate(pipeline: Pipeline, predict: Predict, prompts: list[str], seeds: list[int], query: Query) -> np.ndarray:
     """Draws one latent for each prompt with the sampler settings of `query` -> (B, h, w, c), scaled.
 
-    The initial noise of a picture depends on its seed alone.
+    The initial noise of an image depends on its seed alone.
     """
     text = _text_states(pipeline, list(prompts) + [""])
     initial = [initial_noise(pipeline, seed) for seed in seeds]
     if query.sampler == "ddim":
         return _sample(pipeline, predict, text[:-1], text[-1], jnp.stack(initial), None, query)
-    # Fresh noise at every step, so one by one: a picture's noise must not depend on its place in a batch.
-    pictures = [
+    # Fresh noise at every step, so one by one: an image's noise must not depend on its place in a batch.
+    images = [
         _sample(pipeline, predict, row[None], text[-1], noise[None], purpose_key(seed, "sampler noise"), query)
         for row, noise, seed in zip(text, initial, seeds)
     ]
-    return np.concatenate(pictures)
+    return np.concatenate(images)
 
 
 def _sample(pipeline, predict, text, empty_text, initial, key, query: Query) -> np.ndarray:
@@ -194,20 +194,20 @@ def _sample(pipeline, predict, text, empty_text, initial, key, query: Query) -> 
 
 
 def initial_noise(pipeline: Pipeline, seed: int) -> np.ndarray:
-    """The noise (h, w, c) that a picture with this seed starts from."""
+    """The noise (h, w, c) that an image with this seed starts from."""
     config = pipeline.unet.config
     shape = (*latent_size(pipeline), config.in_channels)
     return np.asarray(jax.random.normal(purpose_key(seed, "sample"), shape))
 
 
 def decode(pipeline: Pipeline, latents: np.ndarray) -> np.ndarray:
-    """Scaled latents (B, h, w, c) -> pictures (B, H, W, 3) uint8."""
+    """Scaled latents (B, h, w, c) -> images (B, H, W, 3) uint8."""
     with jax.default_matmul_precision("highest"):
         images = _decode(pipeline.vae, pipeline.params["vae"], latents)
     return np.asarray(jnp.round(jnp.clip(images * 0.5 + 0.5, 0, 1) * 255)).astype(np.uint8)
 
 
-def _encode_picture(pipeline: Pipeline, image: Any) -> tuple[np.ndarray, np.ndarray]:
+def _encode_image(pipeline: Pipeline, image: Any) -> tuple[np.ndarray, np.ndarray]:
     height, width = image_size(pipeline)
     if not isinstance(image, np.ndarray):
         image = read_image(image, height, width)
@@ -259,14 +259,14 @@ def query_name(query: Query, settings: dict[str, Any]) -> str:
         for character in unicodedata.normalize("NFKC", query.prompt)
     )
     slug = re.sub(r"[\W_]+", "-", spelled.lower()).strip("-")[:40].rstrip("-")
-    origin = "latents" if query.latents is not None else f"seed{query.seed}" if query.image is None else "picture"
+    origin = "latents" if query.latents is not None else f"seed{query.seed}" if query.image is None else "image"
     return f"{slug or ('symbols' if query.prompt.strip() else 'empty-prompt')}-{origin}-{json_digest(settings)[:8]}"
 
 
 def query_settings(query: Query) -> dict[str, Any]:
-    """What decides a query as JSON values; of pictures and arrays their content.
+    """What decides a query as JSON values; of images and arrays their content.
 
-    Raises FileNotFoundError where its picture does not exist.
+    Raises FileNotFoundError where its image does not exist.
     """
     settings = {field.name: getattr(query, field.name) for field in dataclasses.fields(query)}
     given = {name: value for name in ("image", "latents", "text") if (value := settings.pop(name)) is not None}

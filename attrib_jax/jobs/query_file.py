@@ -25,12 +25,12 @@ class NamedQueries(NamedTuple):
 def read_queries(file: str | os.PathLike, defaults: Query | None = None) -> NamedQueries:
     """Reads queries from a JSON Lines file.
 
-    Each line is an object with `prompt`, and maybe `seed`, `image` (the path of a picture, relative to the file),
+    Each line is an object with `prompt`, and maybe `seed`, `image` (the path of an image, relative to the file),
     `name` and `guidance_scale`; the rest is that of `defaults`, of a `Query` if None. Blank lines are skipped.
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: lines are no such objects, name a picture that does not exist, or have one name; or there is no query.
+      ValueError: lines are no such objects, name an image that does not exist, or have one name; or there is no query.
     """
     file = Path(expand_path(file))
     lines = split_lines(read_text(file))
@@ -78,5 +78,5 @@ def _parse(line: str, folder: Path, defaults: Query) -> tuple[Query, str | None]
     if "image" in values:
         values["image"] = folder / values["image"]
         if not values["image"].is_file():
-            raise ValueError(f"picture {os.fspath(values['image'])!r} does not exist; paths are relative to this file")
+            raise ValueError(f"image {os.fspath(values['image'])!r} does not exist; paths are relative to this file")
     return dataclasses.replace(defaults, **values), name

@@ -21,7 +21,7 @@ _MAX_QUERIES = 1024
 
 _PROJECTED = (projected.ProjectedConfig, projected.prepare, projected.score)
 _FEATURES = (features.prepare, features.score)
-_BY_IMAGES = {"inputs": features.image_inputs}
+_BY_IMAGES = {"inputs": features.dataset_fingerprints}
 
 METHODS: dict[str, Method] = {
     "unlearn": Method(unlearn.UnlearnConfig, unlearn.prepare, unlearn.score, "attribution by unlearning"),

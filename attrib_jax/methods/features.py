@@ -19,7 +19,7 @@ from attrib_jax.attribution.features import (
     IMAGE_TILE,
     TEXT_TILE,
     cosine_similarities,
-    encode_pictures,
+    encode_images,
     encode_texts,
     pixel_features,
     text_features,
@@ -35,7 +35,7 @@ from attrib_jax.data.latents import LatentsDataset
 from attrib_jax.data.readers import ImageReader
 from attrib_jax.data.sources import Dataset
 from attrib_jax.jobs.context import Run
-from attrib_jax.jobs.fill import fill, make_store
+from attrib_jax.jobs.encode_to_store import encode_to_store, make_store
 from attrib_jax.jobs.settings import CaptionSettings, FlipSettings
 from attrib_jax.methods.base import MethodConfig, QueryJob, Scored
 from attrib_jax.parallel.hosts import run_on_host0
@@ -157,13 +157,13 @@ def prepare(run: Run, config: TowerConfig) -> Prepared:
     mapped = isinstance(config, MappedFeatureConfig)
     head = load_head(config.feature_head, tower.module.feature_width()) if mapped else None
     fingerprint = tower_fingerprint(config.tower)
-    inputs = {**image_inputs(run), "tower": fingerprint}
-    name = f"features/{'captions' if method.text else 'pictures'}-{fingerprint[:12]}"
+    inputs = {**dataset_fingerprints(run), "tower": fingerprint}
+    name = f"features/{'captions' if method.text else 'images'}-{fingerprint[:12]}"
     with run.timed("features", run.root.is_finished(name, {}, inputs)):
         if method.text:
-            return Prepared(tower, head, caption_features(run.root, name, inputs, run.dataset, tower), None)
+            return Prepared(tower, head, dataset_caption_features(run.root, name, inputs, run.dataset, tower), None)
         workers = run.encode_config.workers
-        return Prepared(tower, head, *picture_features(run.root, name, inputs, run.dataset, tower, workers))
+        return Prepared(tower, head, *dataset_image_features(run.root, name, inputs, run.dataset, tower, workers))
 
 
 def score(run: Run, queries: Sequence[QueryJob], config: TowerConfig) -> list[Scored]:
@@ -201,53 +201,53 @@ def check_images(dataset: Dataset, method: str) -> None:
         check_images(dataset.second, method)
     elif isinstance(dataset, LatentsDataset) and dataset.images is None:
         raise ValueError(
-            f"method {method!r} compares pictures or captions, and {dataset.name!r} holds latents alone; give the data "
+            f"method {method!r} compares images or captions, and {dataset.name!r} holds latents alone; give the data "
             "set that has them with --images"
         )
 
 
-def image_inputs(run: Run) -> dict[str, str]:
-    """Fingerprints of the data set, and of the pictures beside the latents, which those do not tell."""
-    beside = images_fingerprint(run.dataset)
+def dataset_fingerprints(run: Run) -> dict[str, str]:
+    """Fingerprints of the data set, and of the images beside the latents, which those do not tell."""
+    beside = shown_images_fingerprint(run.dataset)
     return {"dataset": run.inputs["dataset"]} | ({"images": beside} if beside else {})
 
 
-def images_fingerprint(dataset: Dataset) -> str:
-    """Of the pictures that stand beside latents (`--images`); empty where the data set has none of these."""
+def shown_images_fingerprint(dataset: Dataset) -> str:
+    """Of the images that stand beside latents (`--images`); empty where the data set has none of these."""
     if isinstance(dataset, ConcatDataset):
-        parts = [images_fingerprint(part) for part in (dataset.first, dataset.second)]
+        parts = [shown_images_fingerprint(part) for part in (dataset.first, dataset.second)]
         return "+".join(parts) if any(parts) else ""
     if isinstance(dataset, LatentsDataset) and dataset.images is not None:
         return dataset.images.fingerprint()
     return ""
 
 
-def picture_features(
+def dataset_image_features(
     root: StageRoot, name: str, inputs: dict[str, str], dataset: Dataset, tower: Tower, workers: int = 0
 ) -> tuple[JoinedArray, np.ndarray]:
-    """Features of every picture and of its mirror image, computed, resumed or reused.
+    """Features of every image and of its mirror image, computed, resumed or reused.
 
     Args:
       root: where the stage `name` is kept.
       inputs: fingerprints of data set and tower.
-      dataset: its pictures are resized and cropped as the tower's image processor does.
+      dataset: its images are resized and cropped as the tower's image processor does.
       tower: with a vision half.
-      workers: processes that read pictures, see `fill`.
+      workers: processes that read images, see `encode_to_store`.
 
     Returns:
-      (N, 2, d) float32, on disk, [:, 1] of the mirrored pictures, and the positions of the pictures that could be read.
+      (N, 2, d) float32, on disk, [:, 1] of the mirrored images, and the positions of the images that could be read.
     """
     module, processor = tower.module, tower.processor
 
     with root.stage(name, {}, inputs) as stage:
         skipped = SkippedRows(stage.path)
-        features = fill(
+        features = encode_to_store(
             make_store(stage.path, "features", (2, module.feature_width()), "float32", len(dataset)),
             _both_views,
             tower.params,
             ImageReader(dataset, (processor.side, processor.side), processor.fit),
             IMAGE_TILE,
-            "features of pictures",
+            "features of images",
             "image",
             workers=workers,
             store_skipped=skipped.store,
@@ -258,8 +258,10 @@ def picture_features(
     return features, np.setdiff1d(np.arange(len(dataset)), list(left_out))
 
 
-def caption_features(root: StageRoot, name: str, inputs: dict[str, str], dataset: Dataset, tower: Tower) -> JoinedArray:
-    """Features of every caption, one picture's after another's -> (M, 1, d) float32; as in `picture_features`."""
+def dataset_caption_features(
+    root: StageRoot, name: str, inputs: dict[str, str], dataset: Dataset, tower: Tower
+) -> JoinedArray:
+    """Features of every caption, one image's after another's -> (M, 1, d) float32; as in `dataset_image_features`."""
     captions = [text for index in range(len(dataset)) for text in dataset.captions(index)]
     module, lock = tower.module, threading.Lock()
 
@@ -268,7 +270,7 @@ def caption_features(root: StageRoot, name: str, inputs: dict[str, str], dataset
             return tokenize_prompts(tower.tokenizer, [captions[row] for row in rows]), {}
 
     with root.stage(name, {}, inputs) as stage:
-        return fill(
+        return encode_to_store(
             make_store(stage.path, "features", (1, module.feature_width()), "float32", len(captions)),
             _one_view,
             tower.params,
@@ -281,9 +283,9 @@ def caption_features(root: StageRoot, name: str, inputs: dict[str, str], dataset
 
 
 def _both_views(module: Any, processor: Any, params: Any, batch: Any) -> jax.Array:
-    """Pictures (B, H, W, 3) uint8 -> (B, 2, d), as they are and mirrored."""
+    """Images (B, H, W, 3) uint8 -> (B, 2, d), as they are and mirrored."""
     images, _ = batch
-    both = [encode_pictures(module, processor, params, views) for views in (images, images[:, :, ::-1])]
+    both = [encode_images(module, processor, params, views) for views in (images, images[:, :, ::-1])]
     return jnp.stack(both, axis=1)
 
 
@@ -292,5 +294,5 @@ def _one_view(module: Any, params: Any, input_ids: jax.Array) -> jax.Array:
 
 
 def _first_captions(dataset: Dataset) -> np.ndarray:
-    """(N + 1,) where each picture's captions begin among all captions."""
+    """(N + 1,) where each image's captions begin among all captions."""
     return np.concatenate([[0], np.cumsum([len(dataset.captions(index)) for index in range(len(dataset))])])

@@ -14,10 +14,10 @@ from attrib_jax.core.settings import setting
 from attrib_jax.data.images import resize_and_crop
 from attrib_jax.data.readers import ImageReader
 from attrib_jax.jobs.context import Run
-from attrib_jax.jobs.fill import fill, make_store
+from attrib_jax.jobs.encode_to_store import encode_to_store, make_store
 from attrib_jax.jobs.settings import FlipSettings
 from attrib_jax.methods.base import MethodConfig, QueryJob, Scored
-from attrib_jax.methods.features import check_images, image_inputs
+from attrib_jax.methods.features import check_images, dataset_fingerprints
 from attrib_jax.parallel.hosts import run_on_host0
 from attrib_jax.storage.skipped import SkippedRows, read_skipped
 
@@ -46,10 +46,10 @@ def score(run: Run, queries: Sequence[QueryJob], config: PixelConfig) -> list[Sc
     dataset, images = run.dataset, np.stack([query.prepared.image for query in queries])
     digest, size = array_digest(images), images.shape[1:3]
     with run.timed("pixels"):
-        inputs = {**image_inputs(run), "queries": digest}
+        inputs = {**dataset_fingerprints(run), "queries": digest}
         with run.root.stage(f"pixels/{digest[:12]}", {}, inputs) as stage:
             skipped = SkippedRows(stage.path)
-            values = fill(
+            values = encode_to_store(
                 make_store(stage.path, "similarity", (len(queries), 2), "float32", len(dataset)),
                 _similarities,
                 images,
@@ -68,12 +68,12 @@ def score(run: Run, queries: Sequence[QueryJob], config: PixelConfig) -> list[Sc
 
 
 def _similarities(queries, batch):
-    """Queries (J, H, W, 3) and pictures (B, H, W, 3), uint8 -> (B, J, 2), of the pictures as they are and mirrored."""
+    """Queries (J, H, W, 3) and images (B, H, W, 3), uint8 -> (B, J, 2), of the images as they are and mirrored."""
     images, _ = batch
-    queries, *both = (_unit_vectors(pictures) for pictures in (queries, images, images[:, :, ::-1]))
-    return jnp.stack([views @ queries.T for views in both], axis=-1)
+    queries, *both = (_unit_vectors(views) for views in (queries, images, images[:, :, ::-1]))
+    return jnp.stack([view @ queries.T for view in both], axis=-1)
 
 
-def _unit_vectors(pictures):
-    pixels = pictures.astype(jnp.float32) / 127.5 - 1.0
+def _unit_vectors(images):
+    pixels = images.astype(jnp.float32) / 127.5 - 1.0
     return normalise(pixels.reshape(len(pixels), -1))

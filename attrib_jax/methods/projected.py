@@ -10,7 +10,7 @@ output of the model by the selected weights, averaged over timesteps:
 - `das` (Lin et al. 2024, "Diffusion Attribution Score"): of the prediction's mean, gradients brought to length 1 at
   each timestep; tau is multiplied by the training example's residual r_i and, on demand, divided by 1 - h_i.
 
-Phi has a row for each picture and mirror image that is scored. Training features are a stage that all queries share,
+Phi has a row for each image and mirror image that is scored. Training features are a stage that all queries share,
 and all methods with one output. A query's features are averaged over `query_draws` draws of (timestep, noise), in whole
 rounds over the timesteps. Scores of several models are averaged.
 """

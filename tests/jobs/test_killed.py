@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import attrib_jax.jobs.draws
-import attrib_jax.jobs.fill
+import attrib_jax.jobs.encode_to_store
 import attrib_jax.jobs.losses
 import attrib_jax.methods.unlearn
 from attrib_jax.attribute import attribute
@@ -34,7 +34,7 @@ _SOURCE = np.random.default_rng(0).normal(size=(20, 3)).astype(np.float32)
 
 def store_often(setattr=setattr) -> None:
     """Small chunks, and a state after every tile and step."""
-    setattr(attrib_jax.jobs.fill, "_MAX_ROWS_PER_CHUNK", 16)
+    setattr(attrib_jax.jobs.encode_to_store, "_MAX_ROWS_PER_CHUNK", 16)
     setattr(attrib_jax.jobs.draws, "_SAMPLES_PER_CPU", 8)
     setattr(attrib_jax.jobs.draws, "tiles_per_checkpoint", lambda mesh: 1)
     setattr(attrib_jax.jobs.losses, "_ROWS_PER_CHUNK", 4)

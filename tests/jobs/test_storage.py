@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import attrib_jax.jobs.draws
-import attrib_jax.jobs.fill
+import attrib_jax.jobs.encode_to_store
 import attrib_jax.methods.unlearn
 from attrib_jax.attribute import attribute_queries
 from attrib_jax.data.sources import ArrayDataset
@@ -219,7 +219,7 @@ def test_a_disk_that_refuses_a_write_stops_the_run_with_a_message_and_loses_noth
 
 
 def test_a_reader_that_fails_keeps_the_chunks_before_it(pipeline, dataset, tmp_path, monkeypatch):
-    monkeypatch.setattr(attrib_jax.jobs.fill, "_MAX_ROWS_PER_CHUNK", 16)
+    monkeypatch.setattr(attrib_jax.jobs.encode_to_store, "_MAX_ROWS_PER_CHUNK", 16)
     root, inputs = StageRoot(tmp_path), {"dataset": dataset.fingerprint()}
 
     def bad_sector(row):

@@ -12,7 +12,7 @@ import numpy as np
 from absl import flags
 
 import attrib_jax.jobs.draws
-import attrib_jax.jobs.fill
+import attrib_jax.jobs.encode_to_store
 import attrib_jax.jobs.losses
 from attrib_jax.storage.state import StateStore
 from launch import attribute, common
@@ -46,7 +46,7 @@ def _slow(write):
 
 
 if __name__ == "__main__":
-    attrib_jax.jobs.fill._MAX_ROWS_PER_CHUNK = 4
+    attrib_jax.jobs.encode_to_store._MAX_ROWS_PER_CHUNK = 4
     attrib_jax.jobs.losses._ROWS_PER_CHUNK = 4
     attrib_jax.jobs.losses._TILES_PER_CHUNK = 0
     attrib_jax.jobs.draws._SAMPLES_PER_CPU = 8

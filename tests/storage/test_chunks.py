@@ -27,7 +27,7 @@ def make(rows: slice) -> dict[str, np.ndarray]:
     return {"loss": loss, "row_id": ids}
 
 
-def fill(store: ChunkStore) -> list[int]:
+def encode_to_store(store: ChunkStore) -> list[int]:
     computed = []
     for index in store.missing():
         store.write(index, make(store.rows(index)))
@@ -89,7 +89,7 @@ def test_a_cleared_store_lacks_every_chunk_and_keeps_its_layout(tmp_path):
     store = open_store(tmp_path)
     fill(store)
     store.clear()
-    assert store.absent() == list(range(store.num_chunks)) == fill(open_store(tmp_path))
+    assert store.absent() == list(range(store.num_chunks)) == encode_to_store(open_store(tmp_path))
 
 
 def test_other_rows_per_chunk_keeps_what_is_stored(tmp_path):

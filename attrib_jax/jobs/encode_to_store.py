@@ -36,7 +36,7 @@ def make_store(path: str | os.PathLike, field: str, shape: tuple[int, ...], dtyp
     return host0_first(lambda: ChunkStore(path, {field: (shape, np.dtype(dtype))}, num_rows, rows, name=field))
 
 
-def fill(
+def encode_to_store(
     store: ChunkStore,
     encode_tile: Callable[..., jax.Array],
     shared: Any,
@@ -120,7 +120,7 @@ def _fill(store, chunks, done, run, shared, read, tile, description, unit, worke
                 values[row - rows.start] = 0
             _check_finite(values, rows, description, unit, name_row)
             if store_skipped is not None:
-                # Before the chunk: once that is there, nobody reads its pictures again.
+                # Before the chunk: once that is there, nobody reads its images again.
                 store_skipped(rows, reasons)
             store.write(chunk, {field: values})
 

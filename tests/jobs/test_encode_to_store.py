@@ -6,8 +6,8 @@ import sys
 import numpy as np
 import pytest
 
+from attrib_jax.jobs.encode_to_store import encode_to_store, make_store
 from attrib_jax.jobs.encoded_dataset import EncodedDataset
-from attrib_jax.jobs.fill import fill, make_store
 
 COUNT = 11
 
@@ -18,7 +18,9 @@ def encode_tile(shared, batch):
 
 def filled(path, values, scale=1.0, dtype="float32", **options):
     store = make_store(path, "values", values.shape[1:], dtype, len(values))
-    return fill(store, encode_tile, np.float32(scale), lambda rows: (values[rows], {}), 2, "encode", "image", **options)
+    return encode_to_store(
+        store, encode_tile, np.float32(scale), lambda rows: (values[rows], {}), 2, "encode", "image", **options
+    )
 
 
 def values_with(*broken):
@@ -46,7 +48,9 @@ def test_rows_that_give_nan_are_named_and_not_stored(tmp_path, broken, options, 
 
 def test_an_unreadable_row_is_zero_whatever_the_model_makes_of_it(tmp_path):
     store = make_store(tmp_path, "values", (1,), "float32", 2)
-    stored = fill(store, encode_tile, np.nan, lambda rows: (np.ones((len(rows), 1)), {0: "", 1: ""}), 2, "encode", "x")
+    stored = encode_to_store(
+        store, encode_tile, np.nan, lambda rows: (np.ones((len(rows), 1)), {0: "", 1: ""}), 2, "encode", "x"
+    )
     assert np.asarray(stored).tolist() == [[0], [0]]
 
 
@@ -73,7 +77,7 @@ def test_nan_is_named_where_it_is_read(field, flip, caption, message):
 SCRIPT = """
 import sys
 import numpy as np
-from attrib_jax.jobs.fill import fill, make_store
+from attrib_jax.jobs.encode_to_store import encode_to_store, make_store
 
 def read(rows):
     return np.ones((len(rows), 100), np.float32) * rows[:, None], {}
@@ -84,7 +88,7 @@ def encode_tile(shared, batch):
     return batch
 
 store = make_store(sys.argv[1], "values", (100,), "float32", 9)
-stored = fill(store, encode_tile, (), read, 2, "encode", "image", workers=2)
+stored = encode_to_store(store, encode_tile, (), read, 2, "encode", "image", workers=2)
 print(np.asarray(stored)[:, 0].astype(int).tolist())
 """
 
