@@ -30,7 +30,7 @@ setup(
         "absl-py",
         "array-record",  # the files of TFDS data sets
         "flax>=0.12",
-        "grain",
+        "grain>=0.2.18",  # reading without shared memory
         "huggingface-hub",
         "importlib-resources",  # imported by tensorflow-datasets, which does not declare it
         "jax>=0.10",

@@ -138,7 +138,8 @@ def open_folder(
     fields = [column for column in columns if column != _FILE_COLUMN]
     fields += [f"{field} (in .json)" for field in reader.fields]
     stems = {stem for file in files for stem in (file, os.path.splitext(file)[0])}
-    fields += [path for stem, paths in listing.beside.items() if stem not in stems for path in paths.values()]
+    for stem, paths in listing.beside.items():
+        fields += [ending for ending in paths if ending != ".json"] if stem in stems else paths.values()
     fields += [f"{ending} files" for ending in listing.others if ending in (".jsonl", ".csv", ".parquet", ".tsv")]
     warn_uncaptioned(name, captions, files, fields, _ADVICE)
     return ImageFiles(name, root, files, captions, resolution)

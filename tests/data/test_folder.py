@@ -191,7 +191,7 @@ def test_of_several_files_beside_an_image_the_first_with_a_caption_counts(tmp_pa
     ):
         (tmp_path / name).write_text(content)
     assert [caption for _, caption, _ in contents(open_folder(tmp_path))] == [("txt",), ("json",), ("",)]
-    assert "1 of 3 rows" in caplog.text and "(c.png); fields that are there: prompt (in .json), alt" in caplog.text
+    assert "1 of 3 rows" in caplog.text and "(c.png); fields that are there: prompt (in .json), alt (in .json), .caption, .txt" in caplog.text
     assert "damaged" in caplog.text and "c.json" in caplog.text
     named = open_folder(tmp_path, caption_key="alt")
     assert [caption for _, caption, _ in contents(named)] == [("",), ("other",), ("",)]
