@@ -22,7 +22,7 @@ class Worker:
 
         Args:
           target: "module:class".
-          arguments: of the class; picklable.
+          arguments: arguments of the class; picklable.
           without: environment variables that the process does not inherit.
         """
         context = multiprocessing.get_context("spawn")

@@ -6,7 +6,8 @@ import os
 def expand_path(path: str | os.PathLike) -> str:
     """`path` with a leading `~` or `~user` replaced by that home folder, which no shell does within `--flag=~/x`.
 
-    Raises ValueError where there is no such user, or a path is empty or holds a NUL: it would name a folder '~user'.
+    Raises ValueError where there is no such user, since a folder `~user` would be made, and where the path is empty or
+    holds a NUL.
     """
     text = os.fspath(path)
     expanded = os.path.expanduser(text)

@@ -37,8 +37,8 @@ def decode_text(content: bytes, cut: bool = False) -> DecodedText:
     Windows-1252; Latin-1. Nothing else is changed: neither the Unicode normal form nor line separators.
 
     Args:
-      content: of the file.
-      cut: whether it is only the file's beginning, so that a character that lacks its end is left out.
+      content: bytes of the file.
+      cut: True if `content` is only the beginning, so that a character that lacks its end is left out.
     """
     for mark, encoding in _MARKS:
         if content.startswith(mark):

@@ -81,7 +81,7 @@ class CaptionReader:
       guesses: names of files whose encoding had to be guessed, with the guess.
       damaged: names of files in JSON that are damaged, with the reason.
       fields: names of the fields that the files in JSON have, in the order in which they came up.
-      read: how many files were read.
+      read: number of files that were read.
     """
 
     def __init__(self, key: str | None = None):
@@ -95,11 +95,11 @@ class CaptionReader:
         """The captions in a file's content, ("",) where it has none.
 
         Args:
-          content: of the file, or its beginning.
+          content: bytes of the file, or of its beginning.
           ending: one of `CAPTION_ENDINGS`.
-          name: of the file, for messages.
-          lines: whether each line of a text is a caption; else all of it is one.
-          cut: whether `content` is only the beginning.
+          name: file name for messages.
+          lines: True if each line of a text is a caption, False if all of it is one.
+          cut: True if `content` is only the beginning.
         """
         self.read += 1
         text, guess = decode_text(content, cut)
@@ -143,10 +143,10 @@ def warn_uncaptioned(
 
     Args:
       dataset: name of the data set.
-      captions: of every row.
-      names: of the rows' images, or None for their positions.
-      fields: names of fields, columns or files that are there.
-      advice: what to do about it.
+      captions: captions of every row.
+      names: names of the rows' images; None for their positions.
+      fields: names of the fields, columns and files that are there.
+      advice: the end of the message, on what to do.
     """
     without = [row for row, texts in enumerate(captions) if not any(texts)]
     if without:

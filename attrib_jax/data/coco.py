@@ -31,12 +31,12 @@ def open_coco(path: str | os.PathLike, resolution: int | None = None, split: str
     Args:
       path: folder with `annotations/captions_<split>.json` and the images in `<split>/` or `images/<split>/`; or
         that json.
-      resolution: of the square that images are resized and cropped to; None leaves them as they are.
+      resolution: side in pixels of the square that images are resized and cropped to; None leaves them as they are.
       split: such as `val2017`; if None `train2017`, or the only one that has captions.
 
     Raises:
       FileNotFoundError: no such folder, annotation file or folder of images.
-      ValueError: the json is damaged or no COCO captions, or none of its images exists.
+      ValueError: the json is damaged or does not hold COCO captions, or none of its images exists.
     """
     name, file = f"coco:{path}", _annotation_file(Path(expand_path(path)), split)
     root = file.parent.parent if file.parent.name == "annotations" else file.parent
@@ -80,7 +80,7 @@ def _read_annotations(file: Path) -> tuple[list[str], list[tuple[str, ...]], lis
     try:
         content = json.loads(read_text(file))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is damaged or no JSON ({error}); copy it again") from error
+        raise ValueError(f"{file} is damaged or not valid JSON ({error}); copy it again") from error
     names: dict[int, str] = {}
     captions: dict[int, list[str]] = {}
     fields: dict[str, None] = {}

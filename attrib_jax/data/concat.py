@@ -14,7 +14,7 @@ class ConcatDataset:
 
     Attributes, beside those of a `Dataset`:
       first, second: the two.
-      shift: what is added to `second`'s row ids.
+      shift: number that is added to `second`'s row ids.
     """
 
     def __init__(self, first: Dataset, second: Dataset):
@@ -25,7 +25,7 @@ class ConcatDataset:
         if _next_id(second.row_ids) + self.shift > 2**31:
             raise ValueError(
                 f"row ids of {self.name!r} reach {_next_id(second.row_ids) - 1 + self.shift}; expected at most "
-                f"{2**31 - 1}. Give the two data sets in the other order, or number their rows anew."
+                f"{2**31 - 1}. Give the two data sets in the other order, or renumber their rows."
             )
         self.row_ids = np.concatenate([first.row_ids, second.row_ids + self.shift]).astype(np.int32)
         self.groups = None

@@ -61,7 +61,7 @@ class ImageFiles:
 def inner_path(name: object, source: str) -> str:
     """A file name from a list that someone else wrote, relative to its folder -> the same with '/', normalized.
 
-    Raises ValueError, naming `source`, for what is no name or leads out of the folder.
+    Raises ValueError, naming `source`, for anything that is not a name or leads out of the folder.
     """
     # Windows rules on every system, so that a list means the same files everywhere.
     path = PureWindowsPath(name) if isinstance(name, str) else PureWindowsPath()

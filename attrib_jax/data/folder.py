@@ -60,7 +60,7 @@ class _Listing(NamedTuple):
       images: sorted.
       beside: path without its ending -> ending -> path, of files that may hold an image's caption.
       metadata: metadata files, sorted.
-      others: how many files there are by ending, of those that are none of these.
+      others: number of further files by ending.
     """
 
     images: list[str]
@@ -92,7 +92,7 @@ def open_folder(
     Args:
       path: the folder. One that holds nothing but subfolders named after splits (`train`, `test`, ...) stands for its
         `train`.
-      resolution: side of the square that images are resized and cropped to; None leaves them as they are.
+      resolution: side in pixels of the square that images are resized and cropped to; None leaves them as they are.
       split: name of the subfolder to take.
       caption_key: the caption's column or field, the usual names if None. Its values may be lists.
 
@@ -299,7 +299,7 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[int, dict]]:
         try:
             columns = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}, line {number}: no JSON ({error})") from error
+            raise ValueError(f"{path}, line {number}: not valid JSON ({error})") from error
         if not isinstance(columns, dict):
             raise ValueError(f'{path}, line {number}: expected an object such as {{"file_name": "a.png", "text": "a"}}')
         yield number, columns

@@ -85,7 +85,7 @@ def resize_and_crop(image: np.ndarray, height: int, width: int) -> np.ndarray:
     As torchvision's `Resize(size, BILINEAR)` and `CenterCrop(size)` do to a Pillow image, which the method's authors
     use: the shorter side becomes `size`, the longer one int(size * long / short), with Pillow's antialiased bilinear
     filter; the crop starts at int(round((long - size) / 2.0)), where Python rounds halves to the even number. For a
-    target that is no square, the side that needs the larger factor plays the shorter one's part.
+    target that is not square, the side that needs the larger factor takes the place of the shorter one.
 
     Returns:
       (height, width, 3) uint8; `image` itself where it has that size.
@@ -143,7 +143,7 @@ def _read_file(path: str | os.PathLike, name: str) -> bytes:
 
 def _turn_upright(image: Image.Image, opened: Image.Image) -> Image.Image:
     """`image` turned as the file that it was `opened` from says."""
-    # Not Pillow's `exif_transpose`, which also writes the EXIF anew: one damaged elsewhere would cost the image.
+    # Not Pillow's `exif_transpose`, which also rewrites the EXIF and fails where that is damaged elsewhere.
     try:
         method = _UPRIGHT.get(opened.getexif().get(ExifTags.Base.Orientation))
     except Exception:  # of many types, as from the decoders

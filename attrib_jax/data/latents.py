@@ -44,7 +44,7 @@ class LatentsDataset(abc.ABC):
       text: (M, L, d), on disk, of all captions of all stored images, one image after the other.
       first_caption: (R + 1,) int64; the captions of stored image r are text[first_caption[r]:first_caption[r + 1]].
       positions: (N,) where the rows lie among the R stored images.
-      scaled: whether the latents are multiplied by the autoencoder's scaling factor.
+      scaled: True if the latents are multiplied by the autoencoder's scaling factor.
       encoders: fingerprints of the autoencoder and text encoder that made them, where known.
       images: the data set whose images and captions are shown, stored image by image, or None.
     """
@@ -140,10 +140,10 @@ class NumpyLatents(LatentsDataset):
         Args:
           path: folder, or the common beginning of the two file names.
           images: a `Dataset` of the same images in the same order, for reports, or None.
-          scaled: whether the latents are multiplied by the autoencoder's scaling factor already.
+          scaled: True if the latents are multiplied by the autoencoder's scaling factor already.
 
         Raises:
-          FileNotFoundError: there is no such pair, or more than one.
+          FileNotFoundError: no such pair, or more than one.
           ValueError: a file is damaged, of another shape, its counts do not fit the other's or `images`, or the
             latents are not scaled although `scaled` says so.
         """
@@ -202,7 +202,7 @@ class NumpyLatents(LatentsDataset):
                 which = broken_views(value) if path == self._paths[0] else f"caption {nonfinite_rows(value)[0]}"
                 raise ValueError(
                     f"{path}: row {some[broken[0]]} ({which}) has values that are NaN or infinite; encode that row "
-                    "anew, or leave it out of both files"
+                    "again, or leave it out of both files"
                 )
 
     def _check_scale(self, rows: np.ndarray) -> None:
@@ -250,7 +250,7 @@ def open_npy(path: str | os.PathLike) -> np.ndarray:
     except FileNotFoundError:
         raise
     except (ValueError, OSError, EOFError, SyntaxError) as error:
-        raise ValueError(f"{path} is damaged or no numpy array file ({error}); copy it again") from error
+        raise ValueError(f"{path} is damaged or not a numpy array file ({error}); copy it again") from error
     if not isinstance(array, np.ndarray) or array.dtype.kind != "f":
         kind = array.dtype if isinstance(array, np.ndarray) else "several arrays"
         raise ValueError(f"{path} holds {kind}; expected one array of floats")

@@ -39,11 +39,11 @@ class Dataset(Protocol):
     `captions(i)` does not read the image.
 
     Attributes:
-      name: as given to `--dataset`.
+      name: name of the data set, as for `open_dataset`.
       row_ids: (N,) int32, distinct, the same on every machine.
       groups: (N,) int32 near-duplicate group of each row, or None.
       credit: the licence line that has to stand beside the images, or None.
-      credit_url: of the licence, or None.
+      credit_url: address of the licence, or None.
     """
 
     name: str
@@ -80,14 +80,14 @@ def hash_files(described: Iterable[object], parts: Sequence[FilePart], images: b
 
     Every command compares a data set's fingerprint with that of the stages that it reuses. Reading 18 GB of images
     for that would cost minutes at each start. Of an image in a compressed format, such as JPEG or PNG, samples show
-    that it was exchanged, cut or encoded anew; the others, such as BMP and TIFF, keep all but a few bytes where a
+    that it was exchanged, cut or encoded again; the others, such as BMP and TIFF, keep all but a few bytes where a
     pixel changes, and are read whole.
 
     Args:
-      described: what the rows are apart from the images' bytes, such as row ids, captions and file names; hashed by
+      described: everything about the rows but the images' bytes, such as row ids, captions and file names; hashed by
         its `repr`.
       parts: the images, or files of many; one that does not exist counts as absent.
-      images: whether each part is one image. Up to 64 KiB, and where it is not compressed, all of it is read, else its
+      images: True if each part is one image. Up to 64 KiB, and where it is not compressed, all of it is read, else its
         first and last 4 KiB and eight blocks between them. Of a file of many images the first and last 4 KiB are.
     """
     descriptions = (repr(item).encode("utf-8", "surrogatepass") for item in described)

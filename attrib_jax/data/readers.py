@@ -18,7 +18,7 @@ class ImageReader:
     """Rows -> (images, row ids) and the reasons of those that cannot be read; picklable, for worker processes.
 
     Attributes:
-      dataset: what is read.
+      dataset: data set that is read.
       size: (height, width) of the images, after `fit` where that is given.
       fit: makes an image (H, W, 3) uint8 one of that size; None where the data set's have it, others are an error.
     """

@@ -47,10 +47,10 @@ def open_dataset(
     Args:
       name: `openmoji`, `digits`, `tfds:NAME[:SPLIT]`, `folder:PATH`, `coco:PATH`, `webdataset:PATH` or `latents:PATH`;
         see `DigitsDataset`, `TfdsDataset`, `open_folder`, `open_coco`, `WebDataset` and `open_latents`.
-      data_dir: where prepared data sets are kept; TFDS's own default (`$TFDS_DATA_DIR` or `~/tensorflow_datasets`) if
+      data_dir: folder of prepared data sets; TFDS's own default (`$TFDS_DATA_DIR` or `~/tensorflow_datasets`) if
         None.
-      resolution: of the square that images are resized and cropped to; None leaves them as they are.
-      split: of `tfds`, `folder` and `coco`.
+      resolution: side in pixels of the square that images are resized and cropped to; None leaves them as they are.
+      split: split of a `tfds`, `folder` or `coco` data set.
       image_key: the image feature of `tfds`, or the ending of images' names in `webdataset`.
       caption_key: the caption's feature, column or field, of `tfds`, `folder` and `webdataset`.
 
@@ -140,7 +140,7 @@ class OpenmojiDataset:
         if len(self._source) != len(rows):
             raise ValueError(
                 f"the prepared data set in {self._builder_dir} has {len(self._source)} rows, expected {len(rows)}; "
-                "delete that folder to prepare it anew"
+                "delete that folder to prepare it again"
             )
 
     def __len__(self) -> int:

@@ -89,7 +89,7 @@ def _check_sum(header: bytes, position: int) -> None:
     except _DamageError:
         stored = None
     if stored != expected:
-        raise _DamageError(f"there is no header at byte {position}: it is damaged, or no uncompressed tar file")
+        raise _DamageError(f"there is no header at byte {position}: it is damaged, or not an uncompressed tar file")
 
 
 def _number(field: bytes, position: int, base: int = 8) -> int:

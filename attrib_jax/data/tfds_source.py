@@ -53,9 +53,9 @@ class TfdsDataset:
         Args:
           name: such as `coco_captions` (which is COCO 2014), `my_data/config:1.0.0`, or with the split behind it,
             `coco_captions:val`.
-          data_dir: where prepared data sets are kept; TFDS's own default if None.
-          resolution: of the square that images are resized and cropped to; None leaves them as they are.
-          split: also in TFDS's slicing syntax, `train[:1000]`; `train`, or the only one, if None.
+          data_dir: folder of prepared data sets; TFDS's own default if None.
+          resolution: side in pixels of the square that images are resized and cropped to; None leaves them as they are.
+          split: name of the split, also in TFDS's slicing syntax, `train[:1000]`; `train`, or the only one, if None.
           image_key: the image feature; the only one if None.
           caption_key: a text, a sequence of texts, or a class label, whose names are the captions; a row without a
             label (-1) has an empty one. Features within others are named with '/', as in `captions/text`. If None: the
@@ -249,16 +249,16 @@ def _choose(name, features, what: str, candidates: dict[str, _Feature], key: str
             usual = list(candidates)
         key = usual[0] if usual else None
     if key not in candidates:
-        asked = f"no {what} feature" if not candidates else f"several features that could be the {what}"
+        found = f"no {what} feature" if not candidates else f"several features that could be the {what}"
         if key is not None:
-            asked = f"no {what} feature {key!r}"
+            found = f"no {what} feature {key!r}"
         listed = ", ".join(sorted(candidates)) or f"none; all features: {', '.join(sorted(features))}"
-        raise ValueError(f"{name} has {asked} (there are: {listed}); name one as {what}_key")
+        raise ValueError(f"{name} has {found} (there are: {listed}); name one as {what}_key")
     return candidates[key]
 
 
 def _flatten(features: Any, sequences: bool = False, keys: tuple[str, ...] = ()):
-    """(keys, feature) of all leaves of nested dicts, and within sequences too if asked for."""
+    """(keys, feature) of all leaves of nested dicts, and also within sequences if `sequences`."""
     import tensorflow_datasets as tfds
 
     for key, feature in features.items():

@@ -27,15 +27,15 @@ class _Shard(NamedTuple):
     """What one tar file holds.
 
     Attributes:
-      path: of the file.
-      keys: of its N rows, in stored order.
+      path: path of the file.
+      keys: keys of its N rows, in stored order.
       places: (N, 2) int64, offset and size of each row's image.
-      captions: of each row.
-      endings: of what it holds beside images.
-      reader: what was odd about the captions.
+      captions: captions of each row.
+      endings: endings of the names of members that are not images.
+      reader: counts of what was odd about the captions.
       unused: names that make no row.
       dotted: images that further dots in their names leave out.
-      damage: what is wrong with the file after its last row, or None.
+      damage: damage of the file after its last row, or None.
     """
 
     path: str
@@ -50,7 +50,7 @@ class _Shard(NamedTuple):
 
 
 class WebDataset:
-    """Random access to tar shards: headers and captions are read once, an image whenever it is asked for.
+    """Random access to tar shards: headers and captions are read once, an image whenever its row is read.
 
     A row is what shares a name up to the first dot after the last '/': `<key>.jpg`, `<key>.txt`, `<key>.json`; an
     image with a further dot in its name, such as `<key>.v2.jpg`, is left out and counted in a warning. Rows are
@@ -73,7 +73,7 @@ class WebDataset:
 
         Args:
           path: folder of .tar files, one .tar file, or a pattern such as `laion/{00000..00011}.tar` or `laion/*.tar`.
-          resolution: side of the square that images are resized and cropped to; None leaves them as they are.
+          resolution: side in pixels of the square that images are resized and cropped to; None leaves them as they are.
           image_key: ending of the image's name, such as `jpg`; any that Pillow reads if None.
           caption_key: field of the .json with the caption or the list of captions; if None, the caption is that of the
             .txt, the .caption, a usual field of the .json or the .cls, the first that has one.

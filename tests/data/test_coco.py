@@ -101,9 +101,9 @@ def test_wrong_places(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "damaged or no JSON"),
-        ('{"images": [{"id": 1, "file_na', "damaged or no JSON"),
-        ("[" * 100_000, "damaged or no JSON"),
+        ("", "damaged or not valid JSON"),
+        ('{"images": [{"id": 1, "file_na', "damaged or not valid JSON"),
+        ("[" * 100_000, "damaged or not valid JSON"),
         ("[]", "no list 'images'"),
         ('{"images": []}', "has no images"),
         ('{"images": [{"id": 1, "file_name": "a.jpg"}]}', "no list 'annotations'"),
@@ -119,7 +119,7 @@ def test_wrong_places(tmp_path):
             '{"images": [{"id": 1, "file_name": "a"}], "annotations": [{"image_id": 1, "bbox": []}]}',
             r"annotations\[0\]: caption is absent \(fields: image_id, bbox\)",
         ),
-        ("\0" * 9, "damaged or no JSON.*binary data"),
+        ("\0" * 9, "damaged or not valid JSON.*binary data"),
     ],
 )
 def test_damaged_annotations_are_named(tmp_path, content, message):

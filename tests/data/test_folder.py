@@ -191,7 +191,8 @@ def test_of_several_files_beside_an_image_the_first_with_a_caption_counts(tmp_pa
     ):
         (tmp_path / name).write_text(content)
     assert [caption for _, caption, _ in contents(open_folder(tmp_path))] == [("txt",), ("json",), ("",)]
-    assert "1 of 3 rows" in caplog.text and "(c.png); fields that are there: prompt (in .json), alt (in .json), .caption, .txt" in caplog.text
+    assert "1 of 3 rows" in caplog.text and "(c.png); fields that are there: prompt (in .json), alt" in caplog.text
+    assert ", .caption, .txt" in caplog.text
     assert "damaged" in caplog.text and "c.json" in caplog.text
     named = open_folder(tmp_path, caption_key="alt")
     assert [caption for _, caption, _ in contents(named)] == [("",), ("other",), ("",)]
@@ -307,9 +308,9 @@ def test_names_that_lead_out_of_the_folder_are_refused(tmp_path, name):
 @pytest.mark.parametrize(
     ("file", "text", "message"),
     [
-        ("metadata.jsonl", '{"file_name": "a.png", "text": "a"}\n{"file_', "metadata.jsonl, line 2: no JSON"),
+        ("metadata.jsonl", '{"file_name": "a.png", "text": "a"}\n{"file_', "metadata.jsonl, line 2: not valid JSON"),
         ("metadata.jsonl", "[1]", "line 1: expected an object"),
-        ("metadata.jsonl", "[" * 100_000, "line 1: no JSON"),
+        ("metadata.jsonl", "[" * 100_000, "line 1: not valid JSON"),
         ("metadata.jsonl", '{"file_name": "a.png", "text": 5}', "line 1: caption is 5; expected a text or a list"),
         ("metadata.jsonl", '{"file_name": "a.png", "label": 5}', "no caption column .*caption_key"),
         ("metadata.jsonl", '{"image": "a.png"}', "no column 'file_name'"),

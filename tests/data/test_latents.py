@@ -124,13 +124,13 @@ def test_files_that_are_not_there(files):
 def test_truncated_file(files, cut):
     file = files[0] / "coco17_train_latents.npy"
     file.write_bytes(file.read_bytes()[:cut])
-    with pytest.raises(ValueError, match="is damaged or no numpy array"):
+    with pytest.raises(ValueError, match="is damaged or not a numpy array"):
         open_latents(files[0])
 
 
 def test_objects_and_integers_are_refused(tmp_path):
     np.save(tmp_path / "objects.npy", np.array([{}, None], object), allow_pickle=True)
-    with pytest.raises(ValueError, match="damaged or no numpy array"):
+    with pytest.raises(ValueError, match="damaged or not a numpy array"):
         open_npy(tmp_path / "objects.npy")
     np.save(tmp_path / "int.npy", np.arange(3))
     with pytest.raises(ValueError, match="holds int64; expected one array of floats"):

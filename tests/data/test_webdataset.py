@@ -215,7 +215,7 @@ def test_a_shard_that_shrinks_later(shards):
 
 def test_no_tar_at_all(tmp_path):
     (tmp_path / "a.tar").write_bytes(b"\x1f\x8b compressed" * 100)
-    with pytest.raises(ValueError, match="no image in 1 shards; .*a.tar.*no uncompressed tar file"):
+    with pytest.raises(ValueError, match="no image in 1 shards; .*a.tar.*not an uncompressed tar file"):
         WebDataset(tmp_path)
 
 
