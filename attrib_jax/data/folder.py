@@ -35,7 +35,7 @@ _REPEATED_FOLDER = re.compile(r"[1-9]\d{0,2}_(\S.*)")
 # Images, by what their names end in, that `decode_image` does not read; people have them among others.
 _OTHER_IMAGES = frozenset(
     ".heic .heif .hif .jxl .svg .svgz .psd .xcf .eps .pdf .raw .dng .cr2 .cr3 .nef .arw .orf .raf .rw2 .exr .hdr "
-    ".avifs .mp4 .mov .npy".split()
+    ".mp4 .mov".split()
 )
 _MAX_BYTES = {".json": 2**20}
 _MAX_TEXT_BYTES = 2**16

@@ -73,7 +73,7 @@ class EncodedDataset:
                 which = f"caption {int(caption[place])}" if what == "text states" else VIEWS[int(flip[place])]
                 raise ValueError(
                     f"row {row_id} of {self.source} has {what} ({which}) that are NaN or infinite: encode that row "
-                    "anew, or take it out of the data set"
+                    "again, or take it out of the data set"
                 )
         return latents, text
 

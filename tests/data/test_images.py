@@ -11,8 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from attrib_jax.data import images
-from attrib_jax.data.images import UnreadableRowError, decode_image, image_suffixes, read_image, resize_and_crop
+from attrib_jax.data.images import (
+    MAX_FILE_BYTES,
+    UnreadableRowError,
+    decode_image,
+    image_suffixes,
+    read_image,
+    resize_and_crop,
+)
 
 
 def save(image: Image.Image, form: str = "png", **options) -> bytes:
@@ -168,15 +174,16 @@ def test_what_cannot_be_read_says_why(content, reason):
         decode_image(content, "cat.png")
 
 
-def test_a_missing_file_a_folder_and_a_huge_file(tmp_path, monkeypatch):
+def test_a_missing_file_a_folder_and_a_huge_file(tmp_path):
     with pytest.raises(UnreadableRowError, match="cat.png' does not exist"):
         decode_image(tmp_path / "cat.png")
     with pytest.raises(UnreadableRowError, match="does not exist"):
         decode_image(tmp_path / ("c" * 500))
     with pytest.raises(UnreadableRowError, match="is a folder"):
         decode_image(tmp_path)
-    (tmp_path / "cat.png").write_bytes(PNG)
-    monkeypatch.setattr(images, "MAX_FILE_BYTES", len(PNG) - 1)
+    with open(tmp_path / "cat.png", "wb") as file:
+        file.write(PNG)
+        file.truncate(MAX_FILE_BYTES + 1)
     with pytest.raises(UnreadableRowError, match="more than"):
         decode_image(tmp_path / "cat.png")
 
