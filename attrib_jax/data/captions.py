@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from attrib_jax.core.text import decode_text, replace_surrogates, split_lines
+from attrib_jax.core.text import BINARY, decode_text, replace_surrogates, split_lines
 from attrib_jax.data.files import SHOWN, printable, warn_listed
 from attrib_jax.data.protocol import Dataset
 
@@ -103,6 +103,9 @@ class CaptionReader:
         """
         self.read += 1
         text, guess = decode_text(content, cut)
+        if guess == BINARY and not all(character.isprintable() or character.isspace() for character in text):
+            self.damaged.append(f"{name} ({guess})")
+            return ("",)
         if guess is not None:
             self.guesses.append(f"{name} ({guess})")
         if ending == ".json":

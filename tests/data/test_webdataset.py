@@ -108,6 +108,8 @@ CAPTIONS = [
     ({"cls": b"cat"}, ("cat",)),
     ({"prompt": b"a"}, ("a",)),
     ({"cls": b"7"}, ("",)),
+    ({"txt": b"a cat\0\0"}, ("a cat",)),
+    ({"txt": png(0)}, ("",)),
 ]
 
 
@@ -123,10 +125,10 @@ def test_where_captions_come_from(tmp_path, caplog):
     write_captions(tmp_path / "a.tar", [files for files, _ in CAPTIONS])
     dataset = WebDataset(tmp_path)
     assert [dataset.captions(index) for index in range(len(dataset))] == [captions for _, captions in CAPTIONS]
-    assert "4 of 17 rows" in caplog.text and "(00, 06, 07, 16)" in caplog.text
+    assert "5 of 19 rows" in caplog.text and "(00, 06, 07, 16, 18)" in caplog.text
     assert "caption (in .json), TEXT (in .json), URL (in .json)" in caplog.text and ".cls" in caplog.text
-    assert "2 of 18 caption files" in caplog.text and "11.txt in" in caplog.text and "(Windows-1252)" in caplog.text
-    assert "are damaged" in caplog.text and "06.json in" in caplog.text and "07.json in" in caplog.text
+    assert "3 of 20 caption files" in caplog.text and "11.txt in" in caplog.text and "(Windows-1252)" in caplog.text
+    assert "are damaged" in caplog.text and "06.json in" in caplog.text and "18.txt in" in caplog.text
     named = WebDataset(tmp_path, caption_key="alt")
     assert [row for row in range(len(named)) if named.captions(row) != ("",)] == [3, 4]
 
