@@ -27,9 +27,9 @@ _MIRRORED_COUNT = 2
 _LARGEST_SCALED_STD = 2.5
 _SAMPLED_ROWS = 256
 _BLOCK, _BLOCKS = 4096, 256
-# Arrays up to this size are checked for NaN whole when they are opened; of larger ones a sample is, and the rest when
-# it is read.
-_CHECKED_BYTES = 2**28
+# Files up to this size are read whole, to fingerprint them and to look for NaN when they are opened; of larger ones a
+# sample is, and the rest is looked at when it is used.
+_READ_BYTES = 2**28
 # What the two latents of an image are called in messages.
 VIEWS = ("the image as it is", "its mirror image")
 # Beside the text states of a workdir: which rows and captions they are.
@@ -170,13 +170,13 @@ class NumpyLatents(LatentsDataset):
         self.positions = np.arange(count)
         super().__init__(path, images, np.arange(count, dtype=np.int32), count)
         sample = np.unique(np.linspace(0, count - 1, _SAMPLED_ROWS).astype(np.int64))
-        rows = sample if max(latents.nbytes, text.nbytes) > _CHECKED_BYTES else np.arange(count)
+        rows = sample if max(latents.nbytes, text.nbytes) > _READ_BYTES else np.arange(count)
         self._check_finite(rows, text)
         if scaled:
             self._check_scale(sample)
 
     def fingerprint(self) -> str:
-        """sha256 over size, header and 256 blocks of each file, spread evenly: reading 190 GB would take minutes."""
+        """sha256 over each file; of a large one over its size and 256 blocks, as reading 190 GB would take minutes."""
 
         def parts():
             yield repr(self.scaled)
@@ -184,6 +184,9 @@ class NumpyLatents(LatentsDataset):
                 size = os.path.getsize(path)
                 yield str(size)
                 with open(path, "rb") as file:
+                    if size <= _READ_BYTES:
+                        yield from iter(lambda: file.read(2**20), b"")  # noqa: B023
+                        continue
                     for start in np.linspace(0, max(size - _BLOCK, 0), _BLOCKS).astype(np.int64):
                         file.seek(int(start))
                         yield file.read(_BLOCK)

@@ -71,6 +71,17 @@ def test_fingerprint_sees_a_change_and_how_latents_are_scaled(files):
     assert open_latents(path).fingerprint() != first
 
 
+def test_fingerprint_sees_one_changed_number_in_a_file_of_megabytes(tmp_path):
+    latents, seen = np.zeros((2, 4, 512, 512), np.float16), set()
+    np.save(tmp_path / "a_text_embeddings.npy", np.zeros((1, 2, 3), np.float16))
+    places = [(1, 2, row, 3) for row in range(200, 204)]
+    for place in places:
+        latents[place] += 1
+        np.save(tmp_path / "a_latents.npy", latents)
+        seen.add(open_latents(tmp_path).fingerprint())
+    assert len(seen) == len(places)
+
+
 def test_counts_that_do_not_fit_are_named(files):
     path, latents, text = files
     np.save(path / "coco17_train_text_embeddings.npy", text[:-1])
