@@ -1,5 +1,6 @@
 """Command-line flags made from the settings of configs (attrib_jax/core/settings.py): declared there, once."""
 
+import dataclasses
 import logging
 import sys
 from collections.abc import Iterable, Mapping
@@ -46,6 +47,27 @@ def define_flags(*configs: type[Settings], skip: Iterable[str] = (), defaults: M
         _define(field, (defaults or {}).get(field.name, field.default))
 
 
+def define_mode_flags(modes: Mapping[str, type[Settings]], skip: Iterable[str] = ()) -> None:
+    """Defines the flags of configs of which a run reads one.
+
+    A flag whose default differs between them has none: its help lists the defaults, and where it is not given
+    `read_config` leaves the config's own.
+
+    Args:
+      modes: config class by name of the mode.
+      skip: fields that get no flag.
+    """
+    for name, field in _fields(modes.values()).items():
+        if name in skip or field.flag in flags.FLAGS:
+            continue
+        own = {mode: declared(config)[name].default for mode, config in modes.items() if name in declared(config)}
+        if len(set(own.values())) > 1:
+            listed = ", ".join(f"{value} for {mode}" for mode, value in own.items())
+            help = f"{field.setting.help} Default: {listed}."
+            field = field._replace(setting=dataclasses.replace(field.setting, help=help), default=None)
+        _define(field, None if field.default is dataclasses.MISSING else field.default)
+
+
 def define_choice(name: str, default: str, choices: Iterable[str], help: str) -> flags.FlagHolder:
     """Defines a flag with one of `choices`; a wrong value is told with the nearest name."""
     return flags.DEFINE(_ChoiceParser(name, choices), name, default, help, serializer=flags.ArgumentSerializer())
@@ -53,19 +75,21 @@ def define_choice(name: str, default: str, choices: Iterable[str], help: str) ->
 
 def read_config(config: type[Settings], **values: Any) -> Any:
     """The config that the flags give; `values` are those of fields without a flag."""
-    given = {
-        name: flags.FLAGS[field.flag].value
-        for name, field in declared(config).items()
-        if name not in values and field.flag in flags.FLAGS
-    }
+    given = {}
+    for name, field in declared(config).items():
+        if name not in values and field.flag in flags.FLAGS:
+            value = flags.FLAGS[field.flag].value
+            # A flag without a default leaves that of the config.
+            if value is not None or field.optional or flags.FLAGS[field.flag].default is not None:
+                given[name] = value
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     return config(**{**given, **values})
 
 
-def check_unread(chosen: str, readers: Mapping[str, type[Settings]]) -> None:
+def check_unread(chosen: str, readers: Mapping[str, type[Settings]], flagfiles: bool = False) -> None:
     """Refuses flags on the command line whose setting the chosen config does not read, see `refuse_unread`.
 
-    Of flags in a flagfile, which may serve several methods, those that are not read are told in a warning.
+    Those of a flagfile, which may serve several methods, are reported in a warning, or refused, too, with `flagfiles`.
     """
     given = {
         name: flags.FLAGS[field.flag].value
@@ -74,7 +98,7 @@ def check_unread(chosen: str, readers: Mapping[str, type[Settings]]) -> None:
         and flags.FLAGS[field.flag].present
         and flags.FLAGS[field.flag].value != flags.FLAGS[field.flag].default
     }
-    direct = {name for name in given if _on_command_line(name)}
+    direct = {name for name in given if flagfiles or _on_command_line(name)}
     refuse_unread({name: given[name] for name in direct}, chosen, readers)
     unread = [name for name in given if name not in direct and name not in declared(readers[chosen])]
     if unread:

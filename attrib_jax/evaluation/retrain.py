@@ -4,6 +4,8 @@ Autoencoder and text encoder stay as they are (METHOD.md section 8). Everything 
 (seed, step, place in the batch): a model that lacks pictures sees, in every other place, the batches that the full one
 saw, and in their places pictures drawn from the remaining ones. So two trainings differ by what was removed and by
 nothing else, whatever was trained beside them.
+
+The loop is not that of training/loop.py, which says why.
 """
 
 import dataclasses
@@ -20,6 +22,7 @@ from jax.sharding import Mesh
 from attrib_jax.convert.pipeline import Pipeline, encode_text, latent_size, tokenize
 from attrib_jax.core.checks import check_positive, check_range
 from attrib_jax.core.keys import purpose_key
+from attrib_jax.core.settings import Settings, setting
 from attrib_jax.diffusion.losses import Predict
 from attrib_jax.diffusion.schedule import NoiseSchedule
 from attrib_jax.diffusion.training import denoising_batch_loss, init_state, make_optimizer, train_step
@@ -35,37 +38,37 @@ _STEPS_PER_DRAW = 100
 _STEPS_IN_FLIGHT = 20
 
 
-@dataclasses.dataclass(frozen=True)
-class Recipe:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe(Settings):
     """How a UNet is trained from scratch.
 
+    Beside the settings, which have flags:
+
     Attributes:
-      steps, batch_size: of the training.
-      learning_rate: peak of Adam's, reached after `warmup_steps`, then a cosine down to zero.
-      warmup_steps: of the linear rise.
-      ema_decay: of the averaged weights, which are the model.
-      caption_dropout: share of empty captions, for classifier-free guidance.
-      random_flips: mirror half of the pictures that are drawn.
+      warmup_steps: steps of the linear rise of the learning rate; a tenth of all, and at most 50, if None.
+      ema_decay: decay of the averaged weights, which are the model.
     """
 
-    steps: int = 400
-    batch_size: int = 64
-    learning_rate: float = 3e-3
-    warmup_steps: int = 50
+    steps: int = setting(400, "Optimiser steps.", low=1, flag="train_steps")
+    batch_size: int = setting(64, "Images a step.", low=1, flag="train_batch_size")
+    learning_rate: float = setting(3e-3, "Peak learning rate of Adam, followed by a cosine decay to zero.", above=0)
+    caption_dropout: float = setting(
+        0.1, "Share of captions replaced by the empty one, for classifier-free guidance.", low=0, high=1
+    )
+    random_flips: bool = setting(False, "Mirror half of the images that are drawn.")
+
+    warmup_steps: int | None = None
     ema_decay: float = 0.99
-    caption_dropout: float = 0.1
-    random_flips: bool = False
 
     def __post_init__(self):
-        for name in ("steps", "batch_size"):
-            check_positive(name, getattr(self, name), integer=True)
-        check_positive("learning_rate", self.learning_rate)
+        super().__post_init__()
+        if self.warmup_steps is None:
+            object.__setattr__(self, "warmup_steps", min(50, self.steps // 10))
         check_range("warmup_steps", self.warmup_steps, 0, self.steps - 1, integer=True)
-        for name in ("ema_decay", "caption_dropout"):
-            check_range(name, getattr(self, name), 0.0, 1.0)
+        check_range("ema_decay", self.ema_decay, 0.0, 1.0)
 
     def settings(self) -> dict[str, Any]:
-        """What decides the result, as JSON values."""
+        """The settings that decide the result, as JSON values."""
         return dataclasses.asdict(self)
 
 

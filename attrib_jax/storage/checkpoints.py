@@ -25,8 +25,7 @@ class TrainingCheckpoints:
 
     `save` returns when the checkpoint is complete under its final name, so that a run killed at any moment restarts
     from the last step for which `save` returned. orbax commits by rename but does not notice a flipped bit, so
-    checksums of every leaf and of the rest are stored beside the state, and a damaged checkpoint is set aside for the
-    one before it.
+    checksums of all leaves are stored beside the state, and a damaged checkpoint is set aside for the one before it.
     Leaves are fully replicated arrays, numpy arrays, typed keys or numbers. Use as a context manager, or call `close`.
     """
 
@@ -53,25 +52,19 @@ class TrainingCheckpoints:
         """The newest stored step, or None."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: Any, extra: dict | None = None) -> None:
-        """Stores the pytree `state` and the JSON-able dict `extra` (metrics, data position) as `step`.
+    def save(self, step: int, state: Any) -> None:
+        """Stores the pytree `state` as `step`; a step that is stored already is left as it is.
 
-        A step that is stored already is left as it is. Raises ValueError where `extra` is not JSON, StorageError
-        where the checkpoint cannot be written: the earlier ones are then still there.
+        Raises StorageError where the checkpoint cannot be written: the earlier ones are then still there.
         """
-        leaves, extra = _describe(state, checksums=True), extra or {}
-        try:
-            checksum = _checksum(leaves, extra)
-        except TypeError as error:
-            raise ValueError(f"extra is not a JSON value ({error}): expected dicts, lists, strings, numbers") from error
         if step in self._manager.all_steps():
             _log.info("checkpoint %d is stored already in %s", step, self.path)
             return
+        leaves = _describe(state, checksums=True)
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state),
             leaves=ocp.args.JsonSave(leaves),
-            extra=ocp.args.JsonSave(extra),
-            checksum=ocp.args.JsonSave({"crc32": checksum}),
+            checksum=ocp.args.JsonSave({"crc32": _checksum(leaves)}),
         )
         if jax.process_index() == 0:
             # What a killed save left. Here and not on opening, since a reader may open the folder beside a writer.
@@ -85,21 +78,21 @@ class TrainingCheckpoints:
                 "unchanged; make room or choose a writable folder, then start the same command again to resume."
             ) from error
 
-    def restore_latest(self, like: Any) -> tuple[int, Any, dict] | None:
-        """The newest undamaged `(step, state, extra)`, or None if nothing is stored.
+    def restore_latest(self, like: Any) -> tuple[int, Any] | None:
+        """The newest undamaged `(step, state)`, or None if nothing is stored.
 
         `like` is a pytree of arrays or `jax.ShapeDtypeStruct` with the structure, shapes, dtypes and placement wanted.
-        Raises ValueError listing both sides where the stored leaves are others than those of `like`, StorageError
-        where checkpoints are stored but all are damaged.
+        Raises ValueError listing both sides where the stored leaves differ from those of `like`, StorageError where
+        checkpoints are stored but all are damaged.
         """
         damaged = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
-                items = self._read_json(step)
+                leaves = self._read_leaves(step)
             except Exception as error:  # noqa: BLE001 orbax raises bare Exceptions for unreadable arrays
                 damaged[step] = _first_line(error)
                 continue
-            self._check_leaves(step, items.leaves, _describe(like))
+            self._check_leaves(step, leaves, _describe(like))
             target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
             try:
                 state = self._manager.restore(
@@ -108,12 +101,12 @@ class TrainingCheckpoints:
             except Exception as error:  # noqa: BLE001 orbax raises bare Exceptions for unreadable arrays
                 damaged[step] = _first_line(error)
                 continue
-            wrong = [name for name, leaf in _describe(state, checksums=True).items() if leaf != items.leaves[name]]
+            wrong = [name for name, leaf in _describe(state, checksums=True).items() if leaf != leaves[name]]
             if wrong:
                 damaged[step] = f"the checksum of {', '.join(wrong)} does not match"
                 continue
             self._set_aside(damaged)
-            return step, state, items.extra
+            return step, state
         if damaged:
             reasons = "; ".join(f"step {step}: {reason}" for step, reason in damaged.items())
             raise StorageError(
@@ -121,16 +114,13 @@ class TrainingCheckpoints:
             )
         return None
 
-    def _read_json(self, step: int) -> Any:
-        """The items `leaves` and `extra` of a checkpoint; ValueError where they are not what was stored."""
-        names = ["leaves", "extra"]
-        # Checkpoints of before have none.
-        if (self.path / str(step) / "checksum").exists():
-            names.append("checksum")
+    def _read_leaves(self, step: int) -> dict:
+        """The description of a checkpoint's leaves; ValueError where it is not what was stored."""
+        names = ("leaves", "checksum")
         items = self._manager.restore(step, args=ocp.args.Composite(**{name: ocp.args.JsonRestore() for name in names}))
-        if "checksum" in names and items.checksum != {"crc32": _checksum(items.leaves, items.extra)}:
+        if items.checksum != {"crc32": _checksum(items.leaves)}:
             raise ValueError("the checksum of its description does not match")
-        return items
+        return items.leaves
 
     def _check_leaves(self, step: int, stored: dict, expected: dict) -> None:
         """Raises ValueError where names, shapes or dtypes differ; orbax would cast a dtype without a word."""
@@ -163,11 +153,12 @@ class TrainingCheckpoints:
 
 @contextlib.contextmanager
 def preemption_requested() -> Iterator[Callable[[], bool]]:
-    """Within the block SIGTERM, sent before a machine is taken away, ends nothing; the yielded function tells of it.
+    """A block in which SIGTERM, sent before a machine is taken away, ends nothing; yields a function that reports it.
 
-    A loop asks after every step, stores its state and raises. A signal that nobody asked about takes effect when the
-    block has ended. Without effect, the function always False, outside the main thread, with several hosts (one of them
-    could not store alone), and where the signal is ignored or handled by other code than Python's.
+    A loop calls the function after every step, stores its state and raises. A signal that it has not reported takes
+    effect when the block ends. The block has no effect, and the function returns False, outside the main thread, with
+    several hosts (one of them could not store alone), and where the signal is ignored or handled by code other than
+    Python's.
     """
     previous = signal.getsignal(signal.SIGTERM)
     alone = jax.process_count() == 1 and threading.current_thread() is threading.main_thread()
@@ -196,12 +187,12 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _checksum(leaves: dict, extra: dict) -> int:
-    return zlib.crc32(json.dumps([leaves, extra], sort_keys=True).encode())
+def _checksum(leaves: dict) -> int:
+    return zlib.crc32(json.dumps(leaves, sort_keys=True).encode())
 
 
 def _describe(tree: Any, checksums: bool = False) -> dict[str, dict]:
-    """Shape, dtype and, if asked, crc32 of every leaf, by its path joined with `/`."""
+    """Shape, dtype and, with `checksums`, crc32 of every leaf, by its path joined with `/`."""
     described = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         if not hasattr(leaf, "dtype"):

@@ -1,4 +1,4 @@
-"""Where the stages of a run lie: its workdir, and stages that came finished with the model."""
+"""Where the stages of a run are: its workdir, and stages that came finished with the model."""
 
 import contextlib
 import json
@@ -19,20 +19,21 @@ _log = logging.getLogger(__name__)
 
 
 class StageRoot:
-    """Opens stages by name in a workdir; finished ones in `shipped` are copied there when they fit what is asked for.
+    """Opens stages by name in a workdir; finished ones in `shipped` are copied there when they fit.
 
     A shipped stage fits if it is finished and was made with the same settings and inputs. `shipped` is only read. With
     several hosts all make the same calls, and host 0 alone looks and copies.
     """
 
     def __init__(self, workdir: str | os.PathLike, shipped: str | os.PathLike | None = None):
+        """`workdir` is the folder of the run, `shipped` one of finished stages or None."""
         self.workdir = Path(expand_path(workdir))
         self._shipped = Path(expand_path(shipped)) if shipped is not None else None
 
     def claim(self, inputs: Mapping[str, Any]) -> None:
-        """Makes the workdir one of these inputs.
+        """Ties the workdir to these inputs, name -> fingerprint.
 
-        Raises StageMismatchError if it is one of others, or if another host has other inputs.
+        Raises StageMismatchError if it is tied to others, or if another host has other inputs.
         """
         first = run_on_host0(lambda: dict(inputs))
         with independent_hosts():
@@ -51,13 +52,21 @@ class StageRoot:
     def stage(
         self, name: str, settings: Mapping[str, Any], inputs: Mapping[str, str], remedy: str | None = None
     ) -> Iterator[Stage]:
-        """Opens a stage to be filled or read, and marks it finished when the block ends without an error.
+        """A context: opens a stage to be filled or read, and marks it finished when the block ends without an error.
 
-        A stage in which an error left nothing stored is removed, so that other settings can take its name. Raises
-        StageMismatchError where the workdir's stage of that name has other settings or inputs; it says `remedy`, see
-        `open_stage`.
+        A stage in which an error left nothing stored is removed, so that other settings can take its name. Arguments
+        and errors are those of `open_stage`.
         """
-        run_on_host0(lambda: self._copy(name) if self._fits(name, settings, inputs) else None)
+
+        def copy() -> None:
+            if self._fits(name, settings, inputs):
+                target = self.workdir / name
+                make_folder(target.parent)
+                remove_leftovers(target)
+                with storage_errors(target), new_folder(target) as fresh:
+                    _copy_content(self._shipped / name, fresh)
+
+        run_on_host0(copy)
         stage = open_stage(self.workdir, name, settings, inputs, remedy)
         try:
             yield stage
@@ -80,7 +89,7 @@ class StageRoot:
         return run_on_host0(look)
 
     def holds(self, name: str, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> bool:
-        """Whether `stage` with the same arguments would find anything: begun in the workdir, or come with the model."""
+        """Whether `stage` with the same arguments would find anything, begun in the workdir or come with the model."""
         return run_on_host0(lambda: (self.workdir / name / "stage.json").exists() or self._fits(name, settings, inputs))
 
     def _fits(self, name: str, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> bool:
@@ -94,18 +103,11 @@ class StageRoot:
             _log.info("not using the %s that came with the model: %s", name, error)
             return False
         # As JSON has them, to which a tuple is a list.
-        asked = json.loads(json.dumps([dict(settings), dict(inputs)]))
-        fits = stage.finished and [stage.settings, stage.inputs] == asked
+        expected = json.loads(json.dumps([dict(settings), dict(inputs)]))
+        fits = stage.finished and [stage.settings, stage.inputs] == expected
         if not fits:
             _log.info("the %s that came with the model is of another model or data set", name)
         return fits
-
-    def _copy(self, name: str) -> None:
-        target = self.workdir / name
-        make_folder(target.parent)
-        remove_leftovers(target)
-        with storage_errors(target), new_folder(target) as fresh:
-            _copy_content(self._shipped / name, fresh)
 
 
 def _copy_content(source: Path, target: Path) -> None:

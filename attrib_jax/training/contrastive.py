@@ -1,7 +1,7 @@
-"""Training a small CLIP on captioned pictures: the symmetric contrastive loss with several right answers, and recall.
+"""Training a small CLIP on captioned images: the symmetric contrastive loss with several right answers, and recall.
 
 The loss is CLIP's (Radford et al., Learning Transferable Visual Models From Natural Language Supervision, 2021) with
-the targets of supervised contrastive learning (Khosla et al., 2020): a caption that belongs to several pictures of a
+the targets of supervised contrastive learning (Khosla et al., 2020): a caption that belongs to several images of a
 batch is right for each of them.
 """
 
@@ -20,11 +20,11 @@ _LARGEST_LOG_SCALE = math.log(100.0)  # CLIP's
 
 
 class TowerBatch(NamedTuple):
-    """B captioned pictures.
+    """B captioned images.
 
     Attributes:
       images: (B, H, W, 3) uint8.
-      input_ids: (B, C, L) int32; a picture with fewer than C captions repeats its first.
+      input_ids: (B, C, L) int32; an image with fewer than C captions repeats its first.
       caption_ids: (B, C) int32, equal where captions are the same text.
       num_captions: (B,) int32.
     """
@@ -36,11 +36,11 @@ class TowerBatch(NamedTuple):
 
 
 def contrastive_loss(logits: jax.Array, positives: jax.Array) -> jax.Array:
-    """The mean cross-entropy of pictures (rows) to captions (columns) and back -> ().
+    """The mean cross-entropy of images (rows) to captions (columns) and back -> ().
 
     Args:
       logits: (B, B) scaled similarities.
-      positives: (B, B) whether a caption belongs to a picture, at least one in each row and column; right answers share
+      positives: (B, B) whether a caption belongs to an image, at least one in each row and column; right answers share
         the target evenly.
     """
     positives = positives.astype(logits.dtype)
@@ -66,10 +66,10 @@ def random_shifts(key: jax.Array, images: jax.Array, largest: int) -> jax.Array:
 def tower_loss(
     model: CLIPModel, params: Any, batch: TowerBatch, key: jax.Array, largest_shift: int
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The contrastive loss of a batch, each picture with one caption drawn from its own.
+    """The contrastive loss of a batch, each image with one caption drawn from its own.
 
-    Pictures are mirrored at random and shifted by up to `largest_shift` pixels. Skin-tone variants of one picture have
-    captions that tell the tone, so they count as different pictures; a text that several share is right for all.
+    Images are mirrored at random and shifted by up to `largest_shift` pixels. Skin-tone variants of one image have
+    captions that tell the tone, so they count as different images; a text that several share is right for all.
     """
     flip_key, shift_key, caption_key = jax.random.split(key, 3)
     images = random_shifts(shift_key, random_flips(flip_key, batch.images), largest_shift)

@@ -1,4 +1,4 @@
-"""Custom Diffusion: a pipeline learns a new word from one or a few pictures, to be attributed to them later.
+"""Custom Diffusion: a pipeline learns a new word from one or a few images, to be attributed to them later.
 
 Kumari et al., "Multi-Concept Customization of Text-to-Image Diffusion", CVPR 2023: the key and value projections of the
 cross-attention layers and the embedding of one new token are trained, everything else keeps its bits. These are the
@@ -7,7 +7,7 @@ models of the Customized-Model benchmark (METHOD.md section 6).
 
 import dataclasses
 import functools
-import json
+import itertools
 import logging
 import os
 import re
@@ -25,8 +25,9 @@ from attrib_jax.convert.adapters.custom_diffusion import save_custom_diffusion
 from attrib_jax.convert.adapters.textual_inversion import add_tokens
 from attrib_jax.convert.pipeline import Pipeline, encode_text, tokenize
 from attrib_jax.convert.tokenizer import tokenize_captions
-from attrib_jax.core.checks import check_finite, check_positive, check_range
+from attrib_jax.core.checks import check_finite
 from attrib_jax.core.keys import purpose_key
+from attrib_jax.core.settings import Settings, setting
 from attrib_jax.core.weights import count_weights, merge_weights, select_weights
 from attrib_jax.data.sources import Dataset
 from attrib_jax.diffusion.losses import Predict
@@ -37,11 +38,8 @@ from attrib_jax.jobs.encode import encode_images, image_size, read_skipped
 from attrib_jax.models.clip import CLIPTextModel
 from attrib_jax.models.predictor import predictor
 from attrib_jax.parallel.mesh import data_mesh, replicate
-from attrib_jax.parallel.progress import progress
-from attrib_jax.storage.checkpoints import TrainingCheckpoints, preemption_requested, stopped_by_sigterm
-from attrib_jax.storage.files import write_bytes
 from attrib_jax.storage.stages import open_stage
-from attrib_jax.training.loop import usable_devices
+from attrib_jax.training.loop import FitConfig, run_steps, usable_devices
 
 _log = logging.getLogger(__name__)
 
@@ -50,55 +48,42 @@ _WEIGHTS = "cross-attn-kv"
 _EMBEDDING = ("text_model", "embeddings", "token_embedding", "embedding")
 
 
-@dataclasses.dataclass(frozen=True)
-class CustomizeConfig:
-    """How to fine-tune.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CustomizeConfig(Settings):
+    """Settings of a fine-tune; `log_every` is the number of steps between two lines of metrics.jsonl."""
 
-    Attributes:
-      initializer_token: a word that the tokenizer knows whole; the new token starts with its embedding.
-      token: the new token, as prompts will hold it.
-      caption: replaces the exemplars' own captions; None keeps them. Either way each caption holds `token`.
-      steps: optimiser steps.
-      batch_size: exemplars a step, drawn with replacement, over all devices. Beside them as many prior pictures.
-      learning_rate: of AdamW, the same at every step. 1e-5 suits Stable Diffusion, small models need more.
-      weight_decay: AdamW's.
-      prior_weight: of the loss on the prior pictures beside the exemplars' 1.
-      random_flips: mirror half of the pictures that are drawn; the method's own setting is off.
-      seed: of every draw.
-      checkpoint_every: steps between two checkpoints.
-      log_every: steps between two lines of metrics.jsonl.
-    """
+    initializer_token: str = setting(
+        dataclasses.MISSING, "A word that the tokenizer knows whole; the new token starts with its embedding."
+    )
+    token: str = setting("<new1>", "The new token as prompts hold it, a name in <>.")
+    caption: str | None = setting(
+        None,
+        "Caption of every exemplar, with the token in it; their own captions if not given.",
+        flag="exemplar_caption",
+    )
+    steps: int = setting(300, "Optimiser steps.", low=1, flag="train_steps")
+    batch_size: int = setting(
+        8, "Images a step, over all devices; as many prior images beside them.", low=1, flag="train_batch_size"
+    )
+    learning_rate: float = setting(
+        1e-5, "Constant learning rate of AdamW; 1e-5 suits Stable Diffusion, small models need more.", above=0
+    )
+    weight_decay: float = setting(0.01, "Decoupled weight decay of AdamW.", low=0)
+    prior_weight: float = setting(1.0, "Weight of the loss on prior images beside the exemplars' 1.", low=0)
+    random_flips: bool = setting(False, "Mirror half of the images that are drawn.")
+    seed: int = setting(0, "Seed of weights, batches and noise.", low=0, high=2**32 - 1, flag="train_seed")
+    checkpoint_every: int = setting(250, "Steps between checkpoints.", low=1, performance=True)
 
-    initializer_token: str
-    token: str = "<new1>"
-    caption: str | None = None
-    steps: int = 300
-    batch_size: int = 8
-    learning_rate: float = 1e-5
-    weight_decay: float = 0.01
-    prior_weight: float = 1.0
-    random_flips: bool = False
-    seed: int = 0
-    checkpoint_every: int = 100
     log_every: int = 10
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "checkpoint_every", "log_every"):
-            check_positive(name, getattr(self, name), integer=True)
-        check_positive("learning_rate", self.learning_rate)
-        check_range("weight_decay", self.weight_decay, 0.0)
-        check_range("prior_weight", self.prior_weight, 0.0)
-        check_range("seed", self.seed, 0, 2**32 - 1, integer=True)
+        super().__post_init__()
         if not re.fullmatch(r"<[^\s/\0]+>", self.token):
-            raise ValueError(f"token is {self.token!r}; expected a name in <> without spaces or '/', such as '<new1>'")
+            raise ValueError(f"token is {self.token!r}: expected a name in <> without spaces or '/', such as '<new1>'")
         if self.caption is not None and self.token not in self.caption:
-            raise ValueError(f"exemplar caption {self.caption!r} does not hold the token {self.token!r}; add it")
-
-    def settings(self) -> dict[str, Any]:
-        """What decides the result: how often a run is logged and stored does not."""
-        settings = dataclasses.asdict(self)
-        del settings["checkpoint_every"], settings["log_every"]
-        return settings
+            raise ValueError(
+                f"exemplar_caption is {self.caption!r}: expected a text that holds the token {self.token!r}. Add it."
+            )
 
 
 class _Frozen(NamedTuple):
@@ -132,14 +117,14 @@ def customize(
     Args:
       workdir: keeps latents, checkpoints and `metrics.jsonl` in its stage `customize`.
       pipeline: the base; it is not changed.
-      exemplars: pictures of the new concept at the model's resolution.
+      exemplars: images of the new concept at the model's resolution.
       config: see `CustomizeConfig`.
-      prior: real pictures with captions of the concept's kind, to keep the model from forgetting it; None for none.
+      prior: real images with captions of the concept's kind, to keep the model from forgetting it; None for none.
 
     Raises:
       ValueError: the token exists, `initializer_token` is no single token, a caption lacks the token or is cut before
-        it, pictures have another size than the model's, or the loss is not finite.
-      StageMismatchError: `workdir` holds a run with other settings, model or pictures.
+        it, images have another size than the model's, or the loss is not finite.
+      StageMismatchError: `workdir` holds a run with other settings, model or images.
     """
     check_finite("model", pipeline.params)
     start = _with_new_token(pipeline, config)
@@ -154,7 +139,7 @@ def customize(
 
     inputs = {name: dataset.fingerprint() for name, dataset in sources.items()}
     inputs["model"] = model_fingerprint(pipeline)
-    stage = open_stage(workdir, "customize", config.settings(), inputs)
+    stage = open_stage(workdir, "customize", config.describe(), inputs)
     batches = {
         name: _encode(stage.path / name, start, dataset, captions[name], config.random_flips)
         for name, dataset in sources.items()
@@ -197,7 +182,7 @@ def _check_captions(pipeline: Pipeline, captions: list[list[str]], token_id: int
             if token_id not in ids:
                 why = "does not hold" if token not in text else "is cut off before"
                 raise ValueError(
-                    f"exemplar caption {text!r} {why} the token {token!r}, so the picture would teach it nothing; "
+                    f"exemplar caption {text!r} {why} the token {token!r}, so the image would teach it nothing; "
                     "mend the captions, or give one for all with --exemplar_caption"
                 )
 
@@ -207,7 +192,7 @@ def _check_size(pipeline: Pipeline, name: str, dataset: Dataset) -> None:
     found = dataset[0].image.shape[:2]
     if found != expected:
         raise ValueError(
-            f"{name} {dataset.name!r} has pictures of {found} pixels (height, width); the model was trained on "
+            f"{name} {dataset.name!r} has images of {found} pixels (height, width); the model was trained on "
             f"{expected}. Open the data set with resolution={expected[0]}."
         )
 
@@ -216,10 +201,10 @@ def _encode(path: Path, pipeline: Pipeline, dataset: Dataset, captions: list, ra
     latents = encode_images(path, dataset, pipeline.vae, pipeline.params["vae"], size=image_size(pipeline))
     skipped = read_skipped(path)
     if skipped:
-        raise ValueError(f"{dataset.name!r} has pictures that cannot be read: {'; '.join(skipped.values())}")
+        raise ValueError(f"{dataset.name!r} has images that cannot be read: {'; '.join(skipped.values())}")
     latents = np.asarray(latents)
     if not random_flips:
-        # The loss draws one of the two at random: here both are the picture as it is.
+        # The loss draws one of the two at random: here both are the image as it is.
         latents = np.repeat(latents[:, :1], 2, axis=1)
     return DiffusionBatch(latents, *tokenize_captions(pipeline.tokenizer, captions))
 
@@ -248,31 +233,19 @@ def _train(path: Path, start: Pipeline, token_id: int, exemplars, prior, config:
     state = replicate(mesh, jax.tree.map(np.array, state))
     frozen, key = replicate(mesh, (frozen, purpose_key(config.seed, "customize")))
     sharding = NamedSharding(mesh, PartitionSpec("data"))
-    step_fn = functools.partial(_step, start.unet, start.text_encoder, sharding, config.batch_size)
-    with TrainingCheckpoints(path) as checkpoints, preemption_requested() as stopping:
-        first, lines = 0, []
-        stored = checkpoints.restore_latest(state)
-        if stored is not None:
-            first, state, extra = stored
-            lines = extra["metrics"]
-        with progress(config.steps, "fine-tune", "step", initial=first) as bar:
-            for step in range(first + 1, config.steps + 1):
-                state, metrics = step_fn(state, frozen, key)
-                if step % config.log_every == 0 or step == config.steps:
-                    lines.append({"step": step, **{name: float(value) for name, value in metrics.items()}})
-                stop = stopping()
-                if step % config.checkpoint_every == 0 or step == config.steps or stop:
-                    # Before the last good checkpoint makes room for a spoilt one.
-                    if not np.isfinite(loss := float(metrics["loss"])):
-                        raise ValueError(
-                            f"the loss is {loss} at step {step} with learning_rate={config.learning_rate}; fine-tune "
-                            "with a lower one in another workdir"
-                        )
-                    checkpoints.save(step, state, {"metrics": lines})
-                    write_bytes(path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
-                bar.update()
-                if stop:
-                    raise stopped_by_sigterm(step, path)
+    run = FitConfig(
+        steps=config.steps,
+        batch_size=config.batch_size,
+        learning_rate=config.learning_rate,
+        checkpoint_every=config.checkpoint_every,
+        log_every=config.log_every,
+    )
+
+    def step(state: TrainState, frozen: _Frozen) -> tuple[TrainState, dict[str, jax.Array]]:
+        return _step(start.unet, start.text_encoder, sharding, config.batch_size, state, frozen, key)
+
+    # Every step is given all exemplars and draws its rows from them.
+    state = run_steps(path, step, state, lambda _: itertools.repeat(frozen), run, "fine-tune")
     return jax.tree.map(np.asarray, state.params)
 
 
@@ -297,7 +270,7 @@ def _loss(
     frozen: _Frozen,
     key: jax.Array,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Denoising loss on a batch of exemplars, plus `prior_weight` times that on a batch of prior pictures."""
+    """Denoising loss on a batch of exemplars, plus `prior_weight` times that on a batch of prior images."""
     params = _join(trained, frozen.rest, frozen.text_params, frozen.token_id)
 
     def batch_loss(data: DiffusionBatch, key: jax.Array) -> jax.Array:

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from attrib_jax.convert.tokenizer import (
 from attrib_jax.core.durable import new_folder, remove_leftovers
 from attrib_jax.core.fingerprint import params_fingerprint
 from attrib_jax.core.keys import purpose_key
+from attrib_jax.core.settings import Settings, setting
 from attrib_jax.data.readers import TrainingImages, image_side
 from attrib_jax.data.sources import Dataset
 from attrib_jax.diffusion.schedule import NoiseSchedule
@@ -51,25 +51,36 @@ _SCHEDULER = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class TrainConfig:
-    """The architecture and the schedule of a pipeline that is trained from scratch.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig(Settings):
+    """Schedule and architecture of a pipeline that is trained from scratch.
+
+    Beside the settings, which have flags:
 
     Attributes:
-      autoencoder: its training run.
-      diffusion: the training run of UNet and text encoder.
       vae_channels, vae_groups: block_out_channels and norm_num_groups of the autoencoder.
-      mse_weight, kl_weight: of the autoencoder's squared error and of its KL term, see `autoencoder_loss`.
-      unet_channels: block_out_channels; all levels but the last cross-attend to the text.
+      mse_weight, kl_weight: weights of the autoencoder's squared error and of its KL term, see `autoencoder_loss`.
+      unet_channels: block_out_channels of the UNet; all levels but the last cross-attend to the text.
       unet_heads, unet_groups: attention heads of every level, and norm_num_groups.
-      text_width, text_layers, text_heads: of the CLIP text encoder.
-      vocab_size, max_tokens: of the tokenizer.
-      caption_dropout: share of empty captions, for classifier-free guidance.
+      text_width, text_layers, text_heads: width, layers and attention heads of the CLIP text encoder.
+      vocab_size, max_tokens: size of the tokenizer's vocabulary, and tokens of a caption.
+      log_every: steps between two lines of metrics.jsonl.
     """
 
-    autoencoder: FitConfig
-    diffusion: FitConfig
-    vae_channels: tuple[int, ...] = (16, 32, 64, 64)
+    vae_steps: int = setting(3500, "Steps of the autoencoder.", low=1)
+    vae_batch_size: int = setting(16, "Images a step of the autoencoder, over all devices.", low=1)
+    vae_learning_rate: float = setting(2e-3, "Peak learning rate of the autoencoder.", above=0)
+    latent_channels: int = setting(8, "Channels of the autoencoder's latents.", low=1)
+    steps: int = setting(3000, "Optimiser steps.", low=1, flag="train_steps")
+    batch_size: int = setting(128, "Images a step, over all devices.", low=1, flag="train_batch_size")
+    learning_rate: float = setting(1e-3, "Peak learning rate.", above=0)
+    caption_dropout: float = setting(
+        0.1, "Share of captions replaced by the empty one, for classifier-free guidance.", low=0, high=1
+    )
+    seed: int = setting(0, "Seed of weights, batches and noise.", low=0, high=2**32 - 1, flag="train_seed")
+    checkpoint_every: int = setting(250, "Steps between checkpoints.", low=1, performance=True)
+
+    vae_channels: tuple[int, ...] = (16, 32, 64, 128)
     vae_groups: int = 8
     mse_weight: float = 2.0
     kl_weight: float = 2e-4
@@ -81,20 +92,56 @@ class TrainConfig:
     text_heads: int = 4
     vocab_size: int = 1536
     max_tokens: int = 16
-    caption_dropout: float = 0.1
+    log_every: int = 25
+
+    @property
+    def autoencoder(self) -> FitConfig:
+        """The training run of the autoencoder."""
+        return FitConfig(
+            steps=self.vae_steps,
+            batch_size=self.vae_batch_size,
+            learning_rate=self.vae_learning_rate,
+            warmup_steps=min(100, self.vae_steps // 10),
+            ema_decay=0.998,
+            seed=self.seed,
+            checkpoint_every=self.checkpoint_every,
+            log_every=self.log_every,
+        )
+
+    @property
+    def diffusion(self) -> FitConfig:
+        """The training run of UNet and text encoder."""
+        return FitConfig(
+            steps=self.steps,
+            batch_size=self.batch_size,
+            learning_rate=self.learning_rate,
+            warmup_steps=min(200, self.steps // 10),
+            ema_decay=0.999,
+            seed=self.seed,
+            checkpoint_every=self.checkpoint_every,
+            log_every=self.log_every,
+        )
+
+
+# The settings of the two stages, beside their training runs.
+_AUTOENCODER = ("latent_channels", "vae_channels", "vae_groups", "mse_weight", "kl_weight")
+_DIFFUSION = (
+    *("unet_channels", "unet_heads", "unet_groups", "text_width", "text_layers", "text_heads"),
+    *("vocab_size", "max_tokens", "caption_dropout"),
+)
 
 
 class _Images:
-    """The pictures of a data set alone, for the autoencoder's batches."""
+    """The images of a data set alone, for the autoencoder's batches."""
 
     def __init__(self, dataset: Dataset, side: int):
-        self._pictures = TrainingImages(dataset, side)
+        self._images = TrainingImages(dataset, side)
 
     def __len__(self) -> int:
-        return len(self._pictures)
+        return len(self._images)
 
     def __getitem__(self, index: int) -> np.ndarray:
-        return self._pictures(index)[1]
+        return self._images(index)[1]
 
 
 class _Latents:
@@ -113,28 +160,29 @@ class _Latents:
 def train(workdir: str | os.PathLike, dataset: Dataset, config: TrainConfig, dtype: Any = None) -> Path:
     """Trains what is missing and writes `<workdir>/model`, a pipeline folder in the diffusers layout -> its path.
 
-    `dtype` is of the written weights, float32 if None.
+    Both runs resume from their newest checkpoint, and leave out images that cannot be read. Hold the lock of `workdir`.
 
-    Both runs resume from their newest checkpoint, and leave out pictures that cannot be read. Hold the lock of
-    `workdir`.
+    Args:
+      workdir: folder of the stages `autoencoder` and `diffusion`, and of the result.
+      dataset: square images of one size, with captions.
+      config: schedule and architecture.
+      dtype: dtype of the written weights; float32 if None.
 
     Raises:
       StageMismatchError: the folder holds a run with other settings or another data set.
-      ValueError: pictures of several sizes, or of one that is not square or that the autoencoder cannot shrink evenly.
+      ValueError: images of several sizes, or of one that is not square or that the autoencoder cannot shrink evenly.
     """
-    settings = dataclasses.asdict(config)
     fingerprint = dataset.fingerprint()
-    split = {"autoencoder": ("autoencoder", "vae_channels", "vae_groups", "mse_weight", "kl_weight")}
-    split["diffusion"] = tuple(name for name in settings if name not in split["autoencoder"])
-    autoencoder, diffusion = (_stage_settings(settings, keys) for keys in split.values())
-    # Before anything is stored: pictures that cannot be trained on should leave nothing behind.
+    # Before anything is stored: images that cannot be trained on should leave nothing behind.
     vae = _autoencoder(dataset, config)
-    stage = open_stage(workdir, "autoencoder", autoencoder, {"dataset": fingerprint})
+    settings = {"autoencoder": config.autoencoder.describe(), **{name: getattr(config, name) for name in _AUTOENCODER}}
+    stage = open_stage(workdir, "autoencoder", settings, {"dataset": fingerprint})
     vae_params = _train_autoencoder(stage.path, vae, dataset, config)
     stage.finish()
 
     inputs = {"dataset": fingerprint, "autoencoder": params_fingerprint(vae_params)}
-    stage = open_stage(workdir, "diffusion", diffusion, inputs)
+    settings = {"diffusion": config.diffusion.describe(), **{name: getattr(config, name) for name in _DIFFUSION}}
+    stage = open_stage(workdir, "diffusion", settings, inputs)
     folder = stage.path
     size = (vae.config.sample_size, vae.config.sample_size)
     latents = np.asarray(encode_images(folder, dataset, vae, vae_params, size=size))
@@ -150,19 +198,11 @@ def train(workdir: str | os.PathLike, dataset: Dataset, config: TrainConfig, dty
     return model
 
 
-def _stage_settings(settings: Mapping[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
-    """The settings that decide a result: how often a run is logged and stored does not."""
-    picked = {key: settings[key] for key in keys}
-    for key, value in picked.items():
-        if isinstance(value, dict):
-            picked[key] = {k: v for k, v in value.items() if k not in ("checkpoint_every", "log_every")}
-    return picked
-
-
 def _autoencoder(dataset: Dataset, config: TrainConfig) -> AutoencoderKL:
     side = image_side(dataset)
     vae = AutoencoderKL(
         AutoencoderKLConfig(
+            latent_channels=config.latent_channels,
             block_out_channels=config.vae_channels,
             norm_num_groups=config.vae_groups,
             sample_size=side,
@@ -171,7 +211,7 @@ def _autoencoder(dataset: Dataset, config: TrainConfig) -> AutoencoderKL:
     )
     if side % vae.config.downscale:
         raise ValueError(
-            f"dataset {dataset.name!r} has pictures of {side} pixels a side; expected a multiple of "
+            f"dataset {dataset.name!r} has images of {side} pixels a side; expected a multiple of "
             f"{vae.config.downscale}, by which the autoencoder shrinks them. Give such a --resolution."
         )
     return vae

@@ -1,4 +1,4 @@
-"""Training a small CLIP on a data set's pictures and captions: the tower of the feature baselines."""
+"""Training a small CLIP on a data set's images and captions: the tower of the feature baselines."""
 
 import dataclasses
 import functools
@@ -14,8 +14,9 @@ from attrib_jax.attribution.features import image_features, normalise_rows, text
 from attrib_jax.convert.image_processor import ImageProcessor
 from attrib_jax.convert.tokenizer import tokenize_captions, tokenizer_fingerprint
 from attrib_jax.convert.tower import Tower, save_tower
-from attrib_jax.core.checks import check_positive, check_range
+from attrib_jax.core.checks import check_range
 from attrib_jax.core.keys import purpose_key
+from attrib_jax.core.settings import Settings, setting
 from attrib_jax.data.readers import TrainingImages, image_side
 from attrib_jax.data.sources import Dataset
 from attrib_jax.models.clip import CLIPTextConfig
@@ -25,24 +26,37 @@ from attrib_jax.storage.stages import open_stage
 from attrib_jax.training.contrastive import TowerBatch, retrieval_ranks, tower_loss
 from attrib_jax.training.loop import FitConfig, fit
 
-_BATCH = 256  # pictures that the evaluation reads at a time
+_BATCH = 256  # images that the evaluation reads at a time
 
 
-@dataclasses.dataclass(frozen=True)
-class TowerConfig:
-    """The architecture and the schedule of a tower that is trained from scratch.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TowerConfig(Settings):
+    """Schedule and architecture of a tower that is trained from scratch.
+
+    Beside the settings, which have flags:
 
     Attributes:
-      run: the training run.
-      width, layers, heads: of the vision tower.
-      patch_size: in pixels.
-      text_width, text_layers, text_heads: of the text tower.
+      width, layers, heads: of the vision transformer.
+      patch_size: side of a patch in pixels.
+      text_width, text_layers, text_heads: of the text transformer.
       projection_dim: width of the features.
-      largest_shift: pixels that a training picture is shifted by at most.
-      holdout: share of the near-duplicate groups (of the pictures where there are no groups) that is never trained on.
+      largest_shift: largest random shift of a training image, in pixels.
+      log_every: steps between two lines of metrics.jsonl.
     """
 
-    run: FitConfig
+    steps: int = setting(1000, "Optimiser steps.", low=1, flag="train_steps")
+    batch_size: int = setting(96, "Images a step, over all devices.", low=1, flag="train_batch_size")
+    learning_rate: float = setting(1.5e-3, "Peak learning rate.", above=0)
+    seed: int = setting(0, "Seed of weights, batches and noise.", low=0, high=2**32 - 1, flag="train_seed")
+    checkpoint_every: int = setting(250, "Steps between checkpoints.", low=1, performance=True)
+    holdout: float = setting(
+        0.05,
+        "Share of the near-duplicate groups (of the images where there are no groups) that the tower is tested on and "
+        "never trained on.",
+        low=0,
+        high=0.5,
+    )
+
     width: int = 128
     layers: int = 3
     heads: int = 4
@@ -52,21 +66,40 @@ class TowerConfig:
     text_heads: int = 4
     projection_dim: int = 128
     largest_shift: int = 4
-    holdout: float = 0.05
+    log_every: int = 10
 
     def __post_init__(self):
-        for name in ("width", "layers", "heads", "patch_size", "text_width", "text_layers", "text_heads"):
-            check_positive(name, getattr(self, name), integer=True)
-        check_positive("projection_dim", self.projection_dim, integer=True)
-        check_range("largest_shift", self.largest_shift, 0, integer=True)
-        check_range("holdout", self.holdout, 0.0, 0.5)
+        super().__post_init__()
+        for name in (*_ARCHITECTURE, "log_every"):
+            check_range(name, getattr(self, name), 0 if name == "largest_shift" else 1, integer=True)
+
+    @property
+    def run(self) -> FitConfig:
+        """The training run."""
+        return FitConfig(
+            steps=self.steps,
+            batch_size=self.batch_size,
+            learning_rate=self.learning_rate,
+            warmup_steps=min(100, self.steps // 10),
+            ema_decay=0.99,
+            weight_decay=0.1,
+            seed=self.seed,
+            checkpoint_every=self.checkpoint_every,
+            log_every=self.log_every,
+        )
+
+
+_ARCHITECTURE = (
+    *("width", "layers", "heads", "patch_size", "text_width", "text_layers", "text_heads"),
+    *("projection_dim", "largest_shift"),
+)
 
 
 class _Pairs:
-    """Pictures with their captions' tokens, for training batches."""
+    """Images with their captions' tokens, for training batches."""
 
     def __init__(self, dataset: Dataset, rows: np.ndarray, side: int, tokenizer: Any):
-        self._pictures = TrainingImages(dataset, side, rows)
+        self._images = TrainingImages(dataset, side, rows)
         captions = [dataset.captions(row) for row in rows.tolist()]
         self._input_ids, self._num_captions = tokenize_captions(tokenizer, captions)
         numbers: dict[str, int] = {}
@@ -79,36 +112,34 @@ class _Pairs:
         )
 
     def __len__(self) -> int:
-        return len(self._pictures)
+        return len(self._images)
 
     def __getitem__(self, index: int) -> TowerBatch:
-        index, image = self._pictures(index)
+        index, image = self._images(index)
         return TowerBatch(image, self._input_ids[index], self._caption_ids[index], self._num_captions[index])
 
 
 def train_tower(
     workdir: str | os.PathLike, dataset: Dataset, tokenizer: Any, config: TowerConfig, dtype: Any = None
 ) -> tuple[Path, dict[str, float]]:
-    """Trains what is missing, measures retrieval on the held-out pictures and writes `<workdir>/tower`.
+    """Trains what is missing, measures retrieval on the held-out images and writes `<workdir>/tower`.
 
     The run resumes from its newest checkpoint. Hold the lock of `workdir`.
 
     Args:
-      workdir: of the stage `tower_training`, and of the result.
-      dataset: square pictures whose side the patch size divides, with captions.
-      tokenizer: of the text tower, a `transformers.CLIPTokenizer`.
-      config: see `TowerConfig`.
-      dtype: of the written weights; float32 if None.
+      workdir: folder of the stage `tower_training` and of the result.
+      dataset: square images whose side the patch size divides, with captions.
+      tokenizer: tokenizer of the text tower, a `transformers.CLIPTokenizer`.
+      config: schedule and architecture.
+      dtype: dtype of the written weights; float32 if None.
 
     Returns:
       The tower's folder, see `save_tower`, and the numbers of `retrieval`, which retrieval.json holds too.
 
     Raises StageMismatchError where the folder holds a run with other settings, another data set or tokenizer.
     """
-    settings = dataclasses.asdict(config)
-    for name in ("checkpoint_every", "log_every"):  # how often a run is stored does not decide its result
-        del settings["run"][name]
-    # Before anything is stored: pictures that cannot be trained on should leave nothing behind.
+    settings = {name: getattr(config, name) for name in (*_ARCHITECTURE, "holdout")} | {"run": config.run.describe()}
+    # Before anything is stored: images that cannot be trained on should leave nothing behind.
     side = image_side(dataset)
     module = CLIPModel(_clip_config(config, side, tokenizer))
     inputs = {"dataset": dataset.fingerprint(), "tokenizer": tokenizer_fingerprint(tokenizer)}
@@ -130,7 +161,7 @@ def train_tower(
 
 
 def holdout_rows(dataset: Dataset, share: float, seed: int) -> np.ndarray:
-    """Positions of the pictures that are kept from training, whole near-duplicate groups, rising."""
+    """Rising positions of the images that are kept from training, in whole near-duplicate groups."""
     groups = np.arange(len(dataset)) if dataset.groups is None else np.asarray(dataset.groups)
     names = np.unique(groups)
     chosen = np.random.default_rng(seed).choice(names, round(share * len(names)), replace=False)
@@ -138,20 +169,20 @@ def holdout_rows(dataset: Dataset, share: float, seed: int) -> np.ndarray:
 
 
 def retrieval(tower: Tower, dataset: Dataset, rows: np.ndarray) -> dict[str, float]:
-    """Whether a picture finds a caption of its own: share at rank 1 and within 10, and the median rank.
+    """Whether an image finds a caption of its own: share at rank 1 and within 10, and the median rank.
 
     Args:
-      tower: a CLIP with both halves.
-      dataset: pictures with captions.
-      rows: positions of the pictures that ask.
+      tower: CLIP tower with image and text halves.
+      dataset: images with captions.
+      rows: positions of the images that are looked up.
 
     Returns:
-      Numbers by name: `recall@1`, `recall@10` and `median_rank` among the captions of these pictures, the same with
+      Numbers by name: `recall@1`, `recall@10` and `median_rank` among the captions of these images, the same with
       `_of_all` among the captions of the whole data set; how many `pictures`, `captions` and `captions_of_all`.
     """
-    pictures = TrainingImages(dataset, tower.module.config.vision.image_size, rows)
+    training = TrainingImages(dataset, tower.module.config.vision.image_size, rows)
     # One that cannot be read gives the next one's place.
-    found = [pictures(place) for place in range(len(rows))]
+    found = [training(place) for place in range(len(rows))]
     readable = [place for place, (taken, _) in enumerate(found) if taken == place]
     images = [found[place][1] for place in readable]
     own = [dataset.captions(row) for row in rows[readable].tolist()]

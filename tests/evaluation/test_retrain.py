@@ -9,7 +9,9 @@ import pytest
 from attrib_jax.diffusion.schedule import NoiseSchedule
 from attrib_jax.evaluation.retrain import Recipe, Retrainer, Training, draw_batches
 from attrib_jax.evaluation.small_models import train_small
+from attrib_jax.jobs.context import Run
 from attrib_jax.parallel.mesh import data_mesh
+from attrib_jax.storage.stage_root import StageRoot
 from attrib_jax.storage.stages import StageMismatchError
 from attrib_jax.storage.state import StateStore
 from tests.evaluation.conftest import COUNT, RECIPE
@@ -19,10 +21,6 @@ NOTHING = np.array([], np.int64)
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory, tiny_model, tiny_dataset):
-    from attrib_jax.attribute import attribute_queries
-from attrib_jax.jobs.context import Run
-    from attrib_jax.storage.stage_root import StageRoot
-
     return Run(tiny_model, tiny_dataset, StageRoot(tmp_path_factory.mktemp("encoded"))).data
 
 

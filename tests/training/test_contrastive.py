@@ -17,7 +17,6 @@ from attrib_jax.data.images import UnreadableRowError
 from attrib_jax.data.sources import ArrayDataset
 from attrib_jax.storage.stages import StageMismatchError
 from attrib_jax.training.contrastive import contrastive_loss, normalise, random_shifts, retrieval_ranks
-from attrib_jax.training.loop import FitConfig
 from attrib_jax.training.tower import TowerConfig, holdout_rows, retrieval, train_tower
 from tests.failures import UnreadablePictures
 
@@ -87,10 +86,15 @@ def coloured_dataset() -> ArrayDataset:
 
 # A batch that one device holds: the tests' four would exchange it at every step.
 CONFIG = TowerConfig(
-    FitConfig(steps=30, batch_size=7, learning_rate=3e-3, warmup_steps=5, ema_decay=0.8, checkpoint_every=15),
-    width=16, layers=1, heads=2, patch_size=4, text_width=16, text_layers=1, text_heads=2, projection_dim=8,
-    largest_shift=1, holdout=0.25,
-)  # fmt: skip
+    steps=30,
+    batch_size=7,
+    learning_rate=3e-3,
+    checkpoint_every=15,
+    holdout=0.25,
+    **dict(width=16, layers=1, heads=2, patch_size=4, text_width=16, text_layers=1, text_heads=2),
+    projection_dim=8,
+    largest_shift=1,
+)
 
 
 def test_a_tower_learns_resumes_and_is_refused_other_settings(tmp_path):

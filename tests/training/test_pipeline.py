@@ -47,8 +47,8 @@ def test_interrupted_fit_resumes_to_the_same_bits(tmp_path, monkeypatch):
     whole = _fit(tmp_path / "whole")
     save = TrainingCheckpoints.save
 
-    def failing(self, step, state, extra=None):
-        save(self, step, state, extra)
+    def failing(self, step, state):
+        save(self, step, state)
         if step == 8:
             raise KeyboardInterrupt
 
@@ -60,7 +60,7 @@ def test_interrupted_fit_resumes_to_the_same_bits(tmp_path, monkeypatch):
     np.testing.assert_array_equal(resumed["centre"], whole["centre"])
 
 
-def test_flips_mirror_whole_pictures():
+def test_flips_mirror_whole_images():
     images = jnp.arange(64 * 2 * 3 * 1, dtype=jnp.float32).reshape(64, 2, 3, 1)
     flipped = random_flips(jax.random.key(0), images)
     mirrored = (flipped == images[:, :, ::-1]).all(axis=(1, 2, 3))
@@ -92,8 +92,12 @@ def test_autoencoder_loss_is_the_sum_of_its_terms():
 
 def test_a_pipeline_trains_is_saved_and_resumes_finished(tmp_path, caplog):
     config = TrainConfig(
-        autoencoder=FitConfig(steps=2, batch_size=8, learning_rate=1e-3, warmup_steps=1),
-        diffusion=FitConfig(steps=2, batch_size=8, learning_rate=1e-3, warmup_steps=1),
+        vae_steps=2,
+        vae_batch_size=8,
+        vae_learning_rate=1e-3,
+        latent_channels=5,
+        steps=2,
+        batch_size=8,
         vae_channels=(8, 8),
         vae_groups=4,
         unet_channels=(16,),
@@ -112,6 +116,7 @@ def test_a_pipeline_trains_is_saved_and_resumes_finished(tmp_path, caplog):
     pipeline = load_pipeline(str(path))
     assert pipeline.tokenizer.model_max_length == 8
     assert not pipeline.schedule.clip_sample
+    assert pipeline.vae.config.latent_channels == pipeline.unet.config.in_channels == 5
     kept = [row for row in range(37) if row not in unreadable]
     images = np.stack([dataset[row].image for row in kept]) / np.float32(127.5) - 1
     encode = jax.jit(lambda params, images: pipeline.vae.apply({"params": params}, images, method="encode").mean)
@@ -119,11 +124,14 @@ def test_a_pipeline_trains_is_saved_and_resumes_finished(tmp_path, caplog):
     assert abs(latents.std() * pipeline.vae.config.scaling_factor - 1) < 0.05
     again = load_pipeline(str(train(tmp_path, dataset, config)))
     jax.tree.map(np.testing.assert_array_equal, pipeline.params, again.params)
-    with pytest.raises(StageMismatchError, match="vae_channels"):
-        train(tmp_path, dataset, dataclasses.replace(config, vae_channels=(8, 16)))
+    # How often a run is stored does not decide its result.
+    train(tmp_path, dataset, dataclasses.replace(config, checkpoint_every=1))
+    for change in ({"vae_channels": (8, 16)}, {"latent_channels": 4}, {"steps": 3}, {"caption_dropout": 0.5}):
+        with pytest.raises(StageMismatchError, match=next(iter(change))):
+            train(tmp_path, dataset, dataclasses.replace(config, **change))
 
 
-def test_the_next_picture_stands_in_for_one_that_cannot_be_read(caplog):
+def test_the_next_image_stands_in_for_one_that_cannot_be_read(caplog):
     dataset = make_dataset()
     rows = np.array([4, 8, 9, 36])
     broken = UnreadablePictures(dataset, {8, 9, 36}, lambda row: UnreadableRowError(f"{row}.png is cut off"))
@@ -138,17 +146,34 @@ def test_the_next_picture_stands_in_for_one_that_cannot_be_read(caplog):
         TrainingImages(broken, 16, rows[1:])(2)
 
 
-def test_pictures_of_sizes_that_do_not_fit(tmp_path):
-    pixels = np.zeros((3, 18, 20, 3), np.uint8)
-    run = FitConfig(steps=1, batch_size=1, learning_rate=1e-3, warmup_steps=0)
-    config = TrainConfig(run, run)
-    for images, message in (
-        (pixels, "18 x 20 pixels; expected square ones. Give a --resolution"),
-        (pixels[:, :, :18], "18 pixels a side; expected a multiple of 8, .* Give such a --resolution"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            train(tmp_path / str(images.shape[2]), ArrayDataset(images, [["hat"]] * 3), config)
+@pytest.mark.parametrize(
+    ("width", "named"), [(20, "18 x 20 pixels; .* --resolution"), (18, "18 pixels .* multiple of 8, .* --resolution")]
+)
+def test_images_of_a_size_that_does_not_fit(tmp_path, width, named):
+    pixels = np.zeros((3, 18, width, 3), np.uint8)
+    with pytest.raises(ValueError, match=named):
+        train(tmp_path, ArrayDataset(pixels, [["hat"]] * 3), TrainConfig(steps=1, vae_steps=1))
     assert not list(tmp_path.rglob("stage.json"))
-    mixed = TrainingImages(ArrayDataset(pixels, [["hat"]] * 3), 18)
-    with pytest.raises(ValueError, match="an image of 18 x 20 pixels at position 1, and others of 18 x 18; give"):
+
+
+def test_images_of_several_sizes():
+    mixed = TrainingImages(ArrayDataset(np.zeros((3, 18, 20, 3), np.uint8), [["hat"]] * 3), 18)
+    with pytest.raises(ValueError, match="18 x 20 pixels at position 1"):
         mixed(1)
+
+
+@pytest.mark.parametrize(
+    ("config", "values", "named"),
+    [
+        (FitConfig, {"steps": 0}, "steps is 0"),
+        (FitConfig, {"steps": 10, "warmup_steps": 10}, "warmup_steps is 10"),
+        (FitConfig, {"learning_rate": 0.0}, "learning_rate is 0"),
+        (FitConfig, {"ema_decay": 1.5}, "ema_decay is 1.5"),
+        (TrainConfig, {"vae_batch_size": 0}, "vae_batch_size is 0"),
+        (TrainConfig, {"caption_dropout": -0.1}, "caption_dropout is -0.1"),
+        (TrainConfig, {"seed": 2**32}, "seed is 4294967296"),
+    ],
+)
+def test_values_out_of_range_are_named(config, values, named):
+    with pytest.raises(ValueError, match=named):
+        config(**values)

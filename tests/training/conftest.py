@@ -1,0 +1,3 @@
+"""The tiny pipeline of the jobs' tests."""
+
+from tests.jobs.conftest import pipeline  # noqa: F401
