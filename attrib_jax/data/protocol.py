@@ -36,7 +36,8 @@ class Dataset(Protocol):
     Data sets can be pickled, for worker processes: each process opens the files itself when it first reads.
 
     `dataset[i]` raises UnreadableRowError where an image cannot be read. A row without a caption has captions ("",).
-    `captions(i)` does not read the image.
+    `captions(i)` does not read the image. A data set that warns of rows without a caption when it is opened has
+    `counts_captions = True`; for others `captions.read_captions` does.
 
     Attributes:
       name: name of the data set, as for `open_dataset`.

@@ -102,15 +102,12 @@ def check_separate(workdir: str | os.PathLike, dataset: str) -> None:
     if kind not in ("folder", "coco", "webdataset") or not place or not os.path.isdir(expand_path(place)):
         return
     folders = [Path(expand_path(path)).resolve() for path in (workdir, place)]
-    for inner, outer, what in (
-        (*folders, f"lies within the data set's folder {str(folders[1])!r}"),
-        (*folders[::-1], f"has the data set's folder {str(folders[1])!r} within it"),
-    ):
+    for inner, outer, what in ((*folders, "lies within"), (*folders[::-1], "contains")):
         # By identity, since on some disks names in other letters are the same folder.
         if any(parent.exists() and outer.exists() and parent.samefile(outer) for parent in (inner, *inner.parents)):
             raise ValueError(
-                f"workdir is {os.fspath(workdir)!r}, which {what}: its images would become training images. Give a "
-                "folder outside of it."
+                f"workdir is {os.fspath(workdir)!r}, which {what} the folder of dataset {dataset!r}: images among "
+                "results would be scored as training images. Give a workdir outside of that folder, such as runs/one."
             )
 
 
