@@ -254,7 +254,7 @@ def _walk(root: Path, results: list[str]) -> Iterator[tuple[PurePosixPath, list[
     waiting = [root]
     while waiting:
         start = waiting.pop()
-        for folder, subfolders, names in os.walk(start, onerror=_raise):
+        for folder, subfolders, names in os.walk(start, onerror=_warn_unread):
             inner = PurePosixPath(Path(folder).relative_to(root).as_posix())
             if holds_results(folder):
                 results.append(inner.as_posix())
@@ -263,9 +263,10 @@ def _walk(root: Path, results: list[str]) -> Iterator[tuple[PurePosixPath, list[
             subfolders[:] = sorted(name for name in subfolders if not _hidden(name))
             for name in subfolders:
                 path = os.path.join(folder, name)
+                if not os.path.islink(path):
+                    continue
                 target = os.path.realpath(path)
-                known = _within(whole, target) or any(_within(target, other) for other in seen)
-                if os.path.islink(path) and not known:
+                if not _within(whole, target) and not any(_within(target, other) for other in seen):
                     seen.add(target)
                     waiting.append(Path(path))
             yield inner, names
@@ -275,8 +276,8 @@ def _within(path: str, folder: str) -> bool:
     return os.path.commonpath([path, folder]) == folder
 
 
-def _raise(error: OSError) -> None:
-    raise error
+def _warn_unread(error: OSError) -> None:
+    _log.warning("folder %s cannot be read and is left out (%s)", error.filename, error.strerror)
 
 
 def _read_metadata(root: Path, metadata: str) -> Iterator[_Entry]:
