@@ -137,6 +137,7 @@ def read_stored_query(latents: str | os.PathLike, text: str | os.PathLike | None
         if array.ndim != 4:
             raise ValueError(f"query {name} have shape {array.shape}; expected four axes, the queries first")
         check_range("query_index", index, 0, len(array) - 1, integer=True)
+        check_finite(f"row {index} of {os.fspath(latents if name == 'latents' else text)}", array[index])
     fields = {"latents": np.moveaxis(arrays["latents"][index], 0, -1)}
     return fields | ({} if text is None else {"text": arrays["text"][index, 0]})
 

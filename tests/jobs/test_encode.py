@@ -241,6 +241,10 @@ def test_query_from_numpy_files(plain, pipeline, dataset, tmp_path):
     assert prepared.image.shape == (16, 16, 3)
     with pytest.raises(ValueError, match="query_index is 2: expected a whole number from 0 to 1"):
         read_stored_query(tmp_path / "l.npy", None, 2)
+    np.save(tmp_path / "nan.npy", np.array([[[[0.0]]], [[[np.nan]]]], np.float32))
+    read_stored_query(tmp_path / "nan.npy", None, 0)
+    with pytest.raises(ValueError, match="row 1 of .*nan.npy has values that are NaN or infinite"):
+        read_stored_query(tmp_path / "nan.npy", None, 1)
     wrong = Query(prompt="", latents=latents[0][:4])
     with pytest.raises(ValueError, match=r"latents have shape \(4, 8, 4\); the model takes \(8, 8, 4\)"):
         prepare_query(pipeline, None, wrong)
