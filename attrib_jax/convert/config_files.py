@@ -41,6 +41,8 @@ def write_json(content: Mapping[str, Any], path: str) -> None:
 # finite numbers above 0.
 _BOUNDS = {
     "freq_shift": (0, True),
+    "image_mean": (-math.inf, True),
+    "resample": (0, True),
     "shift_factor": (-math.inf, True),
     "steps_offset": (0, True),
     "trained_betas": (0, True),
@@ -50,6 +52,7 @@ _BOUNDS = {
     "pad_token_id": (0, True),
 }
 _LARGEST = 2**31 - 1
+_NOUNS = {bool: "true or false", str: "a text", dict: "an object", types.NoneType: "null"}
 
 
 def check_values(content: Mapping[str, Any], options: type | Mapping[str, Any], source: str) -> None:
@@ -92,10 +95,7 @@ def _fits(value: Any, hint: Any, bounds: tuple[float, bool] | None) -> bool:
         elif kind is bool:
             if value is None or isinstance(value, bool):
                 return True
-        elif kind in (str, types.NoneType):
-            if isinstance(value, kind):
-                return True
-        else:  # a type with a check of its own
+        elif isinstance(value, kind):
             return True
     return False
 
@@ -113,5 +113,5 @@ def _describe(hint: Any, bounds: tuple[float, bool] | None) -> str:
             limit = "" if low == -math.inf else f" of at least {low}" if inclusive else f" greater than {low}"
             words.append(noun + limit)
         else:
-            words.append({bool: "true or false", str: "a text", types.NoneType: "null"}.get(kind, str(kind)))
+            words.append(_NOUNS[kind])
     return ", or ".join(words)

@@ -97,7 +97,7 @@ def check_unet_config(config: Mapping[str, Any], source: str) -> None:
         what, instead = _LCM, _ORIGIN
     elif config.get("num_class_embeds") is not None and channels == 7:
         what = _UPSCALER
-    elif isinstance(channels, int) and isinstance(out, int) and channels != out:
+    elif type(channels) is type(out) is int and channels != out:
         what, instead = _more_channels(channels, out)
     if what is not None:
         raise refusal(source, what, instead)

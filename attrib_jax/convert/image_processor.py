@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from attrib_jax.convert.config_files import read_json, write_json
+from attrib_jax.convert.config_files import check_values, read_json, write_json
 from attrib_jax.core.checks import check_choice
 
 FILE = "preprocessor_config.json"
@@ -24,6 +24,23 @@ _CLASSES: dict[str, dict[str, Any]] = {
     "ViT": {"size": {"height": 224, "width": 224}, "crop_size": None, "resample": 2, "mean": _HALF, "std": _HALF},
 }
 _CLASSES["Bit"] = _CLASSES["CLIP"]
+
+
+_SIZE = int | dict
+_OPTIONS: dict[str, Any] = {
+    "image_processor_type": str | None,
+    "feature_extractor_type": str | None,
+    "do_resize": bool,
+    "do_rescale": bool,
+    "do_normalize": bool,
+    "do_center_crop": bool,
+    "rescale_factor": float,
+    "size": _SIZE,
+    "crop_size": _SIZE | None,
+    "resample": int,
+    "image_mean": tuple[float, float, float],
+    "image_std": tuple[float, float, float],
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,11 +72,12 @@ class ImageProcessor:
             raise ValueError(f"image processor has image_std={self.std}; expected numbers greater than 0")
 
     @classmethod
-    def from_dict(cls, config: Mapping[str, Any]) -> "ImageProcessor":
+    def from_dict(cls, config: Mapping[str, Any], source: str = FILE) -> "ImageProcessor":
         """Reads a preprocessor_config.json of a CLIP, ViT or Bit processor, of any age.
 
         Raises ValueError for another class, a step that is switched off, or sizes that are no squares.
         """
+        check_values(config, _OPTIONS, source)
         kind = config.get("image_processor_type") or config.get("feature_extractor_type") or "CLIPImageProcessor"
         for ending in ("Fast", "Pil", "ImageProcessor", "FeatureExtractor"):
             kind = kind.removesuffix(ending)
@@ -76,10 +94,11 @@ class ImageProcessor:
         size = config.get("size", defaults["size"])
         if isinstance(size, int):
             size = {"shortest_edge": size} if "shortest_edge" in defaults["size"] else {"height": size, "width": size}
+        check_values(size, {"shortest_edge": int}, f"{source}: size")
         square = "shortest_edge" not in size
         crops = config.get("do_center_crop", defaults["crop_size"] is not None)
         return cls(
-            resize=_side("size", size) if square else int(size["shortest_edge"]),
+            resize=_side("size", size) if square else size["shortest_edge"],
             square=square,
             crop=_side("crop_size", config.get("crop_size", defaults["crop_size"])) if crops else None,
             resample=int(config.get("resample", defaults["resample"])),
@@ -138,9 +157,10 @@ class ImageProcessor:
 def _side(name: str, size: Any) -> int:
     if isinstance(size, int):
         return size
-    if not isinstance(size, Mapping) or size.keys() != {"height", "width"} or size["height"] != size["width"]:
+    is_square = isinstance(size, Mapping) and size.keys() == {"height", "width"} and size["height"] == size["width"]
+    if not is_square or type(size["height"]) is not int or size["height"] < 1:
         raise ValueError(f"{FILE} has {name}={size!r}; expected a square, as one number or as height and width")
-    return int(size["height"])
+    return size["height"]
 
 
 def load_image_processor(folder: str) -> ImageProcessor:
@@ -150,11 +170,11 @@ def load_image_processor(folder: str) -> ImageProcessor:
     """
     file, nested = (os.path.join(folder, name) for name in (FILE, _NESTED_FILE))
     if os.path.isfile(file):
-        return ImageProcessor.from_dict(read_json(file))
+        return ImageProcessor.from_dict(read_json(file), file)
     inner = read_json(nested).get("image_processor") if os.path.isfile(nested) else None
     if not isinstance(inner, dict):
         raise FileNotFoundError(f"{folder!r} has no {FILE}; copy it from where the tower's weights come from")
-    return ImageProcessor.from_dict(inner)
+    return ImageProcessor.from_dict(inner, nested)
 
 
 def save_image_processor(processor: ImageProcessor, folder: str) -> None:

@@ -7,7 +7,7 @@ import itertools
 import json
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +21,7 @@ _log = logging.getLogger(__name__)
 
 START, END, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
 _CONFIG, _SPECIAL, _ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
+_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 _CLIP_END = 49407  # id of the end token in CLIP's own vocabulary
 _LONGEST = 10**6  # a `model_max_length` beyond this is transformers' way to say that none was given
 
@@ -141,6 +142,7 @@ def load_tokenizer(path: str, max_length: int | None = None) -> Any:
     if "tokenizer.json" not in present and not {"vocab.json", "merges.txt"} <= present:
         raise FileNotFoundError(f"{path} holds no tokenizer: expected tokenizer.json, or vocab.json and merges.txt")
     files = {name: read_json(os.path.join(path, name)) for name in (_CONFIG, _SPECIAL, _ADDED) if name in present}
+    _check_files(path, files)
     # transformers would take any argument of the tokenizer from here, the paths of files included.
     foreign = sorted(key for key in files.get(_SPECIAL, ()) if not key.endswith(("_token", "_tokens")))
     if foreign:
@@ -163,12 +165,39 @@ def load_tokenizer(path: str, max_length: int | None = None) -> Any:
             raise ValueError(
                 f"tokenizer {path}: its files give {token!r} the id {index!r}, but it comes out as {actual}"
             )
-    length = tokenizer.model_max_length
-    if not isinstance(length, (int, float)) or length < 3:
-        raise ValueError(f"tokenizer {path} has model_max_length={length!r}; expected 3 or more tokens")
-    if max_length is not None and length > _LONGEST:
+    if max_length is not None and tokenizer.model_max_length > _LONGEST:
         tokenizer.model_max_length = max_length
     return tokenizer
+
+
+def _check_files(path: str, files: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raises ValueError, naming file, key and value, where an entry of the tokenizer's json files has a wrong type."""
+    for name in files.keys() & {_CONFIG, _SPECIAL}:
+        # A special token is its text, or an object that holds it.
+        for key, value in files[name].items():
+            text = value.get("content") if isinstance(value, dict) else value
+            if key in _TOKENS and value is not None and not (isinstance(text, str) and text):
+                raise ValueError(f"{path}/{name}: {key} is {value!r}; expected the text of a token")
+    config = files.get(_CONFIG, {})
+    length = config.get("model_max_length", 3)
+    # transformers writes int(1e30) where there is no limit.
+    if isinstance(length, bool) or not isinstance(length, int | float) or not length >= 3 or length % 1:
+        raise ValueError(
+            f"{path}/{_CONFIG}: model_max_length is {length!r}; expected a whole number of at least 3 tokens"
+        )
+    added = config.get("added_tokens_decoder")
+    if added is not None:
+        entries = added.items() if isinstance(added, dict) else [("", None)]
+        for index, entry in entries:
+            content = entry.get("content") if isinstance(entry, dict) else None
+            if not index.isdecimal() or not isinstance(content, str):
+                raise ValueError(
+                    f"{path}/{_CONFIG}: added_tokens_decoder is {added!r}; expected an id, and an object with the "
+                    "content, for each token"
+                )
+    for token, index in files.get(_ADDED, {}).items():
+        if isinstance(index, bool) or not isinstance(index, int) or index < 0:
+            raise ValueError(f"{path}/{_ADDED}: the id of {token!r} is {index!r}; expected a whole number")
 
 
 def check_padding(tokenizer: Any, config: CLIPTextConfig, source: str, expected: str | None = None) -> None:

@@ -106,11 +106,11 @@ def _build(path: str, family: str | None) -> tuple[str, Any]:
         )
     sections = [config]
     if found == "clip":
-        sections = [config.get(f"{tower}_config") or {} for tower in ("text", "vision")]
+        names = ("text_config", "vision_config")
+        check_values(config, dict.fromkeys(names, dict | None), source)
+        sections = [config.get(name) or {} for name in names]
     check_values(config, {"projection_dim": int}, source)
     for section in sections:
-        if not isinstance(section, Mapping):
-            raise ValueError(f"{source}: text_config or vision_config is {section!r}; expected a JSON object")
         check_values(section, _OPTIONS, source)
     try:
         return own_family, make(config)

@@ -235,7 +235,7 @@ def test_a_pad_token_in_a_prompt_is_no_unknown_word(long_folder, tmp_path):
         ("added_tokens.json", {"<new1>": 9999}, "give '<new1>' the id 9999, but it comes out as"),
         ("special_tokens_map.json", {"pad_token": None}, "has no pad_token; set it in tokenizer_config.json"),
         ("special_tokens_map.json", {"vocab_file": "/etc/passwd"}, r"has the entries \['vocab_file'\]"),
-        ("tokenizer_config.json", {"model_max_length": "77"}, "model_max_length='77'; expected 3 or more"),
+        ("tokenizer_config.json", {"model_max_length": "77"}, "model_max_length is '77'; expected"),
         ("tokenizer_config.json", [], "tokenizer_config.json holds a list, expected a JSON object"),
         ("vocab.json", {"a": "b"}, "cannot be read"),
         ("merges.txt", {}, "cannot be read"),
