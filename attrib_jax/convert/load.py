@@ -1,8 +1,9 @@
 """The one way in: a pipeline from a folder, a Hugging Face id or a single file, with what people keep beside it."""
 
 import dataclasses
+import itertools
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -87,11 +88,36 @@ def load_model(source: ModelSource, dtype: Any = jnp.float32) -> Pipeline:
     )
     if source.custom_diffusion is not None:
         pipeline = apply_custom_diffusion(pipeline, expand_path(source.custom_diffusion))
-    for file in source.tokens:
+    for file in _rejoin(source.tokens):
         pipeline = add_tokens(pipeline, read_token_file(expand_path(file)))
     if source.lora is not None:
         pipeline = merge_lora(pipeline, expand_path(source.lora), source.lora_scale)
     return pipeline
+
+
+_MOST_COMMAS = 5  # in one path
+
+
+def _rejoin(paths: Sequence[str]) -> list[str]:
+    """Paths of which a list of flags, separated by commas, may have cut those that hold a comma themselves.
+
+    Parts that are no file are joined with those after them where together they name one; others stay as they are.
+    """
+    joined: list[str] = []
+    rest = list(paths)
+    while rest:
+        count, name = 1, rest[0]
+        for end in range(1, min(len(rest), _MOST_COMMAS + 1) + 1):
+            # The list's parser has stripped the blanks after a comma.
+            choices = [[rest[0]], *([f",{part}", f", {part}"] for part in rest[1:end])]
+            candidates = map("".join, itertools.product(*choices))
+            found = next((path for path in candidates if os.path.exists(expand_path(path))), None)
+            if found is not None:
+                count, name = end, found
+                break
+        joined.append(name)
+        del rest[:count]
+    return joined
 
 
 def load_pipeline(

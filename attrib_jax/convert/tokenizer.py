@@ -97,7 +97,12 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int, model_max_length: 
 
 def save_tokenizer(tokenizer: Any, path: str) -> None:
     """Writes `tokenizer` to a folder, the files of older transformers included (vocab.json and others)."""
-    tokenizer.save_pretrained(path)
+    try:
+        tokenizer.save_pretrained(path)
+    except OSError:
+        raise
+    except Exception as error:  # of the tokenizers library, which also reports a full disk so
+        raise OSError(f"{path} cannot be written: {error}") from error
     # transformers also saves how the tokenizer was loaded, and the padding and truncation of its last call.
     _rewrite_json(os.path.join(path, _CONFIG), drop=("is_local", "local_files_only"))
     _rewrite_json(os.path.join(path, "tokenizer.json"), drop=("padding", "truncation"))

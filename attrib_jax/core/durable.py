@@ -44,6 +44,22 @@ def new_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
     removed, and what had the name `path` stays as it was.
     """
     path = Path(path)
+    with _named(path):
+        yield from _new_file(path)
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Puts `path` into the errors of a full disk, which name no file."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise OSError(error.errno, f"cannot be written: {os.strerror(error.errno)}", str(path)) from error
+
+
+def _new_file(path: Path) -> Iterator[BinaryIO]:
     descriptor, temporary = tempfile.mkstemp(prefix=PARTIAL, suffix=f"-{path.name}", dir=path.parent)
     try:
         with os.fdopen(descriptor, "wb") as file:
@@ -78,8 +94,9 @@ def new_folder(path: str | os.PathLike) -> Iterator[Path]:
     workplace = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     fresh, old = workplace / "new", workplace / "old"
     try:
-        yield fresh
-        sync_all(fresh)
+        with _named(path):
+            yield fresh
+            sync_all(fresh)
         try:
             if os.path.lexists(path):
                 os.rename(path, old)

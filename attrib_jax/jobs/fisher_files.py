@@ -1,5 +1,6 @@
 """Files of a diagonal Fisher information: our own, and dicts by PyTorch names as published code writes them."""
 
+import io
 import logging
 import os
 import re
@@ -100,8 +101,10 @@ def write_fisher(fisher: Diagonal | Mapping[str, Tensor], path: str | os.PathLik
     except ImportError as error:
         raise ValueError(f"writing {path} needs PyTorch: pip install torch, or name a .safetensors file") from error
     content = {name: torch.from_numpy(x.read()) for name, x in tensors.items()}
+    buffer = io.BytesIO()  # to a file, torch reports a full disk as an error of its own
+    torch.save(content, buffer)
     with atomic_write(path) as file:
-        torch.save(content, file)
+        file.write(buffer.getbuffer())
     return len(tensors)
 
 

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import re
 
 import jax
 import numpy as np
@@ -268,12 +269,7 @@ PAIR = {DOWN: np.ones((2, 32), np.float32), UP: np.ones((32, 2), np.float32)}
         ({}, "holds no tensors; expected a LoRA"),
         ({DOWN: PAIR[DOWN]}, f"1 without their other half:\n  {DOWN}"),
         (PAIR | {"unet.x.to_q.lora_A.weight": PAIR[DOWN]}, r"1 unknown:\n  unet\.x\.to_q\.lora_A"),
-        (PAIR | {f"unet.{UNET[0]}.lora_magnitude_vector": PAIR[DOWN]}, "1 unknown:\n  .*lora_magnitude_vector"),
         (PAIR | {f"unet.{UNET[0]}.lora_B.bias": PAIR[DOWN]}, r"1 unknown:\n  .*lora_B\.bias"),
-        (PAIR | {f"unet.{UNET[0]}.hada_w1_a": PAIR[DOWN]}, "merge DoRA, LoHa and LoKr in PyTorch"),
-        (PAIR | {"text_encoder_2.x.lora_A.weight": PAIR[DOWN]}, "1 unknown:\n  text_encoder_2"),
-        (PAIR | {"lora_te2_x.lora_down.weight": PAIR[DOWN]}, "1 unknown:\n  lora_te2_x"),
-        (PAIR | {"lora_unet_input_blocks_1_1_x.alpha": np.ones(())}, "1 unknown:\n  lora_unet_input_blocks"),
         (PAIR | {"conv_in.weight": PAIR[DOWN]}, r"1 unknown:\n  conv_in\.weight"),
         (PAIR | {f"{UNET[0]}.lora.down.weight": PAIR[DOWN]}, "1 repeated:"),
         (PAIR | {f"unet.{UNET[1]}.alpha": np.ones(())}, "1 without their other half:\n  .*alpha"),
@@ -296,6 +292,47 @@ def test_files_that_do_not_fit(ours, tmp_path, content, message):
     path = save(content, tmp_path / "lora.safetensors")
     with pytest.raises(ValueError, match=message):
         merge_lora(ours, path)
+
+
+KOHYA = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
+XL, FLUX = "Stable Diffusion XL", "FLUX"
+KINDS = {
+    f"unet.{UNET[0]}.lora_magnitude_vector": "is a DoRA",
+    f"{KOHYA}.dora_scale": "is a DoRA",
+    f"{KOHYA}.hada_w1_a": "is a LoHa",
+    f"{KOHYA}.lokr_w1": "is a LoKr",
+    f"{KOHYA}.oft_blocks": "is an OFT",
+    f"{KOHYA}.lora_mid.weight": "lora_mid",
+    f"{KOHYA}.diff": "full differences",
+    "down_blocks.0.attentions.0.transformer_blocks.0.attn2.processor.to_k_ip.weight": "IP-Adapter",
+    f"{UNET[4]}.processor.to_k_custom_diffusion.weight": "--custom_diffusion",
+    "text_encoder_2.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight": XL,
+    "lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": XL,
+    "lora_unet_input_blocks_4_1_transformer_blocks_1_attn1_to_k.alpha": XL,
+    "lora_unet_label_emb_0_0.lora_down.weight": XL,
+    "unet.down_blocks.2.attentions.0.transformer_blocks.7.attn2.to_k.lora_A.weight": XL,
+    "lora_unet_input_blocks_4_1_transformer_blocks_1_attn1_to_k.hada_w1_a": f"LoHa made for {XL}",
+    "lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight": FLUX,
+    "transformer.single_transformer_blocks.0.attn.to_k.lora_A.weight": FLUX,
+    "double_blocks.0.processor.qkv_lora1.down.weight": FLUX,
+    "transformer.transformer_blocks.0.attn.add_k_proj.lora_A.weight": "Stable Diffusion 3",
+    "lora_unet_joint_blocks_0_context_block_attn_qkv.lora_down.weight": "Stable Diffusion 3",
+    "down_blocks.0.motion_modules.0.temporal_transformer.x.lora_A.weight": "a video model",
+}
+
+
+@pytest.mark.parametrize("key", KINDS)
+def test_other_adapters_and_families_are_named(ours, tmp_path, key):
+    path = save(PAIR | {key: PAIR[DOWN]}, tmp_path / "lora.safetensors")
+    with pytest.raises(ValueError, match=f"lora.safetensors .*{KINDS[key]}(?s:.*)1 unknown:\n  {re.escape(key)}"):
+        merge_lora(ours, path)
+
+
+def test_the_width_of_the_text_names_the_family(ours, tmp_path):
+    key = next(name for name in UNET if name.endswith("attn2.to_k"))
+    content = {f"unet.{key}.lora_A.weight": np.ones((2, 2048), np.float32), f"unet.{key}.lora_B.weight": PAIR[UP]}
+    with pytest.raises(ValueError, match=f"made for {XL} .*2048.*32"):
+        merge_lora(ours, save(content, tmp_path / "lora.safetensors"))
 
 
 @pytest.mark.parametrize(

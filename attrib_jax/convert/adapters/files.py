@@ -1,5 +1,6 @@
 """What the readers and writers of small adapter files share: Custom Diffusion weights, learnt tokens, LoRA."""
 
+import io
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -66,9 +67,12 @@ def write_adapter(content: Mapping[str, Any], path: str) -> None:
         return
     import torch
 
+    # Copied, because torch warns about read-only memory, which is what JAX arrays lend.
+    state = {name: torch.from_numpy(np.array(x)) if len(x) else {} for name, x in content.items()}
+    buffer = io.BytesIO()  # to a file, torch reports a full disk as an error of its own
+    torch.save(state, buffer)
     with new_file(path) as file:
-        # Copied, because torch warns about read-only memory, which is what JAX arrays lend.
-        torch.save({name: torch.from_numpy(np.array(x)) if len(x) else {} for name, x in content.items()}, file)
+        file.write(buffer.getbuffer())
 
 
 def pick_file(path: str, names: Sequence[str]) -> str:

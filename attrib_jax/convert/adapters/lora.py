@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -42,6 +43,35 @@ _SIDES = {"A": "down", "B": "up", "down": "down", "up": "up"}
 # The attention of text encoders in the older form, which named all projections as the UNet's.
 _TEXT_PROJECTIONS = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 _KOHYA = {"lora_unet_": "unet", "lora_te_": "text_encoder", "lora_te1_": "text_encoder"}
+
+
+# Patterns in the keys of adapters that this module does not merge, and what they are called.
+_KINDS = (
+    (r"hada_[wt]", "a LoHa"),
+    (r"lokr_[wt]", "a LoKr"),
+    (r"dora_scale|magnitude_vector", "a DoRA"),
+    (r"\.oft_|oft_(blocks|diag|R)\b", "an OFT"),
+    (r"\.(a1|a2|b1|b2|bm1|bm2)\.weight$", "a GLoRA"),
+    (r"\.on_input$", "an IA3"),
+    (r"lora_mid", "a LoCon with a Tucker decomposition (lora_mid)"),
+    (r"\.diff(_b)?$", "a file of full differences (diff)"),
+    (r"(ip_adapter|to_[kv]_ip)\b", "an IP-Adapter"),
+    (r"_custom_diffusion\.", "a Custom Diffusion file, which goes to custom_diffusion (--custom_diffusion)"),
+)
+# Patterns in keys that do not fit the model, and the family of models that has such modules.
+_FAMILIES = (
+    (r"motion_modules|temporal_transformer", "a video model (AnimateDiff)"),
+    (r"single_transformer_blocks|(double|single)_blocks", "FLUX"),
+    (r"joint_blocks|lora_te3_|text_encoder_3\b|(^|[._])transformer_blocks[._]\d+[._]attn[._](add_[kqv]|to_add_out)",
+     "Stable Diffusion 3"),
+    (r"lora_prior_|lora_.*(effnet|clip_txt_mapper)", "Stable Cascade"),
+    (r"(^|_)transformer[._].*(adaln_single|caption_projection)", "PixArt"),
+    (r"lora_te2_|text_encoder_2\b|label_emb|add_embedding|lora_unet_(input|output|middle)_block",
+     "Stable Diffusion XL"),
+    (r"(down|up)_blocks[._]\d[._]attentions[._]\d[._]transformer_blocks[._][1-9]", "Stable Diffusion XL"),
+    (r"mid_block[._]attentions[._]\d[._]transformer_blocks[._][1-9]", "Stable Diffusion XL"),
+    (r"^(lora_)?transformer[._]", "a transformer model"),
+)  # fmt: skip
 
 
 @dataclasses.dataclass
@@ -103,11 +133,24 @@ def merge_lora(pipeline: Pipeline, path: str, scale: float = 1.0) -> Pipeline:
         merged = np.asarray(weight, np.float64) + factor * from_torch(leaf, product.reshape(shape))
         check_finite_as(merged, weight.dtype, path, f"{name} merged with scale={scale}")
         trees[part][leaf] = jax.device_put(merged.astype(weight.dtype))
-    raise_problems(f"{path} does not fit the weights of this model:", {"misshaped": misshaped})
+    raise_problems(f"{path} {_other_text_width(groups, trees['unet'])}:", {"misshaped": misshaped})
     ranks = sorted({pair.down.shape[0] for pair in groups.values()})
     _log.info("%s merged into %d weights, scale %g, rank %s", path, len(groups), scale, ranks)
     params = {part: unflatten_names(tree) for part, tree in trees.items()}
     return dataclasses.replace(pipeline, params=pipeline.params | params)
+
+
+def _other_text_width(groups: Mapping[tuple[str, str], "_Factors"], unet: Mapping[str, Any]) -> str:
+    """What does not fit, by the width of the text that the keys and values of cross-attention take."""
+    own = {leaf.shape[0] for name, leaf in unet.items() if name.endswith("attn2/to_k/kernel")}
+    found = {pair.down.shape[1] for (_, module), pair in groups.items() if module.endswith("attn2.to_k")}
+    families = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "Stable Diffusion XL"}
+    if len(own) == len(found) == 1 and own != found:
+        width, own_width = *found, *own
+        return (
+            f"is made for {families.get(width, 'another model')} (text of width {width}; this model's is {own_width})"
+        )
+    return "does not fit the weights of this model"
 
 
 def _group(content: dict[str, Any], tables: dict[str, dict], path: str) -> dict[tuple[str, str], _Factors]:
@@ -134,12 +177,28 @@ def _group(content: dict[str, Any], tables: dict[str, dict], path: str) -> dict[
         else:
             setattr(group, role, value)
     halves = [key for group in groups.values() if group.down is None or group.up is None for key in group.keys]
+    what = adapter_kind(content, unknown) or "has keys that cannot be merged into this model"
     raise_problems(
-        f"{path} has keys that cannot be merged into this model. Supported: LoRA for Stable Diffusion 1 and 2, in "
-        "diffusers' or kohya's form; merge DoRA, LoHa and LoKr in PyTorch.",
+        f"{path} {what}. Supported: LoRA made for Stable Diffusion 1 and 2, in diffusers' or kohya's naming; merge "
+        "others in PyTorch, and give the merged model.",
         {"unknown": unknown, "repeated": repeated, "without their other half": halves},
     )
     return groups
+
+
+def adapter_kind(keys: Iterable[str], unknown: Iterable[str]) -> str | None:
+    """What an adapter file is, by its keys and those among them that do not belong to the model: "is a LoHa made for
+    Stable Diffusion XL"; None for a LoRA of which nothing more is known."""
+
+    def first(table: tuple[tuple[str, str], ...], names: Iterable[str]) -> str | None:
+        names = list(names)
+        return next((what for pattern, what in table if any(re.search(pattern, name) for name in names)), None)
+
+    unknown = list(unknown)
+    kind, family = first(_KINDS, keys), first(_FAMILIES, unknown)
+    if kind is None and family is None:
+        return None
+    return f"is {kind or 'a LoRA'}" + (f" made for {family}" if family else "")
 
 
 def _target(key: str, kohya: dict[str, tuple[str, str]]) -> tuple[tuple[str, str] | None, str]:

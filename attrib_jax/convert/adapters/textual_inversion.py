@@ -26,8 +26,9 @@ def read_token_file(path: str) -> dict[str, np.ndarray]:
 
     Forms, those of diffusers' TextualInversionLoaderMixin and one more:
       diffusers: `{"<new1>": tensor}`, with one entry or several, as PyTorch or safetensors file;
-      AUTOMATIC1111: `{"string_to_param": {"*": tensor}, "name": token, ...}`, or safetensors `{"emb_params": tensor}`,
-        whose token is the file's name;
+      the original code and AUTOMATIC1111: `{"string_to_param": {"*": tensor}, "name": token, ...}`, the inner one a
+        dict or an `nn.ParameterDict`, whose other keys are tokens themselves; or safetensors `{"emb_params": tensor}`.
+        A token without a name takes the file's;
       Custom Diffusion's delta file: the tokens of its `modifier_token`.
     A tensor (n, d) with n > 1 becomes n tokens, `token`, `token_1` and so on, as in diffusers; in a prompt `token`
     stands for all of them.
@@ -40,11 +41,10 @@ def read_token_file(path: str) -> dict[str, np.ndarray]:
     tensors, plain = open_adapter(path)
     stem = os.path.splitext(os.path.basename(path))[0]
     if any(name.startswith(_A1111) for name in tensors):
-        inner = {name: tensor for name, tensor in tensors.items() if name.startswith(_A1111)}
-        if set(inner) != {f"{_A1111}*"}:
-            raise ValueError(f"{path} holds {', '.join(inner)}; expected an embedding of one token, string_to_param.*")
-        name = plain.get("name")
-        tensors = {name if isinstance(name, str) and name else stem: inner[f"{_A1111}*"]}
+        own = plain.get("name")
+        anonymous = own if isinstance(own, str) and own else stem
+        inner = {name.removeprefix(_A1111): x for name, x in tensors.items() if name.startswith(_A1111)}
+        tensors = {anonymous if name == "*" else name: tensor for name, tensor in inner.items()}
     elif "emb_params" in tensors:
         tensors = {stem: tensors["emb_params"]}
     elif any(name.startswith(_DELTA) for name in tensors):

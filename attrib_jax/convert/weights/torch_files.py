@@ -17,6 +17,7 @@ from attrib_jax.convert.weights.tensors import EXTRA_TYPES, LazyTensor, dtype_of
 
 _WRAPPERS = ("state_dict", "model")  # keys under which training programs keep the state dict
 _MAX_DEPTH = 8  # of dicts within dicts
+_MODULE_STATE = ("_parameters", "_buffers", "_modules")
 _PLAIN = (bool, int, float, str)
 _ONE_BY_ONE = threading.Lock()  # PyTorch keeps its list of permitted classes per process
 
@@ -50,6 +51,7 @@ def open_torch(path: str | os.PathLike) -> tuple[dict[str, LazyTensor], dict[str
             )
         if not isinstance(content, dict):
             raise ValueError(f"{path} holds a {type(content).__name__}, expected a dict of names and tensors")
+        content = _entries(content)
         plain |= {key: x for key, x in content.items() if isinstance(key, str) and isinstance(x, _PLAIN)}
         inner = [content[key] for key in _WRAPPERS if isinstance(content.get(key), dict | _StandIn)]
         if not inner:
@@ -63,20 +65,32 @@ def open_torch(path: str | os.PathLike) -> tuple[dict[str, LazyTensor], dict[str
     return tensors, plain
 
 
+def _entries(content: Any) -> dict:
+    """The items of a dict, with the parameters, buffers and members of what was a torch.nn module.
+
+    `nn.ParameterDict`, as textual inversion saves its tokens, `nn.ParameterList` and `nn.Embedding` are such.
+    """
+    items = dict(content) if isinstance(content, dict) else {}
+    for kind in _MODULE_STATE:
+        held = getattr(content, "__dict__", {}).get(kind)
+        items |= held if isinstance(held, dict) else {}
+    return items
+
+
 def _collect(
-    path: str, content: dict, prefix: str, tensors: dict[str, LazyTensor], seen: set[int], depth: int = 0
+    path: str, content: Any, prefix: str, tensors: dict[str, LazyTensor], seen: set[int], depth: int = 0
 ) -> None:
     """Adds the tensors of nested dicts to `tensors`; each dict once, for a file may refer to one many times."""
     import torch
 
     seen.add(id(content))
-    for key, value in content.items():
+    for key, value in _entries(content).items():
         if not isinstance(key, str):
             continue
         name = prefix + key
         if isinstance(value, torch.Tensor):
             tensors[name] = _tensor(path, name, value)
-        elif isinstance(value, dict) and id(value) not in seen and depth < _MAX_DEPTH:
+        elif isinstance(value, dict | _StandIn) and id(value) not in seen and depth < _MAX_DEPTH:
             _collect(path, value, f"{name}.", tensors, seen, depth + 1)
 
 
@@ -157,7 +171,7 @@ def _check_zip(path: str) -> None:
 
 
 class _StandIn:
-    """What becomes of an object whose class PyTorch does not trust: nothing of it is kept, nothing is run."""
+    """What becomes of an object whose class PyTorch does not trust: nothing is run, and only tensors are kept."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         return super().__new__(cls)
@@ -166,7 +180,8 @@ class _StandIn:
         pass
 
     def __setstate__(self, state: Any) -> None:
-        pass
+        if isinstance(state, dict):
+            self.__dict__.update({kind: state[kind] for kind in _MODULE_STATE if isinstance(state.get(kind), dict)})
 
 
 class _DictStandIn(_StandIn):
