@@ -151,18 +151,23 @@ def warn_uncaptioned(
       fields: names of the fields, columns and files that are there.
       advice: the end of the message, on what to do.
     """
-    without = [row for row, texts in enumerate(captions) if not any(texts)]
-    if without:
-        _warn(dataset, len(captions), without, names, fields, advice)
-
-
-def _warn(dataset, count, without, names, fields, advice) -> None:
+    without = [row for row, texts in enumerate(captions) if not any(map(str.strip, texts))]
+    if not without:
+        return
     fields = list(dict.fromkeys(fields))
     there = ", ".join(fields[:_SHOWN_FIELDS]) + (", ..." if len(fields) > _SHOWN_FIELDS else "")
     shown = ", ".join(printable(names[row]) if names is not None else str(row) for row in without[:SHOWN])
     _log.warning(
         "%d of %d rows of %s have no caption (%s%s); fields that are there: %s; %s",
-        *(len(without), count, dataset, shown, ", ..." if len(without) > SHOWN else "", there or "none", advice),
+        *(
+            len(without),
+            len(captions),
+            dataset,
+            shown,
+            ", ..." if len(without) > SHOWN else "",
+            there or "none",
+            advice,
+        ),
     )
 
 
@@ -170,5 +175,6 @@ def read_captions(dataset: Dataset) -> list[tuple[str, ...]]:
     """The captions of every row, in order; warns of rows without one, unless the data set did when it was opened."""
     captions = [dataset.captions(index) for index in range(len(dataset))]
     if not getattr(dataset, "counts_captions", False):
-        warn_uncaptioned(dataset.name, captions, None, (), "an empty caption stands in for it")
+        fields = getattr(dataset, "fields", ("captions",))
+        warn_uncaptioned(dataset.name, captions, None, fields, "such rows count as having an empty caption")
     return captions

@@ -35,7 +35,11 @@ class _Feature(NamedTuple):
 
 
 class TfdsDataset:
-    """One split of a prepared TFDS data set; row ids are positions in the split."""
+    """One split of a prepared TFDS data set; row ids are positions in the split.
+
+    Attributes, beside those of a `Dataset`:
+      fields: names of its features, those within others with '/'.
+    """
 
     groups = credit_url = None
 
@@ -125,6 +129,7 @@ class TfdsDataset:
         import tensorflow_datasets as tfds
 
         self._features = builder.info.features
+        self.fields = tuple("/".join(keys) for keys, _ in _flatten(self._features, sequences=True))
         self._image = _choose_image(self.name, self._features, self._image_key)
         self._caption = _choose_caption(self.name, self._features, self._caption_key)
         try:

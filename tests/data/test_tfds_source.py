@@ -92,7 +92,7 @@ class Prompted(CaptionedSquares, skip_registration=True):
     SPLITS = {"train": 2}
 
     def example(self, row):
-        return {"image": png(row), "model": "m", "Prompt": "ü".encode("cp1252") if row else "é", "notes": ""}
+        return {"image": png(row), "model": "m", "Prompt": "ü".encode("cp1252") if row else "é", "notes": " "}
 
 
 class WithoutCaption(CaptionedSquares, skip_registration=True):
@@ -185,7 +185,7 @@ def test_a_usual_name_is_found_among_other_texts_and_rows_without_captions_are_c
     assert contents(dataset) == [(0, ("é",)), (1, ("ü",))]
     assert read_captions(dataset) == [("é",), ("ü",)] and not caplog.records
     read_captions(open_dataset("tfds:prompted", data_dir, caption_key="notes"))
-    assert "2 of 2 rows of tfds:prompted have no caption" in caplog.text
+    assert "2 of 2 rows of tfds:prompted have no caption (0, 1); fields that are there: " in caplog.text
 
 
 def test_an_unlabelled_row_has_an_empty_caption(data_dir):
