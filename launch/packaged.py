@@ -25,7 +25,8 @@ def find_configs(argv: Sequence[str]) -> list[str]:
 
     A packaged flag file is replaced by its flags, in which names of further configs are looked up in the same way.
     """
-    found, arguments = [], list(argv)
+    found: list[str] = []
+    arguments = list(argv)
     while arguments:
         argument = arguments.pop(0)
         if argument == "--":

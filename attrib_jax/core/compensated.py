@@ -25,7 +25,7 @@ class CompensatedSum(NamedTuple):
         """The sum of one tree alone."""
         return cls(tree, jax.tree.map(jnp.zeros_like, tree))
 
-    def __add__(self, other: "CompensatedSum") -> "CompensatedSum":
+    def __add__(self, other: "CompensatedSum") -> "CompensatedSum":  # type: ignore[override]
         layout = jax.tree.structure(self.high)
         leaves = zip(*(jax.tree.leaves(tree) for tree in (*self, *other)))
         high, low = zip(*(_two_sum(*parts) for parts in leaves))

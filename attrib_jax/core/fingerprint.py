@@ -19,8 +19,9 @@ def digest(content: str | bytes | Iterable[str | bytes | np.ndarray]) -> str:
     total = hashlib.sha256()
     for part in [content] if isinstance(content, str | bytes) else content:
         if isinstance(part, np.ndarray):
-            part = np.ascontiguousarray(part).reshape(-1).view(np.uint8)
-        total.update(part.encode() if isinstance(part, str) else part)
+            total.update(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data)
+        else:
+            total.update(part.encode() if isinstance(part, str) else part)
     return total.hexdigest()
 
 

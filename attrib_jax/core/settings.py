@@ -81,12 +81,16 @@ class Declared(typing.NamedTuple):
         return self.setting.flag or self.name
 
 
-@functools.cache
-def declared(config: type) -> dict[str, Declared]:
+def declared(config: Any) -> dict[str, Declared]:
     """The settings of a config class by field name, in the order of declaration.
 
     Raises TypeError for a field of a type that no flag can have.
     """
+    return _declared(config)
+
+
+@functools.cache
+def _declared(config: Any) -> dict[str, Declared]:
     hints, found = typing.get_type_hints(config), {}
     for field in dataclasses.fields(config):
         if "setting" in field.metadata:
@@ -153,7 +157,9 @@ class Settings:
 
 def _needed(field: Declared) -> tuple[str, Any]:
     needed = field.setting.only_if
-    return needed if isinstance(needed, tuple) else (needed, None)
+    if isinstance(needed, tuple):
+        return needed
+    return needed or "", None
 
 
 def _checked(field: Declared, value: Any) -> Any:

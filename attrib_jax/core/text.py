@@ -1,6 +1,7 @@
 """Texts from elsewhere: how their bytes are decoded, and what neither files nor tokenizers take."""
 
 import codecs
+import contextlib
 import logging
 import os
 import re
@@ -44,10 +45,9 @@ def decode_text(content: bytes, cut: bool = False) -> DecodedText:
         if content.startswith(mark):
             text = _decode(content[len(mark) :], encoding, "replace", cut)
             return DecodedText(text.lstrip(_MARK), f"damaged {encoding}" if "\ufffd" in text else None)
-    try:
+    text: str | None = None
+    with contextlib.suppress(UnicodeDecodeError):
         text = _decode(content, "utf-8", "strict", cut)
-    except UnicodeDecodeError:
-        text = None
     nuls = content.count(0)
     if nuls and (text is None or nuls >= _MANY_NULS * len(content)):
         for encoding in sorted(_WIDE, key=lambda wide: -_fit(content, wide)):

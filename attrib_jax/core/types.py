@@ -96,7 +96,7 @@ class Scores:
         if k is not None:
             check_positive("k", k, integer=True)
         rows = ranking(self.score, self.row_id)[:k]
-        arrays = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        arrays: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return Scores(**{name: None if array is None else array[rows] for name, array in arrays.items()})
 
     def rank_of(self, row_id: int) -> int:

@@ -53,7 +53,8 @@ def select_weights(params: Params, subset: str) -> tuple[Params, Params]:
     """
     check_choice("weights", subset, WEIGHT_SUBSETS)
     pattern = re.compile(WEIGHT_SUBSETS[subset])
-    selected, rest = {}, {}
+    selected: Params = {}
+    rest: Params = {}
     for name, leaf in flatten_names(params).items():
         (selected if pattern.fullmatch(name) else rest)[name] = leaf
     if not selected:

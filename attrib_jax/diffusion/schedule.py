@@ -37,7 +37,7 @@ _BASE_DEFAULTS = {
 _ANCESTRAL = {"timestep_spacing": "leading", "clip_sample": True}
 _NARROW = {"beta_start": 0.00085, "beta_end": 0.012}
 _CONSISTENCY = {**_NARROW, "beta_schedule": "scaled_linear", "timestep_spacing": "leading"}
-_CLASS_DEFAULTS = {
+_CLASS_DEFAULTS: dict[str, dict[str, Any]] = {
     "DDIMScheduler": _ANCESTRAL,
     "DDIMParallelScheduler": _ANCESTRAL,
     "DDIMInverseScheduler": _ANCESTRAL,
@@ -226,12 +226,12 @@ def _alphas_cumprod(settings: Mapping[str, Any]) -> np.ndarray:
 
 def _linspace(start: float, end: float, count: int) -> np.ndarray:
     """torch.linspace in float32: a float32 step, counted from the nearer end, each value rounded once."""
-    start, end = np.float32(start), np.float32(end)
+    first, last = np.float32(start), np.float32(end)
     if count == 1:
-        return np.array([start])
-    step = np.float64((end - start) / np.float32(count - 1))
+        return np.array([first])
+    step = np.float64((last - first) / np.float32(count - 1))
     index = np.arange(count)
-    values = np.where(index < count // 2, start + step * index, end - step * (count - 1 - index))
+    values = np.where(index < count // 2, first + step * index, last - step * (count - 1 - index))
     return values.astype(np.float32)
 
 
