@@ -158,16 +158,9 @@ def warn_uncaptioned(
     there = ", ".join(fields[:_SHOWN_FIELDS]) + (", ..." if len(fields) > _SHOWN_FIELDS else "")
     shown = ", ".join(printable(names[row]) if names is not None else str(row) for row in without[:SHOWN])
     _log.warning(
-        "%d of %d rows of %s have no caption (%s%s); fields that are there: %s; %s",
-        *(
-            len(without),
-            len(captions),
-            dataset,
-            shown,
-            ", ..." if len(without) > SHOWN else "",
-            there or "none",
-            advice,
-        ),
+        "%d of %d rows of %s have no caption (%s); fields that are there: %s; %s",
+        *(len(without), len(captions), dataset, shown + (", ..." if len(without) > SHOWN else "")),
+        *(there or "none", advice),
     )
 
 

@@ -14,7 +14,7 @@ from attrib_jax.core.fingerprint import digest
 ABSENT_ERRNOS = frozenset((errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP))
 _SAMPLE_BYTES = 4096
 _WHOLE_BYTES = 2**16
-_BLOCKS = 8
+_BLOCKS = 2
 _PIECE_BYTES = 2**20
 # How files in compressed formats begin: JPEG, PNG, GIF, WebP, JPEG 2000; AVIF has its mark further on.
 _COMPRESSED = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"RIFF", b"\0\0\0\x0cjP", b"\xff\x4f\xff\x51")
@@ -89,7 +89,7 @@ def hash_files(described: Iterable[object], parts: Sequence[FilePart], images: b
         its `repr`.
       parts: the images, or files of many; one that does not exist counts as absent.
       images: True if each part is one image. Up to 64 KiB, and where it is not compressed, all of it is read, else its
-        first and last 4 KiB and eight blocks between them. Of a file of many images the first and last 4 KiB are.
+        first and last 4 KiB and two blocks between them. Of a file of many images the first and last 4 KiB are.
     """
     descriptions = (repr(item).encode("utf-8", "surrogatepass") for item in described)
     # Threads, because on a network disk almost all of the time is waiting.
