@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from absl import flags
@@ -57,7 +57,8 @@ def define_mode_flags(modes: Mapping[str, type[Settings]], skip: Iterable[str] =
       modes: config class by name of the mode.
       skip: fields that get no flag.
     """
-    for name, field in _fields(modes.values()).items():
+    for field in _fields(modes.values()).values():
+        name = field.name
         if name in skip or field.flag in flags.FLAGS:
             continue
         own = {mode: declared(config)[name].default for mode, config in modes.items() if name in declared(config)}
@@ -68,8 +69,8 @@ def define_mode_flags(modes: Mapping[str, type[Settings]], skip: Iterable[str] =
         _define(field, None if field.default is dataclasses.MISSING else field.default)
 
 
-def define_choice(name: str, default: str, choices: Iterable[str], help: str) -> flags.FlagHolder:
-    """Defines a flag with one of `choices`; a wrong value is told with the nearest name."""
+def define_choice(name: str, default: str | None, choices: Iterable[str], help: str) -> flags.FlagHolder:
+    """Defines a flag with one of `choices`; the error of another value suggests the nearest one."""
     return flags.DEFINE(_ChoiceParser(name, choices), name, default, help, serializer=flags.ArgumentSerializer())
 
 
@@ -86,24 +87,33 @@ def read_config(config: type[Settings], **values: Any) -> Any:
     return config(**{**given, **values})
 
 
-def check_unread(chosen: str, readers: Mapping[str, type[Settings]], flagfiles: bool = False) -> None:
-    """Refuses flags on the command line whose setting the chosen config does not read, see `refuse_unread`.
+def check_unread(
+    chosen: str, readers: Mapping[str, type[Settings] | Sequence[type[Settings]]], flagfiles: bool = False
+) -> None:
+    """Refuses flags on the command line that the chosen config does not read.
 
-    Those of a flagfile, which may serve several methods, are reported in a warning, or refused, too, with `flagfiles`.
+    Args:
+      chosen: key of the chosen config, or configs, among `readers`, such as "method 'pixel'".
+      readers: configs by what chooses them.
+      flagfiles: whether flags of a flagfile are refused too; a flagfile may serve several methods, and what one of them
+        does not read is then reported in a warning.
+
+    Raises ValueError, see `refuse_unread`.
     """
-    given = {
-        name: flags.FLAGS[field.flag].value
-        for name, field in _fields(readers.values()).items()
-        if field.flag in flags.FLAGS
-        and flags.FLAGS[field.flag].present
-        and flags.FLAGS[field.flag].value != flags.FLAGS[field.flag].default
+    read = {
+        owner: set(_fields([configs] if isinstance(configs, type) else configs)) for owner, configs in readers.items()
     }
-    direct = {name for name in given if flagfiles or _on_command_line(name)}
-    refuse_unread({name: given[name] for name in direct}, chosen, readers)
-    unread = [name for name in given if name not in direct and name not in declared(readers[chosen])]
+    known = sorted({name for names in read.values() for name in names if name in flags.FLAGS})
+    given = {
+        name: flags.FLAGS[name].value
+        for name in known
+        if flags.FLAGS[name].present and flags.FLAGS[name].value != flags.FLAGS[name].default
+    }
+    direct = {name: value for name, value in given.items() if flagfiles or _on_command_line(name)}
+    refuse_unread(direct, chosen, read)
+    unread = [f"--{name}" for name in given if name not in direct and name not in read[chosen]]
     if unread:
-        names = ", ".join(f"--{name}" for name in unread)
-        _log.warning("%s of the flagfile: %s does not read them", names, chosen)
+        _log.warning("%s of the flagfile: %s does not read them", ", ".join(unread), chosen)
 
 
 def _on_command_line(flag: str) -> bool:
@@ -112,10 +122,11 @@ def _on_command_line(flag: str) -> bool:
 
 
 def _fields(configs: Iterable[type[Settings]]) -> dict[str, Declared]:
+    """Fields of configs by the names of their flags."""
     found: dict[str, Declared] = {}
     for config in configs:
-        for name, field in declared(config).items():
-            found.setdefault(name, field)
+        for field in declared(config).values():
+            found.setdefault(field.flag, field)
     return found
 
 
@@ -155,7 +166,9 @@ class _NumbersParser(flags.ArgumentParser):
         if not isinstance(argument, str):
             return argument
         try:
-            return tuple(self.field.kind(part) for part in argument.split(",")) if argument else None
+            if not argument:
+                return None if self.field.optional else ()
+            return tuple(self.field.kind(part) for part in argument.split(","))
         except ValueError as error:
             kind = "whole numbers" if self.field.kind is int else "numbers"
             raise ValueError(f"{self.field.flag} is {argument!r}: expected {kind}, separated by commas") from error

@@ -12,7 +12,7 @@ import math
 import os
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from attrib_jax.core.checks import check_choice, check_range
@@ -203,18 +203,18 @@ def _expected(field: Declared) -> str:
     )
 
 
-def refuse_unread(given: Mapping[str, Any], chosen: str, readers: Mapping[str, type]) -> None:
+def refuse_unread(given: Mapping[str, Any], chosen: str, readers: Mapping[str, Collection[str]]) -> None:
     """Raises ValueError where a setting is given that the chosen config does not read.
 
     Args:
-      given: the settings that were given, by field name.
+      given: the settings that were given, by name.
       chosen: key of the chosen config among `readers`, such as "method 'pixel'".
-      readers: every config class by what chooses it, such as "method 'trak'".
+      readers: names of the settings that each config reads, by what chooses it, such as "method 'trak'".
     """
     for name, value in given.items():
-        if name in declared(readers[chosen]):
+        if name in readers[chosen]:
             continue
-        owners = [owner for owner, config in readers.items() if name in declared(config)]
+        owners = [owner for owner, names in readers.items() if name in names]
         kind = chosen.split(" ", 1)[0]
         names = ", ".join(owner.removeprefix(f"{kind} ") for owner in owners) or "none"
         raise ValueError(

@@ -1,1 +1,1 @@
-"""The evaluation that decides between methods: retraining without pictures, and retrieval of known answers."""
+"""The evaluation that decides between methods: retraining without images, and retrieval of known answers."""

@@ -1,7 +1,7 @@
-"""Counterfactual models: what each query loses when the model is trained again without some pictures.
+"""Counterfactual models: what each query loses when the model is trained again without some images.
 
 Every model is asked about every query, and what it showed is stored under a digest of what it went without: one model
-serves all methods, protocols and later runs that remove the same pictures.
+serves all methods, protocols and later runs that remove the same images.
 """
 
 import dataclasses
@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from attrib_jax.convert.pipeline import Pipeline, encode_text, tokenize
-from attrib_jax.core.checks import check_positive, check_range
 from attrib_jax.core.fingerprint import json_digest
 from attrib_jax.core.keys import example_noise, loss_key
+from attrib_jax.core.settings import Settings, setting
 from attrib_jax.diffusion.losses import denoising_loss
 from attrib_jax.diffusion.samplers import sample
 from attrib_jax.diffusion.schedule import strided_timesteps
@@ -33,27 +33,25 @@ _TABLE = "models.safetensors"
 
 
 @dataclasses.dataclass(frozen=True)
-class MeasureConfig:
-    """What is asked of a retrained model.
+class MeasureConfig(Settings):
+    """What is measured of a retrained model.
+
+    The noise is one draw for each query and timestep, the same for every model. Where its seed is the scores' loss
+    seed, query number q has the noise by which row q's first caption is scored: one row in N, for one query.
 
     Attributes:
-      stride: of the strided sum over timesteps of a query's loss (METHOD.md section 2).
-      seed: of its noise, one draw for each query and timestep, the same for every model. Where it is the scores' loss
-        seed, query number q has the noise by which row q's first caption is scored: one row in N, for one query.
-      pictures: also keep the latents of the regenerated queries.
+      pictures: whether the latents of the regenerated queries are kept too.
     """
 
-    stride: int = 5
-    seed: int = 0
+    stride: int = setting(
+        5, "Distance of the timesteps that a query's loss is averaged over.", low=1, flag="measure_stride"
+    )
+    seed: int = setting(0, "Seed of the noise of these losses.", low=0, high=2**32 - 1, flag="measure_seed")
     pictures: bool = False
 
-    def __post_init__(self):
-        check_positive("stride", self.stride, integer=True)
-        check_range("measure_seed", self.seed, 0, 2**32 - 1, integer=True)
-
-    def settings(self) -> dict[str, Any]:
-        """What decides the result, as JSON values."""
-        return {"stride": self.stride, "seed": self.seed} | ({"pictures": True} if self.pictures else {})
+    def describe(self) -> dict[str, Any]:
+        """The settings that decide the result, as JSON values."""
+        return super().describe() | ({"pictures": True} if self.pictures else {})
 
 
 def training_key(training: Training) -> str:
@@ -76,10 +74,10 @@ class Counterfactuals:
         measure: MeasureConfig = MeasureConfig(),
         per_device: int = 1,
     ):
-        """`prepared` are the queries' pictures, from `prepare_query`; `per_device` models train on a device at once."""
+        """`prepared` are the queries' images, from `prepare_query`; `per_device` models train on a device at once."""
         for query in queries:
             if query.image is not None or query.latents is not None:
-                raise ValueError(f"query {query.prompt!r} is a given picture; expected one that the model generates")
+                raise ValueError(f"query {query.prompt!r} is a given image; expected one that the model generates")
             if query.sampler != "ddim":
                 raise ValueError(f"query {query.prompt!r} has sampler {query.sampler!r}; expected 'ddim'")
         if len({(q.guidance_scale, q.sampler_steps) for q in queries}) != 1:
@@ -146,7 +144,7 @@ class Counterfactuals:
     def _settings(self, measure: MeasureConfig) -> dict[str, Any]:
         return {
             "recipe": self.recipe.settings(),
-            "measure": measure.settings(),
+            "measure": measure.describe(),
             "queries": [query_settings(query) for query in self.queries],
         }
 
@@ -182,7 +180,7 @@ class Counterfactuals:
             for training, each in zip(trainings, values):
                 if not np.isfinite(each).all():
                     raise ValueError(
-                        f"the model without {len(training.removed)} pictures, seed {training.seed}, gives {name} that "
+                        f"the model without {len(training.removed)} images, seed {training.seed}, gives {name} that "
                         f"is NaN or infinite; retrain with a lower learning_rate than {self.recipe.learning_rate}"
                     )
 

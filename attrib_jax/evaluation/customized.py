@@ -1,7 +1,7 @@
-"""The Customized-Model benchmark: are the pictures that a model was customised on found among many others?
+"""The Customized-Model benchmark: are the images that a model was customised on found among many others?
 
-METHOD.md sections 6, 8 and 9. Every case is a model customised by Custom Diffusion on a few exemplars, and a picture
-that it made. The exemplars are the answer; the pictures they are hidden among are the base model's. Each case is asked
+METHOD.md sections 6, 8 and 9. Every case is a model customised by Custom Diffusion on a few exemplars, and an image
+that it made. The exemplars are the answer; the images they are hidden among are the base model's. Each case is asked
 with its prompt, and with that prompt without the new word V*.
 """
 
@@ -18,8 +18,9 @@ import numpy as np
 
 from attrib_jax.convert.adapters.custom_diffusion import apply_custom_diffusion
 from attrib_jax.convert.pipeline import Pipeline
-from attrib_jax.core.checks import check_positive, check_range
+from attrib_jax.core.checks import check_range
 from attrib_jax.core.fingerprint import digest
+from attrib_jax.core.settings import Settings, setting
 from attrib_jax.core.text import read_text
 from attrib_jax.data.concat import concatenate
 from attrib_jax.data.images import UnreadableRowError, read_image
@@ -51,10 +52,10 @@ class Case(NamedTuple):
 
     Attributes:
       model: folder or file of its Custom Diffusion weights.
-      image: the picture that it made.
-      prompt: of that picture; holds the new word.
+      image: the image that it made.
+      prompt: of that image; holds the new word.
       train_prompt: caption of the exemplars.
-      exemplars: the pictures that the model was customised on.
+      exemplars: the images that the model was customised on.
       category: such as `object` or `style`.
     """
 
@@ -66,22 +67,24 @@ class Case(NamedTuple):
     category: str
 
 
-@dataclasses.dataclass(frozen=True)
-class CustomizedConfig:
-    """How exemplars are looked for.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CustomizedConfig(Settings):
+    """Which customised models are asked, and among which images their exemplars are looked for."""
 
-    Attributes:
-      token: the new word V*, dropped from the prompt in the second form of each query.
-      k: of recall@k.
-    """
-
-    token: str = "<new1>"
-    k: int = 10
+    cases: str | None = setting(
+        None, "Task list in the layout of the Customized-Model benchmark, see `read_cases`.", path=True
+    )
+    cases_root: str | None = setting(
+        None, "Folder that the paths of the task list are relative to; its own if not given.", path=True
+    )
+    token: str = setting("<new1>", "New word V* of the models, left out in the second form of each prompt.")
+    rows: int = setting(0, "Random images of the data set that exemplars are hidden among; 0 for all of them.", low=0)
+    recall_k: int = setting(10, "Rank k of recall@k.", low=1)
 
     def __post_init__(self):
+        super().__post_init__()
         if not self.token:
-            raise ValueError("token is empty; expected the new word of the models, such as <new1>")
-        check_positive("k", self.k, integer=True)
+            raise ValueError("token is '': expected the new word of the models, such as <new1>. Change token.")
 
 
 def read_cases(file: str | os.PathLike, root: str | os.PathLike | None = None) -> list[Case]:
@@ -89,7 +92,7 @@ def read_cases(file: str | os.PathLike, root: str | os.PathLike | None = None) -
 
     The list has entries with `model_path`, `synth_image_path`, `prompt`, `train_prompt`, `test_case`, `test_case_ind`
     and `category`. `test_case` is a json file, or, as in the published lists, the name of one in `json/` without its
-    ending: a list of cases with an `exemplar` list of picture paths, of which `test_case_ind` says which. A leading
+    ending: a list of cases with an `exemplar` list of image paths, of which `test_case_ind` says which. A leading
     `dataset/` of these paths, which the published ones have, stands for the root.
 
     Args:
@@ -157,13 +160,12 @@ def _read_list(file: str | os.PathLike) -> list:
 def run_customized(
     workdir: str | os.PathLike,
     base: Pipeline,
-    rest: Dataset,
-    cases: Sequence[Case],
+    dataset: Dataset,
     methods: Mapping[str, MethodConfig],
-    config: CustomizedConfig = CustomizedConfig(),
+    config: CustomizedConfig,
     encode_config: EncodeConfig = EncodeConfig(),
 ) -> str:
-    """Ranks of every case's exemplars among them and `rest`, by every method -> a markdown table.
+    """Ranks of every case's exemplars among them and images of `dataset`, by every method -> a markdown table.
 
     Each model has a workdir of its own below `workdir`, resumed there. At the end every rank is kept in `records.json`;
     means with standard errors over models are in `customized.csv`, see `write_table`. EKFAC has no file to come from:
@@ -178,8 +180,11 @@ def run_customized(
             raise ValueError(f"method {name!r} has no fisher; give that of the base model, which all models share")
         if has_cascade(each):
             raise ValueError(f"method {name!r} has a cascade, which may leave exemplars without a rank; leave it out")
+    if config.cases is None:
+        raise ValueError("cases is None: expected the file of a task list. Give --cases.")
+    cases, rest = read_cases(config.cases, config.cases_root), random_rows(dataset, config.rows)
     for case in cases:
-        if _without(case.prompt, config.token) == " ".join(case.prompt.split()):
+        if without_word(case.prompt, config.token) == " ".join(case.prompt.split()):
             raise ValueError(
                 f"prompt {case.prompt!r} does not hold the word {config.token!r}; give the new word of the models as "
                 "token, so that both forms of the prompt are asked"
@@ -187,7 +192,7 @@ def run_customized(
     folder = make_folder(Path(workdir) / "evaluation" / "customized")
     resolution = image_resolution(base)
     grouped = _by_model(cases)
-    # Before anything is written: a picture that cannot be read should not cost an earlier run's records.
+    # Before anything is written: an image that cannot be read should not cost an earlier run's records.
     exemplars_of = {model: _exemplars(members[0], resolution) for model, members in grouped.items()}
     records, table = [], ""
     for model, members in grouped.items():
@@ -199,7 +204,7 @@ def run_customized(
             run = Run(pipeline, concatenate(exemplars, rest), StageRoot(place), encode_config)
             for form, strip in (("with V*", False), ("without V*", True)):
                 queries = [
-                    Query(_without(case.prompt, config.token) if strip else case.prompt, image=case.image)
+                    Query(without_word(case.prompt, config.token) if strip else case.prompt, image=case.image)
                     for case in members
                 ]
                 for method, settings in methods.items():
@@ -219,15 +224,15 @@ def run_customized(
         finished = model == list(grouped)[-1]
         if finished:
             write_json(folder / "records.json", records)
-        table = write_table(folder, "customized", summary(records, config.k), finished)
-    return f"{len(grouped)} models, {len(cases)} queries, among {len(rest)} other pictures\n\n{table}"
+        table = write_table(folder, "customized", summary(records, config.recall_k), finished)
+    return f"{len(grouped)} models, {len(cases)} queries, among {len(rest)} other images\n\n{table}"
 
 
 def random_rows(dataset: Dataset, count: int, seed: int = 2024) -> Dataset:
     """`count` random rows of a data set in its order, their row ids kept; all of it for 0.
 
-    Pictures that cannot be read are passed over. Raises ValueError for more rows than there are, or a data set of
-    latents, whose pictures would be encoded again.
+    Images that cannot be read are passed over. Raises ValueError for more rows than there are, or a data set of
+    latents, whose images would be encoded again.
     """
     if not count:
         return dataset
@@ -239,11 +244,11 @@ def random_rows(dataset: Dataset, count: int, seed: int = 2024) -> Dataset:
         try:
             readable[row] = dataset[row]
         except UnreadableRowError as error:
-            _log.warning("%s: another picture takes its place", error)
+            _log.warning("%s: another image takes its place", error)
         if len(readable) == count:
             break
     else:
-        raise ValueError(f"rows is {count}, but only {len(readable)} pictures of {dataset.name!r} can be read")
+        raise ValueError(f"rows is {count}, but only {len(readable)} images of {dataset.name!r} can be read")
     rows = np.sort(list(readable))
     taken = [readable[row] for row in rows.tolist()]
     return ArrayDataset(
@@ -286,8 +291,8 @@ def _exemplars(case: Case, resolution: int) -> Dataset:
     return ArrayDataset(images, [[case.train_prompt]] * len(images), name="exemplars")
 
 
-def _without(prompt: str, token: str) -> str:
-    """The prompt without the word, which punctuation may follow."""
+def without_word(prompt: str, token: str) -> str:
+    """A prompt without a word, which punctuation may follow."""
     return " ".join(re.sub(rf"(?<!\w){re.escape(token)}(?!\w)", " ", prompt).split())
 
 

@@ -5,66 +5,56 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from attrib_jax.core.checks import check_positive, check_range
+from attrib_jax.core.settings import setting
 from attrib_jax.evaluation.counterfactual import Counterfactuals
 from attrib_jax.evaluation.metrics import Lds, half_subsets, lds
-from attrib_jax.evaluation.named import QuerySet, has_cascade, method_scores
+from attrib_jax.evaluation.named import QuerySet, SplitSettings, has_cascade, method_scores
 from attrib_jax.evaluation.retrain import Training
 from attrib_jax.evaluation.tables import bar_plot, write_table
 from attrib_jax.methods.base import MethodConfig
 
 
-@dataclasses.dataclass(frozen=True)
-class LdsConfig:
-    """Which models are trained.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LdsConfig(SplitSettings):
+    """Which models are trained: one on each random subset, all with one seed, so that they differ by images alone."""
 
-    Attributes:
-      models: number of random subsets, one model each.
-      share: of the data set in a subset.
-      subset_seed: of the subsets.
-      seed: of the trainings, the same for all: they differ by their pictures alone.
-    """
-
-    models: int = 64
-    share: float = 0.5
-    subset_seed: int = 0
-    seed: int = 0
-
-    def __post_init__(self):
-        check_positive("lds_models", self.models, integer=True)
-        if self.models < 3:
-            raise ValueError(f"lds_models is {self.models}; expected at least 3, to correlate over")
-        check_range("lds_share", self.share, 0.0, 1.0)
+    lds_models: int = setting(64, "Number of random subsets, and of models.", low=3)
+    lds_share: float = setting(0.5, "Share of the data set that a model is trained on.", low=0, high=1)
+    lds_seed: int = setting(0, "Seed of the subsets.", low=0, high=2**32 - 1)
 
     def subsets(self, size: int) -> tuple[np.ndarray, list[Training]]:
-        """(M, N) bool of the pictures kept, and the trainings without the others.
+        """(M, N) bool, the images that each model keeps, and the trainings without the others.
 
-        Raises ValueError where the share leaves none of the pictures, or all.
+        Raises ValueError where the share leaves none of the images, or all.
         """
-        if not 0 < round(self.share * size) < size:
+        count = round(self.lds_share * size)
+        if not 0 < count < size:
             raise ValueError(
-                f"lds_share is {self.share}, {round(self.share * size)} of {size} pictures; expected a part of them"
+                f"lds_share is {self.lds_share}, {count} of {size} images: expected some and not all. Change lds_share."
             )
-        kept = half_subsets(size, self.models, self.share, self.subset_seed)
-        return kept, [Training(np.flatnonzero(~row), self.seed) for row in kept]
+        kept = half_subsets(size, self.lds_models, self.lds_share, self.lds_seed)
+        return kept, [Training(np.flatnonzero(~row)) for row in kept]
 
 
 def run_lds(
     counterfactuals: Counterfactuals,
     methods: Mapping[str, MethodConfig],
     queries: QuerySet,
-    split: str,
     config: LdsConfig,
 ) -> tuple[dict[str, Lds], str]:
-    """The score of each method on one split -> results and a markdown table.
+    """The linear datamodeling score of each method on the queries of one split -> results and a markdown table.
 
     The table, `lds.csv`, and a plot are kept in the workdir.
 
-    Raises ValueError for a method with a cascade, which has no scores of most pictures to sum.
+    Raises ValueError for a method with a cascade, which has no scores of most images to sum.
     """
     for name, each in methods.items():
         if has_cascade(each):
-            raise ValueError(f"method {name!r} has a cascade, and sums need the scores of all pictures; leave it out")
+            raise ValueError(
+                f"cascade is {each.cascade} for method {name!r}: expected 0, since the scores of all images are "
+                "summed. Leave out cascade."
+            )
+    split = config.split
     run, positions = counterfactuals.run, queries.split(split)
     kept, trainings = config.subsets(len(run.data))
     # Attributions first: what is wrong with a method shows before hours of training.
@@ -86,7 +76,7 @@ def run_lds(
     folder = run.root.workdir / "evaluation" / f"lds-{split}"
     folder.mkdir(parents=True, exist_ok=True)
     table = write_table(folder, "lds", rows)
-    title = f"LDS, {len(trainings)} models on {config.share:.0%} of the data, {len(positions)} {split} queries"
+    title = f"LDS, {len(trainings)} models on {config.lds_share:.0%} of the data, {len(positions)} {split} queries"
     bars = {name: (result.mean, result.low, result.high) for name, result in results.items()}
     bar_plot(folder / "lds.png", title, "Spearman correlation (mean, 95 % interval)", bars)
     return results, f"{title}\n\n{table}"

@@ -1,7 +1,7 @@
-"""Leave-K-out: retrain without a method's top K pictures, and see whether the model still makes the query.
+"""Leave-K-out: retrain without a method's top K images, and see whether the model still makes the query.
 
 METHOD.md section 8. The higher the query's loss, and the farther its regeneration from the same noise (in latents, or
-as a feature tower sees the two pictures), the more the pictures mattered. Random pictures are the reference: the number
+as a feature tower sees the two images), the more the images mattered. Random images are the reference: the number
 of them whose removal does as much.
 """
 
@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 
 from attrib_jax.convert.tower import Tower
-from attrib_jax.core.checks import check_positive, check_range
+from attrib_jax.core.settings import setting
 from attrib_jax.core.types import ranking
 from attrib_jax.evaluation.counterfactual import Counterfactuals
 from attrib_jax.evaluation.metrics import RemovalCurve, crossed_mean, mean_and_error, over_sets
-from attrib_jax.evaluation.named import QuerySet, has_cascade, method_scores
+from attrib_jax.evaluation.named import QuerySet, SplitSettings, has_cascade, method_scores
 from attrib_jax.evaluation.retrain import Training
-from attrib_jax.evaluation.similarity import check_sees_pictures, picture_directions
-from attrib_jax.evaluation.tables import curve_plot, picture_grid, write_table
+from attrib_jax.evaluation.similarity import check_sees_images, image_directions
+from attrib_jax.evaluation.tables import curve_plot, image_grid, write_table
 from attrib_jax.jobs.query import decode
 from attrib_jax.methods.base import MethodConfig
 
@@ -31,43 +31,49 @@ _NOTHING = np.array([], np.int64)
 _DEVIATIONS = {"mse": "MSE", "similarity": "similarity"}
 
 
-@dataclasses.dataclass(frozen=True)
-class LeaveKOutConfig:
-    """What is removed.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LeaveKOutConfig(SplitSettings):
+    """What is removed, and what that is compared with."""
 
-    Attributes:
-      counts: the Ks: of pictures removed, each by every method.
-      curve: further numbers of random pictures, for the reference curve.
-      random_sets: random sets of each of these numbers, the same for all queries.
-      seeds: of the trainings; each query's change is the mean over them.
-    """
-
-    counts: tuple[int, ...]
-    curve: tuple[int, ...] = ()
-    random_sets: int = 10
-    seeds: tuple[int, ...] = (0,)
+    remove: tuple[float, ...] = setting(
+        (0.05,), "Numbers K of images that every method removes; below 1, shares of the data set.", above=0
+    )
+    curve: tuple[float, ...] = setting((), "Further numbers or shares, of random images, for the reference.", above=0)
+    random_sets: int = setting(10, "Random sets of each number, the same for all queries.", low=1)
+    train_seeds: tuple[int, ...] = setting(
+        (0,), "Seeds of trainings, over which each query's change is averaged.", low=0, high=2**32 - 1
+    )
 
     def __post_init__(self):
-        if not self.counts or not self.seeds:
-            raise ValueError(f"counts is {self.counts} and seeds {self.seeds}; expected at least one of each")
-        for count in (*self.counts, *self.curve):
-            check_positive("the number of pictures removed", count, integer=True)
-        for name in ("counts", "seeds"):
+        super().__post_init__()
+        for name in ("remove", "train_seeds"):
             values = getattr(self, name)
-            if len(set(values)) < len(values):
-                raise ValueError(f"{name} is {values}; expected each once")
-        for seed in self.seeds:
-            check_range("train_seeds", seed, 0, 2**32 - 1, integer=True)
-        check_positive("random_sets", self.random_sets, integer=True)
+            if not values or len(set(values)) < len(values):
+                raise ValueError(f"{name} is {values}: expected at least one value, and each once. Change {name}.")
+        for name in ("remove", "curve"):
+            if any(value >= 1 and not value.is_integer() for value in getattr(self, name)):
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}: expected whole numbers, or shares below 1. Change {name}."
+                )
 
-    def check_size(self, size: int) -> None:
-        """Raises ValueError where more is to be removed than a data set of `size` pictures has."""
-        largest = max(*self.counts, *self.curve, 0)
-        if largest >= size:
-            raise ValueError(
-                f"{largest} pictures are to be removed from a data set of {size}; expected fewer, so that some are "
-                "left to train on"
-            )
+    def counts(self, size: int) -> tuple[int, ...]:
+        """The Ks of a data set of `size` images; ValueError where one leaves none to train on."""
+        return _counts("remove", self.remove, size)
+
+    def all_counts(self, size: int) -> list[int]:
+        """The Ks and the numbers of the reference curve, rising."""
+        return sorted({*self.counts(size), *_counts("curve", self.curve, size)})
+
+
+def _counts(name: str, values: Sequence[float], size: int) -> tuple[int, ...]:
+    counts = [max(1, round(value * size)) if value < 1 else int(value) for value in values]
+    if counts and max(counts) >= size:
+        raise ValueError(
+            f"{name} is {values}: expected fewer than the {size} images of the data set, so that some are left to "
+            f"train on. Change {name}."
+        )
+    # A number and a share may be one.
+    return tuple(dict.fromkeys(counts))
 
 
 def top_positions(scores: np.ndarray, row_ids: np.ndarray, count: int) -> np.ndarray:
@@ -85,15 +91,15 @@ def random_positions(size: int, count: int, number: int) -> np.ndarray:
 
 
 class Effects:
-    """What retraining without pictures does to each query, as means over the training seeds."""
+    """What retraining without images does to each query, as means over the training seeds."""
 
     def __init__(self, counterfactuals: Counterfactuals, seeds: tuple[int, ...], tower: Tower | None = None):
         """`tower` is for `similarity`.
 
-        Raises ValueError for a tower that sees no pictures, or where the regenerations' latents are not kept.
+        Raises ValueError for a tower that sees no images, or where the regenerations' latents are not kept.
         """
         if tower is not None:
-            check_sees_pictures(tower)
+            check_sees_images(tower)
             if not counterfactuals.measure.pictures:
                 raise ValueError(
                     "a tower is given, but the latents of the regenerated queries, which it would compare, are not "
@@ -123,7 +129,7 @@ class Effects:
         return {name: np.mean(after - before, axis=0) for name, (after, before) in changes.items()}
 
     def similarity(self, removed: list[np.ndarray], queries: np.ndarray) -> np.ndarray:
-        """Cosine similarity, in the tower, of queries' pictures and those that the retrained models draw instead.
+        """Cosine similarity, in the tower, of queries' images and those that the retrained models draw instead.
 
         From the latents that are kept of the models: those of `of` are not trained again.
 
@@ -132,16 +138,16 @@ class Effects:
           queries: (M, J), which queries each model is asked about.
 
         Returns:
-          (M, J) float64, at most 1; the lower, the more the pictures mattered.
+          (M, J) float64, at most 1; the lower, the more the images mattered.
         """
         pipeline, tower = self._counterfactuals.run.pipeline, self._tower
         if self._own_directions is None:
             own = np.stack([query.latents for query in self._counterfactuals.prepared])
-            self._own_directions = picture_directions(pipeline, tower, own)
+            self._own_directions = image_directions(pipeline, tower, own)
         asked = np.tile(queries, (len(self._seeds), 1))  # (seeds x M, J)
         latents = self._counterfactuals.results(self._trainings(removed))["latents"]
         drawn = latents[np.arange(len(asked))[:, None], asked]  # (seeds x M, J, h, w, c)
-        directions = picture_directions(pipeline, tower, drawn.reshape(-1, *drawn.shape[2:]))
+        directions = image_directions(pipeline, tower, drawn.reshape(-1, *drawn.shape[2:]))
         values = np.einsum("ad,ad->a", directions, self._own_directions[asked.ravel()])
         return values.reshape(len(self._seeds), *queries.shape).mean(axis=0)
 
@@ -153,7 +159,6 @@ def run_leave_k_out(
     counterfactuals: Counterfactuals,
     methods: Mapping[str, MethodConfig],
     queries: QuerySet,
-    split: str,
     config: LeaveKOutConfig,
     tower: Tower | None = None,
 ) -> tuple[list[dict], str]:
@@ -162,33 +167,33 @@ def run_leave_k_out(
     Tables `leave_k_out.csv` and `queries.csv` (one row for each query) and a plot for all K are kept in the workdir.
     With a `tower` they have the similarity, in it, of each query to its regeneration; see `Effects`.
 
-    Raises ValueError for a tower that cannot be used, more pictures to remove than there are, or than a cascade ranks.
+    Raises ValueError for a tower that cannot be used, more images to remove than there are, or than a cascade ranks.
     """
+    split = config.split
     run, positions = counterfactuals.run, queries.split(split)
     size, row_ids = len(run.data), run.data.row_ids
-    config.check_size(size)
+    counts, all_counts = config.counts(size), config.all_counts(size)
     for name, each in methods.items():
-        if has_cascade(each) and each.num_finalists(size) < max(config.counts):
+        if has_cascade(each) and each.num_finalists(size) < max(counts):
             raise ValueError(
-                f"method {name!r} has a cascade that scores {each.num_finalists(size)} pictures in full, fewer than "
-                f"the {max(config.counts)} to be removed; raise its cascade or cascade_min"
+                f"cascade is {each.cascade} for method {name!r}, which scores {each.num_finalists(size)} images in "
+                f"full: expected at least the {max(counts)} to be removed. Raise cascade or cascade_min."
             )
-    effects = Effects(counterfactuals, config.seeds, tower)
+    effects = Effects(counterfactuals, config.train_seeds, tower)
     scores = {name: method_scores(run, name, each, queries.of(split)) for name, each in methods.items()}
 
-    all_counts = sorted({*config.counts, *config.curve})
     sets = {
         count: [random_positions(size, count, number) for number in range(config.random_sets)] for count in all_counts
     }
     # Of all methods and Ks, in the order in which they are asked for.
     tops = {
         (count, name): [top_positions(query, row_ids, count) for query in each]
-        for count in config.counts
+        for count in counts
         for name, each in scores.items()
     }
     ahead = [positions for each in tops.values() for positions in each]
     trainings = [_NOTHING, *(each for count in all_counts for each in sets[count])]
-    random = effects.of(trainings, "train without random pictures", ahead)
+    random = effects.of(trainings, "train without random images", ahead)
     whole = {name: each[0, positions] for name, each in random.items()}
     random = {name: each[1:] for name, each in random.items()}
     # (counts, sets, Q of the split)
@@ -201,7 +206,7 @@ def run_leave_k_out(
         whole["similarity"] = effects.similarity([_NOTHING], positions[None])[0]
     # What the models trained on all do: of a seed that is not the query's own model's, they draw something else.
     rows, per_query, points = [_row(WHOLE, 0, whole, None, curve)], [], {name: [] for name in scores}
-    for count in config.counts:
+    for count in counts:
         base = {kind: each[all_counts.index(count)] for kind, each in random.items()}
         if tower is not None:
             asked = np.tile(positions, (config.random_sets, 1))
@@ -210,7 +215,7 @@ def run_leave_k_out(
         for name in scores:
             removed = tops[count, name]
             found = effects.of(removed, f"train without the top {count} of {name}", ahead)
-            # Each query under the model that lacks its own pictures.
+            # Each query under the model that lacks its own images.
             own = {kind: values[np.arange(len(positions)), positions] for kind, values in found.items()}
             if tower is not None:
                 own["similarity"] = effects.similarity(removed, positions[:, None])[:, 0]
@@ -230,11 +235,11 @@ def run_leave_k_out(
             ]
             _write(run, split, rows, per_query, finished=False)
     folder = _write(run, split, rows, per_query)
-    title = f"{len(positions)} {split} queries, {len(config.seeds)} training seed(s), {size} training pictures"
+    title = f"{len(positions)} {split} queries, {len(config.train_seeds)} training seed(s), {size} training pictures"
     curve_plot(folder / "leave_k_out.png", title, curve, points)
     if counterfactuals.measure.pictures:
-        own = {name: tops[config.counts[0], name] for name in scores}
-        _write_pictures(folder / "pictures.png", counterfactuals, own, positions, config)
+        own = {name: tops[counts[0], name] for name in scores}
+        _write_images(folder / "pictures.png", counterfactuals, own, positions, counts[0], config.train_seeds[0])
     return rows, f"{title}\n\n{(folder / 'leave_k_out.md').read_text(encoding='utf-8')}"
 
 
@@ -267,20 +272,21 @@ def _write(run, split: str, rows: list[dict], per_query: list[dict], finished: b
     return folder
 
 
-def _write_pictures(
+def _write_images(
     file,
     counterfactuals: Counterfactuals,
     tops: Mapping[str, list[np.ndarray]],
     positions: np.ndarray,
-    config: LeaveKOutConfig,
+    count: int,
+    seed: int,
 ):
-    """A row for each query: itself, as the model retrained on all draws it, and as those without pictures do."""
-    run, count = counterfactuals.run, config.counts[0]
+    """A row for each query: itself, as the model retrained on all draws it, and as those without images do."""
+    run = counterfactuals.run
     removed = {"trained on all": [_NOTHING] * len(positions)} | tops
     removed[RANDOM] = [random_positions(len(run.data), count, 0)] * len(positions)
     columns = {"query": np.stack([counterfactuals.prepared[place].image for place in positions])}
     for name, sets in removed.items():
-        found = counterfactuals.results([Training(positions, config.seeds[0]) for positions in sets])["latents"]
+        found = counterfactuals.results([Training(positions, seed) for positions in sets])["latents"]
         own = found[np.arange(len(positions)), positions].astype(np.float32)
         columns[name] = decode(run.pipeline, own)
-    picture_grid(file, f"{count} pictures removed", [counterfactuals.queries[p].prompt for p in positions], columns)
+    image_grid(file, f"{count} images removed", [counterfactuals.queries[p].prompt for p in positions], columns)

@@ -114,12 +114,12 @@ def lds(scores: np.ndarray, kept: np.ndarray, losses: np.ndarray, resamples: int
     """Linear datamodeling score of an attribution (METHOD.md section 8; Park et al., TRAK, 2023, section 2).
 
     Of each query: Spearman's correlation, over models that were trained on subsets, between the sum of the scores of a
-    model's training pictures and minus its loss on the query. Influential pictures lower the loss, so a good method
+    model's training images and minus its loss on the query. Influential images lower the loss, so a good method
     has a positive score.
 
     Args:
       scores: (Q, N), larger is more influential.
-      kept: (M, N) bool, which pictures each of the M models was trained on.
+      kept: (M, N) bool, which images each of the M models was trained on.
       losses: (M, Q) of the queries under each model.
       resamples: bootstrap samples of models and of queries, drawn together with replacement.
       seed: of them.
@@ -159,7 +159,7 @@ def half_subsets(size: int, count: int, share: float = 0.5, seed: int = 0) -> np
 
 
 class RemovalCurve(NamedTuple):
-    """What removing random pictures does: `counts` (C,) rising, from 0, and the mean effect of each (C,)."""
+    """What removing random images does: `counts` (C,) rising, from 0, and the mean effect of each (C,)."""
 
     counts: np.ndarray
     effects: np.ndarray
@@ -168,10 +168,10 @@ class RemovalCurve(NamedTuple):
     def fit(cls, counts: Sequence[float], effects: Sequence[float], weights: Sequence[float]) -> "RemovalCurve":
         """The rising curve nearest to measured means, by weighted least squares (pool adjacent violators).
 
-        Noise can make the mean effect of more pictures the smaller one; a curve that is to be inverted must not fall.
+        Noise can make the mean effect of more images the smaller one; a curve that is to be inverted must not fall.
 
         Args:
-          counts: of pictures removed, each once; nothing removed, with effect 0, is added.
+          counts: of images removed, each once; nothing removed, with effect 0, is added.
           effects: mean effect of each count.
           weights: how many values each mean is of.
         """
@@ -183,7 +183,7 @@ class RemovalCurve(NamedTuple):
         return cls(np.append(0.0, counts[order]), np.append(0.0, np.maximum(fitted, 0.0)))
 
     def equivalent(self, effect: float) -> float:
-        """How many random pictures have to be removed for `effect`, by linear interpolation.
+        """How many random images have to be removed for `effect`, by linear interpolation.
 
         0 for an effect of nothing or less; infinity beyond the last point of the curve: more than was measured.
         """

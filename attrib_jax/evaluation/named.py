@@ -12,11 +12,12 @@ import numpy as np
 
 from attrib_jax.core.checks import check_choice
 from attrib_jax.core.fingerprint import json_digest
-from attrib_jax.core.settings import declared
+from attrib_jax.core.settings import Settings, declared, setting
 from attrib_jax.core.text import read_text
 from attrib_jax.core.types import Scores
 from attrib_jax.jobs.context import Run
 from attrib_jax.jobs.query import Query, check_query_name, prepare_query, query_settings
+from attrib_jax.jobs.query_file import read_queries
 from attrib_jax.jobs.settings import PassSettings
 from attrib_jax.methods import METHODS, check_method, method_config, method_inputs, queries_per_pass
 from attrib_jax.methods.base import MethodConfig, QueryJob
@@ -75,6 +76,44 @@ def read_methods(file: str | os.PathLike, only: Sequence[str] = ()) -> dict[str,
 def has_cascade(config: MethodConfig) -> bool:
     """Whether a method gives full scores to some of the images only."""
     return isinstance(config, PassSettings) and config.cascade > 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SplitSettings(Settings):
+    """Which queries a study reports."""
+
+    split: str = setting(
+        "reported", "Queries to report; settings are chosen on the tuning ones, never on the others.", choices=SPLITS
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QueryFiles(Settings):
+    """The files of a study's queries."""
+
+    tuning_queries: str | None = setting(
+        None, "JSON Lines file of generated queries that settings are chosen on, as --queries of launch.attribute.",
+        path=True,
+    )  # fmt: skip
+    reported_queries: str | None = setting(None, "JSON Lines file of other queries, which are reported.", path=True)
+
+    def read(self, defaults: Query) -> "QuerySet":
+        """The queries of both splits; what a line does not say is that of `defaults`.
+
+        Raises ValueError where a query comes twice, besides what `read_queries` raises.
+        """
+        files = [file for file in (self.tuning_queries, self.reported_queries) if file is not None]
+        read = [read_queries(file, defaults).queries for file in files]
+        queries = tuple(query for each in read for query in each)
+        seen = set()
+        for query in queries:
+            if (query.prompt, query.seed) in seen:
+                raise ValueError(
+                    f"query {query.prompt!r} with seed {query.seed} comes twice in {' and '.join(files)}: expected "
+                    "each once. Leave one out."
+                )
+            seen.add((query.prompt, query.seed))
+        return QuerySet(queries, 0 if self.tuning_queries is None else len(read[0]))
 
 
 @dataclasses.dataclass(frozen=True)

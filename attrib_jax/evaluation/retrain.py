@@ -1,8 +1,8 @@
 """Training a model's UNet again from scratch on part of its training set, several models at once.
 
 Autoencoder and text encoder stay as they are (METHOD.md section 8). Everything that is drawn is a pure function of
-(seed, step, place in the batch): a model that lacks pictures sees, in every other place, the batches that the full one
-saw, and in their places pictures drawn from the remaining ones. So two trainings differ by what was removed and by
+(seed, step, place in the batch): a model that lacks images sees, in every other place, the batches that the full one
+saw, and in their places images drawn from the remaining ones. So two trainings differ by what was removed and by
 nothing else, whatever was trained beside them.
 
 The loop is not that of training/loop.py, which says why.
@@ -73,7 +73,7 @@ class Recipe(Settings):
 
 
 class Training(NamedTuple):
-    """One model to train: removed (R,), positions in the data set of the pictures it goes without; and its seed."""
+    """One model to train: removed (R,), positions in the data set of the images it goes without; and its seed."""
 
     removed: np.ndarray
     seed: int = 0
@@ -84,7 +84,7 @@ class Draws(NamedTuple):
 
     Attributes:
       row: positions in the data set.
-      flip: 1 for the mirrored picture.
+      flip: 1 for the mirrored image.
       caption: positions in the data set's text states; -1 for the empty caption.
     """
 
@@ -96,7 +96,7 @@ class Draws(NamedTuple):
 def draw_batches(data: EncodedDataset, training: Training, recipe: Recipe, start: int, stop: int) -> Draws:
     """The batches of steps `start` to `stop`.
 
-    Places in the batches go through the data set epoch by epoch, each a permutation of its own; where a removed picture
+    Places in the batches go through the data set epoch by epoch, each a permutation of its own; where a removed image
     comes up, one of the remaining stands in, drawn by a number that belongs to the place.
     """
     size, batch = len(data), recipe.batch_size
@@ -157,7 +157,7 @@ class Retrainer:
         """Trains up to `models_at_once` models -> their averaged weights, stacked along a first axis.
 
         Args:
-          trainings: at least one; of each the removed pictures leave at least one.
+          trainings: at least one; of each the removed images leave at least one.
           states: where a long training stores itself, to go on from; None for nowhere.
           seconds_between_states: between two such states.
           description: of the progress.
@@ -266,6 +266,6 @@ def _stack(trees: Sequence[Any]) -> Any:
 def _check_removed(removed: np.ndarray, size: int) -> None:
     removed = np.asarray(removed)
     if removed.size and (removed.min() < 0 or removed.max() >= size or len(np.unique(removed)) != len(removed)):
-        raise ValueError(f"removed has positions outside the data set of {size} pictures, or one twice")
+        raise ValueError(f"removed has positions outside the data set of {size} images, or one twice")
     if len(removed) >= size:
-        raise ValueError(f"{len(removed)} of {size} pictures removed; expected at least one to be left to train on")
+        raise ValueError(f"{len(removed)} of {size} images removed; expected at least one to be left to train on")

@@ -1,13 +1,13 @@
-"""Querying with training pictures: a picture that the model was trained on should come out on top itself."""
+"""Querying with training images: an image that the model was trained on should come out on top itself."""
 
 import dataclasses
 from collections.abc import Mapping
 
 import numpy as np
 
-from attrib_jax.core.checks import check_choice, check_positive
+from attrib_jax.core.settings import setting
 from attrib_jax.evaluation.metrics import ranks, recall_at
-from attrib_jax.evaluation.named import SPLITS, method_scores
+from attrib_jax.evaluation.named import SplitSettings, method_scores
 from attrib_jax.evaluation.tables import write_table
 from attrib_jax.jobs.context import Run
 from attrib_jax.jobs.query import Query
@@ -16,29 +16,27 @@ from attrib_jax.methods.base import MethodConfig
 _ORDER_SEED = 2024
 
 
-@dataclasses.dataclass(frozen=True)
-class SelfConfig:
-    """Which training pictures to query with: the first `queries` of a fixed random order, or for tuning the last."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SelfConfig(SplitSettings):
+    """Which training images are the queries: the first ones of a fixed random order, or for tuning the last."""
 
-    queries: int = 50
-    split: str = "reported"
-
-    def __post_init__(self):
-        check_positive("self_queries", self.queries, integer=True)
-        check_choice("split", self.split, SPLITS)
+    self_queries: int = setting(50, "Training images that are queries.", low=1)
 
     def positions(self, size: int) -> np.ndarray:
-        """Their positions among `size` pictures; ValueError where the two splits would meet."""
-        if 2 * self.queries > size:
-            raise ValueError(f"self_queries is {self.queries}; expected at most half of the {size} training pictures")
+        """Their positions among `size` images; ValueError where the two splits would overlap."""
+        if 2 * self.self_queries > size:
+            raise ValueError(
+                f"self_queries is {self.self_queries}: expected at most half of the {size} training images. Change "
+                "self_queries."
+            )
         order = np.random.default_rng(_ORDER_SEED).permutation(size)
-        return order[: self.queries] if self.split == "reported" else order[-self.queries :]
+        return order[: self.self_queries] if self.split == "reported" else order[-self.self_queries :]
 
 
 def run_self(run: Run, methods: Mapping[str, MethodConfig], config: SelfConfig) -> str:
     """Ranks of each query itself, and of the best of its near-duplicates, by every method -> a markdown table.
 
-    Queries have their picture's latents as is and its first caption. Kept in the workdir as `self.csv`, see
+    Queries have their image's latents as is and its first caption. Kept in the workdir as `self.csv`, see
     `write_table`.
     """
     data, dataset = run.data, run.dataset
@@ -50,7 +48,7 @@ def run_self(run: Run, methods: Mapping[str, MethodConfig], config: SelfConfig) 
     for place in positions.tolist():
         latents, text = data.inputs(place, 0, 0)
         caption = dataset.captions(int(places[place]))[0]
-        # Of latents without pictures nobody knows the captions, which are empty then, but their text states are there.
+        # Of latents without images nobody knows the captions, which are empty then, but their text states are there.
         given = {} if caption else {"text": text[0]}
         queries.append(Query(caption, latents=np.asarray(latents[0]), **given))
     groups = None if dataset.groups is None else np.asarray(dataset.groups)[places]
@@ -60,11 +58,11 @@ def run_self(run: Run, methods: Mapping[str, MethodConfig], config: SelfConfig) 
         folder = run.root.workdir / "evaluation" / f"self-{config.split}"
         folder.mkdir(parents=True, exist_ok=True)
         table = write_table(folder, "self", rows, finished=len(rows) == len(methods))
-    return f"{len(queries)} {config.split} training pictures as queries, among {len(data)}\n\n{table}"
+    return f"{len(queries)} {config.split} training images as queries, among {len(data)}\n\n{table}"
 
 
 def summary(scores: np.ndarray, positions: np.ndarray, groups: np.ndarray | None) -> dict[str, float]:
-    """Median rank and recall@1, @10 of each query's own picture, and of the best one of its group.
+    """Median rank and recall@1, @10 of each query's own image, and of the best one of its group.
 
     Args:
       scores: (Q, N).

@@ -1,7 +1,7 @@
 """Small models to retrain many times: a UNet of their own on encoders that are fixed.
 
 For pixels the encoders need no training at all: latents are the pixels, and captions of a few words go through a CLIP
-text encoder with random weights, whose states tell the words apart. For pictures that need an autoencoder it comes,
+text encoder with random weights, whose states tell the words apart. For images that need an autoencoder it comes,
 with the text encoder, from a trained pipeline.
 """
 
@@ -90,7 +90,7 @@ def pixel_pipeline(dataset: Dataset, unet: SmallUNet, patch: int = 4, grey: bool
     """A pipeline on the pixels of `dataset`, its text encoder random and its UNet untrained.
 
     Args:
-      dataset: square pictures, with captions of few words.
+      dataset: square images, with captions of few words.
       unet: the UNet's architecture.
       patch, grey: see `PixelAutoencoderConfig`.
       seed: of the text encoder's weights and of the UNet's.
@@ -134,7 +134,7 @@ def train_small(
 ) -> Path:
     """Trains the UNet of `untrained` on all of `dataset` by `recipe` -> `<workdir>/model`, a pipeline folder.
 
-    It is the model that `launch.evaluate` retrains without some pictures: one code path trains both. Resumable. Hold
+    It is the model that `launch.evaluate` retrains without some images: one code path trains both. Resumable. Hold
     the lock of the workdir. Raises StageMismatchError where the workdir holds another training.
     """
     inputs = {

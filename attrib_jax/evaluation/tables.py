@@ -70,7 +70,7 @@ def curve_plot(
     curve: RemovalCurve,
     methods: Mapping[str, Sequence[tuple[int, float, float]]],
 ) -> None:
-    """The effect of removing random pictures over their number, and methods as (K, effect, error) points, as a PNG."""
+    """The effect of removing random images over their number, and methods as (K, effect, error) points, as a PNG."""
     figure, axes = _figure(4.2)
     axes.plot(curve.counts, curve.effects, color="black", linewidth=1, label="random pictures")
     markers = "osD^v<>pPX*h"
@@ -81,22 +81,22 @@ def curve_plot(
         marker = markers[place % len(markers)]
         axes.errorbar(counts * shift, effects, errors, fmt=marker, markersize=4, linewidth=0.8, label=name)
     axes.set_xscale("log")
-    axes.set_xlabel("pictures removed")
+    axes.set_xlabel("images removed")
     axes.set_ylabel("loss change of the query")
     axes.set_title(title, fontsize=10)
     axes.legend(fontsize=7, ncols=2)
     _save(figure, file)
 
 
-def picture_grid(file: str | os.PathLike, title: str, rows: Sequence[str], columns: Mapping[str, np.ndarray]) -> None:
-    """Pictures, column name -> (rows, H, W, 3) uint8, side by side as a PNG."""
+def image_grid(file: str | os.PathLike, title: str, rows: Sequence[str], columns: Mapping[str, np.ndarray]) -> None:
+    """Images, column name -> (rows, H, W, 3) uint8, side by side as a PNG."""
     figure, axes = _figure(1.0 * len(rows) + 0.8)
     axes.remove()
     grid = figure.subplots(len(rows), len(columns), squeeze=False)
-    for column, (name, pictures) in enumerate(columns.items()):
+    for column, (name, images) in enumerate(columns.items()):
         grid[0, column].set_title(name, fontsize=6)
-        for row, picture in enumerate(pictures):
-            grid[row, column].imshow(picture, interpolation="nearest")
+        for row, image in enumerate(images):
+            grid[row, column].imshow(image, interpolation="nearest")
             grid[row, column].set_xticks([])
             grid[row, column].set_yticks([])
     for row, name in enumerate(rows):

@@ -6,7 +6,7 @@ A new method is a file with a config, `prepare` and `score`, and one entry in `M
 from typing import Any
 
 from attrib_jax.core.checks import check_choice, check_range
-from attrib_jax.core.settings import refuse_unread
+from attrib_jax.core.settings import declared, refuse_unread
 from attrib_jax.core.weights import count_weights
 from attrib_jax.diffusion.schedule import strided_timesteps
 from attrib_jax.jobs.context import Run
@@ -46,14 +46,15 @@ METHODS: dict[str, Method] = {
 
 
 def method_readers() -> dict[str, type[MethodConfig]]:
-    """The config class of every method by "method 'NAME'", as `refuse_unread` takes them."""
+    """The config class of every method by "method 'NAME'"."""
     return {f"method {name!r}": method.config for name, method in METHODS.items()}
 
 
 def method_config(method: str = "unlearn", **settings: Any) -> MethodConfig:
     """The config of a method; ValueError for a name that is not known, or a setting that the method does not read."""
     check_choice("method", method, METHODS)
-    refuse_unread(settings, f"method {method!r}", method_readers())
+    readers = {owner: declared(config) for owner, config in method_readers().items()}
+    refuse_unread(settings, f"method {method!r}", readers)
     return METHODS[method].config(method=method, **settings)
 
 

@@ -9,9 +9,13 @@ import numpy as np
 import pytest
 
 from attrib_jax.data.sources import ArrayDataset
+from attrib_jax.evaluation.counterfactual import Counterfactuals, MeasureConfig
+from attrib_jax.evaluation.named import QuerySet
 from attrib_jax.evaluation.retrain import Recipe, initial_params
 from attrib_jax.evaluation.small_models import SmallUNet, pixel_pipeline
 from attrib_jax.jobs.context import Run
+from attrib_jax.jobs.query import Query, prepare_query
+from attrib_jax.methods import method_config
 from attrib_jax.models.unet import UNetConfig
 from attrib_jax.parallel.mesh import data_mesh
 from attrib_jax.storage.stage_root import StageRoot
@@ -68,9 +72,31 @@ def tiny_model():
 
 
 @pytest.fixture
-def attributor(tmp_path, tiny_model, tiny_dataset):
+def run(tmp_path, tiny_model, tiny_dataset):
+    """The tiny model and its data in a workdir of the test's own."""
     with lock(tmp_path):
         yield Run(tiny_model, tiny_dataset, StageRoot(tmp_path))
+
+
+QUERIES = tuple(Query(f"digit {word}", seed=3, guidance_scale=1.5, sampler_steps=4) for word in ("one", "two", "three"))
+SET = QuerySet(QUERIES, num_tuning=1)
+METHODS = {
+    "random": method_config("random"),
+    "unlearn": method_config(flips="none", stride=500, query_draws=8, fisher_samples=16, damping=1e-6),
+}
+
+
+MEASURE = MeasureConfig(stride=250)
+
+
+def make_counterfactuals(run, recipe=RECIPE, measure=MEASURE, queries=QUERIES):
+    prepared = [prepare_query(run.pipeline, run.predict, query) for query in queries]
+    return Counterfactuals(run, queries, prepared, recipe, measure)
+
+
+def files(folder):
+    """Names and times of all arrays below a folder: equal where nothing was written."""
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
 
 
 @pytest.fixture(scope="session")

@@ -1,30 +1,21 @@
-"""The task list of the Customized-Model benchmark, and its summary; the other protocol of known answers, self."""
+"""The Customized-Model benchmark: its task list, what it refuses and its summary."""
 
-import csv
 import json
 
 import numpy as np
 import pytest
 
-from attrib_jax.data.concat import concatenate
 from attrib_jax.data.images import UnreadableRowError
 from attrib_jax.data.latents import open_latents
-from attrib_jax.data.sources import ArrayDataset
 from attrib_jax.evaluation.customized import (
     CustomizedConfig,
-    _without,
     random_rows,
     read_cases,
     run_customized,
     summary,
+    without_word,
 )
-from attrib_jax.evaluation.self_retrieval import SelfConfig, run_self
-from attrib_jax.evaluation.self_retrieval import summary as self_summary
-from attrib_jax.jobs.context import Run
 from attrib_jax.methods import method_config
-from attrib_jax.storage.files import make_folder
-from attrib_jax.storage.stage_root import StageRoot
-from attrib_jax.storage.stages import lock
 from tests.evaluation.conftest import COUNT
 from tests.failures import UnreadablePictures
 
@@ -87,44 +78,36 @@ def test_missing_files_are_all_named(tmp_path):
         read_cases(file, tmp_path / "elsewhere")
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"test_case_ind": 5}, r"test_case_ind 5, but .*\(2 cases\)"),
-        ({"test_case_ind": "first"}, "test_case_ind 'first'"),
-    ],
-)
-def test_bad_entries(tmp_path, changes, message):
-    with pytest.raises(ValueError, match=message):
-        read_cases(write_layout(tmp_path, **changes))
-
-
-def test_bad_lists(tmp_path):
-    file = tmp_path / "tasks.json"
-    for content, message in (
-        ("[", "is not valid JSON"),
-        ("{}", "holds a dict; expected a list"),
-        ("[]", "lists no case"),
-        ('[{"prompt": "x"}]', "entry 1 lacks model_path, synth_image_path, train_prompt"),
-    ):
-        file.write_text(content)
-        with pytest.raises(ValueError, match=message):
-            read_cases(file)
+@pytest.mark.parametrize("place", [5, "first", None])
+def test_entries_without_their_exemplars(tmp_path, place):
+    with pytest.raises(ValueError, match=f"test_case_ind {place!r}"):
+        read_cases(write_layout(tmp_path, test_case_ind=place))
 
 
 @pytest.mark.parametrize(
-    ("method", "changes", "message"),
+    ("content", "named"),
+    [("[", "tasks.json"), ("{}", "dict"), ("[]", "tasks.json"), ('[{"prompt": "x"}]', "entry 1 lacks model_path")],
+)
+def test_wrong_lists(tmp_path, content, named):
+    (tmp_path / "tasks.json").write_text(content)
+    with pytest.raises(ValueError, match=named):
+        read_cases(tmp_path / "tasks.json")
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "named"),
     [
-        (method_config(), {}, "method 'm' has no fisher"),
-        (method_config(method="influence"), {}, "method 'm' has no fisher"),
-        (method_config(update="sgd", cascade=0.1), {}, "method 'm' has a cascade"),
-        (method_config(curvature="ekfac"), {"prompt": "photo of a dog"}, "'photo of a dog' does not hold the word"),
+        (method_config(), {}, "'m' has no fisher"),
+        (method_config("influence"), {}, "'m' has no fisher"),
+        (method_config(update="sgd", cascade=0.1), {}, "'m' has a cascade"),
+        (method_config(curvature="ekfac"), {"prompt": "photo of a dog"}, "'photo of a dog' does not hold"),
+        (method_config("pixel"), {"prompt": "<new12> dog"}, "'<new12> dog' does not hold"),
     ],
 )
-def test_what_a_study_needs_is_checked_first(tmp_path, tiny_model, tiny_dataset, method, changes, message):
-    cases = read_cases(write_layout(tmp_path, **changes))
-    with pytest.raises(ValueError, match=message):
-        run_customized(tmp_path, tiny_model, tiny_dataset, cases, {"m": method})
+def test_what_a_study_needs_is_checked_first(tmp_path, tiny_model, tiny_dataset, method, changes, named):
+    config = CustomizedConfig(cases=write_layout(tmp_path, **changes))
+    with pytest.raises(ValueError, match=named):
+        run_customized(tmp_path, tiny_model, tiny_dataset, {"m": method}, config)
     assert not (tmp_path / "evaluation").exists()
 
 
@@ -135,14 +118,11 @@ def test_what_a_study_needs_is_checked_first(tmp_path, tiny_model, tiny_dataset,
         ("a <new1>, red", "a , red"),
         ("<new1>", ""),
         ("a <new12>", "a <new12>"),
+        ("<new1>s and <new1>.", "<new1>s and ."),
     ],
 )
 def test_the_new_word_is_left_out(prompt, expected):
-    assert _without(prompt, "<new1>") == expected
-
-
-def test_words_that_hold_the_new_one_stay():
-    assert _without("she asks sks", "sks") == "she asks"
+    assert without_word(prompt, "<new1>") == expected
 
 
 def test_summary_by_hand():
@@ -172,92 +152,14 @@ def test_random_rows_keep_their_ids(tiny_dataset):
 
 
 def test_random_rows_of_latents(tmp_path):
-    with pytest.raises(ValueError, match="rows is 2, but 'latents:.*' holds latents"):
-        random_rows(write_latents(tmp_path, np.random.default_rng(0).normal(size=(8, 16, 2, 2))), 2)
+    rng = np.random.default_rng(0)
+    np.save(tmp_path / "x_latents.npy", rng.normal(size=(8, 16, 2, 2)).astype(np.float32))
+    np.save(tmp_path / "x_text_embeddings.npy", rng.normal(size=(4, 1, 4, 32)).astype(np.float32))
+    with pytest.raises(ValueError, match="rows is 2"):
+        random_rows(open_latents(tmp_path), 2)
 
 
-def write_latents(folder, latents):
-    """Half as many pictures, with random text states."""
-    text = np.random.default_rng(1).normal(size=(len(latents) // 2, 1, 4, 32))
-    np.save(folder / "x_latents.npy", latents.astype(np.float32))
-    np.save(folder / "x_text_embeddings.npy", text.astype(np.float32))
-    return open_latents(folder)
-
-
-def test_self_queries_of_latents_alone_have_their_own_text_states(tmp_path, tiny_model, monkeypatch):
-    folder = make_folder(tmp_path / "latents")
-    dataset = write_latents(folder, np.random.default_rng(0).normal(size=(8, 16, 2, 2)))
-    asked = []
-
-    def note(attributor, name, method, queries):
-        asked.extend(queries)
-        return np.zeros((len(queries), len(dataset)))
-
-    monkeypatch.setattr("attrib_jax.evaluation.self_retrieval.method_scores", note)
-    with lock(tmp_path / "work"):
-        attributor = Run(tiny_model, dataset, StageRoot(tmp_path / "work"))
-        run_self(attributor, {"random": method_config(method="random")}, SelfConfig(2))
-    places = SelfConfig(2).positions(4)
-    np.testing.assert_array_equal([query.text for query in asked], dataset.text[places])
-    np.testing.assert_array_equal([query.latents for query in asked], dataset.latents[places, 0])
-
-
-def test_self_queries_of_a_workdir_that_left_pictures_out_have_their_own_captions(attributor, tmp_path, monkeypatch):
-    """With the pictures at hand, and behind exemplars: captions and groups are those of the stored rows."""
-    broken = UnreadablePictures(attributor.dataset, {1}, lambda row: UnreadableRowError("cut off"))
-    model, asked = attributor.pipeline, []
-    with lock(tmp_path / "first"):
-        assert len(Run(model, broken, StageRoot(tmp_path / "first")).data) == COUNT - 1
-    stored = open_latents(tmp_path / "first", images=attributor.dataset)
-    exemplars = ArrayDataset(np.zeros((2, *attributor.dataset[0].image.shape), np.uint8), [["x"], ["y"]])
-    monkeypatch.setattr(
-        "attrib_jax.evaluation.self_retrieval.method_scores",
-        lambda attributor, name, method, queries: (
-            asked.append(queries) or np.zeros((len(queries), len(attributor.data)))
-        ),
-    )
-    for name, dataset in (("alone", stored), ("behind", concatenate(exemplars, stored))):
-        with lock(tmp_path / name):
-            again = Run(model, dataset, StageRoot(tmp_path / name))
-            np.testing.assert_array_equal(again.data.row_ids, dataset.row_ids)
-            run_self(again, {"random": method_config(method="random")}, SelfConfig(5))
-        places = SelfConfig(5).positions(len(dataset))
-        assert [query.prompt for query in asked[-1]] == [dataset.captions(place)[0] for place in places]
-        latents, _ = again.data.inputs(places, 0, 0)
-        np.testing.assert_array_equal([query.latents for query in asked[-1]], latents)
-
-
-def test_config_needs_a_token():
-    with pytest.raises(ValueError, match="token is empty"):
-        CustomizedConfig(token="")
-
-
-def test_self_splits_do_not_meet():
-    splits = [SelfConfig(6, split).positions(COUNT) for split in ("reported", "tuning")]
-    assert not set(splits[0]) & set(splits[1])
-    with pytest.raises(ValueError, match="at most half"):
-        SelfConfig(7).positions(COUNT)
-
-
-def test_self_summary_by_hand():
-    scores = np.array([[9.0, 8.0, 7.0, 6.0], [1.0, 2.0, 3.0, 4.0]])
-    result = self_summary(scores, np.array([1, 0]), np.array([0, 0, 1, 1]))
-    # Own ranks 2 and 4; the best of their group 1 and 3.
-    assert result["median rank (own)"] == 3.0 and result["median rank (group)"] == 2.0
-    assert result["recall@1 (own)"] == 0.0 and result["recall@1 (group)"] == 0.5
-    assert "median rank (group)" not in self_summary(scores, np.array([1, 0]), None)
-
-
-def test_self_ranks_each_querys_own_picture(attributor):
-    methods = {
-        "linear": method_config(update="sgd", weights="all", score="linear", flips="none", stride=125, query_draws=64),
-        "pixel": method_config(method="pixel", flips="none"),
-    }
-    text = run_self(attributor, methods, SelfConfig(4))
-    assert "| linear |" in text and "4 reported training pictures" in text
-    folder = attributor.root.workdir / "evaluation" / "self-reported"
-    with open(folder / "self.csv", encoding="utf-8", newline="") as file:
-        rows = {row["method"]: row for row in csv.DictReader(file)}
-    # The queries are training pictures, which nothing else is as similar to.
-    assert rows["pixel"]["median rank (own)"] == "1.0" and rows["pixel"]["recall@1 (own)"] == "1.0"
-    assert not list(folder.glob("*unfinished*"))
+@pytest.mark.parametrize(("setting", "value"), [("token", ""), ("rows", -1), ("recall_k", 0)])
+def test_wrong_settings_are_named(setting, value):
+    with pytest.raises(ValueError, match=f"{setting} is {value!r}"):
+        CustomizedConfig(**{setting: value})

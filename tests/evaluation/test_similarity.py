@@ -1,4 +1,4 @@
-"""Similarity of regenerated pictures: against PyTorch's tower and the definition, from stored latents alone."""
+"""Similarity of regenerated images: against PyTorch's tower and the definition, from stored latents alone."""
 
 import csv
 import dataclasses
@@ -11,15 +11,15 @@ import transformers
 from attrib_jax.convert.tower import load_tower
 from attrib_jax.evaluation.counterfactual import MeasureConfig
 from attrib_jax.evaluation.leave_k_out import LeaveKOutConfig, random_positions, run_leave_k_out, top_positions
-from attrib_jax.evaluation.named import QuerySet, method_scores
+from attrib_jax.evaluation.named import method_scores
 from attrib_jax.evaluation.retrain import Training
-from attrib_jax.evaluation.similarity import picture_directions
+from attrib_jax.evaluation.similarity import image_directions
 from attrib_jax.methods import method_config
-from tests.evaluation.test_counterfactual import QUERIES, SET, make
+from tests.evaluation.conftest import SET, files, make_counterfactuals
 from tests.towers import save_torch_tower
 
-CONFIG = LeaveKOutConfig((2,), random_sets=2, seeds=(0, 1))
-METHODS = {"m": method_config(method="random")}  # whose scores take no time
+CONFIG = LeaveKOutConfig(remove=(2,), random_sets=2, train_seeds=(0, 1))
+METHODS = {"m": method_config("random")}  # whose scores take no time
 PICTURES = MeasureConfig(stride=500, pictures=True)
 
 
@@ -37,7 +37,7 @@ def tower(folder):
 
 @pytest.fixture(scope="module")
 def by_hand(folder):
-    """Cosine similarity of pairs of latents (2, 2, 16) of grey pictures of 8 x 8 pixels, in PyTorch's tower."""
+    """Cosine similarity of pairs of latents (2, 2, 16) of grey images of 8 x 8 pixels, in PyTorch's tower."""
     model = transformers.CLIPModel.from_pretrained(folder).eval()
     processor = transformers.CLIPImageProcessorPil.from_pretrained(folder)
 
@@ -57,32 +57,33 @@ def by_hand(folder):
 
 def test_directions_are_those_of_pytorch_and_do_not_depend_on_the_others(tiny_model, tower, by_hand):
     latents = np.random.default_rng(0).normal(0, 0.5, (19, 2, 2, 16))
-    directions = picture_directions(tiny_model, tower, latents)
+    directions = image_directions(tiny_model, tower, latents)
     similarities = directions @ directions[0]
     expected = np.array([by_hand(each, latents[0]) for each in latents])
-    assert expected.min() < 0.97
+    assert expected.min() < 0.97 and similarities[0] == pytest.approx(1, abs=1e-12)
     np.testing.assert_allclose(similarities, expected, atol=1e-5)
-    np.testing.assert_array_equal(picture_directions(tiny_model, tower, latents[17:18]), directions[17:18])
+    np.testing.assert_array_equal(image_directions(tiny_model, tower, latents[17:18]), directions[17:18])
 
 
-def test_the_tables_hold_the_similarity_of_each_query_to_its_regeneration(attributor, tower, by_hand, monkeypatch):
-    counterfactuals = make(attributor, measure=PICTURES)
-    plain, _ = run_leave_k_out(counterfactuals, METHODS, SET, "reported", CONFIG)
+def test_the_tables_hold_the_similarity_of_each_query_to_its_regeneration(run, tower, by_hand, tmp_path):
+    counterfactuals = make_counterfactuals(run, measure=PICTURES)
+    plain, _ = run_leave_k_out(counterfactuals, METHODS, SET, CONFIG)
     assert not any("similarity" in name for row in plain for name in row)
-    # All models are there: the similarities need no further one, and the models keep their results.
-    monkeypatch.setattr(counterfactuals._retrainer, "train", lambda *args, **kwargs: pytest.fail("trained again"))
-    rows, text = run_leave_k_out(counterfactuals, METHODS, SET, "reported", CONFIG, tower)
+    # All models are there: the similarities need no further one.
+    stored = files(tmp_path / counterfactuals.name)
+    rows, text = run_leave_k_out(counterfactuals, METHODS, SET, CONFIG, tower)
+    assert stored and files(tmp_path / counterfactuals.name) == stored
     assert [row["dL"] for row in rows] == [row["dL"] for row in plain]
 
     def similarity(removed, place):
-        drawn = counterfactuals.results([Training(removed, seed) for seed in CONFIG.seeds])["latents"]
+        drawn = counterfactuals.results([Training(removed, seed) for seed in CONFIG.train_seeds])["latents"]
         original = counterfactuals.prepared[place].latents
         return np.mean([by_hand(original, each[place]) for each in drawn])
 
-    sets = [random_positions(len(attributor.data), 2, number) for number in range(2)]
+    sets = [random_positions(len(run.data), 2, number) for number in range(2)]
     random = np.array([[similarity(removed, place) for place in (1, 2)] for removed in sets])
-    scores = method_scores(attributor, "m", METHODS["m"], SET.of("reported"))
-    removed = [top_positions(each, attributor.data.row_ids, 2) for each in scores]
+    scores = method_scores(run, "m", METHODS["m"], SET.of("reported"))
+    removed = [top_positions(each, run.data.row_ids, 2) for each in scores]
     own = np.array([similarity(*pair) for pair in zip(removed, (1, 2))])
     assert np.ptp([*random.ravel(), *own]) > 1e-3
     whole, reference, method = rows
@@ -94,30 +95,17 @@ def test_the_tables_hold_the_similarity_of_each_query_to_its_regeneration(attrib
     assert method["similarity"] == pytest.approx(own.mean(), abs=1e-5)
     assert method["similarity error"] == pytest.approx(np.std(own, ddof=1) / np.sqrt(2), abs=1e-5)
     assert "| similarity | similarity error |" in text
-    with open(attributor.root.workdir / "evaluation" / "leave-k-out-reported" / "queries.csv") as file:
+    with open(run.root.workdir / "evaluation" / "leave-k-out-reported" / "queries.csv") as file:
         stored = [[float(row[name]) for name in ("similarity", "random similarity")] for row in csv.DictReader(file)]
     np.testing.assert_allclose(stored, np.stack([own, random.mean(0)], axis=1), atol=1e-5)
 
 
-def test_a_model_that_draws_the_query_again_has_similarity_1(attributor, tower, monkeypatch):
-    counterfactuals = make(attributor, measure=PICTURES)
-    results = counterfactuals.results
-
-    def unchanged(trainings, *args):
-        latents = np.stack([query.latents for query in counterfactuals.prepared])
-        return results(trainings, *args) | {"latents": np.stack([latents] * len(trainings)).astype(np.float64)}
-
-    monkeypatch.setattr(counterfactuals, "results", unchanged)
-    config = LeaveKOutConfig((1,), random_sets=1)
-    queries = QuerySet(QUERIES[:1], 0)
-    rows, _ = run_leave_k_out(counterfactuals, METHODS, queries, "reported", config, tower)
-    assert [row["similarity"] for row in rows] == pytest.approx([1, 1, 1], abs=1e-12)
-
-
-def test_a_tower_that_cannot_be_used_is_refused_before_any_work(attributor, tower, monkeypatch):
-    monkeypatch.setattr("attrib_jax.evaluation.leave_k_out.method_scores", lambda *args: pytest.fail("attributed"))
-    with pytest.raises(ValueError, match="are not kept: give --pictures"):
-        run_leave_k_out(make(attributor), METHODS, SET, "reported", CONFIG, tower)
-    text_alone = dataclasses.replace(tower, processor=None)
-    with pytest.raises(ValueError, match="tower is a clip text half alone"):
-        run_leave_k_out(make(attributor, measure=PICTURES), METHODS, SET, "reported", CONFIG, text_alone)
+def test_a_tower_that_cannot_be_used_is_refused_before_any_work(run, tower):
+    measured = make_counterfactuals(run, measure=PICTURES)
+    for counterfactuals, each, named in (
+        (make_counterfactuals(run), tower, "--pictures"),
+        (measured, dataclasses.replace(tower, processor=None), "tower is a clip text half"),
+    ):
+        with pytest.raises(ValueError, match=named):
+            run_leave_k_out(counterfactuals, METHODS, SET, CONFIG, each)
+    assert not (run.root.workdir / "evaluation").exists()

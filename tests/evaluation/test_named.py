@@ -1,0 +1,87 @@
+"""Methods and queries of a study: read from files, scored once."""
+
+import json
+
+import numpy as np
+import pytest
+
+from attrib_jax.evaluation.named import QueryFiles, QuerySet, has_cascade, method_scores, read_methods
+from attrib_jax.jobs.query import Query
+from attrib_jax.methods import method_config
+from tests.evaluation.conftest import COUNT, METHODS, QUERIES, SET, files
+
+
+def test_scores_are_kept_without_what_the_method_stored(run, tmp_path):
+    scores = method_scores(run, "unlearn", METHODS["unlearn"], QUERIES)
+    assert scores.shape == (3, COUNT) and scores.dtype == np.float32 and len(np.unique(scores)) == 3 * COUNT
+    (folder,) = (tmp_path / "evaluation" / "scores").iterdir()
+    assert sorted(path.name for path in folder.iterdir()) == ["scores.safetensors", "stage.json"]
+    settings = json.loads((folder / "stage.json").read_text())["settings"]
+    assert settings["method"] == METHODS["unlearn"].describe() and len(settings["queries"]) == 3
+    stored = files(tmp_path)
+    np.testing.assert_array_equal(scores, method_scores(run, "unlearn", METHODS["unlearn"], QUERIES))
+    assert files(tmp_path) == stored
+
+
+def test_images_that_a_cascade_leaves_out_come_last(run):
+    config = method_config(
+        flips="none", stride=500, query_draws=8, update="sgd", cascade=0.3, cascade_stride=500, cascade_min=1
+    )
+    assert has_cascade(config) and not any(map(has_cascade, METHODS.values()))
+    (scores,) = method_scores(run, "cascade", config, QUERIES[:1])
+    finalists = config.num_finalists(COUNT)
+    assert np.sum(scores == scores.min()) == COUNT - finalists and len(np.unique(scores)) == finalists + 1
+
+
+def test_a_methods_file(tmp_path):
+    file = tmp_path / "methods.json"
+    file.write_text(json.dumps({"shared": {"stride": 50}, "a": {"step_size": 0.5}, "b": {"method": "random"}}))
+    methods = read_methods(file)
+    assert methods["a"] == method_config(stride=50, step_size=0.5) and methods["b"] == method_config("random")
+    assert list(read_methods(file, ["b"])) == ["b"]
+    with pytest.raises(ValueError, match="'c'"):
+        read_methods(file, ["c"])
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        ("{", "methods.json"),
+        ("[]", "methods.json"),
+        ('{"a": 1}', "methods.json"),
+        ('{"shared": {}}', "methods.json"),
+        ('{"a/b": {}}', "a/b"),
+        ('{"a": {"stepsize": 1}}', "'a' of .*stepsize"),
+        ('{"a": {"steps": 0}}', "'a' of .*steps is 0"),
+        ('{"a": {"damping": Infinity}}', "'a' of .*damping is inf"),
+        ('{"a": {"method": "pixle"}}', "'pixle': did you mean 'pixel'"),
+        ('{"a": {"method": "pixel", "damping": 1}}', "damping is 1.*belongs to method 'unlearn', 'influence'"),
+        ('{"shared": {"strid": 50}, "a": {}}', "'strid': did you mean 'stride'"),
+    ],
+)
+def test_wrong_methods_files(tmp_path, content, named):
+    file = tmp_path / "methods.json"
+    file.write_text(content)
+    with pytest.raises(ValueError, match=named):
+        read_methods(file)
+
+
+def test_splits_of_a_query_set():
+    np.testing.assert_array_equal(SET.split("reported"), [1, 2])
+    assert SET.of("tuning") == [QUERIES[0]]
+    for queries, split in ((QuerySet(QUERIES, 0), "tuning"), (QuerySet(QUERIES, 3), "reported"), (SET, "other")):
+        with pytest.raises(ValueError, match=split):
+            queries.split(split)
+
+
+def test_query_files_hold_both_splits(tmp_path):
+    tuning, reported = tmp_path / "tuning.jsonl", tmp_path / "reported.jsonl"
+    tuning.write_text('{"prompt": "digit one"}\n')
+    reported.write_text('{"prompt": "digit one", "seed": 1}\n{"prompt": "digit two"}\n')
+    defaults = Query("", guidance_scale=2.0)
+    both = QueryFiles(tuning_queries=tuning, reported_queries=reported).read(defaults)
+    assert [query.seed for query in both.queries] == [0, 1, 0] and both.num_tuning == 1
+    assert {query.guidance_scale for query in both.queries} == {2.0}
+    assert QueryFiles(reported_queries=reported).read(defaults).num_tuning == 0
+    with pytest.raises(ValueError, match="'digit one' with seed 0 comes twice"):
+        QueryFiles(tuning_queries=tuning, reported_queries=tuning).read(defaults)
