@@ -63,7 +63,7 @@ def test_random_rows_pass_over_what_cannot_be_read(tiny_dataset, caplog):
     taken = random_rows(broken, COUNT - 2)
     np.testing.assert_array_equal(taken.row_ids, np.delete(tiny_dataset.row_ids, [0, 3]))
     assert "picture 3 is cut off" in caplog.text
-    with pytest.raises(ValueError, match=f"rows is {COUNT}, but only {COUNT - 2} pictures"):
+    with pytest.raises(ValueError, match=f"rows is {COUNT}"):
         random_rows(broken, COUNT)
 
 

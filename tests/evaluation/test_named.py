@@ -1,12 +1,15 @@
 """Methods and queries of a study: read from files, scored once."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from attrib_jax.core.fingerprint import json_digest
 from attrib_jax.evaluation.named import QueryFiles, QuerySet, has_cascade, method_scores, read_methods
-from attrib_jax.jobs.query import Query
+from attrib_jax.jobs.query import Query, query_settings
+from attrib_jax.jobs.query_file import read_queries
 from attrib_jax.methods import method_config
 from tests.evaluation.conftest import COUNT, METHODS, QUERIES, SET, files
 
@@ -85,3 +88,18 @@ def test_query_files_hold_both_splits(tmp_path):
     assert QueryFiles(reported_queries=reported).read(defaults).num_tuning == 0
     with pytest.raises(ValueError, match="'digit one' with seed 0 comes twice"):
         QueryFiles(tuning_queries=tuning, reported_queries=tuning).read(defaults)
+
+
+def test_the_shipped_scores_are_those_of_the_configs():
+    """Else a study would compute anew, without a word, what took hours."""
+    defaults, stages = Query("", guidance_scale=2.0, sampler_steps=50), Path("models/digits/stages/evaluation/scores")
+    expected = {}
+    for name, split in (("methods", "reported"), ("tuning", "tuning")):
+        file = f"configs/evaluation/digits_{split}.jsonl"
+        queries = [query_settings(query) for query in read_queries(file, defaults).queries]
+        for method, config in read_methods(f"configs/evaluation/{name}_digits.json").items():
+            settings = {"method": config.describe(), "queries": queries}
+            expected[f"{method}-{json_digest(settings)[:8]}"] = settings
+    stored = {record.parent.name: json.loads(record.read_text()) for record in stages.glob("*/stage.json")}
+    assert {name: record["settings"] for name, record in stored.items()} == expected
+    assert all(record["stage"] == f"evaluation/scores/{name}" for name, record in stored.items())
