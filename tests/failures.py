@@ -1,9 +1,10 @@
-"""Failures made on purpose: interrupted writes of chunks, and pictures that cannot be read."""
+"""Failures made on purpose: interrupted writes of chunks and states, and images that cannot be read."""
 
 from collections.abc import Callable, Collection
 from typing import Any
 
 from attrib_jax.storage.chunks import ChunkStore
+from attrib_jax.storage.state import StateStore
 
 
 def interrupt_writes(patch, every: int) -> None:
@@ -20,6 +21,20 @@ def interrupt_writes(patch, every: int) -> None:
     patch.setattr(ChunkStore, "write", failing)
 
 
+def interrupt_states(patch, after: Collection[int]) -> None:
+    """Interrupts the program after some of the states that it writes, counted from 1."""
+    write, count = StateStore.write, 0
+
+    def failing(self, tree, progress):
+        nonlocal count
+        write(self, tree, progress)
+        count += 1
+        if count in after:
+            raise KeyboardInterrupt
+
+    patch.setattr(StateStore, "write", failing)
+
+
 def until_done(function: Callable[[], Any]) -> tuple[Any, int]:
     """Calls `function` again after every interruption -> its result, and how often it was interrupted."""
     interruptions = 0
@@ -30,8 +45,8 @@ def until_done(function: Callable[[], Any]) -> tuple[Any, int]:
             interruptions += 1
 
 
-class UnreadablePictures:
-    """A data set whose pictures at some positions cannot be read."""
+class UnreadableImages:
+    """A data set whose images at some positions cannot be read."""
 
     def __init__(self, dataset, rows: Collection[int], error: Callable[[int], Exception]):
         self._dataset, self._rows, self._error = dataset, rows, error

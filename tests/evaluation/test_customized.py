@@ -17,7 +17,7 @@ from attrib_jax.evaluation.customized import (
 )
 from attrib_jax.methods import method_config
 from tests.evaluation.conftest import COUNT
-from tests.failures import UnreadablePictures
+from tests.failures import UnreadableImages
 
 
 def write_layout(folder, **changes):
@@ -59,7 +59,7 @@ def test_a_task_list_as_it_is_published(tmp_path):
 
 
 def test_random_rows_pass_over_what_cannot_be_read(tiny_dataset, caplog):
-    broken = UnreadablePictures(tiny_dataset, {0, 3}, lambda row: UnreadableRowError(f"picture {row} is cut off"))
+    broken = UnreadableImages(tiny_dataset, {0, 3}, lambda row: UnreadableRowError(f"picture {row} is cut off"))
     taken = random_rows(broken, COUNT - 2)
     np.testing.assert_array_equal(taken.row_ids, np.delete(tiny_dataset.row_ids, [0, 3]))
     assert "picture 3 is cut off" in caplog.text

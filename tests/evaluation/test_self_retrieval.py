@@ -17,7 +17,7 @@ from attrib_jax.methods import method_config
 from attrib_jax.storage.stage_root import StageRoot
 from attrib_jax.storage.stages import lock
 from tests.evaluation.conftest import COUNT
-from tests.failures import UnreadablePictures
+from tests.failures import UnreadableImages
 
 RANDOM = {"random": method_config("random")}
 
@@ -45,7 +45,7 @@ def test_queries_of_latents_alone_have_their_own_text_states(tmp_path, tiny_mode
 
 
 def test_queries_have_their_own_captions_where_images_were_left_out(tmp_path, tiny_model, tiny_dataset):
-    broken = UnreadablePictures(tiny_dataset, {1}, lambda row: UnreadableRowError("cut off"))
+    broken = UnreadableImages(tiny_dataset, {1}, lambda row: UnreadableRowError("cut off"))
     with lock(tmp_path / "first"):
         assert len(Run(tiny_model, broken, StageRoot(tmp_path / "first")).data) == COUNT - 1
     stored = open_latents(tmp_path / "first", images=tiny_dataset)

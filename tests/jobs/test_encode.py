@@ -19,7 +19,7 @@ from attrib_jax.methods import method_config
 from attrib_jax.storage.files import DamagedFileError, StorageError
 from attrib_jax.storage.stage_root import StageRoot
 from attrib_jax.storage.stages import StageMismatchError
-from tests.failures import UnreadablePictures
+from tests.failures import UnreadableImages
 from tests.tiny_dataset import make_dataset
 
 QUERY = Query(prompt="red heart", seed=3, sampler_steps=3)
@@ -27,7 +27,7 @@ CONFIG = method_config(query_draws=32, fisher_samples=64, stride=300)
 
 
 def damaged_pictures(dataset, rows):
-    return UnreadablePictures(dataset, rows, lambda row: UnreadableRowError(f"picture {row}.png is cut off"))
+    return UnreadableImages(dataset, rows, lambda row: UnreadableRowError(f"picture {row}.png is cut off"))
 
 
 def encoded(path, pipeline, dataset, config=EncodeConfig()):  # noqa: B008

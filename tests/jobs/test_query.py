@@ -121,7 +121,7 @@ def test_names_tell_prompts_seeds_and_settings_apart():
         query_name(Query(prompt="Red  heart!", seed=4), plain),
     ]
     assert len({*names}) == 3 and all(name.startswith("red-heart-seed") for name in names)
-    assert query_name(Query(prompt="❤ 狗", image=IMAGE), plain).startswith("heavy-black-heart-狗-picture-")
+    assert query_name(Query(prompt="❤ 狗", image=IMAGE), plain).startswith("heavy-black-heart-狗-image-")
     assert query_name(Query(prompt="", latents=LATENTS), plain).startswith("empty-prompt-latents-")
 
 

@@ -29,7 +29,7 @@ from attrib_jax.storage.stage_root import StageRoot
 from attrib_jax.storage.state import StateStore
 from attrib_jax.training.loop import FitConfig, fit
 from launch import common
-from tests.failures import UnreadablePictures
+from tests.failures import UnreadableImages
 from tests.tiny_dataset import make_dataset
 
 QUERY = Query(prompt="red heart", seed=3, sampler_steps=2)
@@ -226,7 +226,7 @@ def test_a_reader_that_fails_keeps_the_chunks_before_it(pipeline, dataset, tmp_p
         return OSError(errno.EIO, os.strerror(errno.EIO))
 
     with pytest.raises(OSError, match="Input/output error"):
-        encode(root, pipeline, inputs, UnreadablePictures(dataset, {36}, bad_sector))
+        encode(root, pipeline, inputs, UnreadableImages(dataset, {36}, bad_sector))
     kept = snapshot(tmp_path / "latents" / "latents")
     assert len(kept) > 1
     written, write = [], ChunkStore.write

@@ -18,7 +18,7 @@ from attrib_jax.data.sources import ArrayDataset
 from attrib_jax.storage.stages import StageMismatchError
 from attrib_jax.training.contrastive import contrastive_loss, normalise, random_shifts, retrieval_ranks
 from attrib_jax.training.tower import TowerConfig, holdout_rows, retrieval, train_tower
-from tests.failures import UnreadablePictures
+from tests.failures import UnreadableImages
 
 
 def test_loss_by_hand():
@@ -102,7 +102,7 @@ def test_a_tower_learns_resumes_and_is_refused_other_settings(tmp_path):
     held_out = holdout_rows(dataset, 0.25, 0)
     # One of those to learn from and one of those to be tested on.
     lost = {int(held_out[3]), int(np.setdiff1d(np.arange(40), held_out)[5])}
-    dataset = UnreadablePictures(dataset, lost, lambda row: UnreadableRowError(f"picture {row} is cut off"))
+    dataset = UnreadableImages(dataset, lost, lambda row: UnreadableRowError(f"picture {row} is cut off"))
     folder, results = train_tower(tmp_path / "whole", dataset, tokenizer, CONFIG)
     assert results["pictures"] == 9 and results["captions_of_all"] == 5
     assert results["recall@1"] >= 0.8  # 0.2 by chance

@@ -18,7 +18,7 @@ from attrib_jax.storage.checkpoints import TrainingCheckpoints
 from attrib_jax.storage.stages import StageMismatchError
 from attrib_jax.training.loop import FitConfig, fit
 from attrib_jax.training.pipeline import TrainConfig, train
-from tests.failures import UnreadablePictures
+from tests.failures import UnreadableImages
 from tests.tiny_dataset import make_dataset
 
 SOURCE = np.random.default_rng(0).normal(size=(20, 3)).astype(np.float32)
@@ -110,7 +110,7 @@ def test_a_pipeline_trains_is_saved_and_resumes_finished(tmp_path, caplog):
         max_tokens=8,
     )
     unreadable = {0, 5}
-    dataset = UnreadablePictures(make_dataset(), unreadable, lambda row: UnreadableRowError(f"{row}.png is cut off"))
+    dataset = UnreadableImages(make_dataset(), unreadable, lambda row: UnreadableRowError(f"{row}.png is cut off"))
     path = train(tmp_path, dataset, config)
     assert {f"left out: {row}.png is cut off" for row in unreadable} <= set(caplog.messages)
     pipeline = load_pipeline(str(path))
@@ -134,7 +134,7 @@ def test_a_pipeline_trains_is_saved_and_resumes_finished(tmp_path, caplog):
 def test_the_next_image_stands_in_for_one_that_cannot_be_read(caplog):
     dataset = make_dataset()
     rows = np.array([4, 8, 9, 36])
-    broken = UnreadablePictures(dataset, {8, 9, 36}, lambda row: UnreadableRowError(f"{row}.png is cut off"))
+    broken = UnreadableImages(dataset, {8, 9, 36}, lambda row: UnreadableRowError(f"{row}.png is cut off"))
     pictures = TrainingImages(broken, 16, rows)
     assert len(pictures) == 4 and image_side(broken) == 16
     for place in (*range(4), 1):
