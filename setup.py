@@ -42,6 +42,7 @@ setup(
         "orbax-checkpoint",
         "pillow",
         "pyarrow",
+        "pyyaml",
         "safetensors",
         "scipy",
         "tensorflow-datasets",

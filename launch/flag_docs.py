@@ -7,7 +7,7 @@ import importlib
 
 from absl import flags
 
-from launch import common  # noqa: F401, the flags that commands share
+from launch import common, multihost  # noqa: F401, their flags are those that commands share
 from launch.cli import commands
 
 _HEAD = """# Flags
@@ -16,17 +16,15 @@ Every flag of every command, written by `python -m launch.flag_docs > docs/FLAGS
 shows. A flag file (`--flagfile=FILE`) holds one flag a line; a flag given after it wins. Boolean flags are set by
 `--flag` and unset by `--noflag`. Lists are separated by commas.
 """
-_SHARED = """Flags of all commands: the model, the data set and the workdir. Those of several hosts are for `encode`,
-`fisher` and `attribute`; see [Several hosts](MULTIHOST.md)."""
+_SEVERAL_HOSTS = "Flags of `encode`, `fisher` and `attribute`; see [Several hosts](MULTIHOST.md)."
 
 
 def page() -> str:
     """The text of docs/FLAGS.md."""
     by_module = flags.FLAGS.flags_by_module_dict()
-    parts = [
-        _HEAD,
-        _section("Shared", _SHARED, [flag for name in by_module if "launch" in name for flag in by_module[name]]),
-    ]
+    several = by_module[multihost.__name__]
+    every = [flag for name in by_module if name.startswith("launch") for flag in by_module[name] if flag not in several]
+    parts = [_HEAD, _section("Every command", "", every), _section("Several hosts", _SEVERAL_HOSTS, several)]
     shared = set(flags.FLAGS)
     for name, description in commands().items():
         module = importlib.import_module(f"launch.{name}")
@@ -41,8 +39,8 @@ def page() -> str:
 
 
 def _section(title: str, text: str, rows: list[flags.Flag]) -> str:
-    lines = [f"## {title}\n\n{text}\n"]
-    lines += ["| flag | default | meaning |", "|---|---|---|"] if rows else ["It has the shared flags only."]
+    lines = [f"## {title}\n", *([f"{text}\n"] if text else [])]
+    lines += ["| flag | default | meaning |", "|---|---|---|"] if rows else ["It has the flags of every command only."]
     for flag in rows:
         name = f"[no]{flag.name}" if flag.boolean else flag.name
         lines.append(f"| `--{name}` | {_default(flag)} | {_meaning(flag)} |")
@@ -57,10 +55,11 @@ def _default(flag: flags.Flag) -> str:
 
 def _meaning(flag: flags.Flag) -> str:
     text = " ".join((flag.help or "").split())
-    # absl puts the values of an enumeration before the text, as in `<newton|sgd>: Update rule`.
-    if text.startswith("<") and ">: " in text:
-        values, _, text = text[1:].partition(">: ")
-        text = f"{text} One of {', '.join(f'`{value}`' for value in values.split('|'))}."
+    choices = getattr(flag.parser, "enum_values", None) or getattr(flag.parser, "choices", None)
+    if choices:
+        # absl puts them before the text, as in `<newton|sgd>: Update rule`.
+        text = text.partition(">: ")[2] if text.startswith("<") else text
+        text += f" One of {', '.join(f'`{choice}`' for choice in choices)}."
     return text.replace("|", "\\|").replace("<", "&lt;")
 
 

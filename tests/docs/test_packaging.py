@@ -26,6 +26,7 @@ PACKAGES = {
     "resvg_py": "resvg-py",
     "sklearn": "scikit-learn",
     "tensorflow_datasets": "tensorflow-datasets",
+    "yaml": "pyyaml",
 }
 # Declared for other packages, or run as programs.
 NOT_IMPORTED = {"array-record", "importlib-resources", "pre-commit", "pytest-xdist", "ruff", "mypy"}
