@@ -48,9 +48,10 @@ def _section(title: str, text: str, rows: list[flags.Flag]) -> str:
 
 
 def _default(flag: flags.Flag) -> str:
-    if flag.default is None or flag.default == []:
+    value = flag.default
+    if value is None or value in ([], ()):
         return ""
-    return f"`{','.join(flag.default) if isinstance(flag.default, list) else flag.default}`"
+    return f"`{','.join(map(str, value)) if isinstance(value, (list, tuple)) else value}`"
 
 
 def _meaning(flag: flags.Flag) -> str:
