@@ -17,6 +17,7 @@ from absl import logging as absl_logging
 from attrib_jax.convert import load as assemble
 from attrib_jax.convert.load import ModelSource
 from attrib_jax.convert.pipeline import Pipeline
+from attrib_jax.core.paths import expand_path
 from attrib_jax.core.settings import Settings, setting
 from attrib_jax.data.concat import concatenate
 from attrib_jax.data.latents import open_latents
@@ -163,7 +164,7 @@ def _exit_code(error: BaseException) -> int:
 
 def workdir() -> str | None:
     """The folder of --workdir, with `~` expanded."""
-    return None if WORKDIR.value is None else os.path.expanduser(WORKDIR.value)
+    return expand_path(WORKDIR.value) if WORKDIR.value else None
 
 
 def require(**values: object) -> None:
@@ -177,6 +178,12 @@ def load_model() -> Pipeline:
     """The pipeline of --model and the flags that change it."""
     require(model=flags.FLAGS.model)
     check_model_folder(flags.FLAGS.model)
+    # Before gigabytes are read.
+    if workdir():
+        data = read_config(DataConfig)
+        for name in (data.dataset, data.exemplars, data.images):
+            if name is not None:
+                check_separate(workdir(), name)
     return assemble.load_model(read_config(ModelSource))
 
 
@@ -211,12 +218,12 @@ def encode_config() -> EncodeConfig:
 
 def shipped_stages() -> Path:
     """Where a model folder keeps the finished stages that came with it."""
-    return Path(os.path.expanduser(flags.FLAGS.model)) / "stages"
+    return Path(expand_path(flags.FLAGS.model)) / "stages"
 
 
 def model_credit() -> str | None:
     """The licence line in a model folder's CREDIT file, if it has one."""
-    file = Path(os.path.expanduser(flags.FLAGS.model)) / "CREDIT"
+    file = Path(expand_path(flags.FLAGS.model)) / "CREDIT"
     return file.read_text(encoding="utf-8").strip() if file.is_file() else None
 
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from attrib_jax.core.checks import check_choice, check_range
+from attrib_jax.core.paths import expand_path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,7 +189,7 @@ def _checked_value(field: Declared, value: Any) -> Any:
             raise ValueError(f"{field.name} is {value!r}: expected {_expected(field)}. Change {field.name}.")
         if known.choices is not None:
             check_choice(field.name, value, known.choices)
-        return os.path.expanduser(value) if known.path else value
+        return expand_path(value) if known.path and value else value
     low, high = known.low if known.low is not None else -math.inf, known.high if known.high is not None else math.inf
     check_range(field.name, value, low, high, integer=field.kind is int)
     if not math.isfinite(value) or (known.above is not None and not value > known.above):
