@@ -1,15 +1,14 @@
-"""Reads the data in a pickle without running it: an interpreter of the few operations that plain data needs.
+"""Pickles of plain data: an `Unpickler` that knows the names with which numpy and torch write arrays, and no others.
 
-A pickle is a program. `pickle.Unpickler` calls what the file names, and an allow-list of names still leaves real
-objects whose state the file may set. Here nothing that a file names is imported or called: `pickletools` decodes the
-operations, names stay strings, and each that numpy and torch write for arrays stands for one function of this module.
-What is read is never larger than a few times the file.
+Each of these names stands for a function of this module; nothing that a file names is imported. What is read is never
+larger than a few times the file.
 """
 
 import io
 import math
 import operator
 import os
+import pickle
 import pickletools
 import re
 from collections.abc import Callable
@@ -19,19 +18,6 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-_PUSHED = frozenset(
-    "INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING BINBYTES "
-    "SHORT_BINBYTES BINBYTES8 BYTEARRAY8 UNICODE SHORT_BINUNICODE BINUNICODE BINUNICODE8".split()
-)
-_MADE: dict[str, Callable[[], Any]] = {
-    "NONE": lambda: None,
-    "NEWTRUE": lambda: True,
-    "NEWFALSE": lambda: False,
-    "EMPTY_LIST": list,
-    "EMPTY_TUPLE": tuple,
-    "EMPTY_DICT": dict,
-}
-_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 # torch's storage classes as numpy types.
 _STORAGES = {
     "torch.DoubleStorage": np.float64,
@@ -45,31 +31,11 @@ _STORAGES = {
     "torch.ByteStorage": np.uint8,
     "torch.BoolStorage": np.bool_,
 }
+_TORCH_MAGIC = 0x1950A86A20F9469CFC6C
 
 
 class _Refused(ValueError):
     """The pickle asks for something that is no data."""
-
-
-class _Name:
-    """A module-level name in the file; what it stands for is never imported."""
-
-    def __init__(self, name: str):
-        self.name = name
-
-
-class _Dtype:
-    """A numpy type: the file first names it, then sets its byte order."""
-
-    def __init__(self, dtype: np.dtype):
-        self.dtype = dtype
-
-
-class _Array:
-    """An array: the file first makes an empty one, then sets its state."""
-
-    def __init__(self):
-        self.array: np.ndarray | None = None
 
 
 def read_pickled_dict(path: str | os.PathLike) -> dict[str, Any]:
@@ -86,215 +52,175 @@ def read_pickled_dict(path: str | os.PathLike) -> dict[str, Any]:
     """
     content = Path(path).read_bytes()
     try:
-        value = _interpret(io.BytesIO(content))
+        value = _load(io.BytesIO(content), len(content))
+        if type(value) is not dict or not all(type(key) is str for key in value):
+            raise _Refused("holds no dict with names")
+        for name, item in value.items():
+            if isinstance(item, _Array):
+                value[name] = item.read()
+            elif isinstance(item, (_Name, _Dtype, _Storage)):
+                raise _Refused(f"has {name!r}, which is no data")
     except _Refused as error:
-        raise ValueError(f"{path} is not read: it {error}. Only plain numbers, lists and arrays are.") from error
-    # A malformed stream may fail in any way on the interpreter's stack; each is the same to the user.
+        raise ValueError(f"{path} is not read: it {error}. Expected a pickled dict of numbers and arrays") from error
+    # A malformed stream may fail in any way on the unpickler's stack; each is the same to the user.
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"[:200]
         raise ValueError(f"{path} is truncated or no pickle ({reason}); copy or make it again") from error
-    if type(value) is not dict or not all(type(key) is str for key in value):
-        raise ValueError(f"{path} holds no dict with names; expected a pickled dict of arrays")
-    for name, item in value.items():
-        if isinstance(item, _Array):
-            if item.array is None:
-                raise ValueError(f"{path} is truncated or damaged: array {name!r} has no content")
-            value[name] = item.array
-        elif isinstance(item, (_Name, _Dtype, _Storage)):
-            raise ValueError(f"{path}: {name!r} is no data")
     return value
 
 
-def _interpret(stream: io.BytesIO) -> Any:
-    """The value of one pickle, which ends where the stream's position is left."""
-    stack: list[Any] = []
-    marks: list[int] = []
-    memo: dict[int, Any] = {}
-    encoded: dict[str, bytes] = {}
-
-    def pop_mark() -> list[Any]:
-        start = marks.pop()
-        items = stack[start:]
-        del stack[start:]
-        return items
-
+def _load(stream: io.BytesIO, size: int) -> Any:
+    """The value of the pickle at the stream's position, which is left at its end."""
+    start = stream.tell()
+    # The lengths in the file are checked against it, and the C unpickler's table has as many places as the largest key.
     for opcode, argument, _ in pickletools.genops(stream):
-        kind = opcode.name
-        if kind in _PUSHED:
-            stack.append(argument)
-        elif kind in _MADE:
-            stack.append(_MADE[kind]())
-        elif kind in _TUPLES:
-            items = tuple(stack[-_TUPLES[kind] :])
-            del stack[-_TUPLES[kind] :]
-            stack.append(items)
-        elif kind == "MARK":
-            marks.append(len(stack))
-        elif kind == "TUPLE":
-            stack.append(tuple(pop_mark()))
-        elif kind == "LIST":
-            stack.append(pop_mark())
-        elif kind == "DICT":
-            items = pop_mark()
-            stack.append({})
-            _set_items(stack[-1], items)
-        elif kind in ("APPEND", "APPENDS"):
-            items = pop_mark() if kind == "APPENDS" else [stack.pop()]
-            _check_type(stack[-1], list).extend(items)
-        elif kind in ("SETITEM", "SETITEMS"):
-            items = pop_mark() if kind == "SETITEMS" else [stack.pop(-2), stack.pop()]
-            _set_items(stack[-1], items)
-        elif kind in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
-            memo[len(memo) if kind == "MEMOIZE" else argument] = stack[-1]
-        elif kind in ("GET", "BINGET", "LONG_BINGET"):
-            stack.append(memo[argument])
-        elif kind == "GLOBAL":
-            stack.append(_named(*argument.split(" ", 1)))
-        elif kind == "STACK_GLOBAL":
-            name, module = stack.pop(), stack.pop()
-            stack.append(_named(_check_type(module, str), _check_type(name, str)))
-        elif kind == "REDUCE":
-            arguments, name = _check_type(stack.pop(), tuple), _check_type(stack.pop(), _Name).name
-            if name != "_codecs.encode":
-                stack.append(_REDUCED[name](*arguments))
-                continue
-            # How older protocols write bytes. One object for each text: a text that is used again and again would
-            # otherwise fill the memory from a small file.
-            text, encoding = arguments
-            if encoding != "latin1":
-                raise _Refused(f"encodes text as {str(encoding)[:40]!r}")
-            if text not in encoded:
-                encoded[text] = _check_type(text, str).encode("latin1")
-            stack.append(encoded[text])
-        elif kind == "BUILD":
-            state = stack.pop()
-            _set_state(stack[-1], state)
-        elif kind == "BINPERSID":
-            stack.append(_Storage(*_check_type(stack.pop(), tuple)))
-        elif kind == "STOP":
-            if len(stack) != 1:
-                raise _Refused("ends with more than one value")
-            return stack[0]
-        elif kind not in ("PROTO", "FRAME"):
-            raise _Refused(f"uses the operation {kind}, which plain data does not need")
-    raise EOFError("no end")
-
-
-def _check_type(value: Any, kind: type) -> Any:
-    if type(value) is not kind:
-        raise TypeError(f"a {type(value).__name__} where a {kind.__name__} belongs")
+        if opcode.name.endswith("PUT") and int(argument) > size:
+            raise pickle.UnpicklingError(f"a memo of {argument} entries in {size} bytes")
+    end = stream.tell()
+    stream.seek(start)
+    value = _Unpickler(stream).load()
+    stream.seek(end)
     return value
 
 
-def _set_items(target: Any, items: list[Any]) -> None:
-    if len(items) % 2:
-        raise ValueError("a key without a value")
-    for key, value in zip(items[::2], items[1::2]):
-        if type(key) not in (str, int, bytes):
-            raise _Refused(f"has a dict key of type {type(key).__name__}")
-        _check_type(target, dict)[key] = value
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, stream: io.BytesIO):
+        super().__init__(stream)
+        self._encoded: dict[str, bytes] = {}
+
+    def find_class(self, module: str, name: str) -> "_Name":
+        full = f"{module}.{name}"
+        # numpy 2 renamed numpy.core; pickles of either are read under either.
+        full = re.sub(r"^numpy\.core\.", "numpy._core.", full).replace("__builtin__.", "builtins.", 1)
+        if full == "_codecs.encode":
+            return _Name(full, self._encode)
+        if full not in _CALLED and full not in _STORAGES and full != "numpy.ndarray":
+            raise _Refused(f"names {full[:100]!r}, which is no data")
+        return _Name(full, _CALLED.get(full))
+
+    def persistent_load(self, pid: Any) -> "_Storage":
+        return _Storage(*pid)
+
+    def _encode(self, text: str, encoding: str) -> bytes:
+        """How older protocols write bytes."""
+        if encoding != "latin1":
+            raise _Refused(f"encodes text as {str(encoding)[:40]!r}")
+        # One object for each text: a text that is used many times would fill the memory from a small file.
+        if text not in self._encoded:
+            self._encoded[text] = text.encode("latin1")
+        return self._encoded[text]
 
 
-def _named(module: str, name: str) -> _Name:
-    full = f"{module}.{name}"
-    # numpy 2 renamed numpy.core; pickles of either are read under either.
-    full = re.sub(r"^numpy\.core\.", "numpy._core.", full).replace("__builtin__.", "builtins.", 1)
-    if full not in _REDUCED and full not in _STORAGES and full != "numpy.ndarray":
-        raise _Refused(f"names {full[:100]!r}, which is no data")
-    return _Name(full)
+class _Name:
+    """What a name in the file becomes: a call of a function of this module, or a mark. It takes no state."""
+
+    __slots__ = ("_function", "name")
+
+    def __init__(self, name: str, function: Callable[..., Any] | None):
+        self.name, self._function = name, function
+
+    def __call__(self, *arguments: Any) -> Any:
+        if self._function is None:
+            raise _Refused(f"calls {self.name!r}")
+        return self._function(*arguments)
+
+    def __setstate__(self, state: Any) -> None:
+        raise _Refused(f"sets the state of {self.name!r}")
 
 
-def _set_state(target: Any, state: Any) -> None:
-    """What the file's last step makes of a numpy array or type; nothing else has a state that could be set."""
-    if isinstance(target, _Array):
-        _, shape, dtype, fortran, raw = _check_type(state, tuple)
-        target.array = _array(raw, dtype, shape, "F" if fortran else "C")
-    elif isinstance(target, _Dtype):
-        target.dtype = target.dtype.newbyteorder(_check_type(state, tuple)[1])
-    else:
-        raise _Refused(f"sets the state of a {type(target).__name__.strip('_').lower()}")
+class _Dtype:
+    """A numpy type: the file first names it, then sets its byte order."""
+
+    def __init__(self, name: Any, *_: Any):
+        if not re.fullmatch(r"[<>|=]?([fiu][1248]|b1)", str(name)):
+            raise _Refused(f"has an array of type {str(name)[:40]!r}")
+        self.dtype = np.dtype(name)
+
+    def __setstate__(self, state: Any) -> None:
+        self.dtype = self.dtype.newbyteorder(state[1])
+
+
+class _Array:
+    """An array: the file first makes an empty one, then sets its state."""
+
+    def __init__(self, array: np.ndarray | None = None):
+        self._array = array
+
+    def __setstate__(self, state: Any) -> None:
+        _, shape, dtype, fortran, raw = state
+        self._array = _array(raw, dtype, shape, "F" if fortran else "C")
+
+    def read(self) -> np.ndarray:
+        if self._array is None:
+            raise EOFError("an array without content")
+        return self._array
 
 
 def _array(raw: Any, dtype: Any, shape: Any, order: str) -> np.ndarray:
-    dtype = _check_type(dtype, _Dtype).dtype
-    if not isinstance(raw, (bytes, bytearray)):
+    if not isinstance(raw, (bytes, bytearray)) or not isinstance(dtype, _Dtype):
         raise _Refused(f"has an array whose content is a {type(raw).__name__}")
     sizes = _sizes(shape)
-    if math.prod(sizes) * dtype.itemsize != len(raw):
-        raise ValueError(f"an array of shape {sizes} and type {dtype} with {len(raw)} bytes")
-    return np.frombuffer(raw, dtype).reshape(sizes, order=order)
+    if math.prod(sizes) * dtype.dtype.itemsize != len(raw):
+        raise ValueError(f"an array of shape {sizes} and type {dtype.dtype} with {len(raw)} bytes")
+    return np.frombuffer(raw, dtype.dtype).reshape(sizes, order=order)
 
 
 def _sizes(shape: Any) -> tuple[int, ...]:
-    sizes = tuple(map(operator.index, _check_type(shape, tuple)))
+    sizes = tuple(map(operator.index, shape))
     if any(size < 0 for size in sizes):
         raise ValueError(f"a negative size in {sizes}")
     return sizes
 
 
-def _make_dtype(name: Any, *_: Any) -> _Dtype:
-    if not re.fullmatch(r"[<>|=]?([fiu][1248]|b1)", str(name)):
-        raise _Refused(f"has an array of type {str(name)[:40]!r}")
-    return _Dtype(np.dtype(name))
-
-
 def _reconstruct(kind: Any, *_: Any) -> _Array:
-    if _check_type(kind, _Name).name != "numpy.ndarray":
-        raise _Refused(f"makes an array of {kind.name}")
+    if not isinstance(kind, _Name) or kind.name != "numpy.ndarray":
+        raise _Refused("makes an array of another class than numpy's")
     return _Array()
-
-
-def _scalar(dtype: Any, raw: Any) -> np.generic:
-    return _array(raw, dtype, (), "C")[()]
 
 
 class _Storage:
     """torch's block of numbers, told of before its content follows."""
 
     def __init__(self, tag: Any, kind: Any, key: Any, location: Any, count: Any, *_: Any):
-        self.dtype = np.dtype(_STORAGES[_check_type(kind, _Name).name])
+        self.dtype = np.dtype(_STORAGES[kind.name])
         self.count = operator.index(count)
 
 
-def _storage(content: Any) -> np.ndarray:
+def _storage(content: bytes) -> _Array:
     """The numbers of a storage as torch pickles it: five pickles, then the count (int64) and the raw values."""
-    stream = io.BytesIO(_check_type(content, bytes))
-    magic, protocol, system, storage, keys = (_interpret(stream) for _ in range(5))
-    if magic != 0x1950A86A20F9469CFC6C or len(_check_type(keys, list)) != 1:
-        raise ValueError("a tensor without torch's mark")
-    if not _check_type(system, dict).get("little_endian", True):
-        raise _Refused("has a tensor of a big-endian machine")
+    stream = io.BytesIO(content)
+    magic, _, system, storage, keys = (_load(stream, len(content)) for _ in range(5))
+    if magic != _TORCH_MAGIC or len(keys) != 1 or not system.get("little_endian", True):
+        raise ValueError("a tensor without torch's mark, or of a big-endian machine")
     count = int.from_bytes(stream.read(8), "little")
     start = stream.tell()
     if count != storage.count or len(content) - start != count * storage.dtype.itemsize:
         raise ValueError(f"a tensor of {storage.count} values with {len(content) - start} bytes")
-    # A view: the same content may be used again and again.
-    return np.frombuffer(content, storage.dtype, offset=start) if count else np.zeros(0, storage.dtype)
+    return _Array(np.frombuffer(content, storage.dtype, offset=start) if count else np.zeros(0, storage.dtype))
 
 
-def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> np.ndarray:
-    values = _check_type(storage, np.ndarray)
+def _tensor(storage: _Array, offset: Any, size: Any, stride: Any, *_: Any) -> _Array:
+    values = storage.read()
     sizes, strides, first = _sizes(size), _sizes(stride), operator.index(offset)
-    last = first + sum((length - 1) * step for length, step in zip(sizes, strides))
+    last = first + sum((length - 1) * step for length, step in zip(sizes, strides, strict=True))
     count = math.prod(sizes)
     # A tensor that repeats its values (stride 0) may be far larger than its file.
-    if len(sizes) != len(strides) or first < 0 or count > len(values) or (count and last >= len(values)):
+    if first < 0 or count > len(values) or (count and last >= len(values)):
         raise ValueError(f"a tensor of shape {sizes} and strides {strides} in {len(values)} values")
     if not count:
-        return np.zeros(sizes, values.dtype)
+        return _Array(np.zeros(sizes, values.dtype))
     steps = tuple(step * values.itemsize for step in strides)
-    return np.lib.stride_tricks.as_strided(values[first:], sizes, steps, writeable=False)
+    return _Array(np.lib.stride_tricks.as_strided(values[first:], sizes, steps, writeable=False))
 
 
-# What numpy (1 and 2) and torch name in the pickles of arrays and tensors, and what is done in its place.
-_REDUCED: dict[str, Callable[..., Any] | None] = {
-    "numpy.dtype": _make_dtype,
+# What numpy (1 and 2) and torch name in the pickles of arrays and tensors, and what is called in its place.
+_CALLED: dict[str, Callable[..., Any]] = {
+    "numpy.dtype": _Dtype,
     "numpy._core.multiarray._reconstruct": _reconstruct,
-    "numpy._core.multiarray.scalar": _scalar,
-    "numpy._core.numeric._frombuffer": _array,
+    "numpy._core.multiarray.scalar": lambda dtype, raw: _array(raw, dtype, (), "C")[()],
+    "numpy._core.numeric._frombuffer": lambda *parts: _Array(_array(*parts)),
     "torch._utils._rebuild_tensor_v2": _tensor,
     "torch.storage._load_from_bytes": _storage,
-    "_codecs.encode": None,
     # Only the empty ones: `bytes(n)` of a large n would be larger than any file.
     "builtins.bytes": lambda: b"",
     "collections.OrderedDict": lambda: {},
