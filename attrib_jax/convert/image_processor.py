@@ -1,6 +1,7 @@
-"""What a transformers image processor does to a picture before a vision tower: resize, crop, normalise.
+"""What a transformers image processor does to an image before a vision tower: resize, crop, normalise.
 
-Pillow does the resizing, as in transformers' slow processors.
+Pillow does the resizing, as in transformers' PIL processors, whose pixels these are (tested). Kept by hand because
+importing those takes each reading process seconds, and because they normalise on the host, before the transfer.
 """
 
 import dataclasses
@@ -45,11 +46,11 @@ _OPTIONS: dict[str, Any] = {
 
 @dataclasses.dataclass(frozen=True)
 class ImageProcessor:
-    """Pictures of any size -> normalised square ones.
+    """Images of any size -> normalised square ones.
 
     Attributes:
       resize: the length of the shorter side, or of both sides where `square`; None leaves the size.
-      square: resize both sides, whatever the picture's shape.
+      square: resize both sides, whatever the image's shape.
       crop: side of the square that is cut out of the centre; None where `square` makes it one.
       resample: Pillow's number of the filter: 2 bilinear, 3 bicubic.
       mean, std: of each channel of [0, 1].
@@ -66,7 +67,7 @@ class ImageProcessor:
         if not self.square and (self.crop is None or self.crop > self.resize):
             raise ValueError(
                 f"image processor resizes the shorter side to {self.resize} and crops to {self.crop}; expected a crop "
-                "of at most that size, so that pictures become squares without a border"
+                "of at most that size, so that images become squares without a border"
             )
         if min(self.std) <= 0:
             raise ValueError(f"image processor has image_std={self.std}; expected numbers greater than 0")
@@ -141,8 +142,7 @@ class ImageProcessor:
             longer = int(self.resize * long / short)
             new = (longer, self.resize) if height > width else (self.resize, longer)
         if new != (height, width):
-            picture = Image.fromarray(image).resize((new[1], new[0]), Image.Resampling(self.resample))
-            image = np.asarray(picture)
+            image = np.asarray(Image.fromarray(image).resize((new[1], new[0]), Image.Resampling(self.resample)))
         if self.crop is None:
             return image
         top, left = (new[0] - self.crop) // 2, (new[1] - self.crop) // 2

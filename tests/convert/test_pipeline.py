@@ -147,6 +147,24 @@ def test_half_precision_export_is_rounded_once_and_read_as_float32(ours, tmp_pat
     assert diffusers.StableDiffusionPipeline.from_pretrained(path).unet.conv_in.weight.isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_a_saved_folder_draws_in_diffusers_with_nothing_but_its_path(ours, tmp_path, dtype):
+    save_pipeline(ours, str(tmp_path / "saved"), dtype=jnp.dtype(dtype))
+    draw_in_diffusers(str(tmp_path / "saved"))
+
+
+def test_the_shipped_model_draws_in_diffusers_with_nothing_but_its_path():
+    draw_in_diffusers("models/openmoji")
+
+
+def draw_in_diffusers(path):
+    opened = diffusers.StableDiffusionPipeline.from_pretrained(path)
+    assert {opened.unet.dtype, opened.vae.dtype, opened.text_encoder.dtype} == {torch.float32}
+    opened.set_progress_bar_config(disable=True)
+    image = opened("a red heart", num_inference_steps=1, output_type="np").images[0]
+    assert np.isfinite(image).all()
+
+
 def test_load_unet_reads_one_folder(ours, folder):
     module, params = load_unet(f"{folder}/unet")
     assert module == ours.unet

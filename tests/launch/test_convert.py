@@ -131,6 +131,40 @@ def test_model_to_a_single_file_and_back(convert, model, tmp_path):
     assert_same_params(found.params, expected.params)
 
 
+def test_a_single_file_that_says_its_target(convert, model, tmp_path):
+    single = tmp_path / "model.safetensors"
+    assert convert(f"--model={model}", f"--output={single}")[0] == 0
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(uninferable_config(load_pipeline(str(model)))))
+    # The same without our own header, and with another program's.
+    state = safetensors.numpy.load_file(single)
+    safetensors.numpy.save_file(state, single, {"modelspec.prediction_type": "v"})
+    arguments = [f"--model={single}", f"--tokenizer={model}"]
+    code, _, err = convert(*arguments, f"--output={tmp_path / 'a'}")
+    assert code == 1 and "--model_config" in err
+    arguments.append(f"--model_config={config}")
+    code, _, err = convert(*arguments, f"--output={tmp_path / 'a'}")
+    assert code == 0, err
+    assert load_pipeline(str(tmp_path / "a")).schedule.prediction_type == "v_prediction"
+    code, _, err = convert(*arguments, "--prediction_type=epsilon", f"--output={tmp_path / 'b'}")
+    assert code == 1 and "modelspec.prediction_type" in err and "--prediction_type" in err
+
+
+@pytest.mark.parametrize("output", ["folder", "x.safetensors"])
+def test_a_full_disk_names_the_output(model, tmp_path, output):
+    code = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+from launch import common, convert
+common.run(convert.main, one_host=True)
+"""
+    command = [sys.executable, "-c", code, f"--model={model}", f"--output={tmp_path / output}"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 1
+    assert str(tmp_path) in result.stderr and output in result.stderr and "Traceback" not in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_weights_dtype(convert, model, tmp_path):
     for dtype in ("float16", "bfloat16"):
         code, _, err = convert(f"--model={model}", f"--output={tmp_path / dtype}", f"--weights_dtype={dtype}")

@@ -135,6 +135,22 @@ def test_float32_ddim_is_diffusers(inputs, prediction_type):
     np.testing.assert_allclose(latents, expected, atol=1e-5 * np.abs(expected).max())
 
 
+@pytest.mark.parametrize("num_steps", [1, 7, 50])
+def test_zero_terminal_snr_starts_from_pure_noise_as_in_diffusers(inputs, num_steps):
+    config = {**STABLE, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    config["prediction_type"] = "v_prediction"
+    schedule = NoiseSchedule.from_config(config)
+    assert schedule.alphas_cumprod[-1] == 0 and ddim_timesteps(schedule, num_steps)[0] == 999
+    expected = diffusers_loop(diffusers.DDIMScheduler(**config), inputs, num_steps, 3.0)
+    actual = sample(predict, schedule=schedule, num_steps=num_steps, guidance_scale=3.0, **inputs)
+    # The rescaled levels agree to 5e-7 only.
+    np.testing.assert_allclose(actual, expected, atol=1e-4 * np.abs(expected).max())
+    ancestral = sample(
+        predict, schedule=schedule, num_steps=50, guidance_scale=3.0, sampler="ddpm", key=jax.random.key(0), **inputs
+    )
+    assert np.isfinite(ancestral).all()
+
+
 def test_ddim_of_a_pndm_config_is_diffusers_ddim(inputs):
     """Stable Diffusion 1 ships a PNDM config: read by either library's DDIM it gives one picture."""
     config = {"_class_name": "PNDMScheduler", "skip_prk_steps": True, "trained_betas": None, **OFFSET}
