@@ -99,10 +99,11 @@ def attribute_queries(
     run.timings = {}
     with run.timed("query"):
         prepared = [prepare_query(run.pipeline, run.predict, query) for query in queries]
-    if isinstance(config, RegionSettings):
-        # Before anything is stored: a wrong region should leave nothing behind.
-        for each in prepared:
-            query_mask(each, config)
+    for part in (config, *config.parts):
+        if isinstance(part, RegionSettings):
+            # Before anything is stored: a wrong region should leave nothing behind.
+            for each in prepared:
+                query_mask(each, part)
     shared = config.describe()
     settings = [{"query": query_settings(query), **shared} for query in queries]
     names = [name or query_name(query, own) for name, query, own in zip(names, queries, settings)]

@@ -8,6 +8,7 @@ python -m launch.attribute --flagfile=configs/queries.cfg --queries=queries.json
 import dataclasses
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from absl import app, flags
 
@@ -16,7 +17,7 @@ from attrib_jax.data.sources import Dataset
 from attrib_jax.jobs.encode import image_resolution
 from attrib_jax.jobs.query import Query, read_stored_query
 from attrib_jax.jobs.query_file import read_queries
-from attrib_jax.methods import METHODS, method_readers
+from attrib_jax.methods import METHODS, ensemble_parts, method_readers
 from attrib_jax.methods.base import Attribution, MethodConfig
 from attrib_jax.methods.features import default_tower
 from attrib_jax.parallel.hosts import is_host0
@@ -92,9 +93,14 @@ def _print(query: Query, result: Attribution, dataset: Dataset, named: bool) -> 
 
 
 def _read_config() -> MethodConfig:
-    """The config of the method, from the flags that it reads."""
-    method, values = _METHOD.value, {}
-    check_unread(f"method {method!r}", method_readers())
+    """The config of the method, from the flags that it reads; of an ensemble those of its methods too."""
+    method, names = _METHOD.value, tuple(flags.FLAGS.ensemble_methods or ())
+    check_unread(f"method {method!r}", method_readers(method, names))
+    parts = tuple(_read_method(name) for name in ensemble_parts(method, names))
+    return _read_method(method, **({"parts": parts} if parts else {}))
+
+
+def _read_method(method: str, **values: Any) -> MethodConfig:
     if "tower" in (fields := {field.name for field in dataclasses.fields(METHODS[method].config)}):
         values["tower"] = flags.FLAGS.tower or default_tower(method, common.DATASET.value)
     if "cascade_min" in fields and flags.FLAGS.cascade:

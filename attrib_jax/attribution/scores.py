@@ -1,7 +1,7 @@
 """Scores (METHOD.md section 4): strided losses before and after unlearning, and their difference for each image."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -112,6 +112,37 @@ def make_scores(row_id: np.ndarray, values: np.ndarray, loss_before: np.ndarray 
         score, flip = combine_scores(loss_before, values, how)
     loss_after = None if loss_before is None else values
     return Scores(row_id, score, loss_before, loss_after, None if how == "mean" else flip)
+
+
+def standardised_sum(parts: Sequence[Scores], weights: Sequence[float]) -> tuple[Scores, list[int]]:
+    """sum_j w_j (s_j - mean(s_j)) / std(s_j) over J scores of one query (docs/METHOD.md, "Ensembles").
+
+    Mean and standard deviation are over the images that all J score, which alone are in the result.
+
+    Args:
+        parts: J scores, their rows in any order.
+        weights: (J,) numbers.
+
+    Returns:
+        The sum, by rising row id, and which of the J are constant: these add 0.
+
+    Raises:
+        ValueError: J is 0 or not the number of weights, or no image has all scores.
+    """
+    if not parts or len(parts) != len(weights):
+        raise ValueError(f"weights has {len(weights)} entries: expected {len(parts)}, one for each of the scores")
+    rows = functools.reduce(np.intersect1d, (part.row_id for part in parts))
+    if not len(rows):
+        raise ValueError("parts have no row id in common: expected scores of one data set")
+    total, constant = np.zeros(len(rows)), []
+    for place, (part, weight) in enumerate(zip(parts, weights)):
+        order = np.argsort(part.row_id)
+        values = part.score[order][np.searchsorted(part.row_id[order], rows)].astype(np.float64)
+        if values.min() == values.max():
+            constant.append(place)
+        else:
+            total += weight * ((values - values.mean()) / values.std())
+    return Scores(rows.astype(parts[0].row_id.dtype), total), constant
 
 
 def dataset_losses(

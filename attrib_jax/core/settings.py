@@ -32,7 +32,7 @@ class Setting:
       symbol: symbol in docs/METHOD.md, such as "alpha".
       performance: whether it changes speed and memory alone; such settings are no part of what is stored.
       only_if: the setting that this one depends on: its name, where that one has to be given (not None, 0, False or
-        empty), or (name, value) where it has to have that value.
+        empty), or (name, value) where it has to have that value, or hold it among several.
       content: for a file, value -> what decides the result, as a JSON value: the digest of the content, not the path.
       path: whether the value is a path, in which `~` is expanded.
       flag: name of the flag; that of the field if None.
@@ -134,7 +134,9 @@ class Settings:
         needed, value = _needed(field)
         # A method may fix what others let the user set.
         given = getattr(self, needed, None)
-        return bool(given) if value is None else given == value
+        if value is None:
+            return bool(given)
+        return value in given if isinstance(given, tuple) else given == value
 
     def describe(self) -> dict[str, Any]:
         """The settings that decide a result, as JSON values: of files their content, nothing that is not in use."""

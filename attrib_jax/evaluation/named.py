@@ -19,7 +19,7 @@ from attrib_jax.jobs.context import Run
 from attrib_jax.jobs.query import Query, check_query_name, prepare_query, query_settings
 from attrib_jax.jobs.query_file import read_queries
 from attrib_jax.jobs.settings import PassSettings
-from attrib_jax.methods import METHODS, check_method, method_config, method_inputs, queries_per_pass
+from attrib_jax.methods import METHODS, check_method, method_config, method_inputs, queries_per_pass, settings_of
 from attrib_jax.methods.base import MethodConfig, QueryJob
 from attrib_jax.parallel.hosts import run_on_host0
 from attrib_jax.storage.files import make_folder, stored_arrays, write_arrays
@@ -66,7 +66,8 @@ def read_methods(file: str | os.PathLike, only: Sequence[str] = ()) -> dict[str,
                 check_choice(
                     "setting", field, sorted({field for each in METHODS.values() for field in declared(each.config)})
                 )
-            read = {field: value for field, value in shared.items() if field in declared(METHODS[method].config)}
+            known = settings_of(method, own.get("ensemble_methods", ()))
+            read = {field: value for field, value in shared.items() if field in known}
             configs[name] = method_config(**{"method": method, **read, **own})
         except (ValueError, TypeError) as error:
             raise ValueError(f"method {name!r} of {file}: {error}") from error

@@ -1,12 +1,13 @@
 """A data set as the UNet sees it: latents and text states, in memory or on disk."""
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from attrib_jax.core.checks import nonfinite_rows
 from attrib_jax.data.latents import VIEWS
+from attrib_jax.data.protocol import Dataset
 from attrib_jax.storage.joined import JoinedArray
 
 
@@ -76,6 +77,35 @@ class EncodedDataset:
                     "again, or take it out of the data set"
                 )
         return latents, text
+
+
+class CaptionRows(NamedTuple):
+    """M captions of a data set's images, one image's after another's; each (M,) int64.
+
+    Attributes:
+      image: position of the image, from 0 to N - 1, rising.
+      caption: index among that image's captions.
+      text: row of its text states in `EncodedDataset.text`.
+    """
+
+    image: np.ndarray
+    caption: np.ndarray
+    text: np.ndarray
+
+
+def caption_rows(data: EncodedDataset, captions: str) -> CaptionRows:
+    """The captions of all images that count: the `first` of each, or `all`."""
+    counts = data.num_captions if captions == "all" else np.ones(len(data), np.int64)
+    image = np.repeat(np.arange(len(data)), counts)
+    caption = np.arange(len(image)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return CaptionRows(image, caption, data.first_caption[data.positions[image]] + caption)
+
+
+def caption_texts(dataset: Dataset, data: EncodedDataset, rows: CaptionRows) -> list[str]:
+    """The captions themselves, found in the data set that was encoded by their images' row ids."""
+    places = {int(row_id): place for place, row_id in enumerate(dataset.row_ids)}
+    images = [places[int(row_id)] for row_id in data.row_ids[rows.image]]
+    return [dataset.captions(image)[caption] for image, caption in zip(images, rows.caption)]
 
 
 def join(first: EncodedDataset, second: EncodedDataset, row_ids: np.ndarray) -> EncodedDataset:

@@ -107,7 +107,25 @@ class ExampleProgram:
         caption = np.arange(len(image)) - np.repeat(np.cumsum(counts) - counts, counts)
         image, caption = np.repeat(image, flips), np.repeat(caption, flips)
         flip = np.tile(np.arange(flips), len(image) // flips)
-        values = np.empty((len(image), *self.result_shape), np.float64)
+        values = self.examples(weights, data, rows[image], flip, caption, advance)
+        sums = np.zeros((len(rows), flips, *self.result_shape))
+        np.add.at(sums, (image, flip), values)
+        return sums / counts.reshape(-1, *(1,) * (sums.ndim - 1))
+
+    def examples(
+        self,
+        weights: Any,
+        data: EncodedDataset,
+        row: np.ndarray,
+        flip: np.ndarray,
+        caption: np.ndarray,
+        advance: Callable[[int], Any] | None = None,
+    ) -> np.ndarray:
+        """Results of n examples (image at position `row`, flip, caption), each (n,) -> (n, *result_shape) float64.
+
+        Other arguments as in a call, which averages these over an image's captions.
+        """
+        values = np.empty((len(row), *self.result_shape), np.float64)
         pending: collections.deque[tuple[np.ndarray, jax.Array]] = collections.deque()
 
         def collect():
@@ -119,14 +137,13 @@ class ExampleProgram:
         # Tiles are read and placed while earlier ones are computed; results are fetched late.
         size = self.tile * self.mesh.size
         share = host_share(self.mesh, size)
-        for members, mask in zip(*padded_tiles(len(image), size)):
+        for members, mask in zip(*padded_tiles(len(row), size)):
             mine = members[share]
-            row = rows[image[mine]]
-            latents, text = data.inputs(row, flip[mine], caption[mine])
+            latents, text = data.inputs(row[mine], flip[mine], caption[mine])
             batch = Batch(
                 latents=latents,
                 text=text,
-                row_id=data.row_ids[row],
+                row_id=data.row_ids[row[mine]],
                 flip=flip[mine].astype(np.int32),
                 caption=caption[mine].astype(np.int32),
                 mask=mask[share].astype(np.float32),
@@ -140,9 +157,7 @@ class ExampleProgram:
                 collect()
         while pending:
             collect()
-        sums = np.zeros((len(rows), flips, *self.result_shape))
-        np.add.at(sums, (image, flip), values)
-        return sums / counts.reshape(-1, *(1,) * (sums.ndim - 1))
+        return values
 
 
 @functools.lru_cache(maxsize=8)

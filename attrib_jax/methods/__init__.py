@@ -3,6 +3,7 @@
 A new method is a file with a config, `prepare` and `score`, and one entry in `METHODS`.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from attrib_jax.core.checks import check_choice, check_range
@@ -11,7 +12,7 @@ from attrib_jax.core.weights import count_weights
 from attrib_jax.diffusion.schedule import strided_timesteps
 from attrib_jax.jobs.context import Run
 from attrib_jax.jobs.settings import LossSettings, PassSettings, WeightSettings
-from attrib_jax.methods import features, influence, pixel, projected, random, unlearn
+from attrib_jax.methods import ensemble, features, influence, latents, pixel, projected, random, residual, unlearn
 from attrib_jax.methods.base import Method, MethodConfig, QueryJob, Scored
 
 # Bytes of moved weights that lie on a device in one pass, where the number of queries is not given.
@@ -30,6 +31,24 @@ METHODS: dict[str, Method] = {
     "journey-trak": Method(*_PROJECTED, "TRAK with the query's loss at one timestep", check=projected.check),
     "d-trak": Method(*_PROJECTED, "D-TRAK: gradients of the prediction's mean square", check=projected.check),
     "das": Method(*_PROJECTED, "DAS: gradients of the prediction's mean", check=projected.check),
+    "residual": Method(
+        residual.ResidualConfig,
+        residual.prepare,
+        residual.score,
+        "products of residuals and of captions",
+        check=residual.check,
+        **_BY_IMAGES,
+    ),
+    "latent-gaussian": Method(
+        latents.LatentGaussianConfig, latents.prepare_gaussian, latents.score_gaussian, "a Gaussian kernel of latents"
+    ),
+    "caption-centred": Method(
+        latents.CaptionCentredConfig,
+        latents.prepare_centred,
+        latents.score_centred,
+        "products of latents, less the mean of the query's caption",
+        **_BY_IMAGES,
+    ),
     "pixel": Method(pixel.PixelConfig, pixel.prepare, pixel.score, "similarity of pixels", **_BY_IMAGES),
     "clip": Method(features.FeatureConfig, *_FEATURES, "similarity of CLIP image features", **_BY_IMAGES),
     "clip-text": Method(features.TextFeatureConfig, *_FEATURES, "similarity of CLIP text features", **_BY_IMAGES),
@@ -43,23 +62,54 @@ METHODS: dict[str, Method] = {
     ),
     "random": Method(random.RandomConfig, random.prepare, random.score, "uniform scores, the floor"),
 }
+METHODS[ensemble.NAME] = ensemble.method(METHODS)
 
 
-def method_readers() -> dict[str, type[MethodConfig]]:
-    """The config class of every method by "method 'NAME'"."""
-    return {f"method {name!r}": method.config for name, method in METHODS.items()}
+def ensemble_parts(method: str, ensemble_methods: Sequence[str] = ()) -> tuple[str, ...]:
+    """The methods of an ensemble, none for another method; ValueError for a name that is not known."""
+    check_choice("method", method, METHODS)
+    return ensemble.check_methods(ensemble_methods, METHODS) if method == ensemble.NAME else ()
+
+
+def method_readers(method: str, ensemble_methods: Sequence[str] = ()) -> dict[str, tuple[type[MethodConfig], ...]]:
+    """The config classes whose settings each method reads, by "method 'NAME'", where `method` is the chosen one.
+
+    An ensemble reads those of its methods too.
+    """
+    parts = tuple(METHODS[name].config for name in ensemble_parts(method, ensemble_methods))
+    readers = {f"method {name!r}": (entry.config,) for name, entry in METHODS.items()}
+    return readers | {f"method {method!r}": (METHODS[method].config, *parts)}
+
+
+def settings_of(method: str, ensemble_methods: Sequence[str] = ()) -> set[str]:
+    """Names of the settings that a method reads; of an ensemble those of its methods too."""
+    configs = method_readers(method, ensemble_methods)[f"method {method!r}"]
+    return {name for config in configs for name in declared(config)}
 
 
 def method_config(method: str = "unlearn", **settings: Any) -> MethodConfig:
-    """The config of a method; ValueError for a name that is not known, or a setting that the method does not read."""
-    check_choice("method", method, METHODS)
-    readers = {owner: declared(config) for owner, config in method_readers().items()}
-    refuse_unread(settings, f"method {method!r}", readers)
-    return METHODS[method].config(method=method, **settings)
+    """The config of a method; ValueError for a name that is not known, or a setting that the method does not read.
+
+    Each method of an ensemble gets those of the settings that it reads.
+    """
+    names = settings.get("ensemble_methods", ())
+    readers = method_readers(method, names)
+    read = {owner: {name for each in configs for name in declared(each)} for owner, configs in readers.items()}
+    refuse_unread(settings, f"method {method!r}", read)
+
+    def build(name: str, **parts: Any) -> MethodConfig:
+        config = METHODS[name].config
+        own = {field: value for field, value in settings.items() if field in declared(config)}
+        return config(method=name, **own, **parts)
+
+    parts = tuple(build(name) for name in ensemble_parts(method, names))
+    return build(method, **({"parts": parts} if parts else {}))
 
 
 def check_method(run: Run, config: MethodConfig) -> None:
     """Raises ValueError where a config does not fit the model's schedule or the method's own demands."""
+    for part in config.parts:
+        check_method(run, part)
     steps = run.pipeline.schedule.num_train_timesteps
     if isinstance(config, LossSettings):
         strided_timesteps(config.stride, steps)
@@ -78,6 +128,8 @@ def method_inputs(run: Run, config: MethodConfig) -> dict[str, str]:
 
 def queries_per_pass(run: Run, config: MethodConfig) -> int:
     """How many queries to score in one pass over the data set: as asked, or as the weights that move fit in memory."""
+    if config.parts:
+        return min(queries_per_pass(run, part) for part in config.parts)
     given = getattr(config, "queries_per_pass", 0)
     if given or not isinstance(config, WeightSettings):
         return given or _MAX_QUERIES
@@ -93,8 +145,10 @@ __all__ = [
     "QueryJob",
     "Scored",
     "check_method",
+    "ensemble_parts",
     "method_config",
     "method_inputs",
     "method_readers",
     "queries_per_pass",
+    "settings_of",
 ]

@@ -17,6 +17,11 @@ class MethodConfig(Settings):
 
     method: str = setting("unlearn", "Attribution method.")
 
+    @property
+    def parts(self) -> tuple["MethodConfig", ...]:
+        """Configs of the methods that this one is made of; none for most."""
+        return ()
+
 
 class QueryJob(NamedTuple):
     """A query that a method scores.

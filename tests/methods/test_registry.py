@@ -26,6 +26,7 @@ NEEDED = {
     "dinov2": ["tower"],
     "clip-abc": ["tower", "feature_head"],
     "dino-abc": ["tower", "feature_head"],
+    "ensemble": ["ensemble_methods"],
 }
 
 
@@ -36,9 +37,12 @@ def make(tmp_path):
         (tmp_path / name).write_text("{}")
 
     def config(method, **settings):
-        places = {"tower": tmp_path, "feature_head": tmp_path / "config.json"}
-        files = {name: str(places[name]) for name in NEEDED.get(method, [])}
-        return method_config(method, **files, **settings)
+        places = {
+            "tower": str(tmp_path),
+            "feature_head": str(tmp_path / "config.json"),
+            "ensemble_methods": ("pixel", "random"),
+        }
+        return method_config(method, **{name: places[name] for name in NEEDED.get(method, [])}, **settings)
 
     return config
 
@@ -48,7 +52,7 @@ def test_settings_are_documented_in_full_phrases(name):
     method = METHODS[name]
     assert len(method.summary.split()) >= 2
     fields = declared(method.config)
-    assert fields.keys() == {field.name for field in dataclasses.fields(method.config)}
+    assert fields.keys() == {field.name for field in dataclasses.fields(method.config)} - {"parts"}
     for field in fields.values():
         text = field.setting.help
         assert re.fullmatch(r"[A-Z].*\.", text) and len(text.split()) >= 2, (field.name, text)
@@ -75,9 +79,10 @@ def test_every_choice_is_taken_and_no_other(name, make):
     for field in declared(METHODS[name].config).values():
         if field.setting.choices is not None and field.name != "method":
             for choice in field.setting.choices:
-                assert getattr(make(name, **{field.name: choice}), field.name) == choice
+                value = (choice,) if field.many else choice
+                assert getattr(make(name, **{field.name: value}), field.name) == value
             with pytest.raises(ValueError, match=f"{field.name} '{choice}x': did you mean '{choice}'"):
-                make(name, **{field.name: f"{choice}x"})
+                make(name, **{field.name: (f"{choice}x",) if field.many else f"{choice}x"})
 
 
 @pytest.mark.parametrize(
