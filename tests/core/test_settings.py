@@ -35,7 +35,7 @@ class Other(Base):
     warmth: float = setting(1.0, "Warmth of it.")
 
 
-READERS = {"method 'one'": Config, "method 'two'": Other}
+READERS = {"method 'one'": declared(Config), "method 'two'": declared(Other)}
 
 
 @pytest.mark.parametrize(
@@ -130,3 +130,15 @@ def test_settings_of_other_configs_are_refused_naming_their_owners():
     ):
         with pytest.raises(ValueError, match=f"{name} is 7, but {chosen}.*{owners}"):
             refuse_unread({name: 7}, chosen, READERS)
+
+
+def test_a_setting_may_depend_on_one_of_several_values():
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Several(Settings):
+        kinds: tuple[str, ...] = setting(("plain",), "Kinds.", choices=("plain", "warm"))
+        heat: float = setting(0.5, "Heat.", only_if=("kinds", "warm"))
+
+    assert Several(kinds=("plain", "warm"), heat=2.0).describe() == {"kinds": ["plain", "warm"], "heat": 2.0}
+    assert "heat" not in Several().describe()
+    with pytest.raises(ValueError, match="heat is 2.0, but kinds is .'plain',.*belongs to kinds='warm'"):
+        Several(heat=2.0)
