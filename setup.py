@@ -1,5 +1,7 @@
 """Packaging of attrib_jax: the library, the commands under `launch` with their configs, and what each needs."""
 
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 DEMO = [
@@ -15,7 +17,15 @@ setup(
     name="attrib_jax",
     version="0.1.0",
     description="Data attribution for text-to-image models by unlearning, in JAX",
+    long_description=Path("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
     license="Apache-2.0",
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
     python_requires=">=3.11",
     packages=[*find_packages(include=["attrib_jax*", "launch*"]), "launch.configs", "launch.configs.evaluation"],
     # configs/ stands where people look for it; in a wheel it lies beside the commands, which find it there.

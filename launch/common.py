@@ -260,7 +260,7 @@ def _prepare_jax() -> None:
     absl_logging.set_verbosity(absl_logging.WARNING)
     absl_logging.get_absl_handler().setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
     # A CPU split into one device a core runs each core's tiles as a program of its own: measured 1.1 to 1.3 times as
-    # fast as one device whose threads share every operation ("Speed" in BUILD_NOTES.md).
+    # fast as one device whose threads share every operation (docs/PERFORMANCE.md).
     jax.config.update("jax_num_cpu_devices", DEVICES.value or _cpu_count())
     # Only its tokenizers are used: that PyTorch is missing is no news.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")

@@ -13,7 +13,7 @@ def restart_with_huge_pages() -> None:
     """Replaces a command's process by one that uses huge pages, where the system gives them on request.
 
     A compiled program on a CPU allocates its working memory anew at every call, and mapping it in pages of 4 KiB costs
-    up to a third of the time ("Speed" in BUILD_NOTES.md). Call it from `main` before any work. Returns where there is
+    up to a third of the time (docs/PERFORMANCE.md). Call it from `main` before any work. Returns where there is
     nothing to gain: in such a process already, with a GLIBC_TUNABLES of the user's, on other systems, and in programs
     that are not run as `python -m launch.NAME` or `python -m benchmarks.NAME`.
     """
