@@ -4,6 +4,7 @@ context -> queries -> method -> outputs. What a method does is in `attrib_jax/me
 """
 
 import contextlib
+import functools
 import os
 import tempfile
 import time
@@ -106,10 +107,10 @@ def attribute_queries(
                 query_mask(each, part)
     shared = config.describe()
     settings = [{"query": query_settings(query), **shared} for query in queries]
-    names = [name or query_name(query, own) for name, query, own in zip(names, queries, settings)]
-    repeated = sorted({name for name in names if names.count(name) > 1})
+    folders = [name or query_name(query, own) for name, query, own in zip(names, queries, settings)]
+    repeated = sorted({name for name in folders if folders.count(name) > 1})
     if repeated:
-        places = [place for place, name in enumerate(names, start=1) if name == repeated[0]]
+        places = [place for place, name in enumerate(folders, start=1) if name == repeated[0]]
         raise ValueError(
             f"queries number {', '.join(map(str, places))} have one name, {repeated[0]!r}; expected a name for each. "
             "Name them, or leave out the repeated ones."
@@ -119,7 +120,7 @@ def attribute_queries(
         # A folder for each query, which holds what is stored of it so far.
         inputs = method_inputs(run, config)
         jobs, stages, results = [], {}, {}
-        for name, own, each in zip(names, settings, prepared):
+        for name, own, each in zip(folders, settings, prepared):
             remedy = f"Give another --query_name than {name!r}, or delete {run.root.workdir / 'attribution' / name}."
             stages[name] = stack.enter_context(run.root.stage(f"attribution/{name}", own, inputs, remedy))
             jobs.append(QueryJob(name, own, each, stages[name].path))
@@ -142,7 +143,7 @@ def attribute_queries(
         for first in range(0, len(pending), size):
             group = pending[first : first + size]
             for job, scored in zip(group, METHODS[config.method].score(run, group, config)):
-                run_on_host0(lambda job=job, scored=scored: write_result(job.folder / "scores.npz", *scored))
+                run_on_host0(functools.partial(write_result, job.folder / "scores.npz", *scored))
                 stages[job.name].finish()
                 finish(job, scored)
     return [results[job.name] for job in jobs]

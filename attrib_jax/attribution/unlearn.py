@@ -52,8 +52,8 @@ class Unlearned(NamedTuple):
     """
 
     selected: Any
-    query_loss: jax.Array
-    update_norm: jax.Array
+    query_loss: Any
+    update_norm: Any
 
 
 class NewtonState(NamedTuple):

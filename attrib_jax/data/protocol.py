@@ -47,11 +47,20 @@ class Dataset(Protocol):
       credit_url: address of the licence, or None.
     """
 
-    name: str
-    row_ids: np.ndarray
-    groups: np.ndarray | None
-    credit: str | None
-    credit_url: str | None
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def row_ids(self) -> np.ndarray: ...
+
+    @property
+    def groups(self) -> np.ndarray | None: ...
+
+    @property
+    def credit(self) -> str | None: ...
+
+    @property
+    def credit_url(self) -> str | None: ...
 
     def __len__(self) -> int: ...
 

@@ -108,7 +108,8 @@ def _fill(store, chunks, done, run, shared, read, tile, description, unit, worke
     total = done + sum(store.rows(chunk).stop - store.rows(chunk).start for chunk in chunks)
     with contextlib.closing(iter(batches)) as reader, progress(total, description, unit, initial=done) as bar:
         for chunk in chunks:
-            rows, results, reasons = store.rows(chunk), [], {}
+            rows, results = store.rows(chunk), []
+            reasons: dict[int, str] = {}
             size = rows.stop - rows.start
             for number in range(counts[chunk]):
                 batch, unreadable = next(reader)

@@ -268,6 +268,8 @@ def base_losses(
     if rows is not None:
         finished = any(run.root.is_finished(*_base_stage(run, stored)) for stored in (config, both))
         if not finished and passes * len(rows) < len(run.data):
+            if path is None:
+                raise ValueError("path is None: expected a folder for the losses of some rows")
             with run.timed("base losses"):
                 return _losses_of_model(run, path, config, rows)
         return base_losses(run, config)[rows]

@@ -22,7 +22,7 @@ _MAX_QUERIES = 1024
 
 _PROJECTED = (projected.ProjectedConfig, projected.prepare, projected.score)
 _FEATURES = (features.prepare, features.score)
-_BY_IMAGES = {"inputs": features.dataset_fingerprints}
+_BY_IMAGES = features.dataset_fingerprints
 
 METHODS: dict[str, Method] = {
     "unlearn": Method(unlearn.UnlearnConfig, unlearn.prepare, unlearn.score, "attribution by unlearning"),
@@ -37,7 +37,7 @@ METHODS: dict[str, Method] = {
         residual.score,
         "products of residuals and of captions",
         check=residual.check,
-        **_BY_IMAGES,
+        inputs=_BY_IMAGES,
     ),
     "latent-gaussian": Method(
         latents.LatentGaussianConfig, latents.prepare_gaussian, latents.score_gaussian, "a Gaussian kernel of latents"
@@ -47,18 +47,24 @@ METHODS: dict[str, Method] = {
         latents.prepare_centred,
         latents.score_centred,
         "products of latents, less the mean of the query's caption",
-        **_BY_IMAGES,
+        inputs=_BY_IMAGES,
     ),
-    "pixel": Method(pixel.PixelConfig, pixel.prepare, pixel.score, "similarity of pixels", **_BY_IMAGES),
-    "clip": Method(features.FeatureConfig, *_FEATURES, "similarity of CLIP image features", **_BY_IMAGES),
-    "clip-text": Method(features.TextFeatureConfig, *_FEATURES, "similarity of CLIP text features", **_BY_IMAGES),
-    "dino": Method(features.FeatureConfig, *_FEATURES, "similarity of DINO features", **_BY_IMAGES),
-    "dinov2": Method(features.FeatureConfig, *_FEATURES, "similarity of DINOv2 features", **_BY_IMAGES),
+    "pixel": Method(pixel.PixelConfig, pixel.prepare, pixel.score, "similarity of pixels", inputs=_BY_IMAGES),
+    "clip": Method(features.FeatureConfig, *_FEATURES, "similarity of CLIP image features", inputs=_BY_IMAGES),
+    "clip-text": Method(features.TextFeatureConfig, *_FEATURES, "similarity of CLIP text features", inputs=_BY_IMAGES),
+    "dino": Method(features.FeatureConfig, *_FEATURES, "similarity of DINO features", inputs=_BY_IMAGES),
+    "dinov2": Method(features.FeatureConfig, *_FEATURES, "similarity of DINOv2 features", inputs=_BY_IMAGES),
     "clip-abc": Method(
-        features.MappedFeatureConfig, *_FEATURES, "similarity of CLIP features under a linear mapping", **_BY_IMAGES
+        features.MappedFeatureConfig,
+        *_FEATURES,
+        "similarity of CLIP features under a linear mapping",
+        inputs=_BY_IMAGES,
     ),
     "dino-abc": Method(
-        features.MappedFeatureConfig, *_FEATURES, "similarity of DINO features under a linear mapping", **_BY_IMAGES
+        features.MappedFeatureConfig,
+        *_FEATURES,
+        "similarity of DINO features under a linear mapping",
+        inputs=_BY_IMAGES,
     ),
     "random": Method(random.RandomConfig, random.prepare, random.score, "uniform scores, the floor"),
 }

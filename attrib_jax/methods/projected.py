@@ -176,7 +176,7 @@ def scores_by_regularisation(
     held-out queries at the cost of one.
     """
     members = prepare(run, config)
-    values = sum(_member_values(run, member, queries, config, regularisations) for member in members)
+    values = np.sum([_member_values(run, member, queries, config, regularisations) for member in members], axis=0)
     row_ids = run.data.row_ids
     return [[make_scores(row_ids, each / len(members), None, config.flips) for each in at_one] for at_one in values]
 

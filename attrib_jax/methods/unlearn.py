@@ -158,8 +158,8 @@ def unlearn_query(
     if stored is not None:
         # What a run that was killed between writing its result and this left.
         run_on_host0(store.remove)
-        losses = tuple(stored.pop("query_loss").tolist())
-        return unflatten_names(stored), losses
+        stored_losses = stored.pop("query_loss").tolist()
+        return unflatten_names(stored), tuple(stored_losses)
 
     selected, rest = run.select(config.weights)
     origin = selected if config.keep_ewc_gradient else None
@@ -172,12 +172,16 @@ def unlearn_query(
     state = _read_state(store, selected, config.steps)
     selected, losses, norms = state.selected, list(state.query_loss), list(state.update_norm)
     draws = config.query_draws
+
+    def shown(step: int, done: int) -> None:
+        bar.update(step * draws + done - bar.n)
+
     next_write = time.monotonic() + _SECONDS_BETWEEN_STATES
     with progress(config.steps * draws, "unlearn the query", "draw", initial=len(losses) * draws) as bar:
         for step in range(len(losses), config.steps):
             # The gradient of the query's loss at the current weights, from fresh draws.
             step_key = jax.random.fold_in(key, step)
-            total = sum_draws(selected, step_key, lambda done, step=step: bar.update(step * draws + done - bar.n))
+            total = sum_draws(selected, step_key, functools.partial(shown, step))
             # The step: checked on the host, where values can be seen.
             try:
                 if curvature is not None:
