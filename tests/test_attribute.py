@@ -307,7 +307,7 @@ def test_a_pass_that_another_kind_of_device_began_is_computed_anew(finished, pip
         interrupt_writes(patch, every=3)
         attribute_queries(attributor, [QUERY], CONFIG, "one")[0]
     store = ChunkStore(tmp_path / "attribution" / "one", {"loss": ((2,), np.float64)}, len(dataset), 16, name="losses")
-    assert list(store.missing()) == [2]
+    assert store.pending_chunks() == [2]
     for index in (0, 1):
         store.write(index, {"loss": store.read(index)["loss"] * (1 + 1e-4)})
     np.testing.assert_array_equal(

@@ -116,9 +116,9 @@ class StoredLatents(LatentsDataset):
         (stage,) = (stage for stage in self._stages if stage.name == name)
         shape, dtype = header[name]
         store = ChunkStore(stage.path, {name: (tuple(shape), dtype)}, count, count, name=name)
-        if store.absent():
+        if absent := store.pending_chunks(checked_bytes=0):
             raise StorageError(
-                f"{store.path} lacks {len(store.absent())} chunks; start the command that fills it again"
+                f"{store.path} lacks {len(absent)} chunks; start the command that fills it again"
             )
         return store.array(name)
 

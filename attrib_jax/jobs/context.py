@@ -1,7 +1,6 @@
 """The run: a model, its training set and a workdir, which every method works with."""
 
 import contextlib
-import hashlib
 import json
 import time
 from collections.abc import Iterator
@@ -10,7 +9,7 @@ from typing import Any
 from attrib_jax.convert.pipeline import Pipeline
 from attrib_jax.convert.tokenizer import tokenizer_parts
 from attrib_jax.core.checks import check_finite
-from attrib_jax.core.fingerprint import params_fingerprint
+from attrib_jax.core.fingerprint import digest, params_fingerprint
 from attrib_jax.core.weights import Params, select_weights
 from attrib_jax.data.sources import Dataset
 from attrib_jax.jobs.encode import EncodeConfig, encode, stage_names
@@ -83,5 +82,4 @@ def model_fingerprint(pipeline: Pipeline) -> str:
         "max_tokens": pipeline.tokenizer.model_max_length,
         **tokenizer_parts(pipeline.tokenizer),
     }
-    text = params_fingerprint(pipeline.params) + json.dumps(configs, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return digest([params_fingerprint(pipeline.params), json.dumps(configs, sort_keys=True)])

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
+from attrib_jax.core.compensated import CompensatedSum
 from attrib_jax.core.keys import purpose_key
 from attrib_jax.curvature.diagonal import Diagonal
 from attrib_jax.curvature.ekfac import EKFAC
@@ -34,7 +35,7 @@ from attrib_jax.models.prepared import transform_kernels
 from attrib_jax.models.projected_text import text_columns
 from attrib_jax.parallel.hosts import run_on_host0
 from attrib_jax.parallel.mesh import data_mesh, replicate
-from attrib_jax.parallel.sums import DeviceSums, Pair
+from attrib_jax.parallel.sums import DeviceSums
 from attrib_jax.storage.files import DamagedFileError, write_arrays
 from attrib_jax.storage.state import StateStore
 
@@ -108,7 +109,7 @@ def _program(predict: Predict, mesh: Mesh, microbatch: int) -> DeviceSums:
     return DeviceSums(mesh, functools.partial(_tile_sum, predict, microbatch))
 
 
-def _tile_sum(predict: Predict, microbatch: int, shared: Any, batch: Sample) -> Pair:
+def _tile_sum(predict: Predict, microbatch: int, shared: Any, batch: Sample) -> CompensatedSum:
     """The sum over one device's tile."""
     selected, rest, schedule, key = shared
     gradients = sample_gradients(predict, schedule, key)

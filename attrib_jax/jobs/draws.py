@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from attrib_jax.core.compensated import CompensatedSum
 from attrib_jax.core.weights import count_weights, merge_weights
 from attrib_jax.curvature.fisher import FisherSum
 from attrib_jax.diffusion.losses import Predict, batch_losses, denoising_losses
@@ -21,7 +22,7 @@ from attrib_jax.ops.micro_batching import even_group_size, gradient_pixels, num_
 from attrib_jax.parallel.hosts import is_host0, run_on_host0
 from attrib_jax.parallel.mesh import host_share, shard_batch
 from attrib_jax.parallel.progress import progress
-from attrib_jax.parallel.sums import DeviceSums, Pair
+from attrib_jax.parallel.sums import DeviceSums
 from attrib_jax.storage.state import StateStore
 
 # Samples that one call of the program takes on each device. A core runs them in groups that follow each other
@@ -119,7 +120,7 @@ def sum_over_draws(
     draws: FisherDraws,
     data: EncodedDataset,
     description: str,
-) -> tuple[Pair, StateStore]:
+) -> tuple[CompensatedSum, StateStore]:
     """Sums `program` over all draws, resuming from the state in `path/name`.
 
     Every device keeps the compensated sum of its tiles; at a checkpoint these are added in device order. So kills
@@ -173,7 +174,7 @@ class _Total:
 
     def __init__(self, path: Path, name: str, like: Any):
         zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), like)
-        self.sum = Pair(zeros, zeros)
+        self.sum = CompensatedSum(zeros, zeros)
         self.state = StateStore(path, name)
 
     def read(self) -> int:
@@ -184,7 +185,7 @@ class _Total:
         self.sum, samples = stored
         return samples
 
-    def add(self, part: Pair) -> None:
+    def add(self, part: CompensatedSum) -> None:
         """Adds what all devices have summed since the last checkpoint."""
         if is_host0():
             self.sum = jax.tree.map(np.asarray, _add(self.sum, part))
@@ -195,7 +196,7 @@ class _Total:
 
 
 @jax.jit
-def _add(total: Pair, part: Pair) -> Pair:
+def _add(total: CompensatedSum, part: CompensatedSum) -> CompensatedSum:
     return total + part
 
 
@@ -226,12 +227,12 @@ def sums_like(selected: Any) -> Any:
     return jax.tree.map(lambda leaf: np.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32)), selected)
 
 
-def as_pair(part: FisherSum) -> Pair:
+def as_pair(part: FisherSum) -> CompensatedSum:
     """A sum of squares and its count as devices add them."""
-    return Pair((part.sum, part.count), (part.compensation, jnp.zeros_like(part.count)))
+    return CompensatedSum((part.sum, part.count), (part.compensation, jnp.zeros_like(part.count)))
 
 
-def as_fisher_sum(pair: Pair) -> FisherSum:
+def as_fisher_sum(pair: CompensatedSum) -> FisherSum:
     """The inverse of `as_pair`."""
     (total, count), (compensation, _) = pair
     return FisherSum(total, count, compensation)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from attrib_jax.core.compensated import CompensatedSum
 from attrib_jax.core.keys import purpose_key
 from attrib_jax.core.weights import flatten_names
 from attrib_jax.curvature.diagonal import Diagonal
@@ -46,7 +47,7 @@ from attrib_jax.models.prepared import transform_kernels
 from attrib_jax.ops.micro_batching import even_group_size, gradient_pixels, num_pixels, sum_groups
 from attrib_jax.parallel.hosts import run_on_host0
 from attrib_jax.parallel.mesh import data_mesh, replicate
-from attrib_jax.parallel.sums import DeviceSums, Pair
+from attrib_jax.parallel.sums import DeviceSums
 from attrib_jax.storage.files import read_arrays, stored_arrays, write_arrays
 from attrib_jax.storage.state import StateStore
 
@@ -151,7 +152,7 @@ def _factor_program(predict: Predict, layers: tuple[LinearLayer, ...], mesh: Mes
         factors = sum_groups(
             lambda samples: factor_sums(loss_fn, layers, selected, rest, samples, samples.mask), batch, size
         )
-        return Pair(factors, jax.tree.map(jnp.zeros_like, factors))
+        return CompensatedSum.of(factors)
 
     return DeviceSums(mesh, tile_sum)
 

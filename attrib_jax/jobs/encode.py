@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import hashlib
 import json
 import logging
 import os
@@ -16,7 +15,7 @@ import numpy as np
 
 from attrib_jax.convert.pipeline import Pipeline, encode_text, latent_size, tokenize
 from attrib_jax.convert.tokenizer import tokenizer_fingerprint
-from attrib_jax.core.fingerprint import params_fingerprint
+from attrib_jax.core.fingerprint import digest, params_fingerprint
 from attrib_jax.core.keys import purpose_key
 from attrib_jax.core.settings import Settings, setting
 from attrib_jax.core.weights import flatten_names
@@ -234,7 +233,7 @@ def encoder_fingerprints(pipeline: Pipeline, vocab_size: int) -> dict[str, Any]:
 
 
 def _digest(params: Any, config: dict[str, Any]) -> str:
-    return hashlib.sha256((params_fingerprint(params) + json.dumps(config, sort_keys=True)).encode()).hexdigest()
+    return digest([params_fingerprint(params), json.dumps(config, sort_keys=True)])
 
 
 def encode_images(

@@ -17,7 +17,7 @@ from absl import flags
 from jax.sharding import Mesh
 
 from attrib_jax.core.checks import nonfinite_rows
-from attrib_jax.parallel.hosts import host0_first, host_index, independent_hosts, num_hosts, run_on_host0
+from attrib_jax.parallel.hosts import host0_first, host_index, independent_hosts, num_hosts
 from attrib_jax.parallel.mesh import data_mesh, padded_tiles, replicate, shard_batch, tile_map
 from attrib_jax.parallel.progress import progress
 from attrib_jax.storage.chunks import ChunkStore
@@ -25,8 +25,6 @@ from attrib_jax.storage.joined import JoinedArray
 
 _MAX_ROWS_PER_CHUNK = 1024
 _CHUNK_BYTES = 2**26
-# Stores up to this size are checked whole whenever they are opened; chunks of larger ones when they are first used.
-_CHECKED_BYTES = 2**31
 
 
 def make_store(path: str | os.PathLike, field: str, shape: tuple[int, ...], dtype: str, num_rows: int) -> ChunkStore:
@@ -70,9 +68,8 @@ def encode_to_store(
     Raises:
       ValueError: values of a row are NaN or infinite in the store's dtype.
     """
-    ((field, (shape, dtype)),) = store.fields.items()
-    small = store.num_rows * int(np.prod(shape)) * dtype.itemsize <= _CHECKED_BYTES
-    missing = run_on_host0(lambda: list(store.missing()) if small else store.absent())
+    (field,) = store.fields
+    missing = store.pending_chunks()
     mine = missing[host_index() :: num_hosts()]
     with independent_hosts():
         if mine:

@@ -314,7 +314,7 @@ def pending_chunks(store: ChunkStore, rows: np.ndarray, losses: Callable[[np.nda
       store: results of `rows` (N,), positions in the data set.
       losses: `(positions) -> (len, flips)` on this device; None for values that are not subtracted from others.
     """
-    missing = run_on_host0(lambda: list(store.missing()))
+    missing = store.pending_chunks()
     if losses is None or len(missing) == store.num_chunks:
         return missing
     stored = next(index for index in range(store.num_chunks) if index not in missing)

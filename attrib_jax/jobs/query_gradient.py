@@ -10,12 +10,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from attrib_jax.attribution.unlearn import DRAWS_PER_TILE, QueryGradient, by_selected, tile_gradient, zero_gradient
+from attrib_jax.core.compensated import CompensatedSum
 from attrib_jax.diffusion.losses import Predict
 from attrib_jax.diffusion.schedule import NoiseSchedule
 from attrib_jax.models.predictor import as_predictor
 from attrib_jax.models.prepared import transform_kernels
 from attrib_jax.parallel.mesh import data_mesh, host_share, replicate, shard_batch
-from attrib_jax.parallel.sums import DeviceSums, Pair
+from attrib_jax.parallel.sums import DeviceSums
 
 
 class GradientProgram:
@@ -67,9 +68,9 @@ def _exactly(fn: Callable[..., Any]) -> Callable[..., Any]:
     return jax.jit(jax.default_matmul_precision("highest")(fn))
 
 
-def _tile_gradient(predict: Predict, shared: Any, tile: jax.Array) -> Pair:
+def _tile_gradient(predict: Predict, shared: Any, tile: jax.Array) -> CompensatedSum:
     """The sums of tile number `tile` (1,); draws beyond the last count zero."""
     (rest, schedule, latents, text, mask), (weights, key, draws) = shared
     indices = tile[0] * DRAWS_PER_TILE + jnp.arange(DRAWS_PER_TILE, dtype=jnp.int32)
     sums = tile_gradient(predict, schedule, weights, rest, latents, text, key, mask, indices, draws)
-    return Pair(sums, jax.tree.map(jnp.zeros_like, sums))
+    return CompensatedSum.of(sums)

@@ -68,8 +68,6 @@ _PIXELS_AT_ONCE = 4 * GRADIENT_PIXELS
 _GRADIENT_BYTES = 2**30
 _MAX_ROWS_PER_CHUNK = 256
 _CHUNK_BYTES = 2**26
-# Stores up to this size are checked whole whenever they are opened; chunks of larger ones when they are first used.
-_CHECKED_BYTES = 2**31
 
 
 def unet_folder(path: str | os.PathLike) -> Path:
@@ -288,8 +286,7 @@ def dataset_features(
         fields["residual"] = ((flips,), np.float32)
     rows_per_chunk = max(1, min(_MAX_ROWS_PER_CHUNK, _CHUNK_BYTES // (4 * flips * dim)))
     store = host0_first(lambda: ChunkStore(path, fields, len(data), rows_per_chunk, name="features"))
-    small = 4 * len(data) * flips * dim <= _CHECKED_BYTES
-    missing = run_on_host0(lambda: list(store.missing()) if small else store.absent())
+    missing = store.pending_chunks()
     counts = num_captions(data, np.arange(len(data)), program.config) * flips * program.num_timesteps
     left = sum(int(counts[store.rows(index)].sum()) for index in missing)
     weights = program.place(weights) if missing else None

@@ -16,7 +16,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from attrib_jax.core.compensated import CompensatedSum
 
 _DATA = PartitionSpec("data")
-Pair = CompensatedSum  # until the jobs import it from core
 
 
 class DeviceSums:

@@ -1,15 +1,21 @@
-"""Per-row results in checksummed chunks: what is written stays written, and a resumed run computes only the rest."""
+"""Per-row results in checksummed chunks: what is written stays written, and a resumed run computes only the rest.
+
+Kept by hand: zarr and array_record, which store arrays in chunks, neither check a chunk's content nor tell a chunk that
+is missing from one that holds the fill value.
+"""
 
 import functools
 import json
 import logging
+import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from attrib_jax.parallel.hosts import run_on_host0
 from attrib_jax.storage.files import (
     DamagedFileError,
     StorageError,
@@ -25,8 +31,6 @@ from attrib_jax.storage.joined import JoinedArray
 _log = logging.getLogger(__name__)
 
 _LAYOUT = "layout.json"
-# Each map holds an open file.
-_MAPPED_CHUNKS = 128
 
 
 class ChunkStore:
@@ -49,14 +53,14 @@ class ChunkStore:
         Args:
           stage_path: folder of the stage.
           fields: name -> (shape of one row, dtype); every dtype that numpy knows by itself.
-          num_rows: rows in all, at least 1.
-          rows_per_chunk: at least 1; the last chunk may be shorter. It changes no result: a store that exists keeps
-            the value that it was created with, so take row ranges from `rows`.
+          num_rows: number of rows, at least 1.
+          rows_per_chunk: rows of a chunk, at least 1; the last chunk may be shorter. It changes no result: a store that
+            exists keeps the value that it was created with, so take row ranges from `rows`.
           name: folder in the stage, for stages with several stores.
 
         Raises:
           ValueError: a number is below 1.
-          StorageError: the stored fields or number of rows are others, naming both, or the folder cannot be used.
+          StorageError: the store was made with other fields or another number of rows, or the folder cannot be used.
         """
         for argument, value in (("num_rows", num_rows), ("rows_per_chunk", rows_per_chunk)):
             if value < 1:
@@ -78,24 +82,33 @@ class ChunkStore:
         start = index * self.rows_per_chunk
         return slice(start, min(start + self.rows_per_chunk, self.num_rows))
 
-    def missing(self, indices: Iterable[int] | None = None) -> Iterator[int]:
-        """Yields the chunks among `indices` (default: all, in order) that are absent or damaged.
+    def pending_chunks(self, checked_bytes: int = 2**31) -> list[int]:
+        """The chunks that are still to be computed, rising; host 0 looks for all hosts.
 
-        Each file is read and checked when its turn comes.
+        In a store of up to `checked_bytes` they are the absent and the damaged ones, each file being read and checked.
+        In a larger one they are the absent ones, so that terabytes can be opened at once; `array` then checks a chunk
+        when it first uses it.
         """
-        for index in range(self.num_chunks) if indices is None else indices:
+        row_bytes = sum(dtype.itemsize * math.prod(shape) for shape, dtype in self.fields.values())
+        check = self.num_rows * row_bytes <= checked_bytes
+
+        def is_pending(index: int) -> bool:
+            if not self._file(index).exists():
+                return True
             try:
-                self.read(index)
+                if check:
+                    self.read(index)
+                return False
             except DamagedFileError as error:
                 _log.warning("%s: it will be computed again", error)
-                yield index
-            except FileNotFoundError:
-                yield index
+                return True
+
+        return run_on_host0(lambda: [index for index in range(self.num_chunks) if is_pending(index)])
 
     def write(self, index: int, arrays: Mapping[str, Any]) -> None:
         """Stores chunk `index`; `arrays` has every field, (rows of the chunk, *row shape) in the field's dtype.
 
-        Raises ValueError where names, shapes or dtypes are others, StorageError where the disk refuses.
+        Raises ValueError where names, shapes or dtypes differ from the fields, StorageError where the disk refuses.
         """
         rows = self.rows(index)
         arrays = {field: np.asarray(array) for field, array in arrays.items()}
@@ -112,7 +125,7 @@ class ChunkStore:
         return arrays
 
     def _check_place(self, index: int, arrays: Mapping[str, np.ndarray], header: Mapping[str, Any]) -> None:
-        """Raises DamagedFileError where a file's content, whole as it is, is that of another."""
+        """Raises DamagedFileError where a file's content, intact as it is, is that of another chunk."""
         rows = self.rows(index)
         given = {field: (array.shape[1:], array.dtype) for field, array in arrays.items()}
         if given != self.fields or header != {"rows": [rows.start, rows.stop]}:
@@ -142,19 +155,16 @@ class ChunkStore:
                 result[field][self.rows(index)] = array
         return result
 
-    def absent(self) -> list[int]:
-        """The chunks that have no file. Unlike `missing` it reads none, so that terabytes can be opened at once."""
-        return [index for index in range(self.num_chunks) if not self._file(index).exists()]
+    def array(self, field: str, mapped_chunks: int = 128) -> JoinedArray:
+        """One field of a complete store as an array on disk, of which `mapped_chunks` files are open at a time.
 
-    def array(self, field: str) -> "JoinedArray":
-        """One field of a complete store as an array on disk; chunks are mapped, and checked, when first used.
-
-        Raises StorageError, then, where a chunk is damaged: it is deleted, so that the next run computes it again.
+        Chunks are mapped, and checked, when they are first used. Raises StorageError then where one is damaged: it is
+        deleted, so that the next run computes it again.
         """
         shape, dtype = self.fields[field]
         checked: set[int] = set()
 
-        @functools.lru_cache(_MAPPED_CHUNKS)
+        @functools.lru_cache(mapped_chunks)
         def part(index: int) -> np.ndarray:
             file = self._file(index)
             try:
@@ -177,10 +187,10 @@ class ChunkStore:
 
     def _agree_on_layout(self, rows_per_chunk: int) -> int:
         """Writes the layout, or compares with the stored one; returns the rows per chunk to use."""
-        asked = {"fields": _show(self.fields), "num_rows": self.num_rows}
+        expected = {"fields": _show(self.fields), "num_rows": self.num_rows}
         file = self.path / _LAYOUT
         if not file.exists():
-            write_json(file, {**asked, "rows_per_chunk": rows_per_chunk})
+            write_json(file, {**expected, "rows_per_chunk": rows_per_chunk})
             return rows_per_chunk
         with storage_errors(file, "read"):
             content = file.read_bytes()
@@ -193,7 +203,7 @@ class ChunkStore:
             raise StorageError(
                 f"{file} is damaged ({error!r}). Delete {self.path} to compute its chunks anew."
             ) from error
-        for key, value in asked.items():
+        for key, value in expected.items():
             if stored.get(key) != value:
                 raise StorageError(
                     f"{self.path} was made with other rows: {key} found {stored.get(key)}, expected {value}. Give "
