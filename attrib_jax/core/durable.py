@@ -44,36 +44,32 @@ def new_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
     removed, and what had the name `path` stays as it was.
     """
     path = Path(path)
-    with _named(path):
-        yield from _new_file(path)
+    with _errors_named(path):
+        descriptor, temporary = tempfile.mkstemp(prefix=PARTIAL, suffix=f"-{path.name}", dir=path.parent)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            # mkstemp creates 0600; a result should be as readable as any other file of the user.
+            os.chmod(temporary, 0o666 & ~_umask())
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
+        sync(path.parent)
 
 
 @contextlib.contextmanager
-def _named(path: Path) -> Iterator[None]:
+def _errors_named(path: Path) -> Iterator[None]:
     """Puts `path` into the errors of a full disk, which name no file."""
     try:
         yield
     except OSError as error:
-        if error.filename is not None or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        raise OSError(error.errno, f"cannot be written: {os.strerror(error.errno)}", str(path)) from error
-
-
-def _new_file(path: Path) -> Iterator[BinaryIO]:
-    descriptor, temporary = tempfile.mkstemp(prefix=PARTIAL, suffix=f"-{path.name}", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        # mkstemp creates 0600; a result should be as readable as any other file of the user.
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
+        if error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
         raise
-    sync(path.parent)
 
 
 def _umask() -> int:
@@ -94,7 +90,7 @@ def new_folder(path: str | os.PathLike) -> Iterator[Path]:
     workplace = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     fresh, old = workplace / "new", workplace / "old"
     try:
-        with _named(path):
+        with _errors_named(path):
             yield fresh
             sync_all(fresh)
         try:

@@ -55,7 +55,7 @@ def example_noise(
     """Standard normal noise of one example at S timesteps -> (S, *shape) float32.
 
     Pure, jit-able and vmappable over every array argument. The noise of one timestep is the same whichever other
-    timesteps are asked for beside it. XLA may fuse the last operations with what uses the noise, which can change the
+    timesteps are drawn beside it. XLA may fuse the last operations with what uses the noise, which can change the
     last bit of a loss: losses to be subtracted must come from one compiled function.
 
     Args:

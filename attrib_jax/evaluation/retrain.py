@@ -84,7 +84,7 @@ class Draws(NamedTuple):
 
     Attributes:
       row: positions in the data set.
-      flip: 1 for the mirrored image.
+      flip: 1 for the mirror image.
       caption: positions in the data set's text states; -1 for the empty caption.
     """
 
@@ -157,7 +157,7 @@ class Retrainer:
         """Trains up to `models_at_once` models -> their averaged weights, stacked along a first axis.
 
         Args:
-          trainings: at least one; of each the removed images leave at least one.
+          trainings: at least one; the removed images of each leave at least one.
           states: where a long training stores itself, to go on from; None for nowhere.
           seconds_between_states: between two such states.
           description: of the progress.
@@ -268,4 +268,4 @@ def _check_removed(removed: np.ndarray, size: int) -> None:
     if removed.size and (removed.min() < 0 or removed.max() >= size or len(np.unique(removed)) != len(removed)):
         raise ValueError(f"removed has positions outside the data set of {size} images, or one twice")
     if len(removed) >= size:
-        raise ValueError(f"{len(removed)} of {size} images removed; expected at least one to be left to train on")
+        raise ValueError(f"{len(removed)} of {size} images removed: expected at least one to be left to train on")

@@ -1,4 +1,4 @@
-"""Several hosts in lockstep: who writes, who decides, and how all learn of it.
+"""Several hosts in lockstep: which one writes, which one decides, and how the others learn the result.
 
 Every host runs the same program. Host 0 alone writes to the workdir and takes the decisions that read it, so that hosts
 never disagree on what is stored; an error there is raised on every host, so that none waits for one that gave up. With
@@ -29,12 +29,12 @@ _alone = contextvars.ContextVar("alone", default=False)
 
 
 def host_index() -> int:
-    """This host's number, 0 for the one that writes."""
+    """Index of this host, 0 for the one that writes."""
     return jax.process_index()
 
 
 def num_hosts() -> int:
-    """Hosts (processes) in the run."""
+    """Number of hosts (processes) in the run."""
     return jax.process_count()
 
 
@@ -44,16 +44,16 @@ def is_host0() -> bool:
 
 
 def barrier(name: str) -> None:
-    """Waits until every host has come here."""
+    """Waits until every host has reached this call."""
     if not _by_itself():
         multihost_utils.sync_global_devices(name)
 
 
 def warm_up_collectives() -> None:
-    """Makes the connections between the hosts' devices that later calls use; call it once, at the start.
+    """Connects the hosts' devices to each other; call it once, at the start.
 
-    A CPU's collectives wait 30 seconds for each other when they first connect, and as long as it takes afterwards: one
-    host may read a model for minutes longer than another.
+    Collectives of CPUs wait 30 seconds for each other when they first connect, and without limit afterwards; a host may
+    read a model for minutes longer than another.
     """
     if jax.process_count() == 1:
         return
@@ -64,7 +64,7 @@ def warm_up_collectives() -> None:
 
 
 def fetch(array: Any) -> np.ndarray:
-    """A global array, which may lie on several hosts, whole on every host."""
+    """The values of a global array, whose shards may be on several hosts, as one numpy array on every host."""
     if jax.process_count() == 1 or getattr(array, "is_fully_addressable", True):
         return np.asarray(array)
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
@@ -74,8 +74,8 @@ def run_on_host0(fn: Callable[[], T]) -> T:
     """Runs `fn` on host 0 alone and returns its result on every host.
 
     Args:
-      fn: returns JSON values, a numpy array, or a dict of numpy arrays (dtypes that numpy knows by itself). It may call
-        anything of this module: host 0 then acts as the only one.
+      fn: function without arguments that returns JSON values, a numpy array, or a dict of numpy arrays (dtypes that
+        numpy knows by itself). It may call anything of this module: host 0 then acts as the only host.
 
     Raises:
       What `fn` raised, on every host.
@@ -98,9 +98,9 @@ def run_on_host0(fn: Callable[[], T]) -> T:
 
 
 def host0_first(fn: Callable[[], T]) -> T:
-    """Runs `fn` on host 0 and, when it is done there, on the others: for what opens a store and creates it if absent.
+    """Runs `fn` on host 0 and, when it has returned there, on the others: to open a store and create it if absent.
 
-    Returns each host's own result. Raises what `fn` raised on host 0 on every host.
+    Returns each host's own result. Raises what `fn` raised on host 0, on every host.
     """
     if _by_itself():
         return fn()
@@ -111,7 +111,7 @@ def host0_first(fn: Callable[[], T]) -> T:
 
 @contextlib.contextmanager
 def independent_hosts() -> Iterator[None]:
-    """A block in which hosts do different work, with no calls to each other; at its end all wait for all.
+    """A context in which hosts do different work, with no calls to each other; at its end every host waits for all.
 
     What one of them raised is then raised on every host, so that none waits for ever.
     """

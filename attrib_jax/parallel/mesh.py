@@ -20,7 +20,7 @@ def shard_batch(mesh: Mesh, tree: Any) -> Any:
     """Splits the first axis of every leaf over the devices of `mesh`.
 
     Leaves are this host's share, (B, ...) with B a multiple of the host's devices in the mesh; the global arrays hold
-    the shares of all hosts one after the other. Raises ValueError naming a leaf whose B is no such multiple.
+    the shares of all hosts one after the other. Raises ValueError naming a leaf whose B is not such a multiple.
     """
     local = len(mesh.local_devices)
     sharding = NamedSharding(mesh, PartitionSpec("data"))
@@ -38,7 +38,7 @@ def shard_batch(mesh: Mesh, tree: Any) -> Any:
 
 
 def replicate(mesh: Mesh, tree: Any) -> Any:
-    """Puts every leaf whole on every device of `mesh`; all hosts must give the same values, which is not checked."""
+    """Replicates every leaf on all devices of `mesh`; all hosts must give the same values, which is not checked."""
     whole = NamedSharding(mesh, PartitionSpec())
     if not mesh.is_multi_process:
         return jax.device_put(tree, whole)

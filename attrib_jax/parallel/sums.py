@@ -1,6 +1,6 @@
 """Sums over the tiles of all devices: each device keeps its own, and at the end they are added in device order.
 
-Nothing is sent between devices or hosts until `total` is asked for, and then one leaf at a time, so sums cost the same
+Nothing is sent between devices or hosts until `total` is called, and then one leaf at a time, so sums cost the same
 on one device and on a pod. They are compensated (core/compensated.py), so that another number of devices changes the
 result by the rounding of its tiles alone.
 """
@@ -26,7 +26,13 @@ class DeviceSums:
     """
 
     def __init__(self, mesh: Mesh, fn: Callable[[Any, Any], CompensatedSum], matmul_precision: str = "highest"):
-        """Compiles when first called; `matmul_precision` is that of float32 products, see `tile_map`."""
+        """Compiles when first called.
+
+        Args:
+          mesh: devices that share the tiles.
+          fn: `(shared, batch) -> CompensatedSum` of one tile.
+          matmul_precision: precision of float32 products, see `tile_map`.
+        """
         self.mesh = mesh
 
         def add_tile(sums, shared, batch):
@@ -44,7 +50,7 @@ class DeviceSums:
         self._reduce = jax.jit(gathered)
 
     def zero(self, like: Any) -> CompensatedSum:
-        """Sums of nothing on every device, with the layout, shapes and dtypes of the tree `like`."""
+        """Zeros on every device, with the layout, shapes and dtypes of the tree `like`."""
         sharding = NamedSharding(self.mesh, _DATA)
 
         def zeros(leaf):
@@ -56,7 +62,7 @@ class DeviceSums:
         return CompensatedSum(jax.tree.map(zeros, like), jax.tree.map(zeros, like))
 
     def add(self, sums: CompensatedSum, shared: Any, batch: Any) -> CompensatedSum:
-        """Adds one tile on each device; `sums` is used up. `shared` is from `replicate`, `batch` from `shard_batch`."""
+        """Adds one tile on each device; `sums` is donated. `shared` is from `replicate`, `batch` from `shard_batch`."""
         return self._add(sums, shared, batch)
 
     def total(self, sums: CompensatedSum) -> CompensatedSum:

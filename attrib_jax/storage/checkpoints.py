@@ -1,4 +1,7 @@
-"""Training checkpoints with orbax: committed whole or not at all, checksummed, the newest few kept."""
+"""Training checkpoints with orbax: committed whole or not at all, checksummed, the newest few kept.
+
+The checksums are kept by hand, because orbax restores an array with a flipped bit without an error.
+"""
 
 import contextlib
 import json

@@ -1,4 +1,7 @@
-"""Atomic file writing: a reader sees the old content or the new one, never a part of it."""
+"""Files of stages: written atomically (core/durable.py), with checksums, and with errors that name path and remedy.
+
+The checksum is kept by hand, because safetensors has none.
+"""
 
 import contextlib
 import json

@@ -1,4 +1,7 @@
-"""Arrays on disk, in several parts or to be scaled: what is asked for is read, the rest stays where it is."""
+"""Arrays on disk, in several parts or to be scaled, of which only what is indexed is read.
+
+Kept by hand: dask arrays would do the same, with a scheduler and a graph for each read of a batch.
+"""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -8,10 +11,10 @@ import numpy as np
 
 
 class JoinedArray:
-    """Parts one after the other along the first axis, read-only; indexing copies what is asked for into memory.
+    """Parts one after the other along the first axis, read-only; indexing copies the selection into memory.
 
     Takes an integer, a slice, or integer arrays (n,) as the first index, alone or followed by further indices, each an
-    integer or an (n,) array: `joined[rows, flips]` as in numpy. `np.asarray(joined)` reads all of it.
+    integer or an (n,) array: `joined[rows, flips]` as in numpy. `np.asarray(joined)` reads the whole array.
     """
 
     def __init__(
@@ -69,7 +72,7 @@ class JoinedArray:
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         if copy is False:
-            raise ValueError("a joined array lies on disk: it cannot be taken without a copy")
+            raise ValueError("a joined array is on disk: it cannot be converted without a copy. Leave out copy=False.")
         return np.asarray(self[:], dtype)
 
 

@@ -1,7 +1,7 @@
-"""The list of pictures that an encoding had to leave out, written by several hosts without getting in each other's way.
+"""The list of images that an encoding had to leave out, written by several hosts that share only the folder.
 
-One host keeps it in `skipped.json`. Of several, each notes its own chunks in `skipped-<host>.json`; host 0 joins these
-into the list when all have done theirs, or when the next run begins.
+A single host keeps it in `skipped.json`. Of several, each notes its own chunks in `skipped-<host>.json`; host 0 joins
+these into the list when all have finished, or when the next run begins.
 """
 
 import json
@@ -22,9 +22,9 @@ _Note = tuple[int, int, list[tuple[int, str]]]
 
 
 def read_skipped(path: str | os.PathLike) -> dict[int, str]:
-    """Position -> reason, of the rows that an encoding in the folder `path` had to leave out.
+    """Position -> reason, for the rows that an encoding in the folder `path` had to leave out.
 
-    Raises DamagedFileError where the list is not what was written: which rows there are depends on it.
+    Raises DamagedFileError where the list is not what was written: which rows are in use depends on it.
     """
     file = Path(path) / SKIPPED
     try:

@@ -1,4 +1,7 @@
-"""The running state of a long sum, checkpointed so that a killed run resumes to the same bits."""
+"""The running state of a long sum, checkpointed so that a killed run resumes to the same bits.
+
+Kept by hand: orbax writes a folder of many files for each state and does not notice a flipped bit; this is one file.
+"""
 
 import logging
 import os
@@ -24,17 +27,17 @@ class _Stored(NamedTuple):
 class StateStore:
     """A pytree of arrays and the progress that it stands for, replaced as a whole, in `<stage_path>/<name>/`.
 
-    Two files take turns, so that when the newer is damaged the sum goes on from the one before it and not from zero.
+    Two files alternate, so that a sum whose newer file is damaged continues from the one before it and not from zero.
     A sum that adds the same batches in the same order gives the same bits from either.
     """
 
     def __init__(self, stage_path: str | os.PathLike, name: str = "state"):
-        """The folder appears with the first state."""
+        """Creates no folder until the first state is written."""
         self.path = Path(stage_path) / name
         self._sequence: int | None = None
 
     def write(self, tree: Any, progress: Any) -> None:
-        """Stores `tree` (arrays of any dtype that numpy knows by itself) and `progress` (JSON, as the next batch).
+        """Stores `tree` (arrays of any dtype that numpy knows by itself) and `progress` (a JSON value).
 
         Raises StorageError where the disk refuses; the state stored before is then unchanged.
         """
@@ -55,12 +58,12 @@ class StateStore:
         if newest is None:
             return None
         leaves = _named_leaves(like)
-        asked = {name: f"{tuple(leaf.shape)} {leaf.dtype}" for name, leaf in leaves.items()}
+        expected = {name: f"{tuple(leaf.shape)} {leaf.dtype}" for name, leaf in leaves.items()}
         stored = {name: f"{array.shape} {array.dtype}" for name, array in newest.arrays.items()}
         differences = [
-            f"  {name}: found {stored.get(name, 'absent')}, expected {asked.get(name, 'absent')}"
-            for name in sorted(stored.keys() | asked.keys())
-            if stored.get(name) != asked.get(name)
+            f"  {name}: found {stored.get(name, 'absent')}, expected {expected.get(name, 'absent')}"
+            for name in sorted(stored.keys() | expected.keys())
+            if stored.get(name) != expected.get(name)
         ]
         if differences:
             raise StorageError(
