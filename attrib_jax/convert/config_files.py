@@ -37,19 +37,16 @@ def write_json(content: Mapping[str, Any], path: str) -> None:
         file.write("\n")
 
 
-# Bounds by option, of the numbers in it: (lowest, whether the lowest itself is allowed). Others are counts from 1, or
-# finite numbers above 0.
-_BOUNDS = {
-    "freq_shift": (0, True),
-    "image_mean": (-math.inf, True),
-    "resample": (0, True),
-    "shift_factor": (-math.inf, True),
-    "steps_offset": (0, True),
-    "trained_betas": (0, True),
-    "num_register_tokens": (0, True),
-    "bos_token_id": (0, True),
-    "eos_token_id": (0, True),
-    "pad_token_id": (0, True),
+# Lowest allowed number by option. Others are counts from 1, or finite numbers above 0.
+_LOWEST = {
+    **dict.fromkeys(("image_mean", "shift_factor"), -math.inf),
+    **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0),
+    **dict.fromkeys(("freq_shift", "num_register_tokens", "resample", "steps_offset", "trained_betas"), 0),
+}
+# Highest: more would take the machine's memory or time before anything else is noticed.
+_HIGHEST = {
+    **dict.fromkeys(("num_hidden_layers", "layers_per_block", "transformer_layers_per_block"), 1000),
+    "num_train_timesteps": 10**6,
 }
 _LARGEST = 2**31 - 1
 _NOUNS = {bool: "true or false", str: "a text", dict: "an object", types.NoneType: "null"}
@@ -68,30 +65,28 @@ def check_values(content: Mapping[str, Any], options: type | Mapping[str, Any], 
     """
     hints = options if isinstance(options, Mapping) else typing.get_type_hints(options)
     for name, hint in hints.items():
-        if name in content:
-            bounds = _BOUNDS.get(name)
-            if not _fits(content[name], hint, bounds):
-                raise ValueError(f"{source}: {name} is {content[name]!r}; expected {_describe(hint, bounds)}")
+        if name in content and not _fits(content[name], hint, name):
+            raise ValueError(f"{source}: {name} is {content[name]!r}; expected {_describe(hint, name)}")
 
 
 def _alternatives(hint: Any) -> tuple[Any, ...]:
     return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
 
 
-def _fits(value: Any, hint: Any, bounds: tuple[float, bool] | None) -> bool:
+def _fits(value: Any, hint: Any, name: str) -> bool:
     for kind in _alternatives(hint):
         if typing.get_origin(kind) is tuple:
             inner = typing.get_args(kind)
-            if isinstance(value, list | tuple):
-                kinds = [inner[0]] * len(value) if inner[-1] is Ellipsis else inner
-                if value and len(value) == len(kinds):
-                    if all(_fits(x, k, bounds) for x, k in zip(value, kinds, strict=True)):
-                        return True
+            if isinstance(value, list | tuple) and value and (inner[-1] is Ellipsis or len(value) == len(inner)):
+                if all(_fits(item, inner[0], name) for item in value):
+                    return True
         elif kind in (int, float):
-            low, inclusive = bounds or (1, True) if kind is int else bounds or (0, False)
-            number = isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
-            if number and (low <= value if inclusive else low < value) and value <= _LARGEST and math.isfinite(value):
-                return True
+            # bool is an int to Python, but true as a number is a slip. NaN fails every comparison.
+            if isinstance(value, int if kind is int else int | float) and not isinstance(value, bool):
+                low, high = _LOWEST.get(name), _HIGHEST.get(name, _LARGEST)
+                low = 1 if low is None and kind is int else low
+                if value <= high and math.isfinite(value) and (value > 0 if low is None else value >= low):
+                    return True
         elif kind is bool:
             if value is None or isinstance(value, bool):
                 return True
@@ -100,18 +95,18 @@ def _fits(value: Any, hint: Any, bounds: tuple[float, bool] | None) -> bool:
     return False
 
 
-def _describe(hint: Any, bounds: tuple[float, bool] | None) -> str:
+def _describe(hint: Any, name: str) -> str:
     words = []
     for kind in _alternatives(hint):
         if typing.get_origin(kind) is tuple:
             inner = typing.get_args(kind)
             length = "" if inner[-1] is Ellipsis else f"{len(inner)} "
-            words.append(f"a list of {length}entries, each {_describe(inner[0], bounds)}")
+            words.append(f"a list of {length}entries, each {_describe(inner[0], name)}")
         elif kind in (int, float):
-            low, inclusive = bounds or (1, True) if kind is int else bounds or (0, False)
-            noun = "a whole number" if kind is int else "a finite number"
-            limit = "" if low == -math.inf else f" of at least {low}" if inclusive else f" greater than {low}"
-            words.append(noun + limit)
+            low = _LOWEST.get(name, 1 if kind is int else None)
+            limit = " greater than 0" if low is None else f" of at least {low}" if low > -math.inf else ""
+            limit += f" and at most {_HIGHEST[name]}" if name in _HIGHEST else ""
+            words.append(("a whole number" if kind is int else "a finite number") + limit)
         else:
             words.append(_NOUNS[kind])
     return ", or ".join(words)

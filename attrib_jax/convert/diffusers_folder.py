@@ -179,6 +179,11 @@ def check_configs(path: str, replaced: Collection[str] = ()) -> dict[str, Any]:
         if os.path.isfile(config_file):
             config = read_json(config_file)
             name = config.get("_class_name") or config.get("model_type")
+            if name in _SUPPORTED["unet"]:
+                raise ValueError(
+                    f"model {path!r} is a UNet alone: give it as unet (--unet), and a whole model, such as the folder "
+                    "above it, as model (--model)"
+                )
             check_class(name, (PIPELINE,), f"model {path!r}")
         raise FileNotFoundError(f"{path!r} has no {INDEX}; give the top folder of a pipeline in the diffusers layout")
     index = read_json(index_file)

@@ -15,6 +15,7 @@ _INPAINTING = "an inpainting model, whose UNet also takes a mask and the masked 
 _EDITING = "an image-editing model (InstructPix2Pix), whose UNet also takes the image to edit"
 _DEPTH = "a depth-to-image model (depth2img), whose UNet also takes a depth map"
 _UPSCALER = "an upscaler, whose UNet also takes the image to enlarge"
+_MOST_CHANNELS = 1000  # of latents; more is no other family but a wrong value
 _LCM = "a latent consistency model, distilled with the guidance scale as an input"
 
 # Patterns of class names in model_index.json and config.json, the first that matches counts: what the model is, and
@@ -97,7 +98,7 @@ def check_unet_config(config: Mapping[str, Any], source: str) -> None:
         what, instead = _LCM, _ORIGIN
     elif config.get("num_class_embeds") is not None and channels == 7:
         what = _UPSCALER
-    elif type(channels) is type(out) is int and channels != out:
+    elif type(channels) is type(out) is int and channels != out and max(channels, out) <= _MOST_CHANNELS:
         what, instead = _more_channels(channels, out)
     if what is not None:
         raise refusal(source, what, instead)

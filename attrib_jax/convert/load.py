@@ -8,14 +8,10 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from attrib_jax.convert.adapters.custom_diffusion import apply_custom_diffusion
-from attrib_jax.convert.adapters.lora import merge_lora
-from attrib_jax.convert.adapters.textual_inversion import add_tokens, read_token_file
 from attrib_jax.convert.config_files import read_json
 from attrib_jax.convert.diffusers_folder import UNetFile, find_unet, load_folder, replaced_parts
 from attrib_jax.convert.hub import resolve_model
 from attrib_jax.convert.pipeline import Pipeline, check_parts
-from attrib_jax.convert.single_file import load_single_file
 from attrib_jax.core.paths import expand_path
 from attrib_jax.core.settings import Settings, setting
 from attrib_jax.models.unet import UNet2DConditionModel
@@ -86,11 +82,18 @@ def load_model(source: ModelSource, dtype: Any = jnp.float32) -> Pipeline:
         unet=source.unet,
         unet_config=source.unet_config,
     )
+    # Imported where they are used, as most models come without: a command starts faster.
     if source.custom_diffusion is not None:
+        from attrib_jax.convert.adapters.custom_diffusion import apply_custom_diffusion
+
         pipeline = apply_custom_diffusion(pipeline, expand_path(source.custom_diffusion))
     for file in _rejoin(source.tokens):
+        from attrib_jax.convert.adapters.textual_inversion import add_tokens, read_token_file
+
         pipeline = add_tokens(pipeline, read_token_file(expand_path(file)))
     if source.lora is not None:
+        from attrib_jax.convert.adapters.lora import merge_lora
+
         pipeline = merge_lora(pipeline, expand_path(source.lora), source.lora_scale)
     return pipeline
 
@@ -166,6 +169,8 @@ def load_pipeline(
         )
     if variant is not None:
         raise ValueError(f"variant is {variant!r}, but {path} is one file; only a folder has variants")
+    from attrib_jax.convert.single_file import load_single_file  # not needed for folders
+
     if model_config is not None and not isinstance(model_config, Mapping):
         model_config = read_json(expand_path(os.fspath(model_config)))
     pipeline = load_single_file(path, tokenizer, prediction_type, dtype, model_config)

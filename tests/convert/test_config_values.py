@@ -39,7 +39,8 @@ MORE = [
     (SCHEDULER, "timestep_spacing", [None, 1, []]),
     (SCHEDULER, "clip_sample", ["x", 1, []]),
     (SCHEDULER, "_class_name", [None, 1, []]),
-    (UNET, "layers_per_block", [None, "x", True, 0, [], [0], [1, "x"], {}]),
+    (SCHEDULER, "num_train_timesteps", [10**12]),
+    (UNET, "layers_per_block", [None, "x", True, 0, [], [0], [1, "x"], {}, 10**6]),
     (UNET, "attention_head_dim", [None, "x", 0, [], [None, 1], [[1], 1]]),
     (UNET, "num_attention_heads", ["x", 0, [], ["x"], True]),
     (UNET, "transformer_layers_per_block", [None, 0, [1, [1, 1]]]),
@@ -54,7 +55,7 @@ MORE = [
     (TEXT, "pad_token_id", ["x", -1, True, 0.5]),
     (TEXT, "architectures", ["CLIPTextModel", 1]),
 ]
-CASES = [(file, key, WRONG + [0, 0.5]) for file, keys in COUNTS.items() for key in keys]
+CASES = [(file, key, WRONG + [0, 0.5, 2**40]) for file, keys in COUNTS.items() for key in keys]
 CASES += [(file, key, WRONG + [0]) for file, keys in NUMBERS.items() for key in keys]
 CASES += [(file, key, [None, "x", 3, True, [], [None], [[]]]) for file, keys in LISTS.items() for key in keys]
 CASES += MORE

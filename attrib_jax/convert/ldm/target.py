@@ -113,7 +113,7 @@ def _header_claims(metadata: Mapping[str, Any], path: str) -> list[Claim]:
     for key, value in metadata.items():
         source = f"{key}={value!r} in the header of {path}"
         last = str(key).lower().rpartition(".")[2]
-        if last in _PREDICTION_KEYS:
+        if last.removeprefix("ss_") in _PREDICTION_KEYS:
             claims += _prediction(value, source)
         elif last in (*_V_KEYS, *_ZERO_SNR_KEYS):
             enabled = _truth(value)
@@ -154,8 +154,9 @@ def _yaml_claims(path: str) -> list[Claim]:
 
     One that cannot be read is left out with a warning.
     """
-    stem = os.path.splitext(path)[0]
-    file = next((name for end in (".yaml", ".yml") if os.path.isfile(name := stem + end)), None)
+    stems = (os.path.splitext(path)[0], path)
+    names = (stem + end for stem in stems for end in (".yaml", ".yml"))
+    file = next((name for name in names if os.path.isfile(name)), None)
     if file is None:
         return []
     import yaml  # not needed without such a file
