@@ -179,18 +179,18 @@ def load_model() -> Pipeline:
     require(model=flags.FLAGS.model)
     check_model_folder(flags.FLAGS.model)
     # Before gigabytes are read.
-    if workdir():
-        data = read_config(DataConfig)
-        for name in (data.dataset, data.exemplars, data.images):
-            if name is not None:
-                check_separate(workdir(), name)
+    folder, data = workdir(), read_config(DataConfig)
+    for name in (data.dataset, data.exemplars, data.images):
+        if folder is not None and name is not None:
+            check_separate(folder, name)
     return assemble.load_model(read_config(ModelSource))
 
 
 def open_source(name: str, resolution: int | None = None, **keys: str | None) -> Dataset:
     """A data set by name, in --data_dir; ValueError where --workdir lies among its images."""
-    if workdir():
-        check_separate(workdir(), name)
+    folder = workdir()
+    if folder is not None:
+        check_separate(folder, name)
     return open_dataset(name, read_config(DataConfig).data_dir, resolution=resolution, **keys)
 
 
@@ -198,6 +198,7 @@ def load_dataset(resolution: int | None = None) -> Dataset:
     """The data set of --dataset and the flags that go with it, its images at `resolution` (native if None)."""
     config = read_config(DataConfig)
     keys = {"image_key": config.image_key, "caption_key": config.caption_key}
+    dataset: Dataset
     if config.dataset.startswith(_LATENTS):
         images = None if config.images is None else open_source(config.images, resolution, **keys)
         dataset = open_latents(config.dataset.removeprefix(_LATENTS), images, config.latents_scaled)

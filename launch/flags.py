@@ -147,8 +147,8 @@ def _define(field: Declared, default: Any) -> None:
         flags.DEFINE_boolean(name, default, text)
     elif field.kind is int:
         low = known.low if known.low is not None else None if known.above is None else int(known.above) + 1
-        bounds = (None if bound is None else int(bound) for bound in (low, known.high))
-        flags.DEFINE_integer(name, default, text, *bounds)
+        low, high = (None if bound is None else int(bound) for bound in (low, known.high))
+        flags.DEFINE_integer(name, default, text, low, high)
     elif field.kind is float:
         flags.DEFINE_float(name, default, text, lower_bound=known.low, upper_bound=known.high)
     else:

@@ -18,8 +18,8 @@ def median_distance(vectors: Any) -> float:
     """
     sample = np.asarray(vectors)[sampled(len(vectors))].astype(np.float64)
     sample = sample.reshape(len(sample), -1)
-    distances = [np.linalg.norm(sample[place + 1 :] - vector, axis=1) for place, vector in enumerate(sample)]
-    distances = np.concatenate(distances) if distances else np.zeros(0)
+    pairs = [np.linalg.norm(sample[place + 1 :] - vector, axis=1) for place, vector in enumerate(sample)]
+    distances = np.concatenate([np.zeros(0), *pairs])
     distances = distances[distances > 0]
     return float(np.median(distances)) if len(distances) else 0.0
 

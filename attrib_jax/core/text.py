@@ -43,8 +43,8 @@ def decode_text(content: bytes, cut: bool = False) -> DecodedText:
     """
     for mark, encoding in _MARKS:
         if content.startswith(mark):
-            text = _decode(content[len(mark) :], encoding, "replace", cut)
-            return DecodedText(text.lstrip(_MARK), f"damaged {encoding}" if "\ufffd" in text else None)
+            marked = _decode(content[len(mark) :], encoding, "replace", cut)
+            return DecodedText(marked.lstrip(_MARK), f"damaged {encoding}" if "\ufffd" in marked else None)
     text: str | None = None
     with contextlib.suppress(UnicodeDecodeError):
         text = _decode(content, "utf-8", "strict", cut)

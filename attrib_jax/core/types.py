@@ -97,7 +97,8 @@ class Scores:
             check_positive("k", k, integer=True)
         rows = ranking(self.score, self.row_id)[:k]
         arrays: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return Scores(**{name: None if array is None else array[rows] for name, array in arrays.items()})
+        taken: dict[str, Any] = {name: None if array is None else array[rows] for name, array in arrays.items()}
+        return Scores(**taken)
 
     def rank_of(self, row_id: int) -> int:
         """Rank of one image, 1 for the most influential; ties as in `top`. KeyError if it was not scored."""

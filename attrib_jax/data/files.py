@@ -64,9 +64,9 @@ def inner_path(name: object, source: str) -> str:
     Raises ValueError, naming `source`, for anything that is not a name or leads out of the folder.
     """
     # Windows rules on every system, so that a list means the same files everywhere.
-    path = PureWindowsPath(name) if isinstance(name, str) else PureWindowsPath()
+    path = PureWindowsPath(name if isinstance(name, str) else "")
     # JSON can escape what no file name may hold: NUL, and halves of a character.
-    if not path.name or path.anchor or ".." in path.parts or re.search("[\0\ud800-\udfff]", name):
+    if not path.name or path.anchor or ".." in path.parts or re.search("[\0\ud800-\udfff]", str(name)):
         raise ValueError(f"{source}: file name {name!r}; expected a path inside the folder, without '..'")
     return PurePosixPath(*path.parts).as_posix()
 

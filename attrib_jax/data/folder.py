@@ -215,8 +215,9 @@ def _hidden(name: str) -> bool:
 
 def _list_files(name: str, root: Path) -> _Listing:
     suffixes = image_suffixes()
-    images, metadata, beside, others = [], [], [], collections.Counter()
-    results = []
+    images, metadata, beside = [], [], []
+    others: collections.Counter[str] = collections.Counter()
+    results: list = []
     for inner, names in _walk(root, results):
         for file in names:
             path, ending = (inner / file).as_posix(), os.path.splitext(file)[1].lower()

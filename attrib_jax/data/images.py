@@ -145,7 +145,7 @@ def _turn_upright(image: Image.Image, opened: Image.Image) -> Image.Image:
     """`image` turned as the file that it was `opened` from says."""
     # Not Pillow's `exif_transpose`, which also rewrites the EXIF and fails where that is damaged elsewhere.
     try:
-        method = _UPRIGHT.get(opened.getexif().get(ExifTags.Base.Orientation))
+        method = _UPRIGHT.get(opened.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # of many types, as from the decoders
         method = None
     return image if method is None else image.transpose(method)

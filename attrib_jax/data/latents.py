@@ -117,9 +117,7 @@ class StoredLatents(LatentsDataset):
         shape, dtype = header[name]
         store = ChunkStore(stage.path, {name: (tuple(shape), dtype)}, count, count, name=name)
         if absent := store.pending_chunks(checked_bytes=0):
-            raise StorageError(
-                f"{store.path} lacks {len(absent)} chunks; start the command that fills it again"
-            )
+            raise StorageError(f"{store.path} lacks {len(absent)} chunks; start the command that fills it again")
         return store.array(name)
 
     def fingerprint(self) -> str:

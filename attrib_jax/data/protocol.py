@@ -79,7 +79,7 @@ class FilePart(NamedTuple):
     size: int | None = None
 
 
-def hash_rows(dataset: Sequence[Row]) -> str:
+def hash_rows(dataset: Dataset) -> str:
     """sha256 of a data set's content, in row order, by reading all of it."""
     rows = (dataset[index] for index in range(len(dataset)))
     return digest(part for row in rows for part in (repr((row.row_id, row.captions, row.image.shape)), row.image))

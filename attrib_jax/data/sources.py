@@ -101,8 +101,8 @@ def check_separate(workdir: str | os.PathLike, dataset: str) -> None:
     kind, _, place = dataset.partition(":")
     if kind not in ("folder", "coco", "webdataset") or not place or not os.path.isdir(expand_path(place)):
         return
-    folders = [Path(expand_path(path)).resolve() for path in (workdir, place)]
-    for inner, outer, what in ((*folders, "lies within"), (*folders[::-1], "contains")):
+    mine, theirs = (Path(expand_path(path)).resolve() for path in (workdir, place))
+    for inner, outer, what in ((mine, theirs, "lies within"), (theirs, mine, "contains")):
         # By identity, since on some disks names in other letters are the same folder.
         if any(parent.exists() and outer.exists() and parent.samefile(outer) for parent in (inner, *inner.parents)):
             raise ValueError(

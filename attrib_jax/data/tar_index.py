@@ -45,7 +45,8 @@ class _DamageError(Exception):
 
 
 def _walk(file, length: int):
-    position, long_name, extended = 0, None, {}
+    position, long_name = 0, None
+    extended: dict = {}
     while True:
         file.seek(position)
         header = file.read(_BLOCK)

@@ -154,7 +154,8 @@ class _Rows(NamedTuple):
 def _group(path: str, suffixes) -> _Rows:
     index = index_tar(path)
     rows: dict[str, dict[str, FilePart]] = {}
-    unused, dotted, endings, image_endings = [], [], {}, tuple(suffixes)
+    unused, dotted, image_endings = [], [], tuple(suffixes)
+    endings: dict = {}
     for name, part in index.members:
         folder, slash, base = name.rpartition("/")
         stem, dot, suffix = base.partition(".")
@@ -256,8 +257,8 @@ def _expand(pattern: str) -> Iterator[str]:
         return
     bounds = re.fullmatch(r"(\d+)\.\.(\d+)", braces[1])
     if bounds:
-        choices = (f"{number:0{len(bounds[1])}d}" for number in range(int(bounds[1]), int(bounds[2]) + 1))
+        choices = [f"{number:0{len(bounds[1])}d}" for number in range(int(bounds[1]), int(bounds[2]) + 1)]
     else:
-        choices = iter(braces[1].split(","))
+        choices = braces[1].split(",")
     for choice in choices:
         yield from _expand(pattern[: braces.start()] + choice + pattern[braces.end() :])

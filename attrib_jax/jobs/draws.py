@@ -37,7 +37,7 @@ _CHECKPOINT_TILES_ON_CPU, _CHECKPOINT_TILES_ON_ACCELERATOR = 16, 64
 class FisherDraws(NamedTuple):
     """One (image, flip, caption, timestep, noise) draw for each sample; arrays (S,), the noise by its index."""
 
-    index: np.ndarray
+    index: np.ndarray  # type: ignore[assignment]  # tuple.index is not used
     row: np.ndarray
     flip: np.ndarray
     caption: np.ndarray

@@ -101,9 +101,9 @@ def fit_ekfac(
 
 
 def _layers(predict, schedule, selected, rest, data: EncodedDataset) -> tuple[LinearLayer, ...]:
-    latents, text = data.inputs(0, 0, 0)
-    number = jax.ShapeDtypeStruct((), np.int32)
-    sample = Sample(*(jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in (latents, text)), number, number, None)
+    first, number = np.zeros(1, np.int64), jax.ShapeDtypeStruct((), np.int32)
+    latents, text = (jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in data.inputs(first, first, first))
+    sample = Sample(latents, text, number, number, None)
     return linear_layers(sample_loss(predict, schedule, purpose_key(0, "fisher")), selected, rest, sample)
 
 

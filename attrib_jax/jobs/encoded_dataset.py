@@ -29,7 +29,7 @@ class EncodedDataset:
     latents: Any
     text: Any
     first_caption: np.ndarray
-    positions: np.ndarray | None = None
+    positions: np.ndarray = None  # type: ignore[assignment]  # an array once it is made
     skipped: dict[int, str] = dataclasses.field(default_factory=dict)
     source: str = "the data set"
 

@@ -61,10 +61,11 @@ def read_fisher_file(path: str | os.PathLike, selected: Any = None) -> dict[str,
     if not path.is_file():
         raise FileNotFoundError(f"Fisher file {os.fspath(path)!r} does not exist")
     table = {} if selected is None else name_table(selected)
+    flat: dict[str, Tensor]
     if _is_foreign(path):
         flat = {table.get(name, name): _foreign(path, name, x, table) for name, x in open_weights(path).items()}
     else:
-        flat = read_arrays(path)[0]
+        flat = dict(read_arrays(path)[0])
     if selected is None:
         return flat
     pattern = _subset_pattern(selected)

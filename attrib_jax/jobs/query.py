@@ -106,6 +106,7 @@ def prepare_query(pipeline: Pipeline, predict: Predict, query: Query) -> Prepare
         image = decode(pipeline, latents)[0]
     else:
         image, latents = _encode_image(pipeline, query.image)
+    text: Any
     if query.text is not None:
         text = _given("text", query.text, (None, pipeline.unet.config.cross_attention_dim))
     else:
@@ -132,12 +133,13 @@ def read_stored_query(latents: str | os.PathLike, text: str | os.PathLike | None
 
     Raises ValueError for a damaged file, another shape or an index outside it; FileNotFoundError for a missing one.
     """
-    arrays = {"latents": open_npy(latents)} | ({} if text is None else {"text": open_npy(text)})
+    files = {"latents": latents} | ({} if text is None else {"text": text})
+    arrays = {name: open_npy(file) for name, file in files.items()}
     for name, array in arrays.items():
         if array.ndim != 4:
             raise ValueError(f"query {name} have shape {array.shape}; expected four axes, the queries first")
         check_range("query_index", index, 0, len(array) - 1, integer=True)
-        check_finite(f"row {index} of {os.fspath(latents if name == 'latents' else text)}", array[index])
+        check_finite(f"row {index} of {os.fspath(files[name])}", array[index])
     fields = {"latents": np.moveaxis(arrays["latents"][index], 0, -1)}
     return fields | ({} if text is None else {"text": arrays["text"][index, 0]})
 
@@ -316,7 +318,7 @@ def read_region_mask(path: str | os.PathLike, image_size: tuple[int, int]) -> np
                 )
             if opened.has_transparency_data:
                 *colours, opaque = opened.convert("RGBA").split()
-                marked = np.any(colours, axis=0) & (np.asarray(opaque) > 0)
+                marked = np.any([np.asarray(colour) for colour in colours], axis=0) & (np.asarray(opaque) > 0)
             else:
                 # Palettes hold colours; 1-bit and 16-bit greys are taken as they are.
                 pixels = np.asarray(opened.convert("RGB") if opened.mode == "P" else opened)

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from attrib_jax.core.paths import expand_path
 from attrib_jax.core.text import read_text, split_lines
@@ -12,7 +12,7 @@ from attrib_jax.jobs.query import Query, check_query_name
 
 _LISTED = 10  # bad lines shown
 # Keys of a line, and what their values have to be.
-_KEYS = {"prompt": str, "seed": int, "image": str, "name": str, "guidance_scale": (int, float)}
+_KEYS: dict[str, Any] = {"prompt": str, "seed": int, "image": str, "name": str, "guidance_scale": (int, float)}
 
 
 class NamedQueries(NamedTuple):

@@ -128,7 +128,7 @@ def _card(report: ReportData, rank: int, position: int, first: int, duplicate_of
 
 
 def _losses(report: ReportData, position: int) -> tuple[float, float] | None:
-    if report.loss_before is None:
+    if report.loss_before is None or report.loss_after is None:
         return None
     flips = slice(None) if report.flip is None else int(report.flip[position])
     before, after = (np.mean(losses[position][flips]) for losses in (report.loss_before, report.loss_after))

@@ -131,7 +131,7 @@ class ReportData:
         if (self.loss_before is None) != (self.loss_after is None):
             raise ValueError("loss_before and loss_after belong together: give both or neither")
         num_flips = 2
-        if self.loss_before is not None:
+        if self.loss_before is not None and self.loss_after is not None:
             before, after = np.shape(self.loss_before), np.shape(self.loss_after)
             if before != after or before not in ((num_rows, 1), (num_rows, 2)):
                 raise ValueError(

@@ -46,8 +46,8 @@ def query_uri(picture: np.ndarray) -> str:
 
 def region_overlay(region: np.ndarray, width: int, height: int) -> Image.Image:
     """(H, W) bool -> an RGBA image of the given size to lay over the picture: all else veiled, the region outlined."""
-    marked = Image.fromarray(np.asarray(region, bool)).resize((width, height), Image.Resampling.NEAREST)
-    marked = np.asarray(marked)
+    resized = Image.fromarray(np.asarray(region, bool)).resize((width, height), Image.Resampling.NEAREST)
+    marked = np.asarray(resized)
     inner = np.pad(marked, _OUTLINE)
     for axis in (0, 1):
         shifted = [np.roll(inner, step, axis) for step in range(-_OUTLINE, _OUTLINE + 1)]

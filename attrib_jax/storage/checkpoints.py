@@ -200,7 +200,7 @@ def _describe(tree: Any, checksums: bool = False) -> dict[str, dict]:
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         if not hasattr(leaf, "dtype"):
             leaf = np.asarray(leaf)
-        entry = {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
+        entry: dict[str, Any] = {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
         if checksums:
             values = jax.random.key_data(leaf) if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
             entry["crc32"] = zlib.crc32(np.ascontiguousarray(values).tobytes())

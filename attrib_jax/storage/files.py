@@ -84,10 +84,10 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
 def write_npz(path: str | os.PathLike, arrays: Mapping[str, np.ndarray]) -> None:
     """Replaces `path` atomically with an uncompressed npz of `arrays`, readable with `numpy.load`."""
     with atomic_write(path) as file:
-        np.savez(file, **arrays)
+        np.savez(file, **dict[str, Any](arrays))
 
 
-def write_arrays(path: str | os.PathLike, arrays: Mapping[str, np.ndarray], header: dict[str, Any]) -> None:
+def write_arrays(path: str | os.PathLike, arrays: Mapping[str, np.ndarray], header: Any) -> None:
     """Replaces `path` atomically with a safetensors file of `arrays` that carries `header` (JSON) and a checksum."""
     arrays = {name: np.asarray(array, order="C") for name, array in arrays.items()}
     foreign = {name: str(array.dtype) for name, array in arrays.items() if array.dtype.kind not in "biufc"}

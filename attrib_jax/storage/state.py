@@ -43,7 +43,7 @@ class StateStore:
         """
         if self._sequence is None:
             self._newest()
-        sequence = self._sequence + 1
+        sequence = (self._sequence or 0) + 1
         arrays = {name: np.asarray(leaf) for name, leaf in _named_leaves(tree).items()}
         make_folder(self.path)
         write_arrays(self._file(sequence), arrays, {"sequence": sequence, "progress": progress})
