@@ -73,6 +73,7 @@ setup(
             *STUDIES,
             "diffusers",
             "hypothesis",
+            "mypy",
             "pre-commit",
             "pytest",
             "pytest-xdist",
