@@ -41,20 +41,31 @@ def example_loss(
 
 
 def strided_losses(
-    predict: Predict, schedule: NoiseSchedule, params: Params, key: jax.Array, batch: Batch, timesteps: jax.Array
+    predict: Predict,
+    schedule: NoiseSchedule,
+    params: Params,
+    key: jax.Array,
+    batch: Batch,
+    timesteps: jax.Array,
+    platform: str | None = None,
 ) -> jax.Array:
     """The strided loss of each of B examples -> (B,); padding (mask 0) gives exactly 0.
 
     Compile it once for one B, the tile (`jax.jit(strided_losses, static_argnums=0)`), and fill the last tile with
     padding: then an example's loss is the same to the bit in whatever order, subset or batch the data set is run.
-    Arguments as in `example_loss`.
+
+    Args:
+        predict, schedule, params, key, timesteps: as in `example_loss`.
+        batch: B examples.
+        platform: platform of the devices that run it, such as "cpu" or "tpu", for how many examples run at once; JAX's
+            default backend if None.
     """
     pixels = num_pixels(batch.latents.shape[1:]) * len(timesteps)
     count = len(batch.row_id)
     losses = jax.lax.map(
         lambda example: example_loss(predict, schedule, params, key, example, timesteps),
         batch,
-        batch_size=group_size(count, pixels, forward_pixels()) % count,  # 0 is a plain vmap
+        batch_size=group_size(count, pixels, forward_pixels(platform)) % count,  # 0 is a plain vmap
     )
     return jnp.where(jnp.asarray(batch.mask).astype(bool), losses, 0)
 

@@ -31,8 +31,8 @@ from attrib_jax.jobs.ekfac import fit_ekfac
 from attrib_jax.jobs.encoded_dataset import EncodedDataset
 from attrib_jax.jobs.fisher_files import FISHER_FILE, fisher_file, read_fisher_file
 from attrib_jax.jobs.settings import CurvatureSettings
-from attrib_jax.models.prepared import transform_kernels
 from attrib_jax.models.projected_text import text_columns
+from attrib_jax.ops import prepare_kernels
 from attrib_jax.parallel.hosts import run_on_host0
 from attrib_jax.parallel.mesh import data_mesh, replicate
 from attrib_jax.parallel.sums import DeviceSums
@@ -90,7 +90,7 @@ def fit_fisher(
 
 def _fit(path, predict, schedule, selected, rest, data, samples, seed, mesh) -> None:
     draws = fisher_draws(seed, samples, data.num_captions, schedule.num_train_timesteps)
-    prepared = transform_kernels(predict, selected, rest, data.latent_shape, data.text_shape)
+    prepared = prepare_kernels(rest, mesh.devices.flat[0].platform)
     shared = replicate(mesh, (selected, prepared, schedule, purpose_key(seed, "fisher")))
     program = _program(predict, mesh, gradients_at_once(selected, samples_per_tile(mesh), data.latent_shape))
     like = (sums_like(selected), np.zeros((), np.int32))

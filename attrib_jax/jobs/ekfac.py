@@ -43,7 +43,7 @@ from attrib_jax.jobs.draws import (
     sums_like,
 )
 from attrib_jax.jobs.encoded_dataset import EncodedDataset
-from attrib_jax.models.prepared import transform_kernels
+from attrib_jax.ops import prepare_kernels
 from attrib_jax.ops.micro_batching import even_group_size, gradient_pixels, num_pixels, sum_groups
 from attrib_jax.parallel.hosts import run_on_host0
 from attrib_jax.parallel.mesh import data_mesh, replicate
@@ -91,7 +91,7 @@ def fit_ekfac(
     files = (path / _EIGENVALUES, path / _BASES)
     if not run_on_host0(lambda: all(stored_arrays(file) is not None for file in files)):
         draws = fisher_draws(seed, samples, data.num_captions, schedule.num_train_timesteps)
-        prepared = transform_kernels(predict, selected, rest, data.latent_shape, data.text_shape)
+        prepared = prepare_kernels(rest, mesh.devices.flat[0].platform)
         shared = (selected, prepared, schedule, purpose_key(seed, "fisher"))
         if run_on_host0(lambda: stored_arrays(path / _BASES) is None):
             _fit_bases(path, predict, layers, shared, draws, data, mesh)

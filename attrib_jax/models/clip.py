@@ -14,7 +14,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from attrib_jax.models.layers import LayerNorm, attention
+from attrib_jax.models.layers import LayerNorm
+from attrib_jax.ops import attention
 
 
 def _quick_gelu(x):

@@ -22,10 +22,11 @@ from attrib_jax.models.layers import (
     LayerNorm,
     ResnetBlock,
     Upsample,
-    attention,
     pointwise_conv,
 )
 from attrib_jax.models.projected_text import ProjectedText
+from attrib_jax.ops import attention
+from attrib_jax.ops.attention import LOGITS_AT_ONCE
 
 # Whether a block of this class attends to the text.
 _DOWN_BLOCKS = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
@@ -223,7 +224,9 @@ class Attention(nn.Module):
             return projected.astype(query.dtype)
 
         query = nn.Dense(features, use_bias=False, name="to_q")(x)
-        mixed = attention(query, project("to_k"), project("to_v"), self.num_heads, group=len(x))
+        # The callers bound the batch.
+        at_once = LOGITS_AT_ONCE * len(x)
+        mixed = attention(query, project("to_k"), project("to_v"), self.num_heads, logits_at_once=at_once)
         return nn.Dense(features, name="to_out_0")(mixed)
 
 

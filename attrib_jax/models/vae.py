@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax.numpy as jnp
 
-from attrib_jax.models.layers import Conv, Downsample, GroupNorm, ResnetBlock, Upsample, attention, pointwise_conv
+from attrib_jax.models.layers import Conv, Downsample, GroupNorm, ResnetBlock, Upsample, pointwise_conv
+from attrib_jax.ops import attention
 
 _EPSILON = 1e-6  # of every normalisation in the autoencoder
 _DOWNSAMPLE_PADDING = ((0, 1), (0, 1))

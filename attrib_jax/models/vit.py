@@ -13,7 +13,8 @@ from flax.linen.dtypes import promote_dtype
 
 from attrib_jax.core.checks import check_positive
 from attrib_jax.models.clip import ACTIVATIONS
-from attrib_jax.models.layers import LayerNorm, attention
+from attrib_jax.models.layers import LayerNorm
+from attrib_jax.ops import attention
 
 _INIT = nn.initializers.truncated_normal(0.02)
 

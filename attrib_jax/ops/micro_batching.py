@@ -1,7 +1,7 @@
-"""How much runs at once: `vmap` over groups that follow each other, where all of a tile would not fit into memory.
+"""Micro-batching: how many forward passes a device runs at once, where those of a whole tile would not fit into memory.
 
-What a UNet's forward holds grows with its latent pixels: 256 for the MSCOCO model, 4,096 for Stable Diffusion at 512
-pixels. Tiles have one size for every model; these limits cut those of large ones.
+The activations of a UNet's forward pass grow with its latent pixels: 256 for the MSCOCO model, 4,096 for Stable
+Diffusion at 512 pixels. Tiles have one size for every model; these limits cut those of large ones.
 """
 
 import functools
@@ -11,32 +11,35 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-# Latent pixels of the forwards that are held at once; and of those whose activations a backward pass needs.
+# Latent pixels of the forward passes that are held at once, and of those whose activations a backward pass needs.
 FORWARD_PIXELS = 2**17
 GRADIENT_PIXELS = 2**14
-# On a CPU 32 and 4 forwards of the MSCOCO model: their arrays stay in its caches, and its memory is what it waits for.
+# On a CPU 32 and 4 forward passes of the MSCOCO model: their arrays stay in its caches, and it waits for its memory.
 _CPU_FORWARD_PIXELS = 2**13
 _CPU_GRADIENT_PIXELS = 2**10
 
 
-def forward_pixels() -> int:
-    """Latent pixels of the forwards that a device holds at once, of several examples."""
-    return _CPU_FORWARD_PIXELS if jax.default_backend() == "cpu" else FORWARD_PIXELS
+def forward_pixels(platform: str | None = None) -> int:
+    """Latent pixels of the forward passes that a device holds at once, of several examples.
+
+    `platform` is that of the devices which run the program, such as "cpu" or "tpu"; JAX's default backend if None.
+    """
+    return _CPU_FORWARD_PIXELS if (platform or jax.default_backend()) == "cpu" else FORWARD_PIXELS
 
 
-def gradient_pixels() -> int:
-    """Latent pixels of the forwards whose activations a device holds at once, of several draws."""
-    return _CPU_GRADIENT_PIXELS if jax.default_backend() == "cpu" else GRADIENT_PIXELS
+def gradient_pixels(platform: str | None = None) -> int:
+    """As `forward_pixels`, of the forward passes whose activations are held, of several draws."""
+    return _CPU_GRADIENT_PIXELS if (platform or jax.default_backend()) == "cpu" else GRADIENT_PIXELS
 
 
 def num_pixels(latent_shape: tuple[int, ...]) -> int:
-    """Latent pixels of one forward, (h, w, c) -> h w."""
+    """Latent pixels of one forward pass, (h, w, c) -> h w."""
     height, width, _ = latent_shape
     return height * width
 
 
 def group_size(count: int, pixels: int, limit: int) -> int:
-    """How many of `count` entries of `pixels` each to take at once: all, or else no more than `limit` allows.
+    """The number of `count` entries of `pixels` each to run at once: all, or else no more than `limit` allows.
 
     A divisor of `count` where one is large enough, since a smaller last group is a second program to compile.
     """
@@ -51,7 +54,10 @@ def even_group_size(count: int, pixels: int, limit: int) -> int:
 
 
 def map_groups(fn: Callable[[Any], Any], size: int, batch: Any) -> Any:
-    """`fn` of a batch, `size` entries of the first axis at a time; unlike `jax.lax.map`, `fn` takes a whole group."""
+    """`fn` of a batch, `size` entries of the first axis at a time; unlike with `jax.lax.map`, `fn` takes a whole group.
+
+    `batch` and the result are pytrees of arrays with that axis; the last group may be smaller.
+    """
     count = len(jax.tree.leaves(batch)[0])
     whole = count - count % size
     groups = jax.tree.map(lambda leaf: leaf[:whole].reshape(whole // size, size, *leaf.shape[1:]), batch)

@@ -1,21 +1,22 @@
-"""3x3 convolutions of pictures doubled by nearest neighbour, from the pictures as they were.
+"""3x3 convolutions of images doubled by nearest neighbour, computed from the images before doubling.
 
-Along one axis the doubled picture holds ..., x[i-1], x[i], x[i], x[i+1], ... and a kernel (a, b, c) makes of it
+Along one axis the doubled image holds ..., x[i-1], x[i], x[i], x[i+1], ... and a kernel (a, b, c) makes of it
 
     y[2i] = a x[i-1] + (b + c) x[i] = s x[i] + a (x[i-1] - x[i])
     y[2i+1] = (a + b) x[i] + c x[i+1] = s x[i] + c (x[i+1] - x[i]),    s = a + b + c,
 
 three products for two results where the direct sum has six: Winograd's F(2, 3), in which one of four products is of the
-difference of two equal inputs. Along both axes they are 9 of 36, each of all the picture's pixels with one matrix.
+difference of two equal inputs. Along both axes they are 9 of 36, each of all the image's pixels with one matrix.
+Rounding errors are about twice those of the direct sum.
 """
 
 import jax.numpy as jnp
 from jax.lax import slice_in_dim
 
-from attrib_jax.ops.transform_conv import FilteredConv
+from attrib_jax.ops.bilinear import Form
 
 
-def _transform_kernel(kernel):
+def transform_kernel(kernel):
     """(3, 3, C, F) -> 9 of (C, F), those of the first row first."""
 
     def transform(a, b, c):
@@ -27,7 +28,7 @@ def _transform_kernel(kernel):
 
 
 def _transpose_transform(filters):
-    """The transpose of `_transform_kernel`."""
+    """The transpose of `transform_kernel`."""
 
     def transpose(a, s, c):
         return a + s, s, c + s
@@ -37,11 +38,11 @@ def _transpose_transform(filters):
     return jnp.stack([jnp.stack([rows[j][i] for j in range(3)]) for i in range(3)])
 
 
-def _apply(x, *filters, turned: bool):
-    """(B, H, W, C) -> (B, 2 H, 2 W, F), or `turned` the transpose of that, which has the same products."""
+def convolve(x, *filters, transpose: bool = False):
+    """(B, H, W, C) -> (B, 2 H, 2 W, F), or with `transpose` the transpose of that, which has the same products."""
     channels, features = filters[0].shape
     batch, height, width, _ = x.shape
-    if turned:
+    if transpose:
         result = sum(rows @ matrix.T for rows, matrix in zip(_differences(x), filters, strict=True))
         return result.reshape(batch, height // 2, width // 2, channels)
 
@@ -49,13 +50,13 @@ def _apply(x, *filters, turned: bool):
     products = [(pixels @ matrix).reshape(batch, height, width, features) for matrix in filters]
     columns = [_double(2, *products[3 * p : 3 * p + 3]) for p in range(3)]
     rows = [_double(1, *(columns[p][j] for p in range(3))) for j in range(2)]
-    # (2 rows, 2 columns) of each pixel -> the picture.
+    # (2 rows, 2 columns) of each pixel -> the image.
     result = jnp.stack([jnp.stack([rows[j][i] for j in range(2)], axis=3) for i in range(2)], axis=2)
     return result.reshape(batch, 2 * height, 2 * width, features)
 
 
-def _transpose_by_kernel(cotangent, x):
-    """(B, 2 H, 2 W, F) and x (B, H, W, C) -> (3, 3, C, F)."""
+def kernel_gradient(x, cotangent):
+    """x (B, H, W, C) and cotangent (B, 2 H, 2 W, F) -> (3, 3, C, F)."""
     pixels = x.reshape(-1, x.shape[-1])
     return _transpose_transform([pixels.T @ rows for rows in _differences(cotangent)])
 
@@ -86,8 +87,8 @@ def _after(axis: int, x):
     return slice_in_dim(jnp.pad(x, [(0, int(at == axis)) for at in range(4)]), 1, x.shape[axis] + 1, axis=axis)
 
 
-doubled_conv = FilteredConv("doubled_conv", _transform_kernel, _apply, _transpose_by_kernel, scale=2)
-"""The convolution, zero padding of the doubled picture: a `FilteredConv` from (B, H, W, C) to (B, 2 H, 2 W, F).
-
-4 times fewer products than the direct sum; rounding errors are about twice its own.
-"""
+FORM = Form(
+    lambda x, kernel, geometry: convolve(x, *transform_kernel(kernel)),
+    lambda cotangent, kernel, geometry: convolve(cotangent, *transform_kernel(kernel), transpose=True),
+    lambda x, cotangent, geometry: kernel_gradient(x, cotangent),
+)

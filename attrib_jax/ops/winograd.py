@@ -1,24 +1,44 @@
-"""3x3 convolutions by Winograd's minimal filtering F(2x2, 3x3), with derivatives in the same form.
+"""3x3 convolutions by Winograd's minimal filtering F(2x2, 3x3), with gradients in the same form.
 
-The transpose of such a convolution is another one, by the turned kernel, and is taken as that.
+Each 2x2 tile of outputs is a function of 4x4 inputs: transformed by sums, multiplied position by position of the
+transform (16 matrix products), and transformed back (Lavin and Gray, Fast Algorithms for Convolutional Neural Networks,
+2016): 2.25 times fewer products than the direct sum, with rounding errors about twice its own. Padding is zeros, one on
+each side; height and width are even.
+
+The input gradient is another such convolution, by the kernel rotated by 180 degrees with its channels exchanged.
 """
 
 import jax.numpy as jnp
 import numpy as np
 from jax.lax import slice_in_dim
 
-from attrib_jax.ops.transform_conv import FilteredConv
+from attrib_jax.ops.bilinear import Form, Geometry
 
-# A kernel's derivative over at most this many pixels is taken from patches: what the transform saves in products it
+# From this number of pixels and of channels in and out on, the form is faster on a CPU than the direct sum.
+_MIN_PIXELS = 16
+MIN_CHANNELS = 32
+# A kernel gradient over at most this many pixels is computed from patches: what the transform saves in products it
 # loses in bytes.
 _PATCH_PIXELS = 64
-# The products of the transpose by the pictures have the filters on the left, up to this many pixels: few rows wait for
-# the filters from memory, and these are then read in order. Their results' transposes cost more for many.
+# The products of the input gradient have the filters on the left, up to this many pixels: few rows wait for the filters
+# from memory, and these are then read in order. Their results' transposes cost more for many.
 _FILTERS_FIRST_PIXELS = 256
 
 
-def _transpose_by_kernel(cotangent, x):
-    """(B, H, W, F) and x (B, H, W, C) -> (3, 3, C, F): the transpose of the forward form, product by product."""
+def fits(geometry: Geometry, channels: int, features: int, dtype) -> bool:
+    """Whether the form computes a convolution and is fast: half precision would lose digits in the transforms."""
+    (height, width), rest = geometry.in_size, (geometry.kernel_size, geometry.stride, geometry.padding)
+    return (
+        rest == ((3, 3), 1, ((1, 1), (1, 1)))
+        and min(channels, features) >= MIN_CHANNELS
+        and height * width >= _MIN_PIXELS
+        and height % 2 == width % 2 == 0
+        and dtype == jnp.float32
+    )
+
+
+def kernel_gradient(x, cotangent):
+    """x (B, H, W, C) and cotangent (B, H, W, F) -> (3, 3, C, F): the transpose of the forward form, by products."""
     batch, height, width, channels = x.shape
     features = cotangent.shape[-1]
     padded = _pad(x)
@@ -43,8 +63,11 @@ def _transpose_by_kernel(cotangent, x):
     return jnp.einsum("jp,ipcf->ijcf", transform, columns)
 
 
-def _transform_kernel(kernel):
-    """(3, 3, C, F) -> four of (4, C, F): down each column of the kernel first, then along the four rows it makes."""
+def transform_kernel(kernel):
+    """(3, 3, C, F) -> four of (4, C, F): down each column of the kernel first, then along the four rows it makes.
+
+    The transform is 16/9 as large as the kernel.
+    """
 
     def transform(a, b, c):
         return a, 0.5 * (a + c + b), 0.5 * (a + c - b), c
@@ -53,16 +76,16 @@ def _transform_kernel(kernel):
     return tuple(jnp.stack(transform(*row)) for row in rows)
 
 
-def _apply(x, *filters, turned: bool):
-    """Convolves `x` by the four of `_transform_kernel`: (B, H, W, C) -> (B, H, W, F), or `turned` from F to C.
+def convolve(x, *filters, transpose: bool = False):
+    """Convolves x by the four of `transform_kernel`, (B, H, W, C) -> (B, H, W, F); with `transpose` from F to C.
 
-    The turned convolution is the transpose: by the kernel turned by half a circle, with its channels exchanged. That
-    kernel's transform holds the same numbers, its first and last places exchanged. So the places of the inputs are
-    exchanged, which are fewer.
+    The transpose is the convolution by the kernel rotated by 180 degrees, with its channels exchanged. That kernel's
+    transform holds the same numbers, its first and last places exchanged. So the places of the inputs are exchanged,
+    which are fewer.
     """
-    places = (3, 1, 2, 0) if turned else range(4)
+    places = (3, 1, 2, 0) if transpose else range(4)
     batch, height, width, _ = x.shape
-    filters_first = turned and batch * height * width <= _FILTERS_FIRST_PIXELS
+    filters_first = transpose and batch * height * width <= _FILTERS_FIRST_PIXELS
 
     bands = _transform(*_inputs_along(1, _pad(x)))
     halves = [None] * 4
@@ -72,7 +95,7 @@ def _apply(x, *filters, turned: bool):
         if filters_first:
             products = jnp.einsum("pcf,ptf->pct", row, tiles)
         else:
-            products = jnp.einsum("ptf,pcf->ptc" if turned else "ptc,pcf->ptf", tiles, row)
+            products = jnp.einsum("ptf,pcf->ptc" if transpose else "ptc,pcf->ptf", tiles, row)
         halves[place] = _transform_back(*(products[position] for position in places))
     columns = [_transform_back(*(half[j] for half in halves)) for j in range(2)]
     return (_from_rows if filters_first else _from_columns)(columns, batch, height // 2, width // 2)
@@ -97,7 +120,7 @@ def _pad(x):
 
 
 def _inputs_along(axis: int, padded):
-    """The four places along the rows (1) or columns (2) of every tile's inputs, each half as long as the picture."""
+    """The four places along the rows (1) or columns (2) of every tile's inputs, each half as long as the image."""
     extent = padded.shape[axis] - 2
     return (slice_in_dim(padded, i, i + extent - 1, 2, axis) for i in range(4))
 
@@ -115,10 +138,8 @@ def _stack_tiles(positions):
     return jnp.stack([position.reshape(-1, position.shape[-1]) for position in positions])
 
 
-winograd_conv = FilteredConv("winograd_conv", _transform_kernel, _apply, _transpose_by_kernel)
-"""The convolution with zero padding, H and W even: a `FilteredConv`, 2.25 times fewer products than the direct sum.
-
-Each 2x2 tile of outputs is a function of 4x4 inputs: transformed by sums, multiplied position by position of the
-transform (16 matrix products), and transformed back (Lavin and Gray, Fast Algorithms for Convolutional Neural Networks,
-2016). Rounding errors are about twice those of the direct sum. The transform is 16/9 as large as the kernel.
-"""
+FORM = Form(
+    lambda x, kernel, geometry: convolve(x, *transform_kernel(kernel)),
+    lambda cotangent, kernel, geometry: convolve(cotangent, *transform_kernel(kernel), transpose=True),
+    lambda x, cotangent, geometry: kernel_gradient(x, cotangent),
+)
