@@ -12,7 +12,11 @@ from jax.extend import core
 TENSORFLOAT32_BITS = 10
 BFLOAT16_BITS = 7
 
-_PRODUCTS = ("dot_general", "conv_general_dilated", "winograd_conv", "doubled_conv")
+_GRADIENTS = ("_input_gradient", "_kernel_gradient")
+_PRODUCTS = ("dot_general", "conv_general_dilated")
+_PRODUCTS += tuple(f"{name}{part}" for name in ("conv2d", "upsample_conv2d") for part in ("", *_GRADIENTS))
+# Its factors are computed from the kernel before the program.
+_PREPARED = "conv2d_prepared"
 # Calls, by the parameter that holds what they call.
 _CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "custom_jvp_call": "call_jaxpr"}
 _CALLS |= {"custom_vjp_call": "call_jaxpr", "checkpoint": "jaxpr", "remat2": "jaxpr"}
@@ -31,7 +35,8 @@ def round_products(fn: Callable[..., Any], mantissa_bits: int, truncate: bool = 
       mantissa_bits: that a factor keeps, 1 to 22.
       truncate: towards zero, instead of to the nearest.
     Raises:
-      TypeError: when called, for products inside of other operations than calls, loops and branches.
+      TypeError: when called, for products inside of other operations than calls, loops and branches, or with prepared
+        kernels (`ops.prepare_kernels`).
     """
     rounding = functools.partial(_truncate if truncate else _round, mantissa_bits)
 
@@ -69,6 +74,8 @@ def _apply(eqn: core.JaxprEqn, rounding: Callable[[jax.Array], jax.Array], input
         closed = called if isinstance(called, core.ClosedJaxpr) else core.ClosedJaxpr(called, ())
         return _evaluate(closed, rounding, *inputs)
     params = eqn.params
+    if name == _PREPARED:
+        raise TypeError("round_products does not round the filters of a TransformedKernel: give it the kernel itself")
     if name in _PRODUCTS:
         inputs = [rounding(x) if x.dtype == jnp.float32 else x for x in inputs]
     elif _has_products(eqn):

@@ -27,9 +27,10 @@ from attrib_jax.jobs.draws import Sample, sample_gradients
 from attrib_jax.models.precision import cast_params, matmul_precision
 from attrib_jax.models.predictor import predictor
 from attrib_jax.models.unet import UNet2DConditionModel, UNetConfig
+from attrib_jax.ops import prepare_kernels
 from attrib_jax.parallel.mesh import data_mesh, tile_map
 
-BACKENDS = {"cuda": "gpu", "tpu": "tpu"}  # platform -> what `jax.default_backend` calls it
+PLATFORMS = ("cuda", "tpu")
 TILE, STEPS, LENGTH, WIDTH, SIZE = 2, 3, 5, 768, 8
 # A program that applies this UNet of one level takes 85,000 to 150,000 bytes. A matrix of its attention takes 147,000
 # or more: one that became a constant shows in the size.
@@ -220,14 +221,10 @@ PROGRAMS = {
 
 
 def export(run, arguments, platform, **options):
-    """Traced and lowered as on a machine with the platform's devices, on which code may depend."""
+    """Lowered for `platform` on this machine, whatever its devices: no code may depend on them."""
     run = run if hasattr(run, "lower") else jax.jit(run)
     arguments = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), arguments)
-    # What was traced for another platform is not to be found again.
-    jax.clear_caches()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "default_backend", lambda: BACKENDS[platform])
-        return jax.export.export(run, platforms=(platform,), **options)(*arguments)
+    return jax.export.export(run, platforms=(platform,), **options)(*arguments)
 
 
 # As EKFAC is, whatever the scores' precision.
@@ -236,7 +233,7 @@ CASES = [(name, "float32") for name in PROGRAMS]
 CASES += [(name, "bfloat16") for name in PROGRAMS if name not in FLOAT32_ALONE]
 
 
-@pytest.mark.parametrize("platform", BACKENDS)
+@pytest.mark.parametrize("platform", PLATFORMS)
 @pytest.mark.parametrize(("name", "precision"), CASES)
 def test_lowers_for_accelerators(name, precision, platform):
     run, arguments = PROGRAMS[name](precision)
@@ -253,7 +250,22 @@ def test_lowers_for_accelerators(name, precision, platform):
         assert module.count("stablehlo.convolution") == len(kernels)
 
 
-@pytest.mark.parametrize("platform", BACKENDS)
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_no_form_for_cpus_is_in_the_program_of_an_accelerator(platform):
+    """Not even where the kernels come prepared for a CPU."""
+    run, (selected, rest, *others) = fisher_tile("float32")
+    prepared = jax.eval_shape(lambda rest: prepare_kernels(rest, "cpu"), rest)
+    assert len(jax.tree.leaves(prepared)) > len(jax.tree.leaves(rest))
+    plain, ours = (export(run, (selected, half, *others), platform).mlir_module() for half in (rest, prepared))
+    operations = ("stablehlo.convolution", "stablehlo.dot_general", "stablehlo.concatenate")
+    assert [ours.count(name) for name in operations] == [plain.count(name) for name in operations]
+    # On a CPU it would be products in their place.
+    on_cpu = export(run, (selected, prepared, *others), "cpu").mlir_module()
+    assert on_cpu.count("stablehlo.convolution") == 0 < plain.count("stablehlo.convolution")
+    assert "optimization_barrier" in on_cpu and "optimization_barrier" not in plain + ours
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
 def test_a_call_that_only_cpus_have_is_found(platform):
     def run(x):
         return jax.ffi.ffi_call("lapack_sgetrf_ffi", jax.ShapeDtypeStruct(x.shape, x.dtype))(x) + 1

@@ -162,7 +162,7 @@ def register(primitive: Primitive, abstract, batched, default, on_cpu) -> None:
 
 
 def fold_into_batch(function, x, axis):
-    """Maps `function` over an axis of images (B, ...) or (N, B, ...) by a larger batch -> the results and their axis."""
+    """Maps `function` over an axis of images (B, ...) or (N, B, ...) in a larger batch -> the results, their axis."""
     place = x.ndim - 5
     x = jnp.moveaxis(x, axis, place)
     result = function(x.reshape(*x.shape[:place], -1, *x.shape[place + 2 :]))

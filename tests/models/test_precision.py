@@ -17,6 +17,7 @@ TEXT_WIDTH = 23  # No other matrix has this width: products with the text are kn
 TEXT_LENGTH = 5
 SIZE = 8
 TIMESTEPS = np.array([0, 400, 800], np.int32)
+PRODUCTS = ("dot_general", "conv2d", "upsample_conv2d")
 UNET = UNet2DConditionModel(
     UNetConfig(
         block_out_channels=(16,),
@@ -76,7 +77,7 @@ def traced_dtypes(precision, params, example):
     text, others, wide = [], [], []
     for equation in equations(traced.jaxpr):
         operands = [variable.aval for variable in equation.invars]
-        if equation.primitive.name in ("dot_general", "conv_general_dilated"):
+        if equation.primitive.name in PRODUCTS:
             with_text = any(TEXT_WIDTH in operand.shape for operand in operands)
             (text if with_text else others).append({str(operand.dtype) for operand in operands})
         elif equation.primitive.name in ("exp", "rsqrt"):
@@ -129,14 +130,14 @@ def test_float32_is_the_plain_forward(params, example):
 def test_products_of_float32_numbers_are_asked_for_by_name(params, example, precision):
     with jax.default_matmul_precision(matmul_precision(precision)):
         traced = jax.make_jaxpr(predictor(UNET, precision))(params, example[0], np.int32(3), example[1])
-    asked = {
-        factor
-        for equation in equations(traced.jaxpr)
-        if equation.primitive.name in ("dot_general", "conv_general_dilated")
-        for factor in equation.params["precision"]
-    }
+    asked = set()
+    for equation in equations(traced.jaxpr):
+        if equation.primitive.name == "dot_general":
+            asked |= {str(factor) for factor in equation.params["precision"]}
+        elif equation.primitive.name in PRODUCTS:
+            asked.add(str(jax.lax.Precision(equation.params["geometry"].precision)))
     precisions = {"tensorfloat32": jax.lax.Precision.HIGH, "bfloat16-products": jax.lax.Precision.DEFAULT}
-    assert asked == {precisions.get(precision, jax.lax.Precision.HIGHEST)}
+    assert asked == {str(precisions.get(precision, jax.lax.Precision.HIGHEST))}
 
 
 def test_a_small_step_of_keys_and_values_survives(params):
