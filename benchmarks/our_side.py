@@ -2,6 +2,7 @@
 
 import tempfile
 import time
+import types
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ from attrib_jax.diffusion.schedule import NoiseSchedule, strided_timesteps
 from attrib_jax.jobs.curvature import fit_fisher
 from attrib_jax.jobs.draws import fisher_draws, samples_per_tile
 from attrib_jax.jobs.encoded_dataset import EncodedDataset
-from attrib_jax.jobs.losses import LossProgram
+from attrib_jax.jobs.losses import loss_program
 from attrib_jax.jobs.query_gradient import GradientProgram
+from attrib_jax.jobs.settings import LossSettings
 from attrib_jax.models.precision import cast_params, compute_dtype, matmul_precision
 from attrib_jax.models.predictor import predictor
 from attrib_jax.parallel.compilation_cache import enable_compilation_cache
@@ -50,6 +52,7 @@ class OurSide:
         unet, params = load_unet(weights_file, config={"unet": size.unet, "scheduler": size.scheduler})
         self._schedule = NoiseSchedule.from_config(size.scheduler)
         self._predict = predictor(unet, precision)
+        self._pipeline = types.SimpleNamespace(unet=unet, schedule=self._schedule)
         self._timesteps = strided_timesteps(size.stride, size.num_train_timesteps)
         self._params = cast_params(params, precision)
         self._selected, self._rest = select_weights(params, "cross-attn-kv")
@@ -62,17 +65,11 @@ class OurSide:
         in_tile = len(self._timesteps) if part == "losses" else 1
         all_devices = tile * self.mesh.size
         self._count = -(-units // (all_devices * in_tile)) * all_devices
-        # The Fisher information draws pictures again and again, as in a real run.
+        # The Fisher information draws images again and again, as in a real run.
         self._data = self._random_data(all_devices if part == "fisher" else self._count)
         if part == "losses":
-            self._program = LossProgram(
-                self._predict,
-                self._schedule,
-                _SEED,
-                self._size.stride,
-                mesh=self.mesh,
-                matmul_precision=matmul_precision(self._precision),
-            )
+            settings = LossSettings(loss_seed=_SEED, stride=self._size.stride, precision=self._precision)
+            self._program = loss_program(types.SimpleNamespace(pipeline=self._pipeline), settings)
             self._weights = self._program.place(self._params)
         elif part == "gradient":
             program = GradientProgram(self._predict, self._schedule, self.mesh)
@@ -161,7 +158,7 @@ class OurSide:
         return self.mesh.devices.flat[0].memory_stats()["peak_bytes_in_use" if peak else "bytes_in_use"]
 
     def _losses(self, rows: np.ndarray) -> np.ndarray:
-        return self._program(self._weights, self._data, rows, 2, "first", lambda done: None)
+        return self._program(self._weights, self._data, rows)
 
     def _fit(self, data: EncodedDataset, samples: int) -> Any:
         with tempfile.TemporaryDirectory() as folder:
@@ -174,12 +171,12 @@ class OurSide:
         return purpose_key(_SEED, "query")
 
     def _random_data(self, examples: int) -> EncodedDataset:
-        pictures, config = max(2, -(-examples // 2)), self._size.unet
+        images, config = max(2, -(-examples // 2)), self._size.unet
         rng = np.random.default_rng(self._size.seed)
         side = config["sample_size"]
-        latents = rng.standard_normal((pictures, 2, side, side, config["in_channels"]), np.float32)
-        text = rng.standard_normal((pictures, self._size.length, config["cross_attention_dim"]), np.float32)
-        return EncodedDataset(np.arange(pictures, dtype=np.int32), latents, text, np.arange(pictures + 1))
+        latents = rng.standard_normal((images, 2, side, side, config["in_channels"]), np.float32)
+        text = rng.standard_normal((images, self._size.length, config["cross_attention_dim"]), np.float32)
+        return EncodedDataset(np.arange(images, dtype=np.int32), latents, text, np.arange(images + 1))
 
     def _torch_inputs(self, rows: Any, flips: Any, noise: Any, timesteps: Any) -> dict[str, np.ndarray]:
         latents, text = self._data.inputs(rows, flips, 0)

@@ -117,7 +117,7 @@ def _modes() -> dict[str, Mode]:
         }
     else:
         products = {name: Mode(name) for name in ("tensorfloat32", "bfloat16-products")}
-    modes = {**products, "bfloat16": Mode("bfloat16"), "bfloat16-all": Mode("bfloat16-all")}
+    modes = {**products, "bfloat16": Mode("bfloat16")}
     for name in _CHOSEN.value or ():
         check_choice("modes", name, modes)
     chosen = {name: mode for name, mode in modes.items() if _CHOSEN.value is None or name in _CHOSEN.value}

@@ -62,7 +62,6 @@ ERROR_LIMITS = {
     "tensorfloat32": 2e-2,
     "bfloat16-products": 1e-1,
     "bfloat16": 1e-1,
-    "bfloat16-all": 1e-1,
 }
 # All losses of the MSCOCO model: pictures, flips, captions, timesteps.
 _FULL_PASS = 118287 * 2 * 5 * 20

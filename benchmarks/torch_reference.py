@@ -169,7 +169,7 @@ class TorchSide:
         # PyTorch has no products of float32 numbers in bfloat16.
         allow = precision in ("tensorfloat32", "bfloat16-products")
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allow
-        self._dtype = torch.bfloat16 if precision in ("bfloat16", "bfloat16-all") else torch.float32
+        self._dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
         self._device, self._size = device, size
         self._unet = build_unet(size.unet, size.seed)
         save_file({name: weight.contiguous() for name, weight in self._unet.state_dict().items()}, weights_file)
