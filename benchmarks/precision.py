@@ -3,10 +3,10 @@
 python -m benchmarks.precision --model=models/openmoji --workdir=runs/precision                 # both models
 python -m benchmarks.precision --models=mscoco --workdir=runs/precision --mscoco_rows=1000      # on an accelerator
 
-Two scores of every picture: the exact one, its loss under the unlearned weights less that before, both losses in the
+Two scores of every image: the exact one, its loss under the unlearned weights less that before, both losses in the
 precision that is judged; and the linearised one, the derivative of the loss along the weight change. Weights are
-unlearned in float32 once for all, so only the scoring differs. `openmoji` is the shipped model, its queries pictures
-that it generates from captions of scored pictures; `mscoco` the UNet of the paper with random weights, its pictures
+unlearned in float32 once for all, so only the scoring differs. `openmoji` is the shipped model, its queries images
+that it generates from captions of scored images; `mscoco` the UNet of the paper with random weights, its images
 synthetic latents in clusters, its queries further members of them. Prints a markdown table a model. Resumable query by
 query and precision by precision; more queries go on from fewer.
 
@@ -52,10 +52,10 @@ from launch import common
 
 _MODELS = flags.DEFINE_list("models", ["openmoji", "mscoco"], "Models to study.")
 _CHOSEN = flags.DEFINE_list("modes", None, "Modes to compare with float32; all if not given.")
-_ROWS = flags.DEFINE_integer("rows", 1000, "openmoji: random training pictures to score.", lower_bound=20)
+_ROWS = flags.DEFINE_integer("rows", 1000, "openmoji: random training images to score.", lower_bound=20)
 _QUERIES = flags.DEFINE_integer("queries", 4, "openmoji: queries.", lower_bound=1)
 _STRIDE = flags.DEFINE_integer("stride", 100, "openmoji: timesteps of the scores.", lower_bound=1)
-_MSCOCO_ROWS = flags.DEFINE_integer("mscoco_rows", 64, "mscoco: synthetic pictures to score.", lower_bound=20)
+_MSCOCO_ROWS = flags.DEFINE_integer("mscoco_rows", 64, "mscoco: synthetic images to score.", lower_bound=20)
 _MSCOCO_QUERIES = flags.DEFINE_integer("mscoco_queries", 1, "mscoco: queries.", lower_bound=1)
 _MSCOCO_STRIDE = flags.DEFINE_integer("mscoco_stride", 250, "mscoco: timesteps of the scores.", lower_bound=1)
 
@@ -74,7 +74,7 @@ class Case(NamedTuple):
 
     Attributes:
       unet, params, schedule: the model, float32.
-      data: pictures, of which those at the positions `rows` (N,) are scored.
+      data: images, of which those at the positions `rows` (N,) are scored.
       rows: positions.
       moved: for each query, the selected weights after unlearning it, float32.
       stride: of the scores' timesteps.
@@ -125,7 +125,7 @@ def _modes() -> dict[str, Mode]:
 
 
 class Scored(NamedTuple):
-    """Scores (queries, N), and pictures a second of a pass over the data; None where no pass was timed."""
+    """Scores (queries, N), and images a second of a pass over the data; None where no pass was timed."""
 
     scores: np.ndarray
     rate: float | None
@@ -222,9 +222,9 @@ def _study(name: str, path: Path, case: Case) -> None:
     exact = {name: _exact_scores(path, case, name, mode) for name, mode in modes.items()}
     linear = {name: _linear_scores(path, case, name, mode) for name, mode in modes.items()}
     top = min(_TOP, len(case.rows) // 10)
-    print(f"\n{name}: {len(case.rows)} pictures, {len(case.moved)} queries, stride {case.stride}, K = {top}.")
+    print(f"\n{name}: {len(case.rows)} images, {len(case.moved)} queries, stride {case.stride}, K = {top}.")
     print("Means over the queries, the worst in brackets; error: root mean square, over the scores' deviation.\n")
-    print(f"| score | precision | against | Spearman | overlap@{top} | error | pictures/s | passes |")
+    print(f"| score | precision | against | Spearman | overlap@{top} | error | images/s | passes |")
     print("|---|---|---|---|---|---|---|---|")
     for kind, scored in (("exact", exact), ("linearised", linear)):
         for name in modes:
@@ -309,7 +309,7 @@ def _derivatives(predict, schedule, key, timesteps, weights, batch) -> jax.Array
 
 
 def _pass(folder: Path, program: ExampleProgram, weights: Any, case: Case) -> tuple[np.ndarray, float | None]:
-    """One pass over the pictures, kept in `folder` -> their values (N,), and pictures a second if not resumed."""
+    """One pass over the images, kept in `folder` -> their values (N,), and images a second if not resumed."""
     timing, fresh = folder / "timing.json", not folder.exists()
     weights = program.place(weights)
     if fresh:

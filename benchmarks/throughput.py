@@ -63,7 +63,7 @@ ERROR_LIMITS = {
     "bfloat16-products": 1e-1,
     "bfloat16": 1e-1,
 }
-# All losses of the MSCOCO model: pictures, flips, captions, timesteps.
+# All losses of the MSCOCO model: images, flips, captions, timesteps.
 _FULL_PASS = 118287 * 2 * 5 * 20
 
 

@@ -38,7 +38,7 @@ def fit_kernel(features: Any) -> Kernel:
     """
     width = features.shape[-1]
     gram = np.zeros((width, width))
-    with np.errstate(over="ignore", invalid="ignore"):  # told below
+    with np.errstate(over="ignore", invalid="ignore"):  # an error below names it
         for block in _blocks(features):
             gram += block.T @ block
     if not np.isfinite(gram).all():
@@ -67,7 +67,7 @@ def kernel_scores(
       regularisations: each lambda in units of the mean eigenvalue of Phi^T Phi. An absolute lambda, as the papers give
         it (5e2 for D-TRAK), depends on k, on the number of examples and on the scale of the gradients; this one does
         not: scores keep their order when all features are multiplied by one number.
-      kernel: of `features`, where the caller has it.
+      kernel: kernel of `features`, if the caller has it; fitted if None.
 
     Raises ValueError for a regularisation that is not positive, query features of another shape or that are not
     finite, or features that `fit_kernel` refuses.

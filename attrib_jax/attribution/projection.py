@@ -49,10 +49,10 @@ def project(gradients: Any, key: jax.Array, kind: str, dim: int) -> jax.Array:
 
     `sparse`: each weight meets 4 of the numbers, one in each quarter of them, with +-1/2 (the block construction of
     Kane & Nelson, "Sparser Johnson-Lindenstrauss transforms", 2014). A block has dim / 4 weights; in each quarter it
-    lies turned by a random number of places, so that weights of different blocks meet with probability 4 / dim, and
+    is rotated by a random number of places, so that weights of different blocks meet with probability 4 / dim, and
     those of one block never. Signs are independent, so the variance of an inner product is that of hashing every
     weight by itself, (|a|^2 |b|^2 + <a, b>^2) / dim at most, as of the dense matrix, at a hundredth of its cost.
-    Nothing is scattered: results are the same to the bit on devices that add up in any order.
+    Nothing is scattered: results are bitwise the same on devices that add up in any order.
 
     Args:
       gradients: nested dict of arrays (B, *shape), one of float32 or float64.

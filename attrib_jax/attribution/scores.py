@@ -52,7 +52,7 @@ def strided_losses(
     """The strided loss of each of B examples -> (B,); padding (mask 0) gives exactly 0.
 
     Compile it once for one B, the tile (`jax.jit(strided_losses, static_argnums=0)`), and fill the last tile with
-    padding: then an example's loss is the same to the bit in whatever order, subset or batch the data set is run.
+    padding: then an example's loss is bitwise the same in whatever order, subset or batch the data set is run.
 
     Args:
         predict, schedule, params, key, timesteps: as in `example_loss`.

@@ -89,10 +89,10 @@ class LinearLayer(NamedTuple):
     """A linear layer as one example runs it.
 
     Attributes:
-      name: of its kernel, joined by '/'.
+      name: name of its kernel, joined by '/'.
       input: the name of the first layer that reads the same array.
-      shape: of its output for one example, (..., out).
-      dtype: of its output.
+      shape: shape of its output for one example, (..., out).
+      dtype: dtype of its output.
     """
 
     name: str
@@ -260,7 +260,7 @@ def fisher_ekfac(
     """Fits EKFAC on one batch that fits in memory: factors first, then eigenvalues on the same examples.
 
     Arguments as in `factor_sums`; `relative_damping` as in `EKFAC`. Not for use under `jit`: the eigenvectors are taken
-    on the host. An example should be one (picture, caption, noise, timestep) draw, as in `fisher_diagonal`.
+    on the host. An example should be one (image, caption, noise, timestep) draw, as in `fisher_diagonal`.
 
     Raises:
       ValueError: `relative_damping` is negative; no linear layer is selected, or one runs twice; `mask` does not

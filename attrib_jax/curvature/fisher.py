@@ -60,7 +60,7 @@ def fisher_diagonal(
     """Sums the squared per-example gradients of a batch: F_j = E_z[(dL(z) / dtheta_j)^2], before the division.
 
     Each example's gradient is complete (for a key or value projection, summed over its text tokens) before it is
-    squared. An example should be one (picture, caption, noise, timestep) draw: squaring a gradient that was averaged
+    squared. An example should be one (image, caption, noise, timestep) draw: squaring a gradient that was averaged
     over several draws gives another quantity.
 
     Args:

@@ -94,7 +94,7 @@ def predictions(
             group = jax.checkpoint(lambda inputs: predict.batched(params, *inputs, text))
             prediction = map_groups(group, at_once, (noisy, timesteps))
     if prediction.shape != target.shape:
-        raise ValueError(f"predict returned shape {prediction.shape[1:]}; expected that of latents, {latents.shape}")
+        raise ValueError(f"predict returned shape {prediction.shape[1:]}; expected {latents.shape}, as latents")
     return prediction, target
 
 

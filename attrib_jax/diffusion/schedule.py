@@ -1,6 +1,6 @@
 """The forward diffusion process: noise levels read from a diffusers scheduler_config.json.
 
-`alphas_cumprod` reproduces diffusers' float32 values to the bit: `torch.linspace` rounds each beta once, and
+`alphas_cumprod` is bitwise identical to diffusers' float32 values: `torch.linspace` rounds each beta once, and
 `torch.cumprod` multiplies in double precision and rounds each product once, so both are done here in float64. With
 `rescale_betas_zero_snr` it is within 5e-7 of theirs: the betas are rescaled in steps that round otherwise.
 """

@@ -75,8 +75,8 @@ def autoencoder_loss(
       params: its parameters.
       images: (B, H, W, 3) uint8.
       key: for the mirroring and the latent noise.
-      mse_weight: of the mean squared error, beside the mean absolute error's 1.
-      kl_weight: of the KL divergence, averaged over latent values.
+      mse_weight: weight of the mean squared error, beside the mean absolute error's 1.
+      kl_weight: weight of the KL divergence, averaged over latent values.
     """
     flip_key, noise_key = jax.random.split(key)
     images = random_flips(flip_key, images.astype(jnp.float32) / 127.5 - 1.0)
@@ -145,10 +145,10 @@ def denoising_batch_loss(
     Args:
       predict: the unbatched UNet, see `attrib_jax.diffusion.losses.Predict`.
       schedule: noise levels and prediction type.
-      params: of the UNet.
+      params: parameters of the UNet.
       latents: (B, h, w, c), scaled.
       text: (B, L, d) text states.
-      order_key, time_key, noise_key: of the strata, the timesteps in them, and the noise.
+      order_key, time_key, noise_key: random keys of the strata, the timesteps in them, and the noise.
     """
     size = latents.shape[0]
     # Stratified over the batch: the same marginal distribution of t with less variance of the mean loss.

@@ -23,7 +23,6 @@ from attrib_jax.jobs.draws import (
     fisher_draws,
     gradients_at_once,
     sample_gradients,
-    samples_per_tile,
     sum_over_draws,
     sums_like,
 )
@@ -34,7 +33,7 @@ from attrib_jax.jobs.settings import CurvatureSettings
 from attrib_jax.models.projected_text import text_columns
 from attrib_jax.ops import prepare_kernels
 from attrib_jax.parallel.hosts import run_on_host0
-from attrib_jax.parallel.mesh import data_mesh, replicate
+from attrib_jax.parallel.mesh import data_mesh, mesh_platform, replicate
 from attrib_jax.parallel.sums import DeviceSums
 from attrib_jax.storage.files import DamagedFileError, write_arrays
 from attrib_jax.storage.state import StateStore
@@ -90,9 +89,9 @@ def fit_fisher(
 
 def _fit(path, predict, schedule, selected, rest, data, samples, seed, mesh) -> None:
     draws = fisher_draws(seed, samples, data.num_captions, schedule.num_train_timesteps)
-    prepared = prepare_kernels(rest, mesh.devices.flat[0].platform)
+    prepared = prepare_kernels(rest, mesh_platform(mesh))
     shared = replicate(mesh, (selected, prepared, schedule, purpose_key(seed, "fisher")))
-    program = _program(predict, mesh, gradients_at_once(selected, samples_per_tile(mesh), data.latent_shape))
+    program = _program(predict, mesh, gradients_at_once(selected, mesh, data.latent_shape))
     like = (sums_like(selected), np.zeros((), np.int32))
     total, state = sum_over_draws(path, _PARTIAL, program, shared, like, draws, data, "Fisher information")
 

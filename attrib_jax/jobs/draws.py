@@ -20,7 +20,7 @@ from attrib_jax.models.predictor import as_predictor
 from attrib_jax.models.projected_text import kernel_gradient
 from attrib_jax.ops.micro_batching import even_group_size, gradient_pixels, num_pixels
 from attrib_jax.parallel.hosts import is_host0, run_on_host0
-from attrib_jax.parallel.mesh import host_share, shard_batch
+from attrib_jax.parallel.mesh import host_share, mesh_platform, shard_batch
 from attrib_jax.parallel.progress import progress
 from attrib_jax.parallel.sums import DeviceSums
 from attrib_jax.storage.state import StateStore
@@ -211,12 +211,13 @@ def tiles_per_checkpoint(mesh: Mesh) -> int:
 
 
 def _on_cpu(mesh: Mesh) -> bool:
-    return mesh.devices.flat[0].platform == "cpu"
+    return mesh_platform(mesh) == "cpu"
 
 
-def gradients_at_once(selected: Any, tile: int, latent_shape: tuple[int, ...]) -> int:
-    """Per-sample gradients that one device holds at once, of a tile of `tile` samples."""
-    microbatch = even_group_size(tile, num_pixels(latent_shape), gradient_pixels())
+def gradients_at_once(selected: Any, mesh: Mesh, latent_shape: tuple[int, ...]) -> int:
+    """Per-sample gradients that one device of `mesh` holds at once, a divisor of its tile."""
+    limit = gradient_pixels(mesh_platform(mesh))
+    microbatch = even_group_size(samples_per_tile(mesh), num_pixels(latent_shape), limit)
     while microbatch > 1 and microbatch * 4 * count_weights(selected).values > _GRADIENT_BYTES:
         microbatch //= 2
     return microbatch

@@ -38,7 +38,6 @@ from attrib_jax.jobs.draws import (
     fisher_draws,
     gradients_at_once,
     sample_loss,
-    samples_per_tile,
     sum_over_draws,
     sums_like,
 )
@@ -46,7 +45,7 @@ from attrib_jax.jobs.encoded_dataset import EncodedDataset
 from attrib_jax.ops import prepare_kernels
 from attrib_jax.ops.micro_batching import even_group_size, gradient_pixels, num_pixels, sum_groups
 from attrib_jax.parallel.hosts import run_on_host0
-from attrib_jax.parallel.mesh import data_mesh, replicate
+from attrib_jax.parallel.mesh import data_mesh, mesh_platform, replicate
 from attrib_jax.parallel.sums import DeviceSums
 from attrib_jax.storage.files import read_arrays, stored_arrays, write_arrays
 from attrib_jax.storage.state import StateStore
@@ -91,7 +90,7 @@ def fit_ekfac(
     files = (path / _EIGENVALUES, path / _BASES)
     if not run_on_host0(lambda: all(stored_arrays(file) is not None for file in files)):
         draws = fisher_draws(seed, samples, data.num_captions, schedule.num_train_timesteps)
-        prepared = prepare_kernels(rest, mesh.devices.flat[0].platform)
+        prepared = prepare_kernels(rest, mesh_platform(mesh))
         shared = (selected, prepared, schedule, purpose_key(seed, "fisher"))
         if run_on_host0(lambda: stored_arrays(path / _BASES) is None):
             _fit_bases(path, predict, layers, shared, draws, data, mesh)
@@ -129,7 +128,7 @@ def _fit_bases(path: Path, predict, layers, shared, draws: FisherDraws, data, me
 
 def _fit_eigenvalues(path: Path, predict, layers, shared, draws: FisherDraws, data, mesh: Mesh) -> None:
     selected = shared[0]
-    microbatch = gradients_at_once(selected, samples_per_tile(mesh), data.latent_shape)
+    microbatch = gradients_at_once(selected, mesh, data.latent_shape)
     program = _eigenvalue_program(predict, layers, mesh, microbatch)
     like = (sums_like(selected), np.zeros((), np.int32))
     placed = replicate(mesh, (*shared, _bases(path, selected)))
@@ -148,7 +147,8 @@ def _factor_program(predict: Predict, layers: tuple[LinearLayer, ...], mesh: Mes
     def tile_sum(shared, batch):
         selected, rest, schedule, key = shared
         loss_fn = sample_loss(predict, schedule, key)
-        size = even_group_size(len(batch.mask), num_pixels(batch.latents.shape[1:]), gradient_pixels())
+        limit = gradient_pixels(mesh_platform(mesh))
+        size = even_group_size(len(batch.mask), num_pixels(batch.latents.shape[1:]), limit)
         factors = sum_groups(
             lambda samples: factor_sums(loss_fn, layers, selected, rest, samples, samples.mask), batch, size
         )

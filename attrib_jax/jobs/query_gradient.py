@@ -15,7 +15,7 @@ from attrib_jax.diffusion.losses import Predict
 from attrib_jax.diffusion.schedule import NoiseSchedule
 from attrib_jax.models.predictor import as_predictor
 from attrib_jax.ops import prepare_kernels
-from attrib_jax.parallel.mesh import data_mesh, host_share, replicate, shard_batch
+from attrib_jax.parallel.mesh import data_mesh, host_share, mesh_platform, replicate, shard_batch
 from attrib_jax.parallel.sums import DeviceSums
 
 
@@ -42,7 +42,7 @@ class GradientProgram:
         def sum_draws(selected, key, advance):
             nonlocal fixed
             if fixed is None:
-                prepared = prepare_kernels(rest, self.mesh.devices.flat[0].platform)
+                prepared = prepare_kernels(rest, mesh_platform(self.mesh))
                 fixed = replicate(self.mesh, (prepared, self._schedule, jnp.asarray(latents), jnp.asarray(text), mask))
             weights = self._project(selected, jnp.asarray(text))
             shared = (fixed, replicate(self.mesh, (weights, key, np.int32(draws))))

@@ -118,7 +118,7 @@ class _VisionEmbeddings(nn.Module):
 
 
 class CLIPVisionTransformer(nn.Module):
-    """Normalised pictures (B, image_size, image_size, 3) -> the class token's state (B, hidden_size), normed."""
+    """Normalised images (B, image_size, image_size, 3) -> the class token's state (B, hidden_size), normed."""
 
     config: CLIPVisionConfig
 
@@ -131,7 +131,7 @@ class CLIPVisionTransformer(nn.Module):
 
 
 class CLIPModel(nn.Module):
-    """Pictures and texts in one space; see `image_features` and `text_features`."""
+    """Images and texts in one space; see `image_features` and `text_features`."""
 
     config: CLIPConfig
 
@@ -160,9 +160,9 @@ class CLIPModel(nn.Module):
         return self.config.projection_dim
 
     def image_features(self, pixels) -> jax.Array:
-        """Normalised pictures (B, image_size, image_size, 3) -> projected features (B, projection_dim).
+        """Normalised images (B, image_size, image_size, 3) -> projected features (B, projection_dim).
 
-        Raises ValueError for pictures of another size, or a model without its vision tower.
+        Raises ValueError for images of another size, or a model without its vision tower.
         """
         if self.config.vision is None:
             raise ValueError("this CLIP model has a text tower alone; load one with a vision tower")

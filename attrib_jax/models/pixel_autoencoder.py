@@ -1,4 +1,4 @@
-"""An autoencoder without weights: pictures themselves as latents, for models that work on pixels.
+"""An autoencoder without weights: images themselves as latents, for models that work on pixels.
 
 It stands where a Stable Diffusion pipeline has its AutoencoderKL and has the same methods, so that everything above it
 (encoding, queries, attribution) runs unchanged. It is ours: PyTorch diffusers has no such class, so that of a pipeline
@@ -23,7 +23,7 @@ class PixelAutoencoderConfig:
     """How pixels become latents.
 
     Attributes:
-      sample_size: side in pixels of the pictures that the model was trained on.
+      sample_size: side in pixels of the images that the model was trained on.
       patch: side of the squares of pixels that become the channels of one latent pixel.
       grey: whether latents hold one value for each pixel, the mean of its colours, instead of three.
       scaling_factor: what latents are multiplied by before they meet the UNet.
@@ -56,7 +56,7 @@ class PixelAutoencoderConfig:
 
     @property
     def in_channels(self) -> int:
-        """Of pictures."""
+        """Channels of the images."""
         return 3
 
     @property
@@ -70,7 +70,7 @@ class PixelAutoencoderConfig:
 
 
 class PixelAutoencoder(nn.Module):
-    """Images (B, H, W, 3) in [-1, 1] <-> latents (B, H/p, W/p, c): lossless for grey pictures, or in colour."""
+    """Images (B, H, W, 3) in [-1, 1] <-> latents (B, H/p, W/p, c): lossless for grey images, or in colour."""
 
     config: PixelAutoencoderConfig
 

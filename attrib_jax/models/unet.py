@@ -78,7 +78,7 @@ class UNetConfig:
       down_block_types, up_block_types: block classes from the outermost level inwards, and from the innermost outwards.
       block_out_channels: channels of each level, outermost first.
       layers_per_block: residual blocks in a down block, for all levels or one number a level; up blocks have one more.
-      norm_num_groups, norm_eps: of every GroupNorm, except that the epsilon inside a transformer is 1e-6.
+      norm_num_groups, norm_eps: settings of every GroupNorm, except that the epsilon inside a transformer is 1e-6.
       cross_attention_dim: width of the text states.
       transformer_layers_per_block: transformer blocks after each residual block, for all levels or one number a level.
       attention_head_dim: the NUMBER of attention heads, for all levels or one number a level. diffusers keeps this

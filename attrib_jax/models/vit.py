@@ -1,6 +1,6 @@
 """Vision transformers: transformers' ViTModel (DINO) and Dinov2WithRegistersModel (DINOv2) as Flax modules.
 
-Parameter names are those of the published files. The feature of a picture is the class token's last state.
+Parameter names are those of the published files. The feature of an image is the class token's last state.
 """
 
 import dataclasses
@@ -108,7 +108,7 @@ class PatchEmbedding(nn.Module):
         size = self.patch_size
         batch, height, width, channels = images.shape
         if height % size or width % size:
-            raise ValueError(f"pictures of {height} x {width} pixels do not divide into patches of {size}")
+            raise ValueError(f"images of {height} x {width} pixels do not divide into patches of {size}")
         kernel = self.param("kernel", _INIT, (size, size, channels, self.features))
         images, kernel = promote_dtype(images, kernel)
         patches = images.reshape(batch, height // size, size, width // size, size, channels)
@@ -252,9 +252,9 @@ class _Encoder(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """Normalised pictures (B, H, W, 3) -> states (B, tokens, hidden_size) after the last norm, the class token first.
+    """Normalised images (B, H, W, 3) -> states (B, tokens, hidden_size) after the last norm, the class token first.
 
-    A ViT takes pictures of `config.image_size` alone; DINOv2 resizes its position embeddings to any picture whose sides
+    A ViT takes images of `config.image_size` alone; DINOv2 resizes its position embeddings to any image whose sides
     are multiples of `config.patch_size`.
     """
 
@@ -262,7 +262,7 @@ class VisionTransformer(nn.Module):
 
     @nn.compact
     def __call__(self, pixels) -> jax.Array:
-        """Raises ValueError for pictures of a size that the model does not take."""
+        """Raises ValueError for images of a size that the model does not take."""
         side = self.config.image_size
         if isinstance(self.config, ViTConfig) and pixels.shape[1:3] != (side, side):
             raise ValueError(f"pixels has shape {pixels.shape}; the model takes (B, {side}, {side}, 3)")
@@ -275,5 +275,5 @@ class VisionTransformer(nn.Module):
         return self.config.hidden_size
 
     def image_features(self, pixels) -> jax.Array:
-        """Normalised pictures (B, H, W, 3) -> features (B, hidden_size): the class token's states."""
+        """Normalised images (B, H, W, 3) -> features (B, hidden_size): the class token's states."""
         return self(pixels)[:, 0]

@@ -16,6 +16,11 @@ def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
     return Mesh(np.asarray(devices), ("data",))
 
 
+def mesh_platform(mesh: Mesh) -> str:
+    """The platform of the devices of `mesh`, such as "cpu", "cuda" (as "gpu") or "tpu"."""
+    return mesh.devices.flat[0].platform
+
+
 def shard_batch(mesh: Mesh, tree: Any) -> Any:
     """Splits the first axis of every leaf over the devices of `mesh`.
 
