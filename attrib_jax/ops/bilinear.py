@@ -136,7 +136,7 @@ class BilinearConv:
 
         def abstract(first, second, *, geometry):
             lead = next((a.shape[:1] for a in (first, second) if a.ndim == 5), ())
-            return jax.core.ShapedArray((*lead, *shape(first, second, geometry)), first.dtype)
+            return result_like(first, (*lead, *shape(first, second, geometry)))
 
         def batched(arrays, axes, *, geometry):
             if batch and axes[1] is None:
@@ -159,6 +159,12 @@ def register(primitive: Primitive, abstract, batched, default, on_cpu) -> None:
     batching.primitive_batchers[primitive] = batched
     mlir.register_lowering(primitive, mlir.lower_fun(default, multiple_results=False))
     mlir.register_lowering(primitive, mlir.lower_fun(on_cpu, multiple_results=False), platform="cpu")
+
+
+def result_like(operand, shape: tuple[int, ...]):
+    """The abstract result of another shape than `operand`, on the same axes of a device mesh."""
+    sharding = jax.sharding.NamedSharding(operand.sharding.mesh, jax.sharding.PartitionSpec(*(None for _ in shape)))
+    return operand.update(shape=shape, sharding=sharding)
 
 
 def fold_into_batch(function, x, axis):

@@ -8,7 +8,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad
 
 from attrib_jax.ops import cpu_conv, upsample_conv, winograd
-from attrib_jax.ops.bilinear import BilinearConv, Form, Geometry, Pads, fold_into_batch, register
+from attrib_jax.ops.bilinear import BilinearConv, Form, Geometry, Pads, fold_into_batch, register, result_like
 
 _NO_PADS = ((0, 0), (0, 0))
 _SAME_3X3 = ((1, 1), (1, 1))
@@ -136,8 +136,8 @@ _prepared = Primitive("conv2d_prepared")
 
 
 def _prepared_shape(x, kernel, *filters, geometry, transpose):
-    features = kernel.shape[2 if transpose else 3]
-    return jax.core.ShapedArray((x.shape[0], *geometry.out_size, features), x.dtype)
+    size, features = (geometry.in_size, kernel.shape[2]) if transpose else (geometry.out_size, kernel.shape[3])
+    return result_like(x, (x.shape[0], *size, features))
 
 
 def _prepared_batch(arrays, axes, **static):
