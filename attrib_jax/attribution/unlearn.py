@@ -364,12 +364,22 @@ def _check_draws(draws: int, tile: int) -> None:
 
 
 def tile_gradient(
-    predict, schedule, weights: ProjectedWeights, rest, latents, text, key, mask, indices: jax.Array, draws
+    predict,
+    schedule,
+    weights: ProjectedWeights,
+    rest,
+    latents,
+    text,
+    key,
+    mask,
+    indices: jax.Array,
+    draws,
+    platform: str | None = None,
 ) -> QueryGradient:
     """Sums of the query's loss and gradient over the draws number `indices` (S,); numbers from `draws` on count zero.
 
     The gradient is by `weights`, those of `Predictor.project_text`; `by_selected` turns the sum over all tiles into
-    that by the selected weights. Other arguments as in `query_gradient`.
+    that by the selected weights. `platform` is as in `strided_losses`, the others as in `query_gradient`.
     """
 
     def group_gradient(indices):
@@ -384,7 +394,7 @@ def tile_gradient(
 
         return QueryGradient(*jax.value_and_grad(loss_sum)(weights))
 
-    size = even_group_size(len(indices), num_pixels(latents.shape), gradient_pixels())
+    size = even_group_size(len(indices), num_pixels(latents.shape), gradient_pixels(platform))
     return sum_groups(group_gradient, indices, size)
 
 

@@ -59,7 +59,7 @@ class GradientProgram:
 @functools.lru_cache(maxsize=4)
 def _programs(predict: Predict, mesh: Mesh) -> tuple[DeviceSums, Callable[..., Any], Callable[..., Any]]:
     """Made once: another model of the same architecture compiles nothing."""
-    sums = DeviceSums(mesh, functools.partial(_tile_gradient, predict))
+    sums = DeviceSums(mesh, functools.partial(_tile_gradient, predict, mesh_platform(mesh)))
     return sums, _exactly(as_predictor(predict).project_text), _exactly(by_selected)
 
 
@@ -68,9 +68,10 @@ def _exactly(fn: Callable[..., Any]) -> Callable[..., Any]:
     return jax.jit(jax.default_matmul_precision("highest")(fn))
 
 
-def _tile_gradient(predict: Predict, shared: Any, tile: jax.Array) -> CompensatedSum:
+def _tile_gradient(predict: Predict, platform: str, shared: Any, tile: jax.Array) -> CompensatedSum:
     """The sums of tile number `tile` (1,); draws beyond the last count zero."""
     (rest, schedule, latents, text, mask), (weights, key, draws) = shared
     indices = tile[0] * DRAWS_PER_TILE + jnp.arange(DRAWS_PER_TILE, dtype=jnp.int32)
-    sums = tile_gradient(predict, schedule, weights, rest, latents, text, key, mask, indices, draws)
+    query = (weights, rest, latents, text, key, mask)
+    sums = tile_gradient(predict, schedule, *query, indices, draws, platform)
     return CompensatedSum.of(sums)
