@@ -124,7 +124,6 @@ def test_the_main_job_reaches_few_modules():
     assert len(found) <= MAX_MODULES_OF_ATTRIBUTE, sorted(found)
 
 
-@pytest.mark.xfail(reason="layers and their prepared kernels still choose by the default backend")
 def test_no_model_or_method_asks_for_the_platform():
     """What depends on it is a lowering rule in `ops`, or a choice of the command."""
     asking = {

@@ -56,7 +56,7 @@ def test_latents_too_large_to_be_taken_at_once_give_the_same(monkeypatch, forwar
 
     expected = losses_and_gradient()
     pixels = forwards * latents[0, 0, ..., 0].size
-    monkeypatch.setattr("attrib_jax.attribution.scores.forward_pixels", lambda: pixels)
+    monkeypatch.setattr("attrib_jax.attribution.scores.forward_pixels", lambda platform: pixels)
     monkeypatch.setattr("attrib_jax.diffusion.losses.FORWARD_PIXELS", pixels)
     found = losses_and_gradient()
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, expected)

@@ -60,13 +60,6 @@ def test_a_batch_is_its_examples(case):
     _assert_close(predict.batched(params, latents, _TIMESTEPS, texts[1:2]), _each(case, text=1))
 
 
-@pytest.mark.parametrize("texts", [2, 4])
-def test_another_number_of_texts_is_refused(case, texts):
-    predict, params, latents, text = case
-    with pytest.raises(ValueError, match=rf"text has shape \({texts}, 5, 6\)"):
-        predict.batched(params, latents, _TIMESTEPS, np.resize(text, (texts, *text.shape[1:])))
-
-
 @pytest.mark.parametrize("subset", ["cross-attn-kv", "cross-attn"])
 def test_layers_of_projections_are_not_applied(case, subset):
     predict, params, latents, texts = case
