@@ -2,7 +2,7 @@
 
     nice python -m benchmarks.kill_resume --workdir=runs/kill_resume
 
-Trains a tiny model on pictures made here, encodes them, fits the Fisher information and attributes a query with many
+Trains a tiny model on images made here, encodes them, fits the Fisher information and attributes a query with many
 unlearning steps: the real commands, once undisturbed, then again and again with kills until there were `--kills`. A
 moment is uniform over the time for which the undisturbed command held its workdir; before that nothing is written. Then
 every array, log and table of each killed chain is compared with the undisturbed one's. Prints what each kill hit; the
@@ -26,10 +26,10 @@ from safetensors import safe_open
 
 from launch import common
 
-_KILLS = flags.DEFINE_integer("kills", 20, "How often a command is killed.", lower_bound=1)
-_SEED = flags.DEFINE_integer("kill_seed", 0, "Of the moments.", lower_bound=0)
-_PICTURES = flags.DEFINE_integer("pictures", 1600, "Size of the data set.", lower_bound=100)
-_SCALE = flags.DEFINE_float("scale", 1.0, "Of training steps, unlearning steps and Fisher samples.", lower_bound=0.01)
+_KILLS = flags.DEFINE_integer("kills", 20, "Number of kills.", lower_bound=1)
+_SEED = flags.DEFINE_integer("kill_seed", 0, "Seed of the moments.", lower_bound=0)
+_IMAGES = flags.DEFINE_integer("rows", 1600, "Images of the data set.", lower_bound=100)
+_SCALE = flags.DEFINE_float("scale", 1.0, "Factor of steps and Fisher samples.", lower_bound=0.01)
 
 _SIDE = 32
 _COLOURS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (50, 70, 220), "yellow": (230, 210, 60)}
@@ -47,7 +47,7 @@ class Kill(NamedTuple):
     stage: str
 
 
-def make_pictures(folder: Path, count: int) -> None:
+def make_images(folder: Path, count: int) -> None:
     """Writes coloured shapes on noise, with captions, as an imagefolder."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
@@ -65,13 +65,13 @@ def make_pictures(folder: Path, count: int) -> None:
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
 
 
-def commands(pictures: Path, folder: Path) -> dict[str, list[str]]:
+def commands(images: Path, folder: Path) -> dict[str, list[str]]:
     """The chain, by name, writing below `folder`."""
 
     def scaled(count: int) -> int:
         return max(1, round(count * _SCALE.value))
 
-    data, model = f"--dataset=folder:{pictures}", f"--model={folder / 'train' / 'model'}"
+    data, model = f"--dataset=folder:{images}", f"--model={folder / 'train' / 'model'}"
     train = [data, f"--workdir={folder / 'train'}", "--checkpoint_every=20", "--vae_batch_size=16"]
     train += [f"--vae_steps={scaled(100)}", f"--train_steps={scaled(100)}", "--train_batch_size=32"]
     run = [data, model, f"--workdir={folder / 'run'}"]
@@ -124,10 +124,10 @@ def open_stage(folder: Path) -> str:
     return shown.get(name, name)
 
 
-def quiet_chain(pictures: Path, folder: Path, log: Path) -> dict[str, float]:
+def quiet_chain(images: Path, folder: Path, log: Path) -> dict[str, float]:
     """Runs the chain undisturbed -> the seconds for which each command held its workdir."""
     seconds = {}
-    for name, command in commands(pictures, folder).items():
+    for name, command in commands(images, folder).items():
         process = start(command, log)
         began = time.monotonic()
         check_ended(name, process, log)
@@ -136,11 +136,11 @@ def quiet_chain(pictures: Path, folder: Path, log: Path) -> dict[str, float]:
 
 
 def killed_chain(
-    pictures: Path, folder: Path, log: Path, seconds: dict[str, float], kills: int, rng: np.random.Generator
+    images: Path, folder: Path, log: Path, seconds: dict[str, float], kills: int, rng: np.random.Generator
 ) -> list[Kill]:
     """Runs the chain, killing and starting again each command up to `kills` times in all."""
     made = []
-    for name, command in commands(pictures, folder).items():
+    for name, command in commands(images, folder).items():
         while True:
             process = start(command, log)
             if len(made) == kills:
@@ -190,16 +190,16 @@ def _content(path: Path) -> object:
 
 
 def main():
-    common.require(workdir=common.WORKDIR.value)
-    base = Path(common.WORKDIR.value)
+    common.require(workdir=common.workdir())
+    base = Path(common.workdir())
     if base.exists() and any(base.iterdir()):
         raise ValueError(f"workdir {os.fspath(base)!r} is not empty; give a new one")
-    pictures, whole, log = base / "pictures", base / "whole", base / "commands.log"
-    make_pictures(pictures, _PICTURES.value)
+    images, whole, log = base / "images", base / "whole", base / "commands.log"
+    make_images(images, _IMAGES.value)
     began = time.monotonic()
     # Twice: the first run compiles what the others find compiled.
-    quiet_chain(pictures, base / "first", log)
-    seconds = quiet_chain(pictures, whole, log)
+    quiet_chain(images, base / "first", log)
+    seconds = quiet_chain(images, whole, log)
     wrong = differences(base / "first", whole)
     shutil.rmtree(base / "first")
     print("undisturbed: " + ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items()), flush=True)
@@ -208,7 +208,7 @@ def main():
     while len(kills) < _KILLS.value and not wrong:
         chains += 1
         folder = base / f"killed-{chains}"
-        kills += killed_chain(pictures, folder, log, seconds, _KILLS.value - len(kills), rng)
+        kills += killed_chain(images, folder, log, seconds, _KILLS.value - len(kills), rng)
         wrong = differences(folder, whole)
         if not wrong:
             shutil.rmtree(folder)

@@ -5,6 +5,7 @@ import functools
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -14,8 +15,8 @@ from attrib_jax.convert.parts import abstract_unet_params
 from attrib_jax.data.latents import open_latents
 from attrib_jax.diffusion.schedule import NoiseSchedule
 from attrib_jax.jobs.encoded_dataset import EncodedDataset
-from attrib_jax.jobs.losses import LossProgram, dataset_values
-from attrib_jax.models.predictor import predictor
+from attrib_jax.jobs.losses import dataset_pass, loss_program
+from attrib_jax.jobs.settings import LossSettings
 from attrib_jax.models.unet import UNet2DConditionModel, UNetConfig
 from attrib_jax.parallel.compilation_cache import enable_compilation_cache
 from attrib_jax.parallel.mesh import data_mesh, shard_batch
@@ -35,22 +36,24 @@ class LossesRun:
             lambda leaf: rng.normal(0, 0.05, leaf.shape).astype(np.float32), abstract_unet_params(unet)
         )
         self.mesh = data_mesh()
-        self._program = LossProgram(
-            predictor(unet), NoiseSchedule.from_config(size.scheduler), size.seed, size.stride, mesh=self.mesh
-        )
-        self._params = self._program.place(params)
         stored = open_latents(folder)
         self._data = EncodedDataset(stored.row_ids, stored.latents, stored.text, stored.first_caption, stored.positions)
+        # What the losses need of a run: there are no encoders, and nothing to be claimed.
+        model = SimpleNamespace(unet=unet, schedule=NoiseSchedule.from_config(size.scheduler))
+        self._run = SimpleNamespace(pipeline=model, data=self._data)
+        settings = LossSettings(loss_seed=size.seed, stride=size.stride, captions="first", flips="max")
+        self._program = loss_program(self._run, settings)
+        self._params = self._program.place(params)
         self._libc = ctypes.CDLL(None)
         self._tile = EXAMPLES_PER_TILE * self.mesh.size
         # Until it neither compiles nor fills caches.
         self._losses(self._data, np.arange(min(len(self._data), 4 * self._tile)))
 
     def stage(self) -> float:
-        """Seconds that the stage takes for all pictures and their mirror images, its chunks written."""
+        """Seconds that the stage takes for all images and their mirror images, its chunks written."""
         with tempfile.TemporaryDirectory() as folder:
             began = time.perf_counter()
-            dataset_values(Path(folder) / "base", self._program, self._params, self._data, 2, "first", "losses")
+            dataset_pass(self._run, [Path(folder) / "base"], self._program, [self._params], "losses")
             return time.perf_counter() - began
 
     def trim(self) -> None:
@@ -80,7 +83,7 @@ class LossesRun:
 
     def _losses(self, data: EncodedDataset, rows: np.ndarray) -> float:
         began = time.perf_counter()
-        self._program(self._params, data, rows, 2, "first", lambda done: None)
+        self._program(self._params, data, rows)
         return time.perf_counter() - began
 
     def _inputs(self, rows: np.ndarray) -> float:
@@ -93,7 +96,7 @@ class LossesRun:
 
 
 class _CachedDataset(EncodedDataset):
-    """A data set that keeps every batch it was asked for: the second time costs nothing."""
+    """A data set that keeps every batch that it has read: reading it again costs nothing."""
 
     @functools.cached_property
     def _batches(self) -> dict[bytes, tuple[np.ndarray, np.ndarray]]:

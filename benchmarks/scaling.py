@@ -2,7 +2,7 @@
 
     python -m benchmarks.scaling --output=runs/scaling.json            # 1k, 4k, 16k and 64k examples, a tiny model
 
-An example is a picture or its mirror image, with one caption. For each number of them latents and text states are
+An example is an image or its mirror image, with one caption. For each number of them latents and text states are
 written to disk as a `latents:` data set, and the stage runs on it in a process of its own, in chunks that it writes.
 Memory is anonymous memory (see workers.py) beyond what the process held before the stage, when the model was compiled:
 the most during the stage, and what is left after it once the allocator has given back what it keeps for reuse. Of the
@@ -36,13 +36,13 @@ _SHARE_TILES = 64
 _BLOCK = 1024
 
 
-def write_latents(folder: str, size: Size, pictures: int) -> None:
-    """Writes random latents and text states of `pictures` as the pair of files of a `latents:` data set."""
+def write_latents(folder: str, size: Size, images: int) -> None:
+    """Writes random latents and text states of `images` images as the pair of files of a `latents:` data set."""
     rng = np.random.default_rng(size.seed)
     side, channels = size.unet["sample_size"], size.unet["in_channels"]
     shapes = {
-        "latents": (2 * pictures, channels, side, side),
-        "text_embeddings": (pictures, 1, size.length, size.unet["cross_attention_dim"]),
+        "latents": (2 * images, channels, side, side),
+        "text_embeddings": (images, 1, size.length, size.unet["cross_attention_dim"]),
     }
     for name, shape in shapes.items():
         file = os.path.join(folder, f"random_{name}.npy")
@@ -126,10 +126,12 @@ def main(argv):
 
 
 def define_flags() -> None:
-    """Of the command; not on import, as benchmarks share names of flags and tests import several."""
+    """Defines the command's flags; not on import, as tests import several benchmarks with the same flags."""
     flags.DEFINE_list("counts", ["1024", "4096", "16384", "65536"], "Numbers of examples.")
     flags.DEFINE_string("size", "tiny", "`mscoco`, `tiny`, or a pipeline folder whose UNet is built.")
-    flags.DEFINE_integer("stride", 500, "Of the timesteps: an example has 1000 / stride forwards.", lower_bound=1)
+    flags.DEFINE_integer(
+        "stride", 500, "Stride of the timesteps: an example has 1000 / stride forwards.", lower_bound=1
+    )
     flags.DEFINE_integer("repeats", 3, "Runs of a data set up to the fourth of the largest; the fastest counts.")
     flags.DEFINE_string("output", None, "Json file for the rows.")
 

@@ -1,12 +1,21 @@
-"""Fingerprints of parameter trees."""
+"""Fingerprints of parameter trees, files and settings: the documented digests, and any change shows."""
 
 import hashlib
+import json
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attrib_jax.core.fingerprint import params_fingerprint
+from attrib_jax.core.fingerprint import (
+    array_digest,
+    digest,
+    file_digest,
+    files_digest,
+    json_digest,
+    name_hash,
+    params_fingerprint,
+)
 
 TREE = {"b": {"kernel": np.arange(6, dtype=np.float32).reshape(2, 3)}, "a": np.array([1, 2], np.int32)}
 
@@ -41,3 +50,24 @@ def test_any_change_shows(other):
 def test_scalars_empty_arrays_and_bfloat16_are_hashed():
     trees = [{"x": np.float32(1)}, {"x": np.zeros((0, 2))}, {"x": jnp.ones(3, jnp.bfloat16)}]
     assert len({params_fingerprint(tree) for tree in trees}) == 3
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def test_digests_of_texts_files_and_settings_are_sha256(tmp_path):
+    for name in ("b", "a"):
+        (tmp_path / name).write_text(name * 3)
+    listing = f"b {_sha256(b'bbb')}\na {_sha256(b'aaa')}\n".encode()
+    mixed = ("é", b"\0", np.array([[1, 2]], np.int16).T)
+    found = {
+        digest("é"): "é".encode(),
+        digest(iter(mixed)): "é".encode() + b"\0\1\0\2\0",
+        json_digest({"b": [1], "a": None}): json.dumps({"a": None, "b": [1]}).encode(),
+        file_digest(tmp_path / "a"): b"aaa",
+        files_digest([tmp_path / "b", tmp_path / "a"]): listing,
+        array_digest(np.float32([1])): b" (1,) float32\n" + np.float32([1]).tobytes(),
+    }
+    assert list(found) == [_sha256(content) for content in found.values()]
+    assert name_hash("fisher") == int(_sha256(b"fisher")[:8], 16)

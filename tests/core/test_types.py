@@ -23,19 +23,23 @@ def test_top_and_rank_do_not_depend_on_the_order_of_rows():
     assert len(Scores(row_id, score).top()) == 5 and Scores(row_id, score).top(2).flip is None
 
 
-def test_bad_scores_are_refused():
-    with pytest.raises(ValueError, match="NaN or infinite for 1 of 2 .*9"):
-        Scores([8, 9], [0.0, np.nan])
-    with pytest.raises(ValueError, match="holds \\[8\\] more than once"):
-        Scores([8, 8], [0.0, 1.0])
-    with pytest.raises(ValueError, match="loss_after has shape"):
-        Scores([8, 9], [0.0, 1.0], loss_after=np.zeros((3, 2)))
-    with pytest.raises(ValueError, match=r"shapes \(2,\) and \(2, 2\)"):
-        Scores([8, 9], np.zeros((2, 2)))
-    with pytest.raises(ValueError, match="row_id has dtype float64"):
-        Scores([8.5, 9.1], [0.0, 1.0])
-    with pytest.raises(ValueError, match="one number for each image"):
-        Scores(3, 0.5)
+@pytest.mark.parametrize(
+    ("row_id", "score", "further", "named"),
+    [
+        ([8, 9], [0.0, np.nan], {}, "score .*1 of 2 .*9"),
+        ([8, 8], [0.0, 1.0], {}, r"row_id holds \[8\]"),
+        ([8, 9], [0.0, 1.0], {"loss_after": np.zeros((3, 2))}, r"loss_after .*\(3, 2\)"),
+        ([8, 9], np.zeros((2, 2)), {}, r"\(2,\) and \(2, 2\)"),
+        ([8.5, 9.1], [0.0, 1.0], {}, "row_id .*float64"),
+        (3, 0.5, {}, r"\(\) and \(\)"),
+    ],
+)
+def test_bad_scores_are_refused(row_id, score, further, named):
+    with pytest.raises(ValueError, match=named):
+        Scores(row_id, score, **further)
+
+
+def test_absent_rows_and_bad_counts_are_refused():
     with pytest.raises(KeyError, match="row_id=4"):
         Scores([8, 9], [0.0, 1.0]).rank_of(4)
     with pytest.raises(ValueError, match="k is 0"):

@@ -1,15 +1,14 @@
-"""The attribute command with chunks of four rows, run in float32 and then again in float64, for runs in real processes.
+"""The attribute command with chunks of four rows, in float32 or float64, for runs in real processes.
 
 python -m tests.multihost.commands --model=... --workdir=... with any flags of launch.attribute
 """
 
 import dataclasses
-import os
 import time
 
 import jax
 import numpy as np
-from absl import flags
+from absl import app, flags
 
 import attrib_jax.jobs.draws
 import attrib_jax.jobs.encode_to_store
@@ -17,12 +16,11 @@ import attrib_jax.jobs.losses
 from attrib_jax.storage.state import StateStore
 from launch import attribute, common
 
-_DOUBLE = flags.DEFINE_boolean("then_float64", False, "Run again in float64, in <workdir>/float64.")
+_DOUBLE = flags.DEFINE_boolean("float64", False, "Whether all is computed in float64.")
 _PAUSE = flags.DEFINE_float("pause", 0.0, "Seconds that storing a state of the Fisher sum takes, to be killed in.")
 
 
-def main():
-    attribute.main()
+def main(argv):
     if _DOUBLE.value:
         jax.config.update("jax_enable_x64", True)
         load_model = common.load_model
@@ -33,8 +31,7 @@ def main():
             return dataclasses.replace(pipeline, params=params)
 
         common.load_model = load_double
-        flags.FLAGS.workdir = os.path.join(flags.FLAGS.workdir, "float64")
-        attribute.main()
+    attribute.main(argv)
 
 
 def _slow(write):
@@ -52,4 +49,5 @@ if __name__ == "__main__":
     attrib_jax.jobs.draws._SAMPLES_PER_CPU = 8
     attrib_jax.jobs.draws.tiles_per_checkpoint = lambda mesh: 1
     StateStore.write = _slow(StateStore.write)
-    common.run(main)
+    common.adopt_shared_flags()
+    app.run(main)

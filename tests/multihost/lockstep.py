@@ -43,6 +43,8 @@ def values(folder: Path) -> None:
     for size in (3, 2048, 5000):
         array = run_on_host0(lambda size=size: np.arange(size) if host_index() == 0 else np.zeros(1))
         np.testing.assert_array_equal(array, np.arange(size))
+    for value in (3, "text", [1, [2, "x"]], {"a": {"b": 1.5}}):
+        assert run_on_host0(lambda value=value: value if host_index() == 0 else None) == value
     arrays = run_on_host0(lambda: {"a": np.ones(3, np.float16), "b": np.array(7)})
     assert arrays["a"].dtype == np.float16 and int(arrays["b"]) == 7
     # Inside, host 0 is alone: what is called there may itself ask for host 0's answer.
@@ -60,7 +62,9 @@ def errors(folder: Path) -> None:
         return raised(lambda: run_on_host0(fn))
 
     assert fail(ValueError("stride is 0")) == "ValueError: stride is 0"
+    assert fail(ValueError("a\nb")) == "ValueError: a\nb" and fail(ValueError()) == "ValueError: "
     assert fail(StageMismatchError("other model")) == "StageMismatchError: other model"
+    assert fail(type("Local", (RuntimeError,), {})("hm")).endswith("Local: hm")
     assert "No such file" in raised(lambda: run_on_host0(lambda: (folder / "absent").read_text()))
     assert fail(UnicodeDecodeError("utf-8", b"x", 0, 1, "bad")).endswith("bad")
     assert fail(ValueError("no file \udcff.png")).startswith("ValueError: no file ")
@@ -106,7 +110,7 @@ def stages(folder: Path) -> None:
             skipped.store(slice(start, start + 10), {start + 3: f"host {host_index()}"})
             skipped.store(slice(20, 30), {})
         assert skipped.join() == {3: "host 0", 13: "host 1"}
-        # The chunk of host 1 is made anew by host 0, whose picture has been mended.
+        # The chunk of host 1 is made anew by host 0, whose image has been repaired.
         again = SkippedRows(folder)
         with independent_hosts():
             if host_index() == 0:

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attrib_jax.storage import files
 from attrib_jax.storage.files import StorageError
 from attrib_jax.storage.state import StateStore
 
@@ -101,11 +100,11 @@ def test_a_full_disk_keeps_the_state_before(tmp_path, monkeypatch):
     def full(descriptor):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(files.os, "fsync", full)
-    for _ in range(2):
-        with pytest.raises(StorageError, match="No space left on device"):
-            store.write(make(2), 2)
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        for _ in range(2):
+            with pytest.raises(StorageError, match="No space left on device"):
+                store.write(make(2), 2)
     tree, progress = store.read(make(0))
     assert progress == 1
     assert_same(tree, make(1))
