@@ -1,4 +1,4 @@
-"""Several hosts in one run: their flags, and the small parent process that says what happened when one of them dies.
+"""Several hosts in one run: their flags, and the small parent process that reports when one of them dies.
 
 When a host is lost, JAX's distributed runtime ends the processes of the others at once. So with --multihost each host
 runs its command in a child process, and the parent, which holds no device, prints one line and the exit code.
@@ -22,7 +22,7 @@ from absl import logging as absl_logging
 from attrib_jax.parallel import hosts
 from launch.process import with_huge_pages
 
-# Of a run that lost a host (sysexits.h: try again), so that a scheduler can tell it from a mistake.
+# Exit code of a run that lost a host (EX_TEMPFAIL of sysexits.h), by which a scheduler can tell it from a mistake.
 LOST_HOST = 75
 _PARENT = "ATTRIB_JAX_PARENT"
 _GRACE_SECONDS = 10
@@ -33,14 +33,14 @@ MULTIHOST = flags.DEFINE_boolean(
     "Run on several hosts, each started with this command; SLURM, TPU pods and Kubernetes are detected. See "
     "docs/MULTIHOST.md.",
 )
-_COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of host 0, where nothing is detected.")
-_NUM_HOSTS = flags.DEFINE_integer("num_hosts", None, "Hosts in all, with --coordinator.")
-_HOST_INDEX = flags.DEFINE_integer("host_index", None, "This host's number from 0, with --coordinator.")
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of host 0, where no cluster is detected.")
+_NUM_HOSTS = flags.DEFINE_integer("num_hosts", None, "Number of hosts, with --coordinator.")
+_HOST_INDEX = flags.DEFINE_integer("host_index", None, "Index of this host, from 0, with --coordinator.")
 _HEARTBEAT = flags.DEFINE_integer(
     "heartbeat_timeout", 30, "Seconds after which a silent host counts as lost.", lower_bound=2
 )
 
-# What every host has values of its own for.
+# Flags whose values differ between hosts.
 OWN_FLAGS = {"coordinator", "host_index"}
 
 _link: socket.socket | None = None
@@ -51,13 +51,13 @@ class LostHostError(RuntimeError):
 
 
 def check_flags(one_host: bool = False) -> None:
-    """Raises ValueError where the flags above contradict each other, or `one_host` says that the command has no use."""
+    """Raises ValueError where the flags contradict each other, or are given to a command that runs on one host."""
     given = {"coordinator": _COORDINATOR.value, "num_hosts": _NUM_HOSTS.value, "host_index": _HOST_INDEX.value}
     present = [f"--{name}" for name, value in given.items() if value is not None]
     if present and not MULTIHOST.value:
         raise ValueError(f"{', '.join(present)} given without --multihost; give both or neither")
     if MULTIHOST.value and one_host:
-        raise ValueError("this command runs on one host; leave --multihost away (encode, fisher and attribute take it)")
+        raise ValueError("this command runs on one host: leave out --multihost (encode, fisher and attribute take it)")
     if not present:
         return
     absent = [f"--{name}" for name, value in given.items() if value is None]
@@ -73,16 +73,16 @@ def check_flags(one_host: bool = False) -> None:
 
 
 def is_parent() -> bool:
-    """Whether this process is to start the command and not to be it."""
+    """Whether this process starts the command in a child process and does not run it itself."""
     return MULTIHOST.value and _PARENT not in os.environ
 
 
 def supervise() -> int:
-    """Runs this command in a child process -> its exit code, or `LOST_HOST` after a line that says what happened."""
+    """Runs this command in a child process -> its exit code, or `LOST_HOST` after a line that reports what happened."""
     ours, theirs = socket.socketpair()
     command = [sys.executable, *sys.orig_argv[1:]]
     environment = {**with_huge_pages(os.environ), _PARENT: str(theirs.fileno())}
-    # A session of its own, so that a signal reaches the child once, and what it started can be ended with it.
+    # A session of its own, so that a signal reaches the child once, and its own children can be ended with it.
     child = subprocess.Popen(command, env=environment, pass_fds=[theirs.fileno()], start_new_session=True)
     theirs.close()
     stopped = []
@@ -90,7 +90,7 @@ def supervise() -> int:
     def forward(number: int, frame: object) -> None:
         stopped.append(number)
         child.send_signal(number)
-        # A child that waits for another host in compiled code hears nothing.
+        # A child that waits for another host in compiled code does not handle signals.
         signal.signal(signal.SIGALRM, lambda *_: child.kill())
         signal.alarm(_GRACE_SECONDS)
 
@@ -100,15 +100,15 @@ def supervise() -> int:
     signal.alarm(0)
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(child.pid, signal.SIGKILL)
-    told = _last_words(ours)
+    message = _final_message(ours)
     if stopped:
         name = signal.Signals(stopped[0]).name
         print(f"stopped by {name}: finished chunks are kept, the same command on all hosts goes on", file=sys.stderr)
         return 128 + stopped[0]
-    if told is not None and told["lost"] is None:
-        return told["code"]
-    if told is not None:
-        what = told["lost"]
+    if message is not None and message["lost"] is None:
+        return message["code"]
+    if message is not None:
+        what = message["lost"]
     elif code == -signal.SIGABRT:
         what = "JAX's distributed runtime ended the run: most likely another host died (the lines above tell)"
     elif code < 0:
@@ -122,15 +122,15 @@ def supervise() -> int:
     return LOST_HOST
 
 
-def _last_words(link: socket.socket) -> dict | None:
-    """What the child said of its end; None if it was ended."""
+def _final_message(link: socket.socket) -> dict | None:
+    """The message that the child sent when it ended; None if it was killed."""
     with link, link.makefile("rb") as stream, contextlib.suppress(OSError, ValueError):
         return json.loads(stream.readline())
     return None
 
 
 def attach() -> None:
-    """Makes this process the child that `supervise` waits for, and that ends when its parent does."""
+    """Makes this process the child that `supervise` waits for; it ends when its parent does."""
     global _link
     _link = socket.socket(fileno=int(os.environ.pop(_PARENT)))
     threading.Thread(target=_die_with_parent, args=(_link,), daemon=True).start()
@@ -140,7 +140,7 @@ def connect() -> None:
     """Joins the other hosts; call it before anything uses a device.
 
     Raises ValueError where no hosts are found or they have different numbers of devices, LostHostError where they do
-    not come.
+    not connect.
     """
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     explicit = {}
@@ -160,7 +160,7 @@ def connect() -> None:
         ) from error
     except jax.errors.JaxRuntimeError as error:
         raise LostHostError(f"cannot connect to the other hosts ({_first_line(error)})") from error
-    # JAX's runtime takes SIGTERM for a notice of pre-emption, which nothing here waits for: chunks are stored as they
+    # JAX's runtime treats SIGTERM as a notice of preemption, which nothing here waits for: chunks are stored when they
     # are finished.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     counts = {host: 0 for host in range(hosts.num_hosts())}
@@ -170,24 +170,24 @@ def connect() -> None:
         raise ValueError(f"hosts have different numbers of devices ({counts}); give --cpu_devices, or equal hosts")
     hosts.warm_up_collectives()
     if not hosts.is_host0():
-        # Results are host 0's to print; warnings and errors, which tell their host, are not.
+        # Host 0 prints the results; warnings and errors of the others name their host.
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         formatter = logging.Formatter(f"%(levelname)s (host {hosts.host_index()}): %(message)s")
         absl_logging.get_absl_handler().setFormatter(formatter)
 
 
 def check_connection(error: BaseException) -> None:
-    """Raises LostHostError where a device's error, on several hosts, is anything but a lack of memory."""
+    """Raises LostHostError for a device's error, where there are several hosts and memory is not what it lacks."""
     text = str(error)
     if hosts.num_hosts() > 1 and not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in text:
         raise LostHostError(_lost(error)) from error
 
 
 def leave(code: int, lost: str | None = None) -> NoReturn:
-    """Ends the child with an exit code; `lost` is what the runtime said where another host is gone."""
+    """Ends the child with an exit code; `lost` is the runtime's message where another host is gone."""
     if code == 0 and lost is None:
         try:
-            # Host 0 may still be writing what the others have no part in.
+            # Host 0 may still be writing files alone.
             hosts.barrier("end")
             jax.distributed.shutdown()
         except jax.errors.JaxRuntimeError as error:
@@ -196,7 +196,7 @@ def leave(code: int, lost: str | None = None) -> NoReturn:
         stream.flush()
     if _link is not None:
         _link.sendall(json.dumps({"code": code, "lost": lost}).encode() + b"\n")
-    # At once: a normal exit would wait minutes for hosts that cannot come.
+    # At once: a normal exit would wait minutes for hosts that are gone.
     os._exit(code)
 
 

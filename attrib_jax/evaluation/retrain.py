@@ -157,10 +157,10 @@ class Retrainer:
         """Trains up to `models_at_once` models -> their averaged weights, stacked along a first axis.
 
         Args:
-          trainings: at least one; the removed images of each leave at least one.
-          states: where a long training stores itself, to go on from; None for nowhere.
-          seconds_between_states: between two such states.
-          description: of the progress.
+          trainings: models to train, at least one; each keeps at least one image.
+          states: store of the state of a long training, from which it resumes; None for none.
+          seconds_between_states: least time between two stored states.
+          description: text of the progress bar.
 
         Raises ValueError where nothing would be left to train on, or a loss is not finite.
         """
