@@ -23,6 +23,7 @@ _CACHE = Path(__file__).parents[1] / ".pytest_cache"
 os.environ["XDG_CACHE_HOME"] = str(_CACHE)
 
 import jax  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_platforms", "cpu")
@@ -40,3 +41,22 @@ def pytest_collection_finish():
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)
+
+
+@pytest.fixture(scope="session")
+def pipeline(tmp_path_factory):
+    """A tiny random pipeline."""
+    from attrib_jax.convert.load import load_pipeline
+    from tests.tiny_pipeline import make_torch_pipeline
+
+    path = tmp_path_factory.mktemp("model") / "tiny"
+    make_torch_pipeline(str(path), unet_channels=(32,))
+    return load_pipeline(str(path))
+
+
+@pytest.fixture(scope="session")
+def dataset():
+    """Its training set."""
+    from tests.tiny_dataset import make_dataset
+
+    return make_dataset()

@@ -175,7 +175,7 @@ def score(run: Run, queries: Sequence[QueryJob], config: TowerConfig) -> list[Sc
     """
     method = TOWER_METHODS[config.method]
     tower, head, features, kept = prepare(run, config)
-    with run.timed("features"):
+    with run.timed("query features"):
         if method.text:
             found = text_features(tower, [query.prepared.prompt for query in queries])
             return [Scored(scores) for scores in _text_scores(run.dataset, features, found, config)]

@@ -1,3 +1,0 @@
-"""The tiny pipeline of the jobs' tests."""
-
-from tests.jobs.conftest import pipeline  # noqa: F401
