@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import threading
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 from absl import flags
@@ -143,7 +143,7 @@ def connect() -> None:
     not connect.
     """
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    explicit = {}
+    explicit: dict[str, Any] = {}
     if _COORDINATOR.value is not None:
         explicit = {
             "coordinator_address": _COORDINATOR.value,

@@ -312,7 +312,7 @@ def replaced_parts(unet: UNetFile | None, tokenizer: str | None) -> list[str]:
     return [part for part, is_replaced in replaced.items() if is_replaced]
 
 
-def save_pipeline(pipeline: Pipeline, path: str, dtype: Any = None, overwrite: bool = False) -> None:
+def save_pipeline(pipeline: Pipeline, path: str | os.PathLike, dtype: Any = None, overwrite: bool = False) -> None:
     """Writes a folder that `load_pipeline` and PyTorch diffusers' StableDiffusionPipeline open.
 
     One with a `PixelAutoencoder`, which diffusers does not have, is for `load_pipeline` alone.

@@ -85,9 +85,11 @@ def latent_size(pipeline: Pipeline) -> tuple[int, int]:
     size = pipeline.unet.config.sample_size
     if size is None:
         raise ValueError("unet/config.json has no sample_size; add the height and width of the model's latents")
-    return (size, size) if isinstance(size, int) else tuple(size)
+    height, width = (size, size) if isinstance(size, int) else size
+    return height, width
 
 
-def encode_text(text_encoder: CLIPTextModel, params: Any, input_ids: jax.Array) -> jax.Array:
+def encode_text(text_encoder: CLIPTextModel, params: Any, input_ids: jax.typing.ArrayLike) -> jax.Array:
     """input_ids (B, L) int32 -> text states (B, L, d), as the UNet's cross-attention takes them."""
-    return text_encoder.apply({"params": params}, jnp.asarray(input_ids, jnp.int32))
+    states: Any = text_encoder.apply({"params": params}, jnp.asarray(input_ids, jnp.int32))
+    return states

@@ -42,7 +42,7 @@ _SCHEDULER = {
 }
 # Stable Diffusion 2 has the same tensors for both predictions. The published .ckpt files are told apart by the number
 # of the training step that they were saved at: 2.0 base, 2.1 base, and 2.1 (768 pixels).
-_STEP_PREDICTIONS = {875_000: "epsilon", 220_000: "epsilon", 110_000: "v_prediction"}
+_STEP_PREDICTIONS: dict[float, str] = {875_000: "epsilon", 220_000: "epsilon", 110_000: "v_prediction"}
 _GIVE_CONFIG = (
     "give the entries that tensor shapes cannot determine as config of load_single_file, or in a json file as "
     "model_config (--model_config): {'unet': {...}, 'vae': {...}, 'text_encoder': {...}, 'scheduler': {...}} with the "
@@ -127,7 +127,7 @@ def load_single_file(
     return Pipeline(**modules, tokenizer=tokenizer, schedule=schedule, params=params)
 
 
-def save_single_file(pipeline: Pipeline, path: str, dtype: Any = None) -> None:
+def save_single_file(pipeline: Pipeline, path: str | os.PathLike, dtype: Any = None) -> None:
     """Writes one safetensors file in the original naming, tensor by tensor.
 
     A text encoder with the exact GELU is written under open_clip's names, as Stable Diffusion 2 has it; it then has
@@ -261,7 +261,7 @@ def _schedule(
     state: Mapping[str, Tensor], said: Mapping[str, Any], given: Mapping[str, Any], source: str
 ) -> NoiseSchedule:
     """The noise schedule of what the file says, and of `given` entries of a scheduler_config.json."""
-    scheduler = dict(given) if "_class_name" in given else _SCHEDULER | given
+    scheduler = dict(given) if "_class_name" in given else {**_SCHEDULER, **given}
     scheduler |= {option: value for option, value in said.items() if option in TARGET_OPTIONS}
     stored = state.get("alphas_cumprod")
     stored = None if stored is None or given else np.asarray(stored, np.float32)

@@ -85,7 +85,8 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int, model_max_length: 
     blank.backend_tokenizer.train_from_iterator(captions, trainer)
     learnt = json.loads(blank.backend_tokenizer.to_str())["model"]["merges"]
 
-    tokens, merges = dict.fromkeys(base), []
+    tokens = dict.fromkeys(base)
+    merges: list[Any] = []
     for left, right in learnt:
         if left + right not in tokens and len(tokens) + 2 >= vocab_size:
             break

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import os
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -49,7 +49,7 @@ class Tower:
 
 
 # model_type of config.json -> family and module.
-_FAMILIES: dict[str, tuple[str, Callable[[Mapping[str, Any]], Any]]] = {
+_FAMILIES: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "clip": ("clip", lambda config: CLIPModel(CLIPConfig.from_dict(config))),
     "clip_vision_model": ("clip", lambda config: CLIPModel(CLIPConfig.from_dict(config))),
     "clip_text_model": ("clip", lambda config: CLIPModel(CLIPConfig.from_dict(config))),

@@ -33,7 +33,7 @@ class FisherSum(NamedTuple):
     count: Any
     compensation: Any
 
-    def __add__(self, other: "FisherSum") -> "FisherSum":
+    def __add__(self, other: "FisherSum") -> "FisherSum":  # type: ignore[override]  # tuples are joined
         if not isinstance(other, FisherSum):
             return NotImplemented
         total = CompensatedSum(self.sum, self.compensation) + CompensatedSum(other.sum, other.compensation)

@@ -91,7 +91,7 @@ def predictions(
             prediction = predict.batched(params, noisy, timesteps, text)
         else:
             # A backward pass would keep the activations of all groups of timesteps: it computes them again instead.
-            group = jax.checkpoint(lambda inputs: predict.batched(params, *inputs, text))
+            group = jax.checkpoint(lambda inputs: predict.batched(params, inputs[0], inputs[1], text))
             prediction = map_groups(group, at_once, (noisy, timesteps))
     if prediction.shape != target.shape:
         raise ValueError(f"predict returned shape {prediction.shape[1:]}; expected {latents.shape}, as latents")

@@ -91,9 +91,9 @@ def autoencoder_loss(
 class DiffusionBatch(NamedTuple):
     """latents: (B, 2, h, w, c), as is and mirrored, scaled; input_ids: (B, C, L) int32; num_captions: (B,) int32."""
 
-    latents: jax.Array
-    input_ids: jax.Array
-    num_captions: jax.Array
+    latents: Any
+    input_ids: Any
+    num_captions: Any
 
 
 def diffusion_loss(

@@ -123,7 +123,8 @@ class UNetConfig:
                     "Stable Diffusion 1 or 2 family."
                 )
         names = {field.name for field in dataclasses.fields(cls)}
-        values = {key: tuple(v) if isinstance(v, list) else v for key, v in config.items() if key in names}
+        given = {key: value for key, value in config.items() if key in names}
+        values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in given.items()}
         heads = config.get("num_attention_heads")
         if heads is not None:
             values["attention_head_dim"] = tuple(heads) if isinstance(heads, list) else heads

@@ -44,7 +44,9 @@ class AutoencoderKLConfig:
             if unknown:
                 raise ValueError(f"autoencoder config has {key} with {unknown}; supported: {block!r}")
         known = {field.name for field in dataclasses.fields(cls)}
-        return cls(**{key: tuple(v) if isinstance(v, list) else v for key, v in config.items() if key in known})
+        given = {key: value for key, value in config.items() if key in known}
+        values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in given.items()}
+        return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
         """The config.json that diffusers' AutoencoderKL reads."""

@@ -88,7 +88,7 @@ def convolve(x, *filters, transpose: bool = False):
     filters_first = transpose and batch * height * width <= _FILTERS_FIRST_PIXELS
 
     bands = _transform(*_inputs_along(1, _pad(x)))
-    halves = [None] * 4
+    halves: list = [None] * 4
     for place, row in zip(places, filters):
         columns = _transform(*_inputs_along(2, bands[place]))
         tiles = _stack_tiles([columns[position] for position in places])

@@ -160,7 +160,7 @@ def _method_settings(config: MethodConfig, size: int) -> dict[str, str]:
     """The settings that decide the scores, in the order of their declaration, as the report shows them."""
     shown = {}
     for name, field in declared(type(config)).items():
-        value = getattr(config, name)
+        value: Any = getattr(config, name)
         if name == "num_examples":
             value = value or size
         if name == "method" or field.setting.performance or not config.applies(name) or value in (None, (), False):

@@ -76,7 +76,7 @@ def tower_loss(
     rows = jnp.arange(len(images))
     caption = jax.random.randint(caption_key, rows.shape, 0, batch.num_captions)
     pixels = images.astype(jnp.float32) / 127.5 - 1.0
-    features = model.apply({"params": params}, pixels, batch.input_ids[rows, caption])
+    features: Any = model.apply({"params": params}, pixels, batch.input_ids[rows, caption])
     image, text = (normalise(each) for each in features)
     scale = jnp.exp(jnp.minimum(params["logit_scale"], _LARGEST_LOG_SCALE))
     logits = scale * image @ text.T

@@ -95,7 +95,7 @@ class _Frozen(NamedTuple):
 
     rest: Any
     text_params: Any
-    token_id: jax.Array
+    token_id: Any
     schedule: NoiseSchedule
     empty_ids: jax.Array
     exemplars: DiffusionBatch
@@ -129,7 +129,9 @@ def customize(
     check_finite("model", pipeline.params)
     start = _with_new_token(pipeline, config)
     token_id = int(start.tokenizer.convert_tokens_to_ids(config.token))
-    captions = {"exemplars": [[config.caption] if config.caption else list(row) for row in _captions(exemplars)]}
+    captions: dict[str, Any] = {
+        "exemplars": [[config.caption] if config.caption else list(row) for row in _captions(exemplars)]
+    }
     _check_captions(start, captions["exemplars"], token_id, config.token)
     sources = {"exemplars": exemplars}
     if prior is not None:

@@ -146,7 +146,7 @@ def _other_text_width(groups: Mapping[tuple[str, str], "_Factors"], unet: Mappin
     found = {pair.down.shape[1] for (_, module), pair in groups.items() if module.endswith("attn2.to_k")}
     families = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "Stable Diffusion XL"}
     if len(own) == len(found) == 1 and own != found:
-        width, own_width = *found, *own
+        (width,), (own_width,) = found, own
         return (
             f"is made for {families.get(width, 'another model')} (text of width {width}; this model's is {own_width})"
         )

@@ -29,7 +29,7 @@ def infer_configs(shapes: Shapes, prediction_type: str, source: str) -> dict[str
     }
 
 
-def has_open_clip(shapes: Shapes) -> bool:
+def has_open_clip(shapes: Mapping[str, Any]) -> bool:
     """Whether the text encoder is Stable Diffusion 2's."""
     return any(name.startswith(OPEN_CLIP) for name in shapes)
 

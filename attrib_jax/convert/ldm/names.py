@@ -10,7 +10,7 @@ The naming is that of the modules in CompVis/latent-diffusion (`openaimodel.UNet
 import collections
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -90,7 +90,11 @@ class Stored(NamedTuple):
 
 def part_tables(modules: Mapping[str, Any]) -> dict[str, dict[str, Stored]]:
     """Part -> file name -> content, for the modules of a pipeline: `unet`, `vae` and `text_encoder`."""
-    functions = {"unet": unet_table, "vae": vae_table, "text_encoder": text_table}
+    functions: dict[str, Callable[..., dict[str, Stored]]] = {
+        "unet": unet_table,
+        "vae": vae_table,
+        "text_encoder": text_table,
+    }
     return {
         part: functions[part](module.config, name_table(abstract_part_params(part, module)))
         for part, module in modules.items()

@@ -6,10 +6,13 @@ that this makes, so neither is guessed from names.
 """
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import flax.traverse_util
 import numpy as np
+
+from attrib_jax.convert.weights.tensors import Tensor
 
 _WEIGHT_LEAVES = ("kernel", "scale", "embedding")
 # PyTorch modules whose own names end in a number, unlike the members of a list (`resnets.0`), which Flax joins by `_`.
@@ -52,7 +55,7 @@ def from_torch(path: str, array: np.ndarray) -> np.ndarray:
     return np.asarray(np.transpose(array, np.argsort(torch_axes(path, array.ndim))), order="C")
 
 
-def text_encoder_names(state_dict: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def text_encoder_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A CLIP text state dict under the names of published checkpoints.
 
     transformers 5 saves without the `text_model.` level, older versions with it and with a `position_ids` buffer.
@@ -62,7 +65,7 @@ def text_encoder_names(state_dict: dict[str, np.ndarray]) -> dict[str, np.ndarra
     return renamed
 
 
-def tower_names(state_dict: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def tower_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A feature tower's state dict without what a feature does not need: poolers, mask tokens and buffers.
 
     Files of a classifier have the whole model below `vit.` or `dinov2_with_registers.`.
@@ -74,7 +77,7 @@ def tower_names(state_dict: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {name: x for name, x in renamed.items() if not unused.fullmatch(name)}
 
 
-def vae_names(state_dict: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def vae_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """An autoencoder state dict with the attention names that diffusers uses since 0.15: older files say `query`."""
     renames = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
     pattern = re.compile(r"(mid_block\.attentions\.\d+\.)(query|key|value|proj_attn)\.(weight|bias)")

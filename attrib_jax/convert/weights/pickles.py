@@ -13,7 +13,7 @@ import pickletools
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import ml_dtypes
 import numpy as np
@@ -156,7 +156,7 @@ class _Array:
         return self._array
 
 
-def _array(raw: Any, dtype: Any, shape: Any, order: str) -> np.ndarray:
+def _array(raw: Any, dtype: Any, shape: Any, order: Literal["C", "F"]) -> np.ndarray:
     if not isinstance(raw, (bytes, bytearray)) or not isinstance(dtype, _Dtype):
         raise _Refused(f"has an array whose content is a {type(raw).__name__}")
     sizes = _sizes(shape)
