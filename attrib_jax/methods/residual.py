@@ -51,8 +51,6 @@ _TEXT_FILE = "text.safetensors"
 _LAST_ROW_ID = 2**31 - 1
 _MAX_ROWS_PER_CHUNK = 256
 _CHUNK_BYTES = 2**26
-# Stores up to this size are checked whole whenever they are opened; chunks of larger ones when they are first used.
-_CHECKED_BYTES = 2**31
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -212,7 +210,7 @@ def _dataset_residuals(run: Run, path: Path, config: ResidualConfig, captions: C
     rows_per_chunk = max(1, min(_MAX_ROWS_PER_CHUNK, _CHUNK_BYTES // row_bytes))
     fields = {"residual": ((flips, width), np.float16)}
     store = host0_first(lambda: ChunkStore(path, fields, count, rows_per_chunk, name="residuals"))
-    missing = run_on_host0(lambda: list(store.missing()) if count * row_bytes <= _CHECKED_BYTES else store.absent())
+    missing = store.pending_chunks()
     weights = _place(run, program, config) if missing else None
     each = flips * program.num_timesteps
     left = sum(store.rows(index).stop - store.rows(index).start for index in missing)
