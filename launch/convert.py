@@ -25,11 +25,13 @@ _SINGLE_FILE = ".safetensors"
 # Weight files that are read but not written: a folder of such a name would be a slip.
 _READ_ONLY = (".ckpt", ".pt", ".pth", ".bin", ".json")
 
-_FISHER = flags.DEFINE_string("fisher", None, "Fisher file, of ours or by PyTorch names, or stage folder.")
+_FISHER = flags.DEFINE_string(
+    "fisher", None, "Fisher information: a file of ours or by PyTorch names, or a stage folder."
+)
 _SCORES = flags.DEFINE_string(
     "scores",
     None,
-    "Folder of a query, scores.npz, .csv, .parquet or influence.pkl; --dataset adds captions to a table.",
+    "Scores: the folder of a query, scores.npz, .csv, .parquet or influence.pkl; --dataset adds captions to a table.",
 )
 _OUTPUT = flags.DEFINE_string(
     "output",
@@ -37,8 +39,10 @@ _OUTPUT = flags.DEFINE_string(
     "A model's diffusers folder or single .safetensors file (original names); Fisher information: .pt or .safetensors; "
     "scores: .csv, .npz or .parquet.",
 )
-_DTYPE = flags.DEFINE_enum("weights_dtype", "float32", ["float32", "float16", "bfloat16"], "Of a model's weights.")
-_OVERWRITE = flags.DEFINE_boolean("overwrite", False, "Replace an output that is there.")
+_DTYPE = flags.DEFINE_enum(
+    "weights_dtype", "float32", ["float32", "float16", "bfloat16"], "Dtype of a model's written weights."
+)
+_OVERWRITE = flags.DEFINE_boolean("overwrite", False, "Replace an output that exists.")
 
 
 def main():

@@ -22,7 +22,7 @@ class ModelConfig(NamedTuple):
     scheduler: dict[str, Any] | None
 
 
-# METHOD.md section 6: latents 16x16x4 of 128 pixel images, 57.4 M weights. Its pictures were drawn with DDPM, which
+# METHOD.md section 6: latents 16x16x4 of 128 pixel images, 57.4 M weights. Its images were drawn with DDPM, which
 # clips its estimates.
 MSCOCO = ModelConfig(
     unet={

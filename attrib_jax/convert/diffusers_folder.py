@@ -52,7 +52,7 @@ def weight_choices(names: Collection[str], stem: str) -> dict[str | None, str]:
     `S.safetensors.fp16.index.json`.
 
     Args:
-      names: of the files.
+      names: file names.
       stem: S in the names: "diffusion_pytorch_model", or "model" for a part of transformers, whose `.bin` files are
         called `pytorch_model`.
     """
@@ -129,7 +129,7 @@ def check_folder(
 
     Args:
       path: the folder.
-      variant: of the weight files, as for `choose_weights`.
+      variant: variant of the weight files, as for `choose_weights`.
       replaced: parts, as the folder calls them, that another one stands in for: they are left out of the checks.
 
     Raises:
@@ -322,7 +322,7 @@ def save_pipeline(pipeline: Pipeline, path: str | os.PathLike, dtype: Any = None
     Args:
       pipeline: what to write.
       path: the new folder.
-      dtype: of the written weights; None keeps that of the parameters.
+      dtype: dtype of the written weights; None keeps that of the parameters.
       overwrite: replace a pipeline folder that is there.
 
     Raises:

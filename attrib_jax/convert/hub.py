@@ -31,7 +31,7 @@ def resolve_model(
 
     Args:
       name: a folder or file that exists, or `owner/name`, or `owner/name@revision`.
-      variant: of the weight files, such as "fp16".
+      variant: variant of the weight files, such as "fp16".
       cache_dir: huggingface_hub's cache, if it is not where HF_HOME says.
       replaced: parts, as the folder calls them, that another one stands in for: they are not downloaded.
 

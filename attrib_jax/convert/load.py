@@ -143,8 +143,9 @@ def load_pipeline(
     Args:
       path: the folder that holds model_index.json, unet/, vae/, text_encoder/, tokenizer/ and scheduler/; or
         `owner/name[@revision]`, see `resolve_model`; or a file, see `load_single_file`.
-      dtype: of the loaded parameters, whatever the files hold.
-      variant: of the weight files, such as "fp16". None takes full precision, or `fp16` where nothing else is there.
+      dtype: dtype of the loaded parameters, whatever the files hold.
+      variant: variant of the weight files, such as "fp16". None takes full precision, or `fp16` where nothing else is
+        there.
       tokenizer: a tokenizer folder, or a pipeline folder with one, in place of the model's own.
       prediction_type: "epsilon" or "v_prediction", in place of what the scheduler's config says, `unet_config`'s too;
         what a weight file's own header or marks say must agree.
@@ -184,8 +185,8 @@ def load_unet(
 
     Args:
       path: a diffusers UNet folder (config.json and weights), or a file with a bare state dict.
-      config: of the UNet, see `named_config`: needed for a file, and replaces a folder's config.json.
-      dtype: of the loaded parameters, whatever the file holds.
+      config: config of the UNet, see `named_config`: needed for a file, and replaces a folder's config.json.
+      dtype: dtype of the loaded parameters, whatever the file holds.
 
     Raises FileNotFoundError and ValueError as `load_pipeline`.
     """
@@ -206,7 +207,7 @@ def replace_unet(
 
     Args:
       pipeline: gives the autoencoder, text encoder and tokenizer.
-      path, config, dtype: of the UNet, as for `load_unet`.
+      path, config, dtype: as for `load_unet`.
       prediction_type: "epsilon" or "v_prediction", in place of what the schedule says.
 
     Raises FileNotFoundError and ValueError as `load_unet`; ValueError if the UNet does not fit the other parts.

@@ -71,17 +71,17 @@ def load_single_file(
     Args:
       path: the file.
       tokenizer: a tokenizer's folder, or a pipeline folder with tokenizer/ in it; the file itself has none.
-      prediction_type: "epsilon" or "v_prediction"; None takes "epsilon" for Stable Diffusion 1, and for 2 what the
-        training step in the file tells.
-      dtype: of the loaded parameters, whatever the file holds.
-      config: what the shapes do not tell of a model that is none of the published ones, as entries of the json files
-        of a diffusers folder: {"unet": {...}, "vae": {...}, "text_encoder": {...}, "scheduler": {...}}. A scheduler
+      prediction_type: "epsilon" or "v_prediction". None takes what the file says: its header, marks, or a yaml beside
+        it; else "epsilon" for Stable Diffusion 1, and for 2 what follows from the training step in the file.
+      dtype: dtype of the loaded parameters, whatever the file holds.
+      config: entries that tensor shapes cannot determine, for a model that is none of the published ones, with the keys
+        of a diffusers folder's json files: {"unet": {...}, "vae": {...}, "text_encoder": {...}, "scheduler": {...}}. A scheduler
         with a `_class_name` is taken whole. None takes what the header of a file by `save_single_file` says.
 
     Raises:
       FileNotFoundError: the file or the tokenizer is missing.
       ValueError: a damaged file, another family of models, tensors that are missing, unexpected or misshaped (they are
-        listed), a noise schedule that is not the usual one, or a prediction type that nothing tells.
+        listed), a noise schedule that is not the usual one, a prediction type that nothing says, or two places that say different things.
     """
     path = os.fspath(path)
     state = _with_text_model(open_weights(path))
@@ -137,7 +137,7 @@ def save_single_file(pipeline: Pipeline, path: str | os.PathLike, dtype: Any = N
     Args:
       pipeline: what to write.
       path: the new file, replaced if it is there.
-      dtype: of the written weights; None keeps that of the parameters.
+      dtype: dtype of the written weights; None keeps that of the parameters.
 
     Raises:
       FileNotFoundError: the folder of `path` does not exist.

@@ -133,7 +133,7 @@ def load_tokenizer(path: str, max_length: int | None = None) -> Any:
       path: a folder with tokenizer.json, or with vocab.json and merges.txt; or a pipeline folder, with such a
         tokenizer/ in it. tokenizer_config.json, special_tokens_map.json (whose padding token has the last word, as
         Stable Diffusion 2 needs it) and added_tokens.json are read where they are there.
-      max_length: the text encoder's number of positions, taken where the folder does not tell `model_max_length`.
+      max_length: the text encoder's number of positions, taken where the folder does not say `model_max_length`.
 
     Raises:
       FileNotFoundError: the folder holds no tokenizer.
@@ -279,9 +279,9 @@ def _with_all_vectors(tokenizer: Any, prompts: Sequence[str]) -> list[str]:
 
 
 def tokenize_captions(tokenizer: Any, captions: Sequence[Sequence[str]]) -> tuple[np.ndarray, np.ndarray]:
-    """The captions of N pictures, each with one or more -> input_ids (N, most captions, L) int32 and their number (N,).
+    """The captions of N images, each with one or more -> input_ids (N, most captions, L) int32 and their number (N,).
 
-    A picture with fewer captions repeats its first one.
+    An image with fewer captions repeats its first one.
     """
     most = max(map(len, captions))
     padded = [text for row in captions for text in [*row, *[row[0]] * (most - len(row))]]

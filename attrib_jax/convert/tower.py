@@ -31,13 +31,13 @@ _STEM = "model"
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tower:
-    """A model whose features tell how alike pictures are, with all that it needs to read them.
+    """A model whose features tell how alike images are, with all that it needs to read them.
 
     Attributes:
       family: `clip`, `dino` (a ViT) or `dinov2` (with registers).
       module: Flax module with a method `image_features(pixels)`, and of CLIP `text_features(input_ids)`.
       params: its parameters, a nested dict of arrays.
-      processor: makes pixels of pictures; None for a CLIP text tower alone.
+      processor: makes pixels of images; None for a CLIP text tower alone.
       tokenizer: of a CLIP text tower, a `transformers.CLIPTokenizer`; None for others.
     """
 
@@ -67,7 +67,7 @@ def load_tower(path: str | os.PathLike, family: str | None = None, dtype: Any = 
     Args:
       path: the folder, or a Hugging Face id `owner/name[@revision]`.
       family: `clip`, `dino` or `dinov2`, where another one would be a mistake; None takes any.
-      dtype: of the loaded parameters, whatever the files hold.
+      dtype: dtype of the loaded parameters, whatever the files hold.
 
     Raises:
       FileNotFoundError: there is no such folder, or files in it are missing.
@@ -81,8 +81,8 @@ def load_tower(path: str | os.PathLike, family: str | None = None, dtype: Any = 
     weights = find_weights(path, _STEM)
     params = load_params(tower_names(open_weights(weights)), abstract_tower_params(module), dtype, source=weights)
     has_text = isinstance(module, CLIPModel) and module.config.text is not None
-    has_pictures = not isinstance(module, CLIPModel) or module.config.vision is not None
-    processor = load_image_processor(path) if has_pictures else None
+    has_images = not isinstance(module, CLIPModel) or module.config.vision is not None
+    processor = load_image_processor(path) if has_images else None
     if processor is not None:
         _check_side(processor, module, path)
     tokenizer = load_tokenizer(path, module.config.text.max_position_embeddings) if has_text else None
@@ -139,7 +139,7 @@ def _check_side(processor: ImageProcessor, module: Any, path: str) -> None:
         fits = processor.side % config.patch_size == 0
     if not fits:
         raise ValueError(
-            f"tower {path!r}: its image processor makes pictures of {processor.side} pixels, its model has "
+            f"tower {path!r}: its image processor makes images of {processor.side} pixels, its model has "
             f"image_size={config.image_size} and patch_size={config.patch_size}; take both files from one model"
         )
 
@@ -149,12 +149,12 @@ def abstract_tower_params(module: Any) -> Any:
     """The shapes of a tower's parameters; no array is made."""
     ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     if not isinstance(module, CLIPModel):
-        return abstract_params(module, _pictures(module.config))
+        return abstract_params(module, _images(module.config))
     vision = module.config.vision
-    return abstract_params(module, None if vision is None else _pictures(vision), ids)
+    return abstract_params(module, None if vision is None else _images(vision), ids)
 
 
-def _pictures(config: Any) -> jax.ShapeDtypeStruct:
+def _images(config: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((1, config.image_size, config.image_size, 3), jnp.float32)
 
 
@@ -184,7 +184,7 @@ def save_tower(tower: Tower, path: str | os.PathLike, dtype: Any = None) -> None
     Args:
       tower: what to write.
       path: the folder.
-      dtype: of the written weights; None keeps that of the parameters.
+      dtype: dtype of the written weights; None keeps that of the parameters.
     """
     with new_folder(os.path.abspath(path)) as fresh:
         write_json(tower.module.config.to_dict(), str(fresh / "config.json"))

@@ -325,7 +325,7 @@ def test_missing_unexpected_and_misshaped_tensors_are_listed(sd1, tmp_path):
     with pytest.raises(ValueError, match=r"\(unet\) does not fit.*(?s:.)*to_k.weight: file \(32, 40\), model \(32, 64"):
         sd1.load(narrow)
     name = "first_stage_model.decoder.conv_in.weight"
-    with pytest.raises(ValueError, match=rf"lacks the tensor {name}, which tells the architecture"):
+    with pytest.raises(ValueError, match=rf"lacks the tensor {name}, which gives the architecture"):
         sd1.load(rewrite(sd1.file, tmp_path / "x.safetensors", lambda state: state.pop(name) is None))
 
 

@@ -181,8 +181,8 @@ def save_custom_diffusion(
       base: the model that it started from.
       folder: made if need be.
       tokens: names of the learnt tokens, one file each; their vectors are rows of the pipeline's text encoder.
-      suffix: of the weight file: ".pt" or ".bin", with token files ".bin", or ".safetensors" for all of them; None
-        takes ".pt" where PyTorch is installed, else ".safetensors".
+      suffix: suffix of the weight file: ".pt" or ".bin", with token files ".bin", or ".safetensors" for all of them;
+        None takes ".pt" where PyTorch is installed, else ".safetensors".
       overwrite: replace the Custom Diffusion files that are in the folder.
 
     Raises:

@@ -1,7 +1,7 @@
 """The configs of a single-file checkpoint, read off the names and shapes of its tensors.
 
 Each function returns the content of a diffusers or transformers config.json. A few numbers leave no trace in any shape
-and take the published models' value: the heads of an attention, the groups of a norm, the size of a picture. Where the
+and take the published models' value: the heads of an attention, the groups of a norm, the size of an image. Where the
 widths do not allow the published number of heads, it is None.
 """
 
@@ -43,7 +43,7 @@ def unet_config(shapes: Shapes, sample_size: int, source: str) -> dict[str, Any]
       source: what the error messages call the file.
 
     Raises:
-      ValueError: a tensor that tells the architecture is absent or of another rank; it is named.
+      ValueError: a tensor that determines the architecture is absent or of another rank; it is named.
     """
     prefixes = _prefixes(shapes, UNET)
     conv_in = _shape(shapes, f"{UNET}input_blocks.0.0.weight", 4, source)
@@ -134,7 +134,7 @@ def text_config(shapes: Shapes, source: str) -> dict[str, Any]:
 
 def _shape(shapes: Shapes, name: str, rank: int | None, source: str) -> tuple[int, ...]:
     if name not in shapes:
-        raise ValueError(f"{source} lacks the tensor {name}, which tells the architecture; copy or download it again")
+        raise ValueError(f"{source} lacks the tensor {name}, which gives the architecture; copy or download it again")
     shape = shapes[name]
     if 0 in shape or len(shape) < 2 or (rank is not None and len(shape) != rank):
         wanted = "2 or more" if rank is None else rank

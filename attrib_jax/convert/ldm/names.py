@@ -59,7 +59,7 @@ _OPEN_CLIP_LAYER = {
     "self_attn.out_proj": "attn.out_proj",
 }
 _RESBLOCK = re.compile(r"cond_stage_model\.model\.transformer\.resblocks\.([0-9]{1,9})\.")
-# What training leaves in a file beside the weights that make pictures.
+# What training leaves in a file beside the weights of the model.
 _UNUSED = {
     "averaged copies of weights": r"((model|first_stage_model|cond_stage_model)\.)?model_ema\..+",
     "buffers of the noise schedule": (
@@ -151,7 +151,7 @@ def vae_table(config: AutoencoderKLConfig, names: Iterable[str]) -> dict[str, St
     levels = len(config.block_out_channels)
     for level in range(levels):
         down, up = f"encoder.down_blocks.{level}", f"decoder.up_blocks.{level}"
-        # The file numbers both sides from the picture inwards, diffusers the decoder from the latents outwards.
+        # The file numbers both sides from the image inwards, diffusers the decoder from the latents outwards.
         their_down, their_up = f"encoder.down.{level}", f"decoder.up.{levels - 1 - level}"
         for layer in range(config.layers_per_block + 1):
             add(f"{down}.resnets.{layer}", f"{their_down}.block.{layer}", _VAE_RESNET)

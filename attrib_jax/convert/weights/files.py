@@ -209,7 +209,7 @@ def write_weights(
     Args:
       tensors: names and arrays, LazyTensors or both.
       path: the file; its folder exists.
-      dtype: of the floating-point tensors in the file; None keeps theirs. Integers are never cast.
+      dtype: dtype of the floating-point tensors in the file; None keeps theirs. Integers are never cast.
       metadata: further entries of the header's metadata.
 
     Raises:

@@ -36,7 +36,7 @@ def load_params(
     Args:
       state_dict: PyTorch names and tensors, from `open_weights` or in memory.
       abstract: the wanted tree, from `abstract_params`.
-      dtype: of the returned arrays, whatever the file holds.
+      dtype: dtype of the returned arrays, whatever the file holds.
       source: what the error messages call the state dict, usually its file.
 
     Raises:

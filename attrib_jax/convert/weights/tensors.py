@@ -17,8 +17,8 @@ class LazyTensor:
     """An array that is read from its file, or computed from others, each time that `read` is called.
 
     Args:
-      shape: of the array.
-      dtype: of the array; bfloat16 and float8 are those of `ml_dtypes`.
+      shape: shape of the array.
+      dtype: dtype of the array; bfloat16 and float8 are those of `ml_dtypes`.
       load: makes the array; called once for every `read`. It must give a new array each time.
     """
 
