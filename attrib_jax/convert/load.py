@@ -174,8 +174,14 @@ def load_pipeline(
 
     if model_config is not None and not isinstance(model_config, Mapping):
         model_config = read_json(expand_path(os.fspath(model_config)))
-    pipeline = load_single_file(path, tokenizer, prediction_type, dtype, model_config)
-    return pipeline if replacement is None else _with_unet(pipeline, replacement, dtype, prediction_type)
+    if replacement is None:
+        return load_single_file(path, tokenizer, prediction_type, dtype, model_config)
+    try:
+        # The prediction type is that of the UNet which replaces the file's own.
+        pipeline = load_single_file(path, tokenizer, None, dtype, model_config)
+    except ValueError:  # perhaps because the file does not say what it predicts itself
+        pipeline = load_single_file(path, tokenizer, prediction_type, dtype, model_config)
+    return _with_unet(pipeline, replacement, dtype, prediction_type)
 
 
 def load_unet(
@@ -217,6 +223,8 @@ def replace_unet(
 
 def _with_unet(pipeline: Pipeline, unet: UNetFile, dtype: Any, prediction_type: str | None) -> Pipeline:
     schedule = unet.schedule(pipeline.schedule.to_config(), prediction_type)
+    if schedule.to_config() == pipeline.schedule.to_config():
+        schedule = pipeline.schedule
     check_parts(unet.module, pipeline.vae, pipeline.text_encoder, pipeline.tokenizer)
     params = pipeline.params | {"unet": unet.load(dtype)}
     return dataclasses.replace(pipeline, unet=unet.module, schedule=schedule, params=params)

@@ -75,13 +75,14 @@ def load_single_file(
         it; else "epsilon" for Stable Diffusion 1, and for 2 what follows from the training step in the file.
       dtype: dtype of the loaded parameters, whatever the file holds.
       config: entries that tensor shapes cannot determine, for a model that is none of the published ones, with the keys
-        of a diffusers folder's json files: {"unet": {...}, "vae": {...}, "text_encoder": {...}, "scheduler": {...}}. A scheduler
-        with a `_class_name` is taken whole. None takes what the header of a file by `save_single_file` says.
+        of a diffusers folder's json files: {"unet": {...}, "vae": {...}, "text_encoder": {...}, "scheduler": {...}}. A
+        scheduler with a `_class_name` is taken whole. None takes what the header of a file by `save_single_file` says.
 
     Raises:
       FileNotFoundError: the file or the tokenizer is missing.
       ValueError: a damaged file, another family of models, tensors that are missing, unexpected or misshaped (they are
-        listed), a noise schedule that is not the usual one, a prediction type that nothing says, or two places that say different things.
+        listed), a noise schedule that is not the usual one, a prediction type that nothing says, or two places that say
+        different things.
     """
     path = os.fspath(path)
     state = _with_text_model(open_weights(path))

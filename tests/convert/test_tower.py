@@ -118,7 +118,7 @@ def test_an_image_processor_of_another_size(folders, tmp_path):
     processor = json.loads((copied / "preprocessor_config.json").read_text())
     processor |= {"size": {"shortest_edge": 20}, "crop_size": {"height": 20, "width": 20}}
     (copied / "preprocessor_config.json").write_text(json.dumps(processor))
-    with pytest.raises(ValueError, match="pictures of 20 pixels, its model has image_size=16"):
+    with pytest.raises(ValueError, match="images of 20 pixels, its model has image_size=16"):
         load_tower(copied)
 
 
