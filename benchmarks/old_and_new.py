@@ -39,7 +39,11 @@ class Checkout:
         self._process = subprocess.Popen(
             command, cwd=folder, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
-        self.call("start", *arguments)
+        try:
+            self.call("start", *arguments)
+        except RuntimeError:
+            self.__exit__()
+            raise
 
     def __enter__(self) -> "Checkout":
         return self
@@ -153,5 +157,8 @@ if __name__ == "__main__":
     if sys.argv[1:] == ["serve"]:
         serve()
     else:
+        from launch import process  # not for a checkout's process, whose `launch` may have no such module
+
+        process.restart_with_huge_pages()
         define_flags()
         app.run(main)

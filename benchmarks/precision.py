@@ -18,6 +18,7 @@ bfloat16 with all else in float32, which is what a TPU does with float32 numbers
 import functools
 import json
 import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,12 +37,12 @@ from attrib_jax.diffusion.schedule import NoiseSchedule
 from attrib_jax.jobs.context import Run
 from attrib_jax.jobs.curvature import fit_fisher
 from attrib_jax.jobs.encoded_dataset import EncodedDataset
-from attrib_jax.jobs.losses import ExampleProgram, dataset_values
+from attrib_jax.jobs.losses import ExampleProgram, dataset_pass
 from attrib_jax.jobs.query import PreparedQuery, Query, prepare_query
-from attrib_jax.jobs.query_gradient import GradientProgram
-from attrib_jax.methods import method_config
-from attrib_jax.methods.unlearn import unlearn_query
-from attrib_jax.models.precision import cast_params, matmul_precision
+from attrib_jax.jobs.settings import LossSettings
+from attrib_jax.methods.base import QueryJob
+from attrib_jax.methods.unlearn import UnlearnConfig, prepare, unlearn_query
+from attrib_jax.models.precision import cast_params
 from attrib_jax.models.predictor import predictor
 from attrib_jax.models.unet import UNet2DConditionModel, UNetConfig
 from attrib_jax.storage.files import make_folder, write_json
@@ -147,17 +148,18 @@ def main():
 def _study_openmoji(workdir: Path) -> None:
     pipeline, dataset = common.load_model(), common.load_dataset()
     root = StageRoot(workdir, common.shipped_stages())
-    attributor, config = Run(pipeline, dataset, root), method_config(stride=_STRIDE.value)
+    run, config = Run(pipeline, dataset, root), UnlearnConfig(stride=_STRIDE.value)
     rows = np.random.default_rng(0).permutation(len(dataset))[: _ROWS.value]
     settings = {"rows": len(rows), **config.settings()}
-    with root.stage("precision", settings, attributor.inputs) as stage:
-        moved = []
+    with root.stage("precision", settings, run.inputs) as stage:
+        curvature, moved = prepare(run, config), []
         for index, row in enumerate(rows[: _QUERIES.value]):
             query = Query(prompt=dataset.captions(int(row))[0], seed=index, guidance_scale=2.0)
-            prepared = prepare_query(pipeline, attributor.predict, query)
-            moved.append(attributor.unlearned(make_folder(stage.path / f"query{index}"), prepared, config)[0])
+            folder = make_folder(stage.path / f"query{index}")
+            job = QueryJob(folder.name, {}, prepare_query(pipeline, run.predict, query), folder)
+            moved.append(unlearn_query(run, job, config, curvature)[0])
         params, schedule = pipeline.params["unet"], pipeline.schedule
-        case = Case(pipeline.unet, params, schedule, attributor.data, np.sort(rows), moved, config.stride)
+        case = Case(pipeline.unet, params, schedule, run.data, np.sort(rows), moved, config.stride)
         _study("openmoji", stage.path, case)
 
 
@@ -172,19 +174,28 @@ def _study_mscoco(workdir: Path) -> None:
     both = np.stack([latents[scored], latents[scored, :, ::-1]], axis=1)
     ids = np.arange(_MSCOCO_ROWS.value, dtype=np.int32)
     data = EncodedDataset(ids, both, text[scored], np.arange(len(ids) + 1))
-    config = method_config(query_draws=_QUERY_DRAWS, fisher_samples=_FISHER_SAMPLES, stride=_MSCOCO_STRIDE.value)
+    config = UnlearnConfig(
+        query_draws=_QUERY_DRAWS,
+        fisher_samples=_FISHER_SAMPLES,
+        stride=_MSCOCO_STRIDE.value,
+        num_examples=_NUM_EXAMPLES,
+    )
 
     settings = {"rows": len(ids), **config.settings()}
     with StageRoot(workdir).stage("precision", settings, {}) as stage:
         predict = predictor(unet)
         selected, rest = select_weights(params, config.weights)
         fisher = fit_fisher(stage.path, predict, schedule, selected, rest, data, _FISHER_SAMPLES, config.loss_seed)
-        program, moved = GradientProgram(predict, schedule), []
+        # A run's model and data without its data set, which would be images and captions.
+        pipeline = types.SimpleNamespace(unet=unet, params={"unet": params}, schedule=schedule)
+        run = types.SimpleNamespace(
+            predict=predict, data=data, pipeline=pipeline, select=functools.partial(select_weights, params)
+        )
+        moved = []
         for index, (query_latents, query_text) in enumerate(zip(latents[queries], text[queries])):
-            path = make_folder(stage.path / f"query{index}")
+            folder = make_folder(stage.path / f"query{index}")
             prepared = PreparedQuery(np.zeros((1, 1, 3), np.uint8), query_latents, query_text, ())
-            of_query = (program, schedule, selected, rest, prepared, config, fisher, _NUM_EXAMPLES, None)
-            moved.append(unlearn_query(path, *of_query)[0])
+            moved.append(unlearn_query(run, QueryJob(folder.name, {}, prepared, folder), config, fisher)[0])
         case = Case(unet, params, schedule, data, ids, moved, config.stride)
         _study("mscoco", stage.path, case)
 
@@ -291,16 +302,17 @@ def _program(function: Callable[..., jax.Array], case: Case, mode: Mode) -> Exam
     function = functools.partial(function, predictor(case.unet, mode.precision))
     if mode.emulated:
         function = round_products(function, mode.mantissa_bits, mode.truncate)
-    products = matmul_precision(mode.precision)
-    return ExampleProgram(function, case.schedule, 0, case.stride, matmul_precision=products)
+    config = LossSettings(stride=case.stride, precision=mode.precision, flips="none")
+    return ExampleProgram(function, case.schedule, config)
 
 
-def _losses(predict, schedule, key, timesteps, params, batch) -> jax.Array:
+def _losses(predict, shared, batch) -> jax.Array:
+    schedule, key, timesteps, params = shared
     return strided_losses(predict, schedule, params, key, batch, timesteps)
 
 
-def _derivatives(predict, schedule, key, timesteps, weights, batch) -> jax.Array:
-    selected, rest, change = weights
+def _derivatives(predict, shared, batch) -> jax.Array:
+    schedule, key, timesteps, (selected, rest, change) = shared
 
     def losses(selected):
         return strided_losses(predict, schedule, merge_weights(selected, rest), key, batch, timesteps)
@@ -314,10 +326,11 @@ def _pass(folder: Path, program: ExampleProgram, weights: Any, case: Case) -> tu
     weights = program.place(weights)
     if fresh:
         # Compiles, which is not to be timed.
-        program(weights, case.data, case.rows[:1], 1, "first", lambda count: None)
+        program(weights, case.data, case.rows[:1])
     began = time.perf_counter()
     description = f"{folder.parent.name} {folder.name}"
-    values = dataset_values(folder, program, weights, case.data, 1, "first", description, case.rows)
+    run = types.SimpleNamespace(data=case.data)
+    values = dataset_pass(run, [folder], program, [weights], description, case.rows, check_device=False)[0]
     if fresh:
         write_json(timing, {"pictures_per_second": len(case.rows) / (time.perf_counter() - began)})
     return values[:, 0], _read_rate(timing)
