@@ -49,15 +49,27 @@ def _assert_close(found, expected):
 
 
 def _each(case, text=None):
-    """What `predict` gives for each of the pictures, with its text or with number `text`."""
+    """The predictions for each of the images, with its text or with number `text`."""
     predict, params, latents, texts = case
+    predict = jax.jit(predict)
     return jnp.stack([predict(params, latents[i], _TIMESTEPS[i], texts[i if text is None else text]) for i in range(3)])
 
 
-def test_a_batch_is_its_examples(case):
+@pytest.mark.parametrize("wrap", [lambda predict: predict, lambda predict: as_predictor(lambda *args: predict(*args))])
+def test_a_batch_is_its_examples(case, wrap):
+    """Also where the predictor is a function."""
     predict, params, latents, texts = case
-    _assert_close(predict.batched(params, latents, _TIMESTEPS, texts), _each(case))
-    _assert_close(predict.batched(params, latents, _TIMESTEPS, texts[1:2]), _each(case, text=1))
+    batched = jax.jit(wrap(predict).batched)
+    _assert_close(batched(params, latents, _TIMESTEPS, texts), _each(case))
+    _assert_close(batched(params, latents, _TIMESTEPS, texts[1:2]), _each(case, text=1))
+
+
+def test_equal_predictors_are_the_same_static_argument(case):
+    again = predictor(UNet2DConditionModel(_UNET.config))
+    assert again == case[0] and hash(again) == hash(case[0]) and again is as_predictor(again)
+    assert predictor(_UNET, "bfloat16") != again
+    function = lambda params, noisy, timestep, text: noisy  # noqa: E731
+    assert as_predictor(function) == as_predictor(function) and hash(as_predictor(function)) is not None
 
 
 @pytest.mark.parametrize("subset", ["cross-attn-kv", "cross-attn"])
@@ -69,7 +81,7 @@ def test_layers_of_projections_are_not_applied(case, subset):
     text = weights.text(texts)
     assert isinstance(text, ProjectedText)
     # The kernels are not even there.
-    found = predict.batched(merge_weights(weights.others, rest), latents, _TIMESTEPS, text)
+    found = jax.jit(predict.batched)(merge_weights(weights.others, rest), latents, _TIMESTEPS, text)
     _assert_close(found, _each(case))
 
 
@@ -86,8 +98,8 @@ def test_the_gradient_of_one_text(case, subset):
     def of_projections(weights):
         return loss(weights.others, jax.tree.map(lambda leaf: leaf[None], weights.text(texts[0])))
 
-    found = kernel_gradient(jax.grad(of_projections)(weights), selected, texts[0].T)
-    _assert_close(found, jax.grad(loss)(selected, texts[:1]))
+    found = kernel_gradient(jax.jit(jax.grad(of_projections))(weights), selected, texts[0].T)
+    _assert_close(found, jax.jit(jax.grad(loss))(selected, texts[:1]))
 
 
 def test_the_gradients_of_several_texts(case):
@@ -97,13 +109,14 @@ def test_the_gradients_of_several_texts(case):
     def loss(weights):
         return jnp.sum(jnp.sin(predict.batched(rest, latents, _TIMESTEPS, weights.text(texts))))
 
-    gradient = jax.grad(loss)(predict.project_text(selected, texts))
+    gradient = jax.jit(jax.grad(loss))(predict.project_text(selected, texts))
     found = kernel_gradient(gradient, selected, np.swapaxes(texts, 1, 2))
 
     def of_example(selected, *example):
         return jnp.sum(jnp.sin(predict(merge_weights(selected, rest), *example)))
 
-    _assert_close(found, jax.vmap(jax.grad(of_example), (None, 0, 0, 0))(selected, latents, _TIMESTEPS, texts))
+    expected = jax.jit(jax.vmap(jax.grad(of_example), (None, 0, 0, 0)))(selected, latents, _TIMESTEPS, texts)
+    _assert_close(found, expected)
 
 
 def test_weights_that_project_no_text_stay(case):
@@ -132,4 +145,5 @@ def test_a_query_gradient_of_single_draws(case):
     selected, rest = select_weights(params, "cross-attn-kv")
     schedule = NoiseSchedule.from_config({})
     arguments = predict, schedule, selected, rest, latents[0], texts[0], jax.random.key(3), 3
-    _assert_close(query_gradient(*arguments, tile=1), query_gradient(*arguments, tile=3))
+    run = jax.jit(query_gradient, static_argnums=(0, 7), static_argnames="tile")
+    _assert_close(run(*arguments, tile=1), run(*arguments, tile=3))
