@@ -19,6 +19,7 @@ from attrib_jax.convert.load import ModelSource
 from attrib_jax.convert.pipeline import Pipeline
 from attrib_jax.core.paths import expand_path
 from attrib_jax.core.settings import Settings, setting
+from attrib_jax.core.text import replace_surrogates
 from attrib_jax.data.concat import concatenate
 from attrib_jax.data.latents import open_latents
 from attrib_jax.data.sources import Dataset, check_separate, open_dataset
@@ -229,11 +230,16 @@ def model_credit() -> str | None:
 
 
 def own_flags(module: str) -> dict:
-    """The values of the flags that command `module` and this one define; not those of absl and other libraries."""
+    """The values of the flags that command `module` and this one define; not those of absl and other libraries.
+
+    They are JSON values that any file takes: half a surrogate pair, as which Python reads bytes that are not UTF-8,
+    becomes '?'.
+    """
     by_module = flags.FLAGS.flags_by_module_dict()
     # absl files the flags of the program that runs under its path.
     names = [flag.name for key in (__name__, module, sys.argv[0]) for flag in by_module.get(key, ())]
-    return {name: json.loads(json.dumps(flags.FLAGS[name].value, default=str)) for name in sorted(names)}
+    values = {name: flags.FLAGS[name].value for name in sorted(names)}
+    return json.loads(replace_surrogates(json.dumps(values, default=str, ensure_ascii=False)))
 
 
 def _check_same_flags() -> None:

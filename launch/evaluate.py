@@ -13,6 +13,7 @@ from pathlib import Path
 from absl import app, flags
 
 from attrib_jax.convert.tower import load_tower
+from attrib_jax.core.checks import check_range
 from attrib_jax.core.settings import Settings, setting
 from attrib_jax.evaluation.counterfactual import Counterfactuals, MeasureConfig
 from attrib_jax.evaluation.customized import CustomizedConfig, run_customized
@@ -134,6 +135,7 @@ def _retraining(workdir: str, methods: Mapping[str, MethodConfig], config: Leave
         check_sees_images(tower)
 
     with _open_run(workdir) as run:
+        check_range("measure_stride", measure.stride, 1, run.pipeline.schedule.num_train_timesteps, integer=True)
         if leaves_out:
             config.all_counts(len(run.dataset))
         prepared = [prepare_query(run.pipeline, run.predict, query) for query in queries.queries]

@@ -7,6 +7,10 @@ launch.attribute with the same --workdir, --weights, --curvature, --fisher_sampl
 its damping.
 """
 
+from collections.abc import Sequence
+
+from absl import app
+
 from attrib_jax.core.weights import count_weights
 from attrib_jax.curvature.ekfac import EKFAC
 from attrib_jax.jobs.context import Run
@@ -21,21 +25,23 @@ from launch.flags import define_flags, read_config
 define_flags(CurvatureSettings, skip=["damping", "ekfac_damping", "fisher"])
 
 
-def main():
-    common.require(model=common.MODEL.value, workdir=common.workdir())
-    config = read_config(CurvatureSettings)
-    pipeline = common.load_model()
-    dataset = common.load_dataset(image_resolution(pipeline))
-    with lock(common.workdir()):
-        run = Run(pipeline, dataset, StageRoot(common.workdir()), common.encode_config())
-        curvature = fit_curvature(run, config)
-    if isinstance(curvature, EKFAC):
-        what, tree, folder = "EKFAC", curvature.eigenvalues.tree, "ekfac"
-    else:
-        what, tree, folder = "Fisher information", curvature.tree, "fisher"
-    count = count_weights(tree)
-    print(f"{what} of {count.values} values in {count.matrices} matrices in {common.workdir()}/{folder}")
+def main(argv: Sequence[str]) -> None:
+    with common.command(argv, many_hosts=True):
+        common.require(model=common.MODEL.value, workdir=common.workdir())
+        config = read_config(CurvatureSettings)
+        pipeline = common.load_model()
+        dataset = common.load_dataset(image_resolution(pipeline))
+        with lock(common.workdir()):
+            run = Run(pipeline, dataset, StageRoot(common.workdir()), common.encode_config())
+            curvature = fit_curvature(run, config)
+        if isinstance(curvature, EKFAC):
+            what, tree, folder = "EKFAC", curvature.eigenvalues.tree, "ekfac"
+        else:
+            what, tree, folder = "Fisher information", curvature.tree, "fisher"
+        count = count_weights(tree)
+        print(f"{what} of {count.values} values in {count.matrices} matrices in {common.workdir()}/{folder}")
 
 
 if __name__ == "__main__":
-    common.run(main)
+    common.adopt_shared_flags()
+    app.run(main, argv=common.arguments())

@@ -80,6 +80,8 @@ def read_config(config: type[Settings], **values: Any) -> Any:
     for name, field in declared(config).items():
         if name not in values and field.flag in flags.FLAGS:
             value = flags.FLAGS[field.flag].value
+            # As in `--fisher=`, which takes back what a flagfile says.
+            value = None if value == "" and field.optional else value
             # A flag without a default leaves that of the config.
             if value is not None or field.optional or flags.FLAGS[field.flag].default is not None:
                 given[name] = value

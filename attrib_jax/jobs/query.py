@@ -19,6 +19,7 @@ from attrib_jax.convert.pipeline import Pipeline, encode_text, latent_size, prom
 from attrib_jax.core.checks import check_finite, check_range
 from attrib_jax.core.fingerprint import array_digest, file_digest, json_digest
 from attrib_jax.core.keys import purpose_key
+from attrib_jax.core.paths import expand_path
 from attrib_jax.core.settings import Settings, setting
 from attrib_jax.core.text import replace_surrogates
 from attrib_jax.data.images import read_image
@@ -62,6 +63,8 @@ class Query(Settings):
         if not isinstance(self.prompt, str):
             raise ValueError(f"prompt is {self.prompt!r}; expected a text")
         object.__setattr__(self, "prompt", replace_surrogates(self.prompt))
+        if isinstance(self.image, str | os.PathLike):
+            object.__setattr__(self, "image", expand_path(self.image))
         if self.image is not None and self.latents is not None:
             raise ValueError("the query has an image and latents; give one of them")
         if self.text is not None and self.latents is None and self.image is None:
@@ -167,6 +170,7 @@ def generate(pipeline: Pipeline, predict: Predict, prompts: list[str], seeds: li
 
     The initial noise of an image depends on its seed alone.
     """
+    check_range("sampler_steps", query.sampler_steps, 1, pipeline.schedule.num_train_timesteps, integer=True)
     text = _text_states(pipeline, list(prompts) + [""])
     initial = [initial_noise(pipeline, seed) for seed in seeds]
     if query.sampler == "ddim":

@@ -76,7 +76,7 @@ def _parse(line: str, folder: Path, defaults: Query) -> tuple[Query, str | None]
     if name is not None:
         check_query_name(name)
     if "image" in values:
-        values["image"] = folder / values["image"]
+        values["image"] = folder / expand_path(values["image"])
         if not values["image"].is_file():
             raise ValueError(f"image {os.fspath(values['image'])!r} does not exist; paths are relative to this file")
     return dataclasses.replace(defaults, **values), name

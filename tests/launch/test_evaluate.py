@@ -2,81 +2,91 @@
 
 import csv
 import json
-import subprocess
-import sys
+import re
 
+import pytest
+
+from tests.launch.calls import call_elsewhere
 from tests.towers import save_torch_tower
 
-_CONFIG = "configs/evaluate_digits.cfg"
-
-
+DIGITS, SELF = "--flagfile=configs/evaluate_digits.cfg", "--flagfile=configs/evaluate_self.cfg"
+CUSTOMIZED = "--flagfile=configs/evaluate_customized.cfg"
 # Arguments, and what the error says of them.
-_BAD_FLAGS = [
-    ([], "--protocol, --model, --workdir, --methods not given"),
-    ([f"--flagfile={_CONFIG}", "--lds_models=9"], "--lds_models belong to --protocol=lds"),
-    ([f"--flagfile={_CONFIG}", "--remove=5000"], "5000 pictures are to be removed from a data set of 1797"),
-    ([f"--flagfile={_CONFIG}", "--remove=-1"], "remove is '-1'"),
-    ([f"--flagfile={_CONFIG}", "--remove=inf"], "remove is 'inf'"),
-    ([f"--flagfile={_CONFIG}", "--tower=models/openmoji_tower"], "give --pictures too"),
-    ([f"--flagfile={_CONFIG}", "--tower=nowhere", "--pictures"], "'nowhere' does not exist"),
-    (["--flagfile=configs/evaluate_self.cfg", "--train_steps=9"], "--train_steps belong to --protocol=leave-k-out"),
-]
-# Starting the command takes far longer than refusing flags, so one process is given them all.
-_ONE_AFTER_ANOTHER = """
-import contextlib, io, json, sys
-from absl import flags
-from absl.testing import flagsaver
-from launch import common, evaluate
-
-for arguments in json.loads(sys.argv[1]):
-    with flagsaver.flagsaver(), contextlib.redirect_stderr(io.StringIO()) as stderr:
-        flags.FLAGS(["evaluate", *arguments])
-        code = common.execute(evaluate.main)
-    print(json.dumps([code, stderr.getvalue().splitlines()]))
-"""
-
-
-def test_bad_flags_end_with_one_line(tmp_path):
-    calls = [[*arguments, f"--workdir={tmp_path}"] if arguments else [] for arguments, _ in _BAD_FLAGS]
-    command = [sys.executable, "-c", _ONE_AFTER_ANOTHER, json.dumps(calls)]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    for (_, message), line in zip(_BAD_FLAGS, result.stdout.splitlines(), strict=True):
-        code, lines = json.loads(line)
-        errors = [line for line in lines if line.startswith("error: ")]
-        assert code == 1 and len(errors) == 1 and message in errors[0], lines
+WRONG = {
+    "": "--protocol, --model, --workdir, --methods",
+    "--protocol=lsd": "'lds'",
+    f"{DIGITS} --split=report": "'reported'",
+    f"{DIGITS} --methods=nowhere.json": "nowhere.json",
+    f"{DIGITS} --only=unlern": "'unlearn'",
+    f"{DIGITS} --reported_queries=": "--reported_queries",
+    f"{DIGITS} --reported_queries=nowhere.jsonl": "nowhere.jsonl",
+    f"{DIGITS} --split=tuning --tuning_queries=": "tuning",
+    f"{DIGITS} --reported_queries=configs/evaluation/digits_tuning.jsonl": "comes twice",
+    f"{DIGITS} --lds_models=9": "lds_models is 9.*'lds'",
+    f"{DIGITS} --rows=9": "rows is 9.*'customized'",
+    f"{SELF} --train_steps=9": "train_steps is 9.*'leave-k-out', 'lds'",
+    f"{SELF} --self_queries=9999": "self_queries is 9999",
+    f"{CUSTOMIZED} --nouse_shipped_stages": "use_shipped_stages is False.*'leave-k-out', 'lds', 'self'",
+    f"{CUSTOMIZED} --cases=nowhere.json": "nowhere.json",
+    f"{CUSTOMIZED} --cases=": "--cases",
+    **{f"{DIGITS} --remove={value}": "remove" for value in ("5000", "-1", "inf", "1.5", "x", "2,2", "")},
+    f"{DIGITS} --curve=1797": "curve",
+    f"{DIGITS} --train_seeds=0,x": "train_seeds",
+    f"{DIGITS} --measure_stride=1001": "measure_stride is 1001",
+    **{f"{DIGITS} --{name}=inf": f"{name} is inf" for name in ("learning_rate", "guidance_scale")},
+    f"{DIGITS} --caption_dropout=nan": "caption_dropout is nan",
+    f"{DIGITS} --train_batch_size=0": "train_batch_size",
+    f"{DIGITS} --tower=models/openmoji_tower": "pictures",
+    f"{DIGITS} --tower=nowhere --pictures": "nowhere",
+    f"{DIGITS} --models_per_device=0": "models_per_device",
+}
 
 
-def test_without_flags_the_program_ends_with_one_line():
-    result = subprocess.run([sys.executable, "-m", "launch.evaluate"], capture_output=True, text=True)
-    assert result.returncode == 1 and result.stderr.count("error: ") == 1, result.stderr
-    assert "--protocol, --model, --workdir, --methods not given" in result.stderr
+@pytest.fixture(scope="module")
+def wrong(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wrong")
+    # A workdir for each: it becomes one of the first data set.
+    calls = [
+        [*arguments.split(" "), f"--workdir={folder / str(number)}"] if arguments else []
+        for number, arguments in enumerate(WRONG)
+    ]
+    return call_elsewhere("launch.evaluate", *calls)
 
 
-# A process of its own: its flags have the names of other commands'.
-_ON_A_TINY_MODEL = """
-from launch import common, evaluate
-from tests.evaluation.conftest import make_dataset, make_model
-common.load_model, common.load_dataset = make_model, lambda resolution: make_dataset()
-common.run(evaluate.main)
-"""
+@pytest.mark.parametrize("place", range(len(WRONG)), ids=WRONG)
+def test_wrong_flags_are_one_line(wrong, place):
+    code, out, err = wrong[place]
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert code == 1 and out == "" and len(errors) == 1
+    assert re.search(list(WRONG.values())[place], errors[0])
 
 
-def test_leave_k_out_with_a_tower(tmp_path):
+def test_tables_of_a_tiny_model(tmp_path):
     save_torch_tower("dino", tmp_path / "tower")
     (tmp_path / "methods.json").write_text('{"m": {"method": "random"}}')
     (tmp_path / "queries.jsonl").write_text('{"prompt": "digit one"}\n{"prompt": "digit two"}\n')
-    files = [f"--workdir={tmp_path / 'work'}", f"--tower={tmp_path / 'tower'}", f"--methods={tmp_path}/methods.json"]
-    settings = ["--protocol=leave-k-out", "--model=tiny", f"--reported_queries={tmp_path}/queries.jsonl", "--pictures"]
-    fast = ["--remove=2", "--random_sets=2", "--train_steps=2", "--train_batch_size=2", "--sampler_steps=2"]
-    command = [sys.executable, "-c", _ON_A_TINY_MODEL, *files, *settings, *fast, "--measure_stride=500"]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert "| MSE | MSE error | similarity | similarity error |" in result.stdout
-    folder = tmp_path / "work" / "evaluation" / "leave-k-out-reported"
+    shared = ["--model=tiny", f"--workdir={tmp_path / 'work'}", f"--methods={tmp_path}/methods.json"]
+    retraining = [f"--reported_queries={tmp_path}/queries.jsonl", "--train_steps=2", "--train_batch_size=2"]
+    retraining += ["--sampler_steps=2", "--measure_stride=500"]
+    leave_k_out, lds, own = call_elsewhere(
+        "launch.evaluate",
+        [
+            *shared, *retraining, "--protocol=leave-k-out", "--pictures", f"--tower={tmp_path / 'tower'}",
+            "--remove=2", "--random_sets=2",
+        ],
+        [*shared, *retraining, "--protocol=lds", "--lds_models=3"],
+        [*shared, "--protocol=self", "--self_queries=3"],
+        tiny=True,
+    )  # fmt: skip
+    assert leave_k_out.code == lds.code == own.code == 0, leave_k_out.err + lds.err + own.err
+    assert "| MSE | MSE error | similarity | similarity error |" in leave_k_out.out
+    assert "3 models on 50%" in lds.out and "| m | " in lds.out and "3 reported" in own.out
+    evaluation = tmp_path / "work" / "evaluation"
     for name, rows in (("leave_k_out", ["no pictures", "random pictures", "m"]), ("queries", ["m", "m"])):
-        with open(folder / f"{name}.csv") as file:
+        with open(evaluation / "leave-k-out-reported" / f"{name}.csv") as file:
             table = list(csv.DictReader(file))
         assert sorted(row["method"] for row in table) == sorted(rows)
         assert all(-1 <= float(row["similarity"]) <= 1 + 1e-9 for row in table)
-    assert json.loads((folder / "flags.json").read_text())["tower"] == str(tmp_path / "tower")
+    stored = json.loads((evaluation / "leave-k-out-reported" / "flags.json").read_text())
+    assert stored["tower"] == str(tmp_path / "tower") and stored["remove"] == [2]
+    assert all((evaluation / f"{name}-reported" / "flags.json").exists() for name in ("lds", "self"))

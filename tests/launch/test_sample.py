@@ -1,52 +1,43 @@
-"""The command that draws pictures: its sheet, and that wrong flags are told before anything is drawn."""
+"""The command that draws images: its sheet, and that wrong flags are refused before anything is drawn."""
 
-import json
-import subprocess
-import sys
-
+import pytest
 from PIL import Image
 
-WRONG = [
-    (["--prompts="], "--prompts not given"),
-    (
-        ["--output=nowhere/sheet.png"],
-        "output is 'nowhere/sheet.png'; expected the name of a .png in a folder that exists",
-    ),
-    (["--output=sheet.foo"], "output is 'sheet.foo'"),
-    (["--rows=2", "--seed=4294967295"], "seed is 4294967295: expected a whole number from 0 to 4294967294"),
-    (["--rows=0"], "rows is 0"),
-    (["--sampler=euler"], "euler"),
-]
+from tests.launch.calls import call_elsewhere
 
-# A process of its own: its flags have the names of the attribute command's. One for all, as the import takes longest.
-SCRIPT = """
-import contextlib, io, json, sys
-from absl import flags
-from absl.testing import flagsaver
-from launch import common, sample
-common.load_model = None  # which nothing may call
-told = []
-for arguments in json.loads(sys.argv[1]):
-    with flagsaver.flagsaver(), contextlib.redirect_stderr(io.StringIO()) as error:
-        flags.FLAGS(["sample", "--model=m", "--prompts=hat", *arguments])
-        told.append((common.execute(sample.main), error.getvalue()))
-print(json.dumps(told))
-"""
+WRONG = {
+    "--prompts=": "--prompts",
+    "--model=nowhere": "nowhere",
+    "--output=nowhere/sheet.png": "output is 'nowhere/sheet.png'",
+    "--output=sheet.foo": "output is 'sheet.foo'",
+    "--output=~nobody/sheet.png": "nobody",
+    "--rows=2 --seed=4294967295": "seed is 4294967295",
+    "--rows=0": "rows",
+    "--sampler=dim": "'ddim'",
+    "--sampler_steps=0": "sampler_steps",
+    "--sampler_steps=1001": "sampler_steps is 1001",
+    "--guidance_scale=inf": "guidance_scale is inf",
+    "--guidance_scale=nan": "guidance_scale is nan",
+}
 
 
-def test_a_row_for_each_seed_and_a_column_for_each_prompt(model, tmp_path):
-    file = tmp_path / "sheet.png"
-    arguments = [f"--model={model}", "--prompts=red heart,hat", "--rows=3", "--sampler_steps=2", f"--output={file}"]
-    result = subprocess.run(
-        [sys.executable, "-m", "launch.sample", *arguments], capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, result.stderr
-    assert Image.open(file).size == (2 * 16, 3 * 16)
+@pytest.fixture(scope="module")
+def outcomes(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sheets")
+    shared = [f"--model={model}", "--prompts=red heart,hat", "--sampler_steps=2", f"--output={folder / 'wrong.png'}"]
+    right = [*shared, "--rows=3", f"--output={folder / 'sheet.png'}"]
+    calls = [[*shared, *arguments.split(" ")] for arguments in WRONG]
+    return folder, *call_elsewhere("launch.sample", right, *calls)
 
 
-def test_wrong_flags_are_told_before_anything_is_drawn():
-    arguments = json.dumps([arguments for arguments, _ in WRONG])
-    result = subprocess.run([sys.executable, "-c", SCRIPT, arguments], capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    for (_, message), (code, told) in zip(WRONG, json.loads(result.stdout), strict=True):
-        assert code == 1 and told.startswith("error:") and message in told
+def test_a_row_for_each_seed_and_a_column_for_each_prompt(outcomes):
+    folder, (code, out, err), *_ = outcomes
+    assert code == 0, err
+    assert Image.open(folder / "sheet.png").size == (2 * 16, 3 * 16) and str(folder / "sheet.png") in out
+
+
+@pytest.mark.parametrize("place", range(len(WRONG)), ids=WRONG)
+def test_wrong_flags_are_refused_before_anything_is_drawn(outcomes, place):
+    folder, code, out, err = outcomes[0], *outcomes[2 + place]
+    assert code == 1 and out == "" and not (folder / "wrong.png").exists()
+    assert err.count("error: ") == 1 and list(WRONG.values())[place] in err
