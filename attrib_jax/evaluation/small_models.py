@@ -144,7 +144,7 @@ def train_small(
     }
     settings = {"recipe": recipe.settings(), "seed": seed, "unet": untrained.unet.config.to_dict()}
     root = StageRoot(workdir)
-    data = encode(root, untrained, inputs | {"encoding": EncodeConfig().describe()}, dataset)
+    data = encode(root, untrained, inputs | {"encoding": EncodeConfig().encoding()}, dataset)
     model = Path(workdir) / "model"
     with root.stage("training", settings, inputs) as stage:
         if stage.finished and model.exists():
