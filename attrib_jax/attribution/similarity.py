@@ -52,7 +52,7 @@ def gaussian_similarities(latents: Any, rows: np.ndarray, flips: int, query: np.
 def centred_products(latents: Any, rows: np.ndarray, flips: int, query: np.ndarray, members: np.ndarray) -> np.ndarray:
     """(x_hat - m) . (x - m) of the members among N images, m the members' mean over their flips -> (N, flips) float64.
 
-    The others score one value, a little below those of all members.
+    The others score 0: without a model nothing is known of them.
 
     Args:
       latents, rows, flips, query: as in `gaussian_similarities`.
@@ -66,8 +66,7 @@ def centred_products(latents: Any, rows: np.ndarray, flips: int, query: np.ndarr
     products = np.empty((len(inside), flips))
     for span, block in _blocks(latents, inside, flips):
         products[span] = (block - mean) @ (query - mean)
-    # A step of float32, which studies keep scores in.
-    scores = np.full((len(rows), flips), np.nextafter(np.float32(products.min()), np.float32(-np.inf)), np.float64)
+    scores = np.zeros((len(rows), flips))
     scores[members] = products
     return scores
 

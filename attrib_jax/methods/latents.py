@@ -28,7 +28,7 @@ class LatentGaussianConfig(MethodConfig, FlipSettings):
 
     method: str = setting("latent-gaussian", "Attribution method.", choices=("latent-gaussian",))
     latent_width: float = setting(
-        0.2, "Width of the Gaussian kernel of latents, as a share of the training images' median distance.", above=0
+        0.3, "Width of the Gaussian kernel of latents, as a share of the training images' median distance.", above=0
     )
 
 
@@ -64,7 +64,7 @@ def prepare_centred(run: Run, config: CaptionCentredConfig) -> list[str]:
 
 
 def score_centred(run: Run, queries: Sequence[QueryJob], config: CaptionCentredConfig) -> list[Scored]:
-    """(x_hat - m) . (x - m) among the images with the query's caption, m their mean; all others are below these.
+    """(x_hat - m) . (x - m) among the images with the query's caption, m their mean; 0 for all others.
 
     Where no image has the query's caption, all images are compared, and m is the mean of all.
     """

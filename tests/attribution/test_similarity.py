@@ -21,15 +21,13 @@ def test_gaussian_similarities(flips):
 
 
 @pytest.mark.parametrize("flips", [1, 2])
-def test_centred_products_are_those_of_the_members_and_others_are_below_all(flips):
+def test_centred_products_are_those_of_the_members_and_0_for_others(flips):
     members = np.random.default_rng(3).random(1100) < 0.3
     found = centred_products(LATENTS, ROWS, flips, QUERY, members)
     inside = FLAT[ROWS[members], :flips]
     mean = inside.mean(axis=(0, 1))
     np.testing.assert_allclose(found[members], (inside - mean) @ (FLAT_QUERY - mean), atol=1e-10)
     assert abs(found[members].sum()) < 1e-8
-    others = np.unique(found[~members].astype(np.float32))
-    assert len(others) == 1 and others[0] < found[members].min().astype(np.float32)
+    assert not found[~members].any()
     # One image is its own mean.
-    alone = centred_products(LATENTS, ROWS, 1, QUERY, np.arange(1100) == 4)
-    assert alone[4] == pytest.approx(0) and (alone[np.arange(1100) != 4] < alone[4]).all()
+    np.testing.assert_allclose(centred_products(LATENTS, ROWS, 1, QUERY, np.arange(1100) == 4), 0, atol=1e-12)
