@@ -122,9 +122,8 @@ def _self(workdir: str, methods: Mapping[str, MethodConfig], config: SelfConfig)
 
 def _retraining(workdir: str, methods: Mapping[str, MethodConfig], config: LeaveKOutConfig | LdsConfig) -> str:
     # All that can be wrong with the flags, before anything is drawn or trained.
-    leaves_out = isinstance(config, LeaveKOutConfig)
     recipe, files, devices = (read_config(each) for each in (Recipe, QueryFiles, DeviceSettings))
-    regeneration = read_config(RegenerationSettings) if leaves_out else RegenerationSettings()
+    regeneration = read_config(RegenerationSettings) if isinstance(config, LeaveKOutConfig) else RegenerationSettings()
     measure = read_config(MeasureConfig, pictures=regeneration.pictures)
     common.require(reported_queries=files.reported_queries)
     # A retrained model is asked about the queries of both splits, whichever are reported.
@@ -136,11 +135,11 @@ def _retraining(workdir: str, methods: Mapping[str, MethodConfig], config: Leave
 
     with _open_run(workdir) as run:
         check_range("measure_stride", measure.stride, 1, run.pipeline.schedule.num_train_timesteps, integer=True)
-        if leaves_out:
+        if isinstance(config, LeaveKOutConfig):
             config.all_counts(len(run.dataset))
         prepared = [prepare_query(run.pipeline, run.predict, query) for query in queries.queries]
         counterfactuals = Counterfactuals(run, queries.queries, prepared, recipe, measure, devices.models_per_device)
-        if leaves_out:
+        if isinstance(config, LeaveKOutConfig):
             return run_leave_k_out(counterfactuals, methods, queries, config, tower)[1]
         return run_lds(counterfactuals, methods, queries, config)[1]
 

@@ -1,6 +1,7 @@
 """A diagonal Fisher information matrix, and its inverse applied to a gradient."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -78,7 +79,7 @@ class Diagonal:
         return {name: np.asarray(leaf, np.float64) / scale for name, leaf in flatten_names(self.tree).items()}
 
     @classmethod
-    def from_flat(cls, flat: dict[str, np.ndarray], like: Any = None) -> "Diagonal":
+    def from_flat(cls, flat: Mapping[str, Any], like: Any = None) -> "Diagonal":
         """The inverse of `to_flat`; leaves become float32 (float64 under x64), scaled by GRADIENT_SCALE**2.
 
         Args:

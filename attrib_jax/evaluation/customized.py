@@ -175,9 +175,9 @@ def run_customized(
     prompt lacks V*.
     """
     for name, each in methods.items():
-        takes_diagonal = isinstance(each, CurvatureSettings) and each.curvature == "diagonal"
-        if takes_diagonal and getattr(each, "update", "newton") == "newton" and each.fisher is None:
-            raise ValueError(f"method {name!r} has no fisher; give that of the base model, which all models share")
+        if isinstance(each, CurvatureSettings) and getattr(each, "update", "newton") == "newton":
+            if (each.curvature, each.fisher) == ("diagonal", None):
+                raise ValueError(f"method {name!r} has no fisher; give that of the base model, which all models share")
         if has_cascade(each):
             raise ValueError(f"method {name!r} has a cascade, which may leave exemplars without a rank; leave it out")
     if config.cases is None:
@@ -254,7 +254,7 @@ def random_rows(dataset: Dataset, count: int, seed: int = 2024) -> Dataset:
     return ArrayDataset(
         np.stack([row.image for row in taken]),
         [row.captions for row in taken],
-        row_ids=[row.row_id for row in taken],
+        row_ids=np.array([row.row_id for row in taken], np.int32),
         groups=None if dataset.groups is None else np.asarray(dataset.groups)[rows],
         name=f"{dataset.name} ({len(rows)} rows)",
     )

@@ -282,7 +282,7 @@ def _write_images(
 ):
     """A row for each query: itself, as the model retrained on all draws it, and as those without images do."""
     run = counterfactuals.run
-    removed = {"trained on all": [_NOTHING] * len(positions)} | tops
+    removed = {"trained on all": [_NOTHING] * len(positions), **tops}
     removed[RANDOM] = [random_positions(len(run.data), count, 0)] * len(positions)
     columns = {"query": np.stack([counterfactuals.prepared[place].image for place in positions])}
     for name, sets in removed.items():

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import scipy.optimize
 import scipy.stats
+from numpy.typing import ArrayLike
 
 from attrib_jax.core.checks import check_positive, check_range
 
@@ -143,7 +144,7 @@ def lds(scores: np.ndarray, kept: np.ndarray, losses: np.ndarray, resamples: int
     means = []
     for _ in range(resamples):
         # One draw of models for all queries: their losses come from the same trainings.
-        drawn = per_query(rng.integers(models, size=models))
+        drawn = per_query(rng.integers(models, size=(models,)))
         means.append(np.nanmean(drawn[rng.integers(queries, size=queries)]))
     low, high = np.quantile(means, (0.025, 0.975)) if means else (np.nan, np.nan)
     return Lds(values, float(np.mean(values)), float(low), float(high))
@@ -165,7 +166,7 @@ class RemovalCurve(NamedTuple):
     effects: np.ndarray
 
     @classmethod
-    def fit(cls, counts: Sequence[float], effects: Sequence[float], weights: Sequence[float]) -> "RemovalCurve":
+    def fit(cls, counts: ArrayLike, effects: ArrayLike, weights: ArrayLike) -> "RemovalCurve":
         """The rising curve nearest to measured means, by weighted least squares (pool adjacent violators).
 
         Noise can make the mean effect of more images the smaller one; a curve that is to be inverted must not fall.
@@ -197,7 +198,7 @@ class RemovalCurve(NamedTuple):
         return float(self.counts[place - 1] + share * (self.counts[place] - self.counts[place - 1]))
 
 
-def _vector(name: str, values: Sequence[float]) -> np.ndarray:
+def _vector(name: str, values: ArrayLike) -> np.ndarray:
     values = np.asarray(values, np.float64)
     if values.ndim != 1 or not len(values):
         raise ValueError(f"{name} has shape {values.shape}; expected a vector with at least one entry")

@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -74,7 +74,7 @@ def read_methods(file: str | os.PathLike, only: Sequence[str] = ()) -> dict[str,
     return configs
 
 
-def has_cascade(config: MethodConfig) -> bool:
+def has_cascade(config: MethodConfig) -> TypeGuard[PassSettings]:
     """Whether a method gives full scores to some of the images only."""
     return isinstance(config, PassSettings) and config.cascade > 0
 

@@ -77,7 +77,7 @@ class EncodeConfig(Settings):
 
 
 def encode(
-    root: StageRoot, pipeline: Pipeline, inputs: dict[str, str], dataset: Dataset, config: EncodeConfig = EncodeConfig()
+    root: StageRoot, pipeline: Pipeline, inputs: dict[str, Any], dataset: Dataset, config: EncodeConfig = EncodeConfig()
 ) -> EncodedDataset:
     """Encodes a data set with a pipeline's autoencoder and text encoder, resuming or reusing what `root` has.
 

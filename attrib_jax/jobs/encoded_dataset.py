@@ -55,7 +55,7 @@ class EncodedDataset:
         """(L, d) of a caption's states."""
         return tuple(self.text.shape[1:])
 
-    def inputs(self, row: np.ndarray, flip: np.ndarray, caption: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def inputs(self, row: Any, flip: Any, caption: Any) -> tuple[np.ndarray, np.ndarray]:
         """The UNet's inputs for examples (image, flip, caption), each index (n,) or an integer for all.
 
         `row` counts from 0 to N - 1. Returns latents (n, h, w, c) and text states (n, L, d), float32.

@@ -331,4 +331,4 @@ def read_region_mask(path: str | os.PathLike, image_size: tuple[int, int]) -> np
         raise ValueError(f"region_mask {name!r} cannot be read as a PNG file ({error})") from error
     if not marked.any():
         raise ValueError(f"region_mask {name!r} marks no pixel; paint what counts in any colour but black")
-    return marked
+    return np.asarray(marked)

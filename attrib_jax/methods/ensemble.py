@@ -108,7 +108,7 @@ def _score(
     found: list[list[Scored]] = [[] for _ in queries]
     for part in config.parts:
         jobs = [_job(query, part) for query in queries]
-        results = [read_result(job.folder / "scores.npz") if _stored(job) else None for job in jobs]
+        results: list[Any] = [read_result(job.folder / "scores.npz") if _stored(job) else None for job in jobs]
         pending = [place for place, result in enumerate(results) if result is None]
         if pending:
             for place, scored in zip(

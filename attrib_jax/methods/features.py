@@ -154,8 +154,9 @@ def prepare(run: Run, config: TowerConfig) -> Prepared:
             f"whole model such as {method.example}"
         )
     # Before the features, which take long.
-    mapped = isinstance(config, MappedFeatureConfig)
-    head = load_head(config.feature_head, tower.module.feature_width()) if mapped else None
+    head = None
+    if isinstance(config, MappedFeatureConfig):
+        head = load_head(config.feature_head, tower.module.feature_width())
     fingerprint = tower_fingerprint(config.tower)
     inputs = {**dataset_fingerprints(run), "tower": fingerprint}
     name = f"features/{'captions' if method.text else 'images'}-{fingerprint[:12]}"
@@ -166,7 +167,7 @@ def prepare(run: Run, config: TowerConfig) -> Prepared:
         return Prepared(tower, head, *dataset_image_features(run.root, name, inputs, run.dataset, tower, workers))
 
 
-def score(run: Run, queries: Sequence[QueryJob], config: TowerConfig) -> list[Scored]:
+def score(run: Run, queries: Sequence[QueryJob], config: Any) -> list[Scored]:
     """Cosine similarities of a tower's features of the query and of each training image.
 
     Images are compared as they are and mirrored, and `config.flips` says what to make of the two. `clip-text` compares

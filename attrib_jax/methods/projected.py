@@ -279,8 +279,9 @@ def dataset_features(
 
     Raises ValueError where a feature is NaN or infinite.
     """
-    flips, dim = program.config.num_flips, program.config.projection_dim
-    fields = {"features": ((flips, dim), np.float32)}
+    config: Any = program.config
+    flips, dim = config.num_flips, config.projection_dim
+    fields: dict[str, Any] = {"features": ((flips, dim), np.float32)}
     with_residual = program.result_shape[0] > dim
     if with_residual:
         fields["residual"] = ((flips,), np.float32)
@@ -314,7 +315,7 @@ def _query_features(program, weights, queries: Sequence[PreparedQuery], config: 
     with progress(len(queries) * rounds * program.num_timesteps, "query gradients", "draw") as bar:
         for query in queries:
             data = EncodedDataset(
-                row_ids=np.arange(_LAST_ROW_ID, _LAST_ROW_ID - rounds, -1, np.int32),
+                row_ids=np.arange(_LAST_ROW_ID, _LAST_ROW_ID - rounds, -1, dtype=np.int32),
                 latents=query.latents[None, None],
                 text=query.text[None],
                 first_caption=np.array([0, 1]),

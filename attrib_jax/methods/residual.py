@@ -241,7 +241,7 @@ def _query_residuals(run: Run, queries: Sequence[QueryJob], config: ResidualConf
     weights, found = _place(run, program, config), np.empty((len(queries), *program.result_shape))
     lengths = [len(query.prepared.text) for query in queries]
     for length in sorted(set(lengths)):
-        members = np.flatnonzero(np.equal(lengths, length))
+        members = np.flatnonzero(np.equal(lengths, length)).tolist()
         data = EncodedDataset(
             row_ids=np.full(len(members), _LAST_ROW_ID, np.int32),
             latents=np.stack([queries[place].prepared.latents for place in members])[:, None],

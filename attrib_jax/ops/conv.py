@@ -46,7 +46,7 @@ def conv2d(x: jax.Array, kernel: jax.Array | TransformedKernel, stride: int = 1,
     sizes = zip(x.shape[1:3], padding, kernel.shape[:2], strict=True)
     out_size = tuple((extent + sum(pads) - size) // stride + 1 for extent, pads, size in sizes)
     geometry = _geometry(x, kernel, out_size, stride, padding)
-    if filters and winograd.fits(geometry, *kernel.shape[2:], x.dtype):
+    if filters and winograd.fits(geometry, kernel.shape[2], kernel.shape[3], x.dtype):
         return _prepared.bind(x, kernel, *filters, geometry=geometry, transpose=False)
     return _conv2d(x, kernel, geometry)
 
@@ -112,7 +112,7 @@ def _promote(*arrays):
 
 
 def _geometry(x, kernel, out_size, stride, padding) -> Geometry:
-    precision = jax.config.jax_default_matmul_precision
+    precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
     return Geometry(x.shape[1:3], out_size, kernel.shape[:2], stride, padding, precision)
 
 

@@ -14,6 +14,6 @@ def full_precision_matmuls() -> contextlib.AbstractContextManager:
         with jax.default_matmul_precision("tensorfloat32"):
             scores = score_dataset(...)
     """
-    if jax.config.jax_default_matmul_precision is not None:
+    if jax.config.jax_default_matmul_precision is not None:  # type: ignore[attr-defined]
         return contextlib.nullcontext()
     return jax.default_matmul_precision("highest")

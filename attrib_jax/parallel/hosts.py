@@ -164,7 +164,7 @@ def _encode(value: Any) -> bytes:
     ):
         stream = io.BytesIO()
         single = isinstance(value, np.ndarray)
-        arrays: dict[str, Any] = {"value": value} if single else value
+        arrays: Any = {"value": value} if single else value
         np.savez(stream, **arrays)
         return bytes([_ARRAY if single else _ARRAYS]) + stream.getvalue()
     return bytes([_JSON]) + json.dumps(value).encode()

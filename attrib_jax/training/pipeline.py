@@ -184,8 +184,8 @@ def train(workdir: str | os.PathLike, dataset: Dataset, config: TrainConfig, dty
     settings = {"diffusion": config.diffusion.describe(), **{name: getattr(config, name) for name in _DIFFUSION}}
     stage = open_stage(workdir, "diffusion", settings, inputs)
     folder = stage.path
-    size = (vae.config.sample_size, vae.config.sample_size)
-    latents = np.asarray(encode_images(folder, dataset, vae, vae_params, size=size))
+    side: Any = vae.config.sample_size  # square, as `_autoencoder` makes it
+    latents = np.asarray(encode_images(folder, dataset, vae, vae_params, size=(side, side)))
     kept = np.setdiff1d(np.arange(len(dataset)), list(read_skipped(folder)))
     latents, captions = latents[kept], [dataset.captions(row) for row in kept.tolist()]
     # One scale for all latents, so that they have the unit variance that the noise schedule expects.
@@ -218,7 +218,8 @@ def _autoencoder(dataset: Dataset, config: TrainConfig) -> AutoencoderKL:
 
 
 def _train_autoencoder(folder: Path, vae: AutoencoderKL, dataset: Dataset, config: TrainConfig) -> Any:
-    side, key = vae.config.sample_size, purpose_key(config.autoencoder.seed, "autoencoder weights")
+    side: Any = vae.config.sample_size
+    key = purpose_key(config.autoencoder.seed, "autoencoder weights")
     params = jax.jit(vae.init)(key, jnp.zeros((1, side, side, 3)))["params"]
 
     def loss_fn(params, images, key):
@@ -262,7 +263,7 @@ def _tokenizer(folder: Path, captions: list[str], config: TrainConfig) -> Any:
     return load_tokenizer(str(folder))
 
 
-def _modules(config: TrainConfig, vae: AutoencoderKLConfig, tokenizer) -> tuple[UNet2DConditionModel, CLIPTextModel]:
+def _modules(config: TrainConfig, vae: Any, tokenizer) -> tuple[UNet2DConditionModel, CLIPTextModel]:
     levels = len(config.unet_channels)
     unet = UNetConfig.from_dict(
         {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -81,7 +82,11 @@ class LazyTensor:
             raise ValueError(f"a tensor of shape {self.shape} cannot be cut along axis 0 into parts={parts}")
         rows = self.shape[0] // parts
         shape = (rows, *self.shape[1:])
-        return tuple(self.map(lambda x, i=i: x[i * rows : (i + 1) * rows].copy(), shape) for i in range(parts))
+
+        def block(x: np.ndarray, index: int) -> np.ndarray:
+            return x[index * rows : (index + 1) * rows].copy()
+
+        return tuple(self.map(functools.partial(block, index=index), shape) for index in range(parts))
 
     def __repr__(self) -> str:
         return f"LazyTensor(shape={self.shape}, dtype={self.dtype.name})"
