@@ -99,11 +99,11 @@ _DRAWN = 3
 
 
 def main():
-    common.require(model=common.MODEL.value, workdir=common.WORKDIR.value)
+    common.require(model=common.MODEL.value, workdir=common.workdir())
     names = _CONCEPTS.value or [name for name in CONCEPTS if name not in _TUNING]
     for name in names:
         check_choice("concept", name, CONCEPTS)
-    workdir = Path(common.WORKDIR.value).resolve()
+    workdir = Path(common.workdir()).resolve()
     with lock(workdir):
         exemplars = {name: _exemplars(workdir / name / "exemplars", CONCEPTS[name]) for name in names}
         if _EXEMPLARS_ONLY.value:

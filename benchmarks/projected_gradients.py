@@ -1,14 +1,15 @@
-"""TRAK and its kin on the shipped model: where the time goes, and whether a training picture finds itself.
+"""TRAK, D-TRAK and DAS on the shipped model: where the time goes, and whether a training image finds itself.
 
     python -m benchmarks.projected_gradients --model=models/openmoji --workdir=runs/projected --split=tuning
     python -m benchmarks.projected_gradients --model=models/openmoji --workdir=runs/projected --timing
 
-Queries are training pictures with their first caption. Prints, for each method and regularisation, the median rank of
-the picture itself and how often it is among the first ten; choose the regularisation with `--split=tuning`, whose
+Queries are training images with their first caption. Prints, for each method and regularisation, the median rank of
+the image itself and how often it is among the first ten; choose the regularisation with `--split=tuning`, whose
 queries are others than the reported ones. With `--timing` it prints examples a second instead, and what a projection
 takes of that. Features are stored in the workdir and resumed there.
 """
 
+import dataclasses
 import time
 
 import jax
@@ -24,17 +25,17 @@ from attrib_jax.data.sources import open_dataset
 from attrib_jax.jobs.context import Run
 from attrib_jax.jobs.query import PreparedQuery
 from attrib_jax.methods import method_config
-from attrib_jax.methods.projected import scores_by_regularisation
+from attrib_jax.methods.projected import OUTPUTS, ProjectedConfig, feature_program, scores_by_regularisation
 from attrib_jax.storage.stage_root import StageRoot
 from attrib_jax.storage.stages import lock
 from launch import common
 
-_METHODS = flags.DEFINE_list("methods", list(PROJECTED_METHODS), "To run.")
-_QUERIES = flags.DEFINE_integer("queries", 20, "Training pictures to query with.", lower_bound=1)
+_METHODS = flags.DEFINE_list("methods", list(OUTPUTS), "Methods to run.")
+_QUERIES = flags.DEFINE_integer("queries", 20, "Training images to query with.", lower_bound=1)
 _SPLIT = flags.DEFINE_enum("split", "reported", ["reported", "tuning"], "Two disjoint sets of queries.")
-_REGULARISATIONS = flags.DEFINE_list("regularisations", ["0.001", "0.01", "0.1", "1", "10"], "See GradientSettings.")
-_PROJECTION = flags.DEFINE_enum("projection", "sparse", PROJECTIONS, "See GradientSettings.")
-_DIM = flags.DEFINE_integer("projection_dim", 2048, "See GradientSettings.")
+_REGULARISATIONS = flags.DEFINE_list("regularisations", ["0.001", "0.01", "0.1", "1", "10"], "See `ProjectedConfig`.")
+_PROJECTION = flags.DEFINE_enum("projection", "sparse", PROJECTIONS, "See `ProjectedConfig`.")
+_DIM = flags.DEFINE_integer("projection_dim", 2048, "See `ProjectedConfig`.")
 _STRIDE = flags.DEFINE_integer("stride", 200, "Timesteps of the features.")
 _FLIPS = flags.DEFINE_enum("flips", "none", FLIP_RULES, "Mirror images.")
 _DRAWS = flags.DEFINE_integer("query_draws", 200, "Draws of a query's gradient.")
@@ -42,33 +43,33 @@ _TIMING = flags.DEFINE_boolean("timing", False, "Time examples and projections, 
 
 
 def main():
-    common.require(model=common.MODEL.value, workdir=common.WORKDIR.value)
+    common.require(model=common.MODEL.value, workdir=common.workdir())
     pipeline = load_pipeline(common.MODEL.value)
     dataset = open_dataset(common.DATASET.value, common.DATA_DIR.value)
-    gradients = GradientSettings(projection=_PROJECTION.value, projection_dim=_DIM.value)
-    with lock(common.WORKDIR.value):
-        attributor = Run(pipeline, dataset, StageRoot(common.WORKDIR.value, common.shipped_stages()))
+    with lock(common.workdir()):
+        run = Run(pipeline, dataset, StageRoot(common.workdir(), common.shipped_stages()))
         for method in _METHODS.value:
             config = method_config(
                 method=method,
                 query_draws=_DRAWS.value,
                 stride=_STRIDE.value,
                 flips=_FLIPS.value,
-                gradients=gradients,
+                projection=_PROJECTION.value,
+                projection_dim=_DIM.value,
             )
             if _TIMING.value:
-                _time(attributor, config)
+                _time(run, config)
             else:
-                _ranks(attributor, config)
+                _ranks(run, config)
 
 
-def _ranks(attributor: Run, config: AttributeConfig) -> None:
-    data, groups = attributor.data, attributor.dataset.groups
+def _ranks(run: Run, config: ProjectedConfig) -> None:
+    data, groups = run.data, run.dataset.groups
     order = np.random.default_rng(2024).permutation(len(data))
     rows = order[: _QUERIES.value] if _SPLIT.value == "reported" else order[-_QUERIES.value :]
     queries = [PreparedQuery(None, *(part[0] for part in data.inputs(row, 0, 0)), ()) for row in rows]
     values = [float(value) for value in _REGULARISATIONS.value]
-    for value, scores in zip(values, scores_by_regularisation(attributor, queries, config, values)):
+    for value, scores in zip(values, scores_by_regularisation(run, queries, config, values)):
         own, group = [], []
         for row, each in zip(rows, scores):
             ranks = np.empty(len(data), np.int64)
@@ -77,34 +78,33 @@ def _ranks(attributor: Run, config: AttributeConfig) -> None:
             group.append(ranks[groups == groups[row]].min())
         cells = [f"{function(ranks):g}" for ranks in (group, own) for function in (np.median, _recall_at_10)]
         print(f"| {config.method} | {value:g} | {' | '.join(cells)} |", flush=True)
-    print({name: seconds for name, (seconds, reused) in attributor.timings.items() if not reused}, flush=True)
+    print({name: seconds for name, (seconds, reused) in run.timings.items() if not reused}, flush=True)
 
 
 def _recall_at_10(ranks: list[int]) -> float:
     return float(np.mean(np.asarray(ranks) <= 10))
 
 
-def _time(attributor: Run, config: AttributeConfig, tiles: int = 4) -> None:
-    program = attributor.programs.features(config)
-    selected, rest = select_weights(attributor.pipeline.params["unet"], config.weights)
+def _time(run: Run, config: ProjectedConfig, tiles: int = 4) -> None:
+    program = feature_program(run, dataclasses.replace(config, flips="none", captions="first"))
+    selected, rest = select_weights(run.pipeline.params["unet"], config.weights)
     key = purpose_key(0, "projection")
     weights = program.place((selected, rest, key))
     rows = np.arange(tiles * program.tile * program.mesh.size)
 
     def features():
-        program(weights, attributor.data, rows, 1, "first", lambda count: None)
+        program(weights, run.data, rows)
 
     batch = jax.tree.map(lambda leaf: jax.numpy.broadcast_to(leaf, (program.tile, *leaf.shape)), selected)
-    gradients = config.gradients
-    run = jax.jit(project, static_argnums=(2, 3))
+    projected = jax.jit(project, static_argnums=(2, 3))
 
     def projection():
-        jax.block_until_ready(run(batch, key, gradients.projection, gradients.projection_dim))
+        jax.block_until_ready(projected(batch, key, config.projection, config.projection_dim))
 
     whole = _median_seconds(features) / len(rows)
     alone = _median_seconds(projection) / program.tile / program.mesh.size
     print(
-        f"{config.method}, {gradients.projection} to {gradients.projection_dim}, {program.num_timesteps} timesteps: "
+        f"{config.method}, {config.projection} to {config.projection_dim}, {program.num_timesteps} timesteps: "
         f"{1 / whole:.1f} examples/s, {1e3 * whole:.1f} ms each, of which the projection {1e3 * alone:.2f} ms"
     )
 

@@ -1,14 +1,14 @@
-"""Region attribution on generated pictures with two objects: does each region find the pictures of its own object?
+"""Region attribution on generated images with two objects: does each region find the images of its own object?
 
     python -m benchmarks.regions --model=models/openmoji --workdir=runs/regions --output=docs/regions.png
 
-Each picture is attributed twice, by the box around a thing and by the box around the person or people. Training
-pictures are sorted by the words of their captions: of the thing alone, of people alone, of both. For each region the
+Each image is attributed twice, by the box around a thing and by the box around the person or people. Training
+images are sorted by the words of their captions: of the thing alone, of people alone, of both. For each region the
 table gives the shares of these among the top 20, and the median rank of all that show one, the other or both. Most of
-what made a picture made both of its parts, so the regions are also compared with each other: `contrast` is the
-probability that, of a picture that shows the thing and one of people alone, the first gains more by the thing's region
+what made an image made both of its parts, so the regions are also compared with each other: `contrast` is the
+probability that, of an image that shows the thing and one of people alone, the first gains more by the thing's region
 than by the people's; 0.5 if the regions say the same. Resumable region by region; the sheet shows for each region the
-best picture of each group of near-duplicates, then those that it has before the other region.
+best image of each group of near-duplicates, then those that it has before the other region.
 """
 
 import dataclasses
@@ -17,21 +17,24 @@ from typing import NamedTuple
 
 import numpy as np
 from absl import flags
-from attrib_jax.methods.config import SCORES
 from PIL import Image, ImageDraw
 from sklearn.metrics import roc_auc_score
 
-from attrib_jax.attribute import Attributed, Run
+from attrib_jax.attribute import attribute_queries
 from attrib_jax.convert.load import load_pipeline
 from attrib_jax.core.types import ranking
 from attrib_jax.data.sources import open_dataset
+from attrib_jax.jobs.context import Run
 from attrib_jax.jobs.query import Query
+from attrib_jax.jobs.settings import SCORES
+from attrib_jax.methods import method_config
+from attrib_jax.methods.base import Attribution
 from attrib_jax.storage.files import write_json
 from attrib_jax.storage.stage_root import StageRoot
 from attrib_jax.storage.stages import lock
 from launch import common
 
-_OUTPUT = flags.DEFINE_string("output", "docs/regions.png", "PNG of the regions and their top pictures.")
+_OUTPUT = flags.DEFINE_string("output", "docs/regions.png", "PNG of the regions and their top images.")
 _SCORE = flags.DEFINE_enum("score", "exact", SCORES, "See launch.attribute.")
 _STRIDE = flags.DEFINE_integer("stride", 100, "Timesteps of the scores.")
 _FLIPS = flags.DEFINE_enum("flips", "none", ["none", "max"], "Mirror images in the scores.")
@@ -43,7 +46,7 @@ _PEOPLE = r"man|men|woman|women|person|people|boy|girl|couple|family|kiss|adult|
 
 
 class Scene(NamedTuple):
-    """A generated picture of a thing and people, and the boxes (x0, y0, x1, y1) around each."""
+    """A generated image of a thing and people, and the boxes (x0, y0, x1, y1) around each."""
 
     prompt: str
     seed: int
@@ -61,26 +64,28 @@ SCENES = (
 
 
 def main():
-    common.require(model=common.MODEL.value, workdir=common.WORKDIR.value)
+    common.require(model=common.MODEL.value, workdir=common.workdir())
     pipeline = load_pipeline(common.MODEL.value)
     dataset = open_dataset(common.DATASET.value, common.DATA_DIR.value)
     config = method_config(score=_SCORE.value, stride=_STRIDE.value, flips=_FLIPS.value, query_draws=_DRAWS.value)
     captions = [" ".join(dataset.captions(row)).lower() for row in range(len(dataset))]
     people = _matches(captions, _PEOPLE)
     rows, table = [], []
-    with lock(common.WORKDIR.value):
-        attributor = Run(pipeline, dataset, StageRoot(common.WORKDIR.value, common.shipped_stages()))
+    with lock(common.workdir()):
+        run = Run(pipeline, dataset, StageRoot(common.workdir(), common.shipped_stages()))
         for scene in SCENES:
             things = _matches(captions, scene.words)
             query = Query(prompt=scene.prompt, seed=scene.seed, guidance_scale=2.0)
             boxes = {scene.thing: scene.thing_box, "people": scene.person_box}
-            results = [attributor.attribute(query, dataclasses.replace(config, region=box)) for box in boxes.values()]
+            results = [
+                attribute_queries(run, [query], dataclasses.replace(config, region=box))[0] for box in boxes.values()
+            ]
             gains = standardised(results[0].scores.score) - standardised(results[1].scores.score)
             for (name, box), result, own in zip(boxes.items(), results, (gains, -gains)):
                 rows.append(Line(result, box, f"{scene.prompt}: {name}", own))
-                row = {"picture": scene.prompt, "region": name, **summary(result.scores, things, people)}
+                row = {"image": scene.prompt, "region": name, **summary(result.scores, things, people)}
                 table.append(row | {"contrast": contrast(gains, things, people)})
-            write_json(attributor.root.workdir / "regions.json", table)
+            write_json(run.root.workdir / "regions.json", table)
     _draw(rows, dataset).save(_OUTPUT.value, optimize=True)
     print(_table(table))
 
@@ -92,10 +97,10 @@ def _matches(captions: list[str], words: str) -> np.ndarray:
 
 
 def summary(scores, things: np.ndarray, people: np.ndarray) -> dict[str, float]:
-    """Shares of the top by what captions name, and median ranks of pictures of the thing, of people and of both.
+    """Shares of the top by what captions name, and median ranks of images of the thing, of people and of both.
 
     Args:
-      scores: `Scores` of all pictures, in the order of the data set.
+      scores: `Scores` of all images, in the order of the data set.
       things, people: (N,) bool, whose captions name the scene's thing, and people.
     """
     order = ranking(scores.score, scores.row_id)
@@ -119,7 +124,7 @@ def standardised(scores: np.ndarray) -> np.ndarray:
 
 
 def contrast(gains: np.ndarray, things: np.ndarray, people: np.ndarray) -> float:
-    """The share of pairs of a picture with the thing and one of people alone in which the first gains more.
+    """The share of pairs of an image with the thing and one of people alone in which the first gains more.
 
     Args:
       gains: (N,) standardised scores by the thing's region minus those by the people's.
@@ -132,14 +137,14 @@ def contrast(gains: np.ndarray, things: np.ndarray, people: np.ndarray) -> float
 class Line(NamedTuple):
     """A region's line of the sheet; `gains` (N,) are its standardised scores over those of the other region."""
 
-    result: Attributed
+    result: Attribution
     box: tuple[int, int, int, int]
     title: str
     gains: np.ndarray
 
 
 def _draw(lines: list[Line], dataset) -> Image.Image:
-    """The picture with its box, the best of each group of near-duplicates, then of those that gain by this region."""
+    """The image with its box, the best of each group of near-duplicates, then of those that gain by this region."""
     size, gap, label, wide = 64, 4, 14, 16
     width, height = (2 * _SHOWN + 1) * (size + gap) + 2 * wide, size + label + gap
     sheet = Image.new("RGB", (width, height * len(lines)), "white")

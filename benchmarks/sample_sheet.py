@@ -1,4 +1,4 @@
-"""Draws random training captions and lays the pictures beside the training pictures: docs/samples.png.
+"""Draws random training captions and lays the images beside the training images: docs/samples.png.
 
 python -m benchmarks.sample_sheet --model=models/openmoji --output=docs/samples.png
 """
@@ -16,7 +16,7 @@ from launch import common
 _OUTPUT = flags.DEFINE_string("output", "docs/samples.png", "PNG to write.")
 _COUNT = flags.DEFINE_integer("count", 60, "Random captions to draw.", lower_bound=1)
 _COLUMNS = flags.DEFINE_integer("columns", 10, "Pairs in a row.", lower_bound=1)
-_SEED = flags.DEFINE_integer("seed", 0, "Chooses the captions, and seeds the pictures.", lower_bound=0)
+_SEED = flags.DEFINE_integer("seed", 0, "Chooses the captions, and seeds the images.", lower_bound=0)
 _GUIDANCE = flags.DEFINE_float("guidance_scale", 2.0, "Classifier-free guidance.")
 _CAPTION_HEIGHT = 26
 
@@ -48,7 +48,7 @@ def main():
             line = f"{line} {word}".strip()
         draw.multiline_text((x + 2, y + size), "\n".join([*wrapped, line][:2]), fill="black", spacing=0)
     sheet.save(_OUTPUT.value)
-    print(f"left the training picture, right the model's: {_OUTPUT.value}")
+    print(f"left the training image, right the model's: {_OUTPUT.value}")
 
 
 if __name__ == "__main__":

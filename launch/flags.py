@@ -23,7 +23,7 @@ class _ChoiceParser(flags.ArgumentParser):
 
     def __init__(self, name: str, choices: Iterable[str]):
         self.name, self.choices = name, tuple(choices)
-        self.syntactic_help = f"<{'|'.join(self.choices)}>: "
+        self.syntactic_help = f"one of: {', '.join(self.choices)}"
 
     def parse(self, argument: str) -> str:
         check_choice(self.name, argument, self.choices)

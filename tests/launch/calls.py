@@ -58,11 +58,26 @@ def _use_tiny_model() -> None:
     common.load_model, common.load_dataset = make_model, lambda resolution: make_dataset()
 
 
+def _main_of(name: str):
+    """`main(argv)` of a command; benchmarks have one without arguments, which `common.run` starts."""
+    from launch import common
+
+    main = importlib.import_module(name).main
+    if name.startswith("launch."):
+        return main
+
+    def started(argv):
+        with common.command(argv):
+            main()
+
+    return started
+
+
 if __name__ == "__main__":
     import tests.conftest  # noqa: F401, the flags that tests compile with
 
     if sys.argv[3] == "True":
         _use_tiny_model()
-    module = importlib.import_module(sys.argv[1])
+    command = _main_of(sys.argv[1])
     for arguments in json.loads(sys.argv[2]):
-        print(json.dumps(call(module.main, *arguments)), flush=True)
+        print(json.dumps(call(command, *arguments)), flush=True)
