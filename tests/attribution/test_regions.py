@@ -30,7 +30,7 @@ def test_cut_pixels_count_by_their_share(box):
     [
         ((5, 5, 5, 9), "is empty"),
         ((9, 5, 5, 9), "is empty"),
-        ((-1, 0, 5, 5), "reaches outside the picture of 48 x 64"),
+        ((-1, 0, 5, 5), "reaches outside the image of 48 x 64"),
         ((0, 0, 49, 5), "reaches outside"),
         ((0, 0, 5, 65), "reaches outside"),
         ((0, 0, 5), "must be four numbers"),

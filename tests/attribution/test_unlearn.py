@@ -1,7 +1,6 @@
 """Query gradients and unlearning steps against formulas written out in numpy, and what they do to a trained model."""
 
 import functools
-import importlib
 
 import jax
 import jax.numpy as jnp
@@ -54,16 +53,6 @@ def test_draws_depend_on_their_number_only_and_have_no_repeated_timestep():
     np.testing.assert_array_equal(few_noise, noise[some])
     np.testing.assert_allclose([noise.mean(), noise.std()], [0, 1], atol=0.05)
     assert len(np.unique(np.asarray(noise))) > 0.999 * noise.size
-
-
-def test_draws_too_large_to_be_taken_at_once_are_summed_in_groups(monkeypatch):
-    selected, rest = select_weights(tiny_denoiser.init_params(), "cross-attn-kv")
-    arguments = (predict, SCHEDULE, selected, rest, *query(), KEY, 11)
-    expected = query_gradient(*arguments, tile=8)
-    module = importlib.import_module("attrib_jax.attribution.unlearn")  # the package has a function of that name
-    monkeypatch.setattr(module, "gradient_pixels", lambda: 2 * SHAPE[0] * SHAPE[1])
-    found = query_gradient(*arguments, tile=8)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), found, expected)
 
 
 def test_query_gradient_is_the_mean_over_its_draws():
@@ -179,28 +168,6 @@ def test_unlearn_takes_fresh_draws_at_the_current_weights(keep_ewc_gradient):
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), result.selected, current)
     np.testing.assert_allclose(result.query_loss, losses, rtol=1e-5)
     np.testing.assert_allclose(result.update_norm, norms, rtol=1e-3)
-
-
-@pytest.mark.parametrize("keep_ewc_gradient", [False, True])
-def test_unlearning_goes_on_from_any_step_to_the_same_bits(keep_ewc_gradient):
-    latents, text = query()
-    selected, rest = select_weights(tiny_denoiser.init_params(), "cross-attn-kv")
-    run = functools.partial(
-        unlearn, predict, SCHEDULE, selected, rest, latents, text, KEY,
-        draws=20, step_size=0.5, curvature=ones_curvature(selected), num_examples=4, damping=1.0,
-        keep_ewc_gradient=keep_ewc_gradient,
-    )  # fmt: skip
-    states, done = [], []
-    whole = run(steps=3, on_step=states.append)
-    assert [len(state.query_loss) for state in states] == [1, 2, 3]
-    jax.tree.map(np.testing.assert_array_equal, states[-1], whole)
-    for start in states:
-        # As it comes back from disk.
-        resumed = run(steps=3, start=jax.tree.map(np.asarray, start), progress=done.append)
-        jax.tree.map(np.testing.assert_array_equal, resumed, whole)
-    assert done == [40, 60, 60]
-    with pytest.raises(ValueError, match="start has done 3 steps; expected at most steps=2"):
-        run(steps=2, start=whole)
 
 
 @pytest.mark.parametrize("subset", WEIGHT_SUBSETS)

@@ -2,27 +2,24 @@
 
 import contextlib
 import dataclasses
-import functools
+import shutil
 import types
 
-import attrib_jax.jobs.projections as features_stage
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attrib_jax.jobs.programs import ScorePrograms
-from attrib_jax.jobs.projections import FeatureProgram, dataset_features
 
-import attrib_jax.methods.projected as projected
+from attrib_jax.attribute import attribute_queries
 from attrib_jax.attribution.projection import project
-from attrib_jax.convert.load import load_pipeline
 from attrib_jax.core.keys import example_noise, loss_key, purpose_key
 from attrib_jax.core.weights import flatten_names, merge_weights, select_weights
+from attrib_jax.jobs.context import Run
 from attrib_jax.jobs.encoded_dataset import EncodedDataset
-from attrib_jax.jobs.query import PreparedQuery
+from attrib_jax.jobs.query import PreparedQuery, Query
 from attrib_jax.methods import method_config
-from attrib_jax.parallel.mesh import data_mesh
-from attrib_jax.storage.chunks import ChunkStore
+from attrib_jax.methods.projected import OUTPUTS as OUTPUT_NAMES
+from attrib_jax.methods.projected import ProjectedConfig, dataset_features, feature_program, scores_by_regularisation
 from attrib_jax.storage.stage_root import StageRoot
 from attrib_jax.storage.stages import StageMismatchError
 from tests.attribution import tiny_denoiser
@@ -31,8 +28,7 @@ from tests.failures import interrupt_writes, until_done
 from tests.tiny_pipeline import make_torch_pipeline
 
 COUNT, DIM = 7, 32
-GRADIENTS = GradientSettings(projection_dim=DIM, journey_timestep=40, regularisation=0.3)
-CONFIG = method_config(
+CONFIG = ProjectedConfig(
     method="trak",
     weights="attn",
     query_draws=16,
@@ -40,8 +36,10 @@ CONFIG = method_config(
     captions="all",
     flips="max",
     loss_seed=5,
-    gradients=GRADIENTS,
+    projection_dim=DIM,
+    regularisation=0.3,
 )
+JOURNEY = dataclasses.replace(CONFIG, method="journey-trak", journey_timestep=40)
 
 
 class TinyUNet:
@@ -54,8 +52,6 @@ class TinyUNet:
 
 UNET = TinyUNet()
 PIPELINE = types.SimpleNamespace(unet=UNET, schedule=SCHEDULE, params={"unet": init_params()})
-# Compiled once for all tests.
-PROGRAMS = ScorePrograms(PIPELINE)
 
 
 def make_encoded():
@@ -66,15 +62,15 @@ def make_encoded():
     return EncodedDataset(np.arange(COUNT) * 3 + 1, latents, kept, np.concatenate([[0], np.cumsum(captions)]))
 
 
-def make_attributor(path, params=None):
-    """What the methods take of an `Run`, around the tiny denoiser."""
-    pipeline = PIPELINE if params is None else types.SimpleNamespace(params={"unet": params})
+def make_run(path, params=None, data=None):
+    """What the methods take of a `Run`, around the tiny denoiser."""
+    pipeline = types.SimpleNamespace(**{**vars(PIPELINE), "params": {"unet": params or init_params()}})
     return types.SimpleNamespace(
         pipeline=pipeline,
         inputs={"model": "tiny"},
-        data=make_encoded(),
+        data=data or make_encoded(),
         root=StageRoot(path),
-        programs=PROGRAMS,
+        select=lambda weights: select_weights(pipeline.params["unet"], weights),
         timed=lambda stage, reused=False: contextlib.nullcontext(),
     )
 
@@ -85,12 +81,12 @@ def make_query(seed=8):
 
 
 @pytest.fixture(scope="module")
-def attributor(tmp_path_factory):
-    return make_attributor(tmp_path_factory.mktemp("workdir"))
+def run(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("workdir"))
 
 
-def run(attributor, config, regularisations=(0.3,), queries=None):
-    return projected.scores_by_regularisation(attributor, queries or [make_query()], config, regularisations)
+def scored(run, config, regularisations=(0.3,), queries=None):
+    return scores_by_regularisation(run, queries or [make_query()], config, regularisations)
 
 
 OUTPUTS = {
@@ -170,196 +166,161 @@ def dense_values(output, params, journey=None, leverage=False, projection_seed=0
 
 
 @pytest.mark.parametrize(
-    ("method", "output", "leverage"),
-    [("trak", "loss", 0), ("journey-trak", "loss", 0), ("d-trak", "square", 0), ("das", "mean", 0), ("das", "mean", 1)],
+    ("config", "output"),
+    [
+        (CONFIG, "loss"),
+        (JOURNEY, "loss"),
+        (dataclasses.replace(CONFIG, method="d-trak"), "square"),
+        (dataclasses.replace(CONFIG, method="das"), "mean"),
+        (dataclasses.replace(CONFIG, method="das", das_leverage=True), "mean"),
+    ],
 )
-def test_scores_equal_the_dense_reference(attributor, method, output, leverage):
-    gradients = dataclasses.replace(GRADIENTS, das_leverage=bool(leverage))
-    config = dataclasses.replace(CONFIG, method=method, gradients=gradients)
-    ((scores,),) = run(attributor, config)
-    journey = 40 if method == "journey-trak" else None
-    expected = dense_values(output, attributor.pipeline.params["unet"], journey, bool(leverage))
+def test_scores_equal_the_dense_reference(run, config, output):
+    ((scores,),) = scored(run, config)
+    journey = 40 if config is JOURNEY else None
+    expected = dense_values(output, run.pipeline.params["unet"], journey, config.das_leverage)
     np.testing.assert_allclose(scores.score, expected.max(axis=1), rtol=2e-3, atol=1e-4 * np.abs(expected).max())
     np.testing.assert_array_equal(scores.flip, expected.argmax(axis=1))
     np.testing.assert_array_equal(scores.row_id, np.arange(COUNT) * 3 + 1)
     assert scores.loss_before is None and scores.loss_after is None
 
 
-def test_models_of_an_ensemble_are_averaged_each_with_its_own_projection(attributor, monkeypatch):
-    other = init_params(seed=1)
-    seeds = {0: attributor.pipeline.params["unet"], 77: other}
-    members = [projected.Member(params, {"model": str(seed)}, seed, f"-model-{seed}") for seed, params in seeds.items()]
-    monkeypatch.setattr(projected, "_members", lambda *_: members)
-    config = dataclasses.replace(CONFIG, flips="mean")
-    ((scores,),) = run(attributor, config)
-    expected = np.mean([dense_values("loss", params, projection_seed=seed) for seed, params in seeds.items()], axis=0)
-    np.testing.assert_allclose(scores.score, expected.mean(axis=1), rtol=2e-3, atol=1e-4 * np.abs(expected).max())
-    assert scores.flip is None
+def written(run):
+    """The stored chunks of features, and when each was written."""
+    return {path: path.stat().st_mtime_ns for path in run.root.workdir.rglob("chunk-*")}
 
 
-def test_features_are_shared_by_queries_methods_and_regularisations(tmp_path, monkeypatch):
-    attributor = make_attributor(tmp_path)
-    written, write = [], ChunkStore.write
-    monkeypatch.setattr(ChunkStore, "write", lambda self, *args: (written.append(self.path), write(self, *args)))
-    (first, second), (strong, _) = run(attributor, CONFIG, (0.3, 5.0), [make_query(), make_query(9)])
-    assert len(written) == 1
-    assert not np.allclose(first.score, second.score, rtol=0.1)
-    ((alone,),) = run(attributor, CONFIG, (5.0,))
+def test_features_are_shared_by_queries_methods_and_regularisations(tmp_path):
+    run = make_run(tmp_path)
+    (first, second), (strong, _) = scored(run, CONFIG, (0.3, 5.0), [make_query(), make_query(9)])
+    stored = written(run)
+    assert len(stored) == 1 and not np.allclose(first.score, second.score, rtol=0.1)
+    ((alone,),) = scored(run, CONFIG, (5.0,))
     np.testing.assert_array_equal(alone.score, strong.score)
-    run(attributor, dataclasses.replace(CONFIG, method="journey-trak"))
-    assert len(written) == 1
-    run(attributor, dataclasses.replace(CONFIG, method="d-trak"))
-    assert len(written) == 2
+    scored(run, JOURNEY)
+    assert written(run) == stored
+    scored(run, dataclasses.replace(CONFIG, method="d-trak"))
+    assert len(written(run)) == 2 and stored.items() <= written(run).items()
 
 
-@functools.cache
-def make_program(devices=4, **options):
-    settings = dict(output="mean", projection="sparse", projection_dim=DIM, num_weights=192, loss_seed=5, stride=25)
-    return FeatureProgram(UNET, SCHEDULE, **settings | options, mesh=data_mesh(jax.devices()[:devices]))
+def test_features_resume_to_the_same_bits(tmp_path, monkeypatch):
+    """More rows than a chunk holds."""
+    _, latents, text = make_data(300, flips=2)
+    data = EncodedDataset(np.arange(300), latents, text[:, 0], np.arange(301))
+    run = make_run(tmp_path / "run", data=data)
+    config = dataclasses.replace(CONFIG, method="das", stride=50, captions="first")
+    program = feature_program(run, config)
+    weights = *run.select(config.weights), purpose_key(0, "projection")
 
+    def features(path):
+        found, residuals = dataset_features(path, program, weights, data, "features")
+        return np.asarray(found), residuals
 
-def weights_of(seed=0):
-    return *select_weights(init_params(), "cross-attn-kv"), purpose_key(seed, "projection")
-
-
-def read_features(path, program):
-    features, residuals = dataset_features(path, program, weights_of(), make_encoded(), 2, "all", "features")
-    return np.asarray(features), residuals
-
-
-def test_features_resume_to_the_same_bits_on_any_number_of_devices(tmp_path, monkeypatch):
-    whole, residuals = read_features(tmp_path / "whole", make_program())
-    assert whole.shape == (COUNT, 2, DIM) and whole.dtype == np.float32 and residuals.shape == (COUNT, 2)
-    monkeypatch.setattr(features_stage, "_MAX_ROWS_PER_CHUNK", 2)
+    whole, residuals = features(tmp_path / "whole")
+    assert whole.shape == (300, 2, DIM) and whole.dtype == np.float32 and residuals.shape == (300, 2)
     with monkeypatch.context() as patch:
         interrupt_writes(patch, every=2)
-        program = make_program(devices=3)
-        (resumed, again), interruptions = until_done(lambda: read_features(tmp_path / "resumed", program))
-    assert interruptions >= 2
+        (resumed, again), interruptions = until_done(lambda: features(tmp_path / "resumed"))
+    assert interruptions == 1
     np.testing.assert_array_equal(resumed, whole)
     np.testing.assert_array_equal(again, residuals)
     chunk = next((tmp_path / "resumed").rglob("chunk-000001*"))
     chunk.write_bytes(chunk.read_bytes()[:-9] + b"damaged!!")
-    np.testing.assert_array_equal(read_features(tmp_path / "resumed", program)[0], whole)
+    np.testing.assert_array_equal(features(tmp_path / "resumed")[0], whole)
 
 
-def test_scores_in_another_precision(tmp_path, attributor):
-    ((exact,),) = run(attributor, CONFIG)
-    ((rounded,),) = run(make_attributor(tmp_path), dataclasses.replace(CONFIG, precision="bfloat16"))
+def test_scores_in_another_precision(run):
+    ((exact,),), ((rounded,),) = scored(run, CONFIG), scored(run, dataclasses.replace(CONFIG, precision="bfloat16"))
     assert not np.array_equal(rounded.score, exact.score)
     assert np.corrcoef(rounded.score, exact.score)[0, 1] > 0.95
 
 
-def test_tiles_change_rounding_only(tmp_path, monkeypatch):
-    ours, _ = read_features(tmp_path / "ours", make_program())
-    monkeypatch.setattr(features_stage, "_FORWARDS_PER_CPU", 12)
-    program = make_program(projection_dim=DIM)
-    assert program.tile == 3
-    others, _ = read_features(tmp_path / "others", program)
-    np.testing.assert_allclose(others, ours, rtol=1e-4, atol=1e-5 * np.abs(ours).max())
-
-
 def test_a_damaged_kernel_is_computed_again_and_nan_weights_are_refused(tmp_path):
-    attributor = make_attributor(tmp_path / "good")
-    ((first,),) = run(attributor, CONFIG)
+    run = make_run(tmp_path / "good")
+    ((first,),) = scored(run, CONFIG)
     file = next((tmp_path / "good").rglob("kernel.safetensors"))
     file.write_bytes(file.read_bytes()[:-5])
-    ((again,),) = run(attributor, CONFIG)
+    ((again,),) = scored(run, CONFIG)
     np.testing.assert_array_equal(again.score, first.score)
     nan = jax.tree.map(lambda leaf: leaf * np.nan, init_params())
     with pytest.raises(ValueError, match="NaN or infinite"):
-        run(make_attributor(tmp_path / "bad", nan), CONFIG)
+        scored(make_run(tmp_path / "bad", nan), CONFIG)
 
 
 def test_features_of_another_model_are_refused(tmp_path):
-    attributor = make_attributor(tmp_path)
-    run(attributor, CONFIG)
-    attributor.inputs = {"model": "another"}
-    with pytest.raises(StageMismatchError, match="model: stored"):
-        run(attributor, CONFIG)
+    run = make_run(tmp_path)
+    scored(run, CONFIG)
+    run.inputs = {"model": "another"}
+    with pytest.raises(StageMismatchError, match=r"inputs\.model: found .*, expected"):
+        scored(run, CONFIG)
+
+
+# Ensembles, on the tiny pipeline.
+
+QUERIES = [Query(prompt="red heart", seed=3, sampler_steps=2)]
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """Two pipelines that differ in everything, and one with the first's parts but for the UNet."""
+def folders(pipeline, tmp_path_factory):
+    """A pipeline with another UNet, one that differs in everything, and one with another architecture."""
     path = tmp_path_factory.mktemp("ensemble")
-    for seed, name in enumerate(("first", "second")):
-        make_torch_pipeline(str(path / name), seed=seed, unet_channels=(16,))
+    for seed, name, channels in ((1, "other", (32,)), (2, "small", (16,))):
+        make_torch_pipeline(str(path / name), seed=seed, unet_channels=channels)
     return path
 
 
-def test_models_of_an_ensemble_share_all_but_the_unet(folders):
-    pipeline = load_pipeline(str(folders / "first"))
-    stub = types.SimpleNamespace(pipeline=pipeline, inputs={"model": "own", "dataset": "d"})
-    gradients = GradientSettings(ensemble=(str(folders / "second" / "unet"), str(folders / "first")))
-    config = method_config(method="trak", gradients=gradients)
-    own, second, same = projected._members(stub, config)
-    assert own.inputs == stub.inputs and own.projection_seed == 0 and own.suffix == ""
-    assert second.inputs["model"] != same.inputs["model"] and second.inputs["dataset"] == "d"
-    assert len({own.projection_seed, second.projection_seed, same.projection_seed}) == 3
-    differences = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), second.params, pipeline.params["unet"])
-    assert min(jax.tree.leaves(differences)) > 0
-    with pytest.raises(ValueError, match="vae has other weights than the model's"):
-        projected._members(
-            stub, dataclasses.replace(config, gradients=GradientSettings(ensemble=(str(folders / "second"),)))
-        )
-    # Its order and names do not matter, its content does.
-    turned = GradientSettings(ensemble=gradients.ensemble[::-1])
-    assert turned.settings("trak") == gradients.settings("trak")
-    assert len(set(gradients.settings("trak")["ensemble"])) == 2
+def test_an_ensemble_is_the_mean_of_its_models_each_with_its_own_projection(pipeline, dataset, folders, tmp_path):
+    unet = shutil.copytree(folders / "other" / "unet", tmp_path / "unet")
+    run = Run(pipeline, dataset, StageRoot(tmp_path / "work"))
+    config = ProjectedConfig(query_draws=4, stride=500, projection_dim=8, flips="mean")
+
+    def attributed(**changes):
+        return attribute_queries(run, QUERIES, dataclasses.replace(config, **changes))[0].scores
+
+    for model, message in (("other", "vae has other weights"), ("small/unet", "another config")):
+        with pytest.raises(ValueError, match=message):
+            attributed(ensemble=(str(folders / model),))
+    alone, both = attributed(), attributed(ensemble=(str(unet),))
+    # What the other model adds is what it gives by itself, under the projection that is made from its weights.
+    assert len({path.name for path in (run.root.workdir / "features").iterdir()}) == 2
+    other = 2 * both.score - alone.score
+    assert not np.allclose(other, alone.score, rtol=0.1)
+    twice = attributed(ensemble=(str(unet), str(shutil.copytree(unet, tmp_path / "again"))))
+    np.testing.assert_allclose(twice.score, (alone.score + 2 * other) / 3, rtol=1e-9, atol=1e-12)
+
+
+def test_settings_hold_the_content_of_an_ensemble_in_any_order(folders):
+    models = tuple(str(folders / name) for name in ("other", "small"))
+    first, turned = (ProjectedConfig(ensemble=each).describe() for each in (models, models[::-1]))
+    assert first == turned and len({*first["ensemble"]}) == 2
+    assert ProjectedConfig(ensemble=models[:1]).describe() != first
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        ProjectedConfig(ensemble=("nowhere",)).describe()
 
 
 def test_settings_hold_what_the_method_uses():
-    ours = {"projection": "sparse", "projection_dim": 2048, "projection_seed": 0, "regularisation": 0.1}
-    settings = {method: method_config(method=method, steps=7).settings() for method in PROJECTED_METHODS}
-    assert settings["trak"] == {
-        "method": "trak",
-        "weights": "cross-attn-kv",
-        "query_draws": 2048,
-        "stride": 100,
-        "captions": "first",
-        "flips": "max",
-        "loss_seed": 0,
-        "gradients": ours,
-    }
-    assert settings["journey-trak"]["gradients"] == {**ours, "journey_timestep": 400}
-    assert settings["das"]["gradients"] == {**ours, "das_leverage": False}
-    assert method_config(method="trak", precision="bfloat16").settings()["precision"] == "bfloat16"
-    assert "gradients" not in method_config().settings()
+    plain = {method: method_config(method).describe() for method in OUTPUT_NAMES}
+    assert plain["journey-trak"].keys() - plain["trak"].keys() == {"journey_timestep"}
+    assert plain["das"].keys() - plain["d-trak"].keys() == {"das_leverage"}
+    assert plain["trak"].keys() == plain["d-trak"].keys() and "batch_size" not in plain["trak"]
 
 
 @pytest.mark.parametrize(
-    ("make", "message"),
+    ("settings", "message"),
     [
-        (lambda: GradientSettings(projection_dim=-4), "projection_dim is -4"),
-        (lambda: GradientSettings(projection_dim=10), "multiple of 4"),
-        (lambda: GradientSettings(projection="dense"), "unknown projection 'dense'"),
-        (lambda: GradientSettings(regularisation=0), "regularisation is 0"),
-        (lambda: GradientSettings(journey_timestep=-1), "journey_timestep is -1"),
-        (lambda: GradientSettings(projection_seed=2**32), "projection_seed"),
-        (lambda: GradientSettings(ensemble="model"), "expected a tuple of folders"),
-        (lambda: GradientSettings(ensemble=("a", "a")), "more than once"),
-        (
-            lambda: method_config(method="trak", region=(0, 0, 8, 8)),
-            "region is .* belongs to methods 'unlearn' and 'influence'",
-        ),
-        (lambda: method_config(method="das", region_mask="mask.png"), "region_mask is 'mask.png', but method='das'"),
-        (
-            lambda: method_config(method="pixel", region_mask="mask.png"),
-            "region_mask is 'mask.png', but method='pixel'",
-        ),
-        (lambda: method_config(method="random", region=(0, 0, 8, 8)), "region is .*method='random' has no use"),
-        (lambda: method_config(method="das", cascade=0.5), "cascade is 0.5"),
-        (lambda: method_config(method="d-trak", score="linear"), "score is 'linear'"),
-        (lambda: method_config(method="d-trak", fisher="file"), "fisher is 'file'"),
+        ({"projection_dim": -4}, "projection_dim is -4"),
+        ({"projection_dim": 10}, "projection_dim is 10"),
+        ({"projection": "dense"}, "unknown projection 'dense'"),
+        ({"regularisation": 0}, "regularisation is 0"),
+        ({"method": "journey-trak", "journey_timestep": -1}, "journey_timestep is -1"),
+        ({"journey_timestep": 3}, "journey_timestep is 3.*method is 'trak'"),
+        ({"das_leverage": True}, "das_leverage is True.*method is 'trak'"),
+        ({"projection_seed": 2**32}, "projection_seed is"),
+        ({"ensemble": "model"}, "ensemble is 'model'"),
+        ({"ensemble": ("a", "a")}, "ensemble holds 'a'"),
+        ({"method": "unlearn"}, "unknown method 'unlearn'"),
     ],
 )
-def test_wrong_settings_are_refused(make, message):
+def test_wrong_settings_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
-        make()
-
-
-def test_a_missing_model_is_named(tmp_path):
-    gradients = GradientSettings(ensemble=(str(tmp_path / "nowhere"),))
-    with pytest.raises(FileNotFoundError, match="nowhere"):
-        method_config(method="trak", gradients=gradients).settings()
+        ProjectedConfig(**settings)

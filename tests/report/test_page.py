@@ -9,9 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from attrib_jax.methods import method_config
 from attrib_jax.report import ReportData, Timing, write_report
-from attrib_jax.report.outputs import _method_settings
 from attrib_jax.report.page import render_report
 
 _VOID = {"meta", "link", "img", "br", "input", "hr"}
@@ -223,8 +221,3 @@ def test_a_failed_write_keeps_the_earlier_page(make_report, tmp_path, monkeypatc
     with pytest.raises(OSError, match="No space left"):
         write_report(path, make_report(prompt="another"))
     assert path.read_bytes() == earlier and list(tmp_path.iterdir()) == [path]
-
-
-def test_settings_tell_updates_apart():
-    plain, kept = (_method_settings(method_config(keep_ewc_gradient=keep), 100) for keep in (False, True))
-    assert kept == plain | {"EWC gradient": "kept"}
