@@ -29,7 +29,6 @@ from attrib_jax.jobs.settings import RegionSettings
 from attrib_jax.methods import METHODS, check_method, method_config, method_inputs, queries_per_pass
 from attrib_jax.methods.base import Attribution, MethodConfig, QueryJob, Scored
 from attrib_jax.parallel.hosts import num_hosts, run_on_host0
-from attrib_jax.report.outputs import write_outputs
 from attrib_jax.storage.score_files import read_result, write_result
 from attrib_jax.storage.stage_root import StageRoot
 from attrib_jax.storage.stages import lock
@@ -174,6 +173,9 @@ def attribute_to_files(
       flags: the flags of the run, kept in manifest.json.
       began: `time.monotonic()` when the command began; now if None.
     """
+    # Reports need libraries for pages and plots, which scores do not.
+    from attrib_jax.report.outputs import write_outputs
+
     began = time.monotonic() if began is None else began
     with lock(root.workdir):
         run = Run(pipeline, dataset, root, encode_config)

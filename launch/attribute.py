@@ -16,7 +16,6 @@ from attrib_jax.attribute import attribute_to_files
 from attrib_jax.data.sources import Dataset
 from attrib_jax.jobs.encode import image_resolution
 from attrib_jax.jobs.query import Query, read_stored_query
-from attrib_jax.jobs.query_file import read_queries
 from attrib_jax.methods import METHODS, ensemble_parts, method_readers
 from attrib_jax.methods.base import Attribution, MethodConfig
 from attrib_jax.methods.features import default_tower
@@ -120,6 +119,8 @@ def _read_queries() -> tuple[list[Query], list[str | None]]:
                 f"{', '.join(given)} given beside --queries, whose lines have prompts, images and names of their own; "
                 "leave them out (--prompt= takes back that of a flagfile)"
             )
+        from attrib_jax.jobs.query_file import read_queries
+
         return read_queries(_QUERIES.value, defaults)
     if _QUERY_INDEX.value and _QUERY_LATENTS.value is None:
         raise ValueError(f"query_index is {_QUERY_INDEX.value}, but there are no --query_latents to choose from")

@@ -17,17 +17,16 @@ from absl import logging as absl_logging
 from attrib_jax.convert import load as assemble
 from attrib_jax.convert.load import ModelSource
 from attrib_jax.convert.pipeline import Pipeline
-from attrib_jax.core.paths import expand_path
+from attrib_jax.core.checks import expand_path
 from attrib_jax.core.settings import Settings, setting
 from attrib_jax.core.text import replace_surrogates
 from attrib_jax.data.concat import concatenate
 from attrib_jax.data.latents import open_latents
 from attrib_jax.data.sources import Dataset, check_separate, open_dataset
 from attrib_jax.jobs.encode import EncodeConfig
-from attrib_jax.parallel.compilation_cache import enable_compilation_cache
 from attrib_jax.parallel.hosts import independent_hosts, run_on_host0
 from attrib_jax.storage.files import StorageError
-from launch import multihost, process
+from launch import multihost
 from launch.flags import define_flags, read_config
 from launch.packaged import check_model_folder, find_configs
 
@@ -116,7 +115,9 @@ def command(argv: Sequence[str], many_hosts: bool = False) -> Iterator[None]:
         sys.exit(_exit_code(error))
     if multihost.is_parent():
         sys.exit(multihost.supervise())
-    process.restart_with_huge_pages()
+    from launch.process import restart_with_huge_pages
+
+    restart_with_huge_pages()
     connected, code, lost = multihost.MULTIHOST.value, 0, None
     if connected:
         multihost.attach()
@@ -271,4 +272,6 @@ def _prepare_jax() -> None:
     jax.config.update("jax_num_cpu_devices", DEVICES.value or _cpu_count())
     # Only its tokenizers are used: that PyTorch is missing is no news.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    from attrib_jax.parallel.compilation_cache import enable_compilation_cache
+
     enable_compilation_cache()

@@ -9,8 +9,7 @@ from pathlib import Path
 from absl import app, flags
 from PIL import Image
 
-from attrib_jax.core.checks import check_range
-from attrib_jax.core.paths import expand_path
+from attrib_jax.core.checks import check_range, expand_path
 from attrib_jax.jobs.query import Query, decode, generate, prompt_notes
 from attrib_jax.models.predictor import predictor
 from launch import common

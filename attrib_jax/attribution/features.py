@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from attrib_jax.attribution.feature_head import FeatureHead
@@ -77,12 +76,6 @@ def _in_tiles(function: Any, params: Any, rows: np.ndarray, tile: int) -> np.nda
     with jax.default_matmul_precision("highest"):
         results = [function(params, rows[members]) for members in tiles]
     return np.concatenate([np.asarray(result) for result in results])[: len(rows)]
-
-
-def normalise(features: jax.Array) -> jax.Array:
-    """Features (..., d) at unit length; a zero vector stays zero."""
-    length = jnp.linalg.norm(features, axis=-1, keepdims=True)
-    return features / jnp.maximum(length, jnp.finfo(features.dtype).tiny)
 
 
 def normalise_rows(features: np.ndarray) -> np.ndarray:

@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 # Images whose latents are in memory at once, as float64.
@@ -76,3 +78,9 @@ def _blocks(latents: Any, rows: np.ndarray, flips: int) -> Iterator[tuple[slice,
     for start in range(0, len(rows), _BLOCK):
         block = np.asarray(latents[rows[start : start + _BLOCK]], np.float64)[:, :flips]
         yield slice(start, start + len(block)), block.reshape(len(block), flips, -1)
+
+
+def normalise(features: jax.Array) -> jax.Array:
+    """Features (..., d) at unit length; a zero vector stays zero."""
+    length = jnp.linalg.norm(features, axis=-1, keepdims=True)
+    return features / jnp.maximum(length, jnp.finfo(features.dtype).tiny)

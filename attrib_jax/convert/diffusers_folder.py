@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from attrib_jax.convert.config_files import read_config, read_json, write_json
-from attrib_jax.convert.configs import named_config
 from attrib_jax.convert.families import PIPELINE, check_class, refusal
 from attrib_jax.convert.ldm.target import TARGET_OPTIONS, Claim, merge_claims, read_claims
 from attrib_jax.convert.parts import PIXELS, build_module, build_schedule, load_part
@@ -258,7 +257,12 @@ def find_unet(path: str, config: str | Mapping[str, Any] | None = None) -> UNetF
         raise FileNotFoundError(f"UNet {path!r} does not exist; give a UNet folder or a weight file")
     if os.path.isfile(path) and config is None:
         raise ValueError(f"{path} is a bare weight file; give its config: a name such as 'mscoco', or a json file")
-    content, scheduler = (read_config(path), None) if config is None else named_config(config)
+    if config is None:
+        content, scheduler = read_config(path), None
+    else:
+        from attrib_jax.convert.configs import named_config
+
+        content, scheduler = named_config(config)
     if config is None:
         source = os.path.join(path, "config.json")
     else:

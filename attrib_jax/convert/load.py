@@ -10,9 +10,8 @@ import jax.numpy as jnp
 
 from attrib_jax.convert.config_files import read_json
 from attrib_jax.convert.diffusers_folder import UNetFile, find_unet, load_folder, replaced_parts
-from attrib_jax.convert.hub import resolve_model
 from attrib_jax.convert.pipeline import Pipeline, check_parts
-from attrib_jax.core.paths import expand_path
+from attrib_jax.core.checks import expand_path
 from attrib_jax.core.settings import Settings, setting
 from attrib_jax.models.unet import UNet2DConditionModel
 
@@ -159,7 +158,11 @@ def load_pipeline(
     tokenizer = None if tokenizer is None else expand_path(tokenizer)
     unet_config = expand_path(unet_config) if isinstance(unet_config, str) else unet_config
     replacement = None if unet is None else find_unet(expand_path(unet), unet_config)
-    path = resolve_model(expand_path(path), variant, replaced=replaced_parts(replacement, tokenizer))
+    path = expand_path(path)
+    if not os.path.exists(path):
+        from attrib_jax.convert.hub import resolve_model
+
+        path = resolve_model(path, variant, replaced=replaced_parts(replacement, tokenizer))
     if not os.path.isfile(path):
         if model_config is not None:
             raise ValueError(

@@ -15,8 +15,7 @@ import typing
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-from attrib_jax.core.checks import check_choice, check_range
-from attrib_jax.core.paths import expand_path
+from attrib_jax.core.checks import check_choice, check_range, expand_path
 
 
 @dataclasses.dataclass(frozen=True)

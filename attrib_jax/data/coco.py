@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from attrib_jax.core.paths import expand_path
+from attrib_jax.core.checks import expand_path
 from attrib_jax.core.text import read_text
 from attrib_jax.data.captions import field_captions, has_caption_field, warn_uncaptioned
 from attrib_jax.data.files import ImageFiles, inner_path, warn_listed

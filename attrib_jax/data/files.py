@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import numpy as np
 
-from attrib_jax.core.paths import expand_path
+from attrib_jax.core.checks import expand_path
 from attrib_jax.data.images import decode_image, fit_image
 from attrib_jax.data.protocol import FilePart, Row, hash_files
 

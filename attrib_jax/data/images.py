@@ -8,7 +8,7 @@ import os
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from attrib_jax.core.paths import expand_path
+from attrib_jax.core.checks import expand_path
 from attrib_jax.data.protocol import ABSENT_ERRNOS
 
 # Pillow's own list would let a file start other programs: it hands EPS to Ghostscript.

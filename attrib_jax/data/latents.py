@@ -12,9 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from attrib_jax.core.checks import nonfinite_rows
+from attrib_jax.core.checks import expand_path, nonfinite_rows
 from attrib_jax.core.fingerprint import digest
-from attrib_jax.core.paths import expand_path
 from attrib_jax.data.protocol import Dataset, Row
 from attrib_jax.storage.chunks import ChunkStore
 from attrib_jax.storage.files import StorageError, read_arrays

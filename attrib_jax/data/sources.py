@@ -7,19 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from attrib_jax.core.checks import check_choice, check_positive
-from attrib_jax.core.paths import expand_path
-from attrib_jax.data.coco import open_coco
-from attrib_jax.data.digits import RESOLUTION as DIGITS_RESOLUTION
-from attrib_jax.data.digits import DigitsDataset
-from attrib_jax.data.folder import open_folder
+from attrib_jax.core.checks import check_choice, check_positive, expand_path
 from attrib_jax.data.images import fit_image
-from attrib_jax.data.latents import open_latents
 from attrib_jax.data.protocol import Dataset, Row, hash_rows
-from attrib_jax.data.tfds_source import TfdsDataset, quiet_tfds
-from attrib_jax.data.webdataset import WebDataset
 
-__all__ = ["ArrayDataset", "Dataset", "DigitsDataset", "OpenmojiDataset", "Row", "hash_rows", "open_dataset"]
+__all__ = ["ArrayDataset", "Dataset", "OpenmojiDataset", "Row", "hash_rows", "open_dataset"]
 
 # Kinds of data sets, and which further arguments of `open_dataset` each takes.
 _KINDS = {
@@ -72,19 +64,32 @@ def open_dataset(
     for argument, value in given.items():
         if value is not None and argument not in _KINDS[kind]:
             raise ValueError(f"{argument} is {value!r}, which {kind} data sets do not take; leave it out")
+    # Each kind's module and what it needs are loaded where that kind is opened.
     if kind == "digits":
-        if resolution not in (None, DIGITS_RESOLUTION):
-            raise ValueError(f"resolution is {resolution}; digits have {DIGITS_RESOLUTION} pixels a side")
+        from attrib_jax.data.digits import RESOLUTION, DigitsDataset
+
+        if resolution not in (None, RESOLUTION):
+            raise ValueError(f"resolution is {resolution}; digits have {RESOLUTION} pixels a side")
         return DigitsDataset()
     if kind == "tfds":
+        from attrib_jax.data.tfds_source import TfdsDataset
+
         return TfdsDataset(place, data_dir, resolution, split, image_key, caption_key)
     if kind == "folder":
+        from attrib_jax.data.folder import open_folder
+
         return open_folder(place, resolution, split, caption_key)
     if kind == "coco":
+        from attrib_jax.data.coco import open_coco
+
         return open_coco(place, resolution, split)
     if kind == "webdataset":
+        from attrib_jax.data.webdataset import WebDataset
+
         return WebDataset(place, resolution, image_key, caption_key)
     if kind == "latents":
+        from attrib_jax.data.latents import open_latents
+
         return open_latents(place)
     return OpenmojiDataset(data_dir, resolution)
 
@@ -121,6 +126,7 @@ class OpenmojiDataset:
     def __init__(self, data_dir: str | os.PathLike | None = None, resolution: int | None = None):
         """Images have 64 x 64 pixels, or are resized where `resolution` is another number."""
         from attrib_jax.data.openmoji import Openmoji, list_emoji
+        from attrib_jax.data.tfds_source import quiet_tfds
 
         with quiet_tfds():
             place = None if data_dir is None else expand_path(data_dir)
@@ -167,6 +173,8 @@ class OpenmojiDataset:
         if self._source is not None:
             return
         from tensorflow_datasets.core.read_only_builder import builder_from_directory
+
+        from attrib_jax.data.tfds_source import quiet_tfds
 
         with quiet_tfds():
             source = builder_from_directory(self._builder_dir).as_data_source(split="train")

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from attrib_jax.core.paths import expand_path
+from attrib_jax.core.checks import expand_path
 from attrib_jax.core.text import decode_text
 from attrib_jax.data.captions import CAPTION_FIELDS, normal_name
 from attrib_jax.data.images import decode_image, fit_image

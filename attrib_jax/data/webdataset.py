@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from attrib_jax.core.paths import expand_path
+from attrib_jax.core.checks import expand_path
 from attrib_jax.data.captions import CAPTION_ENDINGS, CaptionReader, has_caption_field, warn_uncaptioned
 from attrib_jax.data.files import holds_results, warn_listed
 from attrib_jax.data.images import MAX_FILE_BYTES, UnreadableRowError, decode_image, fit_image, image_suffixes

@@ -11,6 +11,8 @@ from attrib_jax.convert.tokenizer import tokenizer_parts
 from attrib_jax.core.checks import check_finite
 from attrib_jax.core.fingerprint import digest, params_fingerprint
 from attrib_jax.core.weights import Params, select_weights
+from attrib_jax.data.concat import ConcatDataset
+from attrib_jax.data.latents import LatentsDataset
 from attrib_jax.data.sources import Dataset
 from attrib_jax.jobs.encode import EncodeConfig, encode, stage_names
 from attrib_jax.jobs.encoded_dataset import EncodedDataset
@@ -83,3 +85,31 @@ def model_fingerprint(pipeline: Pipeline) -> str:
         **tokenizer_parts(pipeline.tokenizer),
     }
     return digest([params_fingerprint(pipeline.params), json.dumps(configs, sort_keys=True)])
+
+
+def check_images(dataset: Dataset, method: str) -> None:
+    """Raises ValueError where a data set holds latents alone."""
+    if isinstance(dataset, ConcatDataset):
+        check_images(dataset.first, method)
+        check_images(dataset.second, method)
+    elif isinstance(dataset, LatentsDataset) and dataset.images is None:
+        raise ValueError(
+            f"method {method!r} compares images or captions, and {dataset.name!r} holds latents alone; give the data "
+            "set that has them with --images"
+        )
+
+
+def dataset_fingerprints(run: Run) -> dict[str, str]:
+    """Fingerprints of the data set, and of the images beside the latents, which those do not tell."""
+    beside = shown_images_fingerprint(run.dataset)
+    return {"dataset": run.inputs["dataset"]} | ({"images": beside} if beside else {})
+
+
+def shown_images_fingerprint(dataset: Dataset) -> str:
+    """Of the images that stand beside latents (`--images`); empty where the data set has none of these."""
+    if isinstance(dataset, ConcatDataset):
+        parts = [shown_images_fingerprint(part) for part in (dataset.first, dataset.second)]
+        return "+".join(parts) if any(parts) else ""
+    if isinstance(dataset, LatentsDataset) and dataset.images is not None:
+        return dataset.images.fingerprint()
+    return ""

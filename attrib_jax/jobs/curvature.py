@@ -26,7 +26,6 @@ from attrib_jax.jobs.draws import (
     sum_over_draws,
     sums_like,
 )
-from attrib_jax.jobs.ekfac import fit_ekfac
 from attrib_jax.jobs.encoded_dataset import EncodedDataset
 from attrib_jax.jobs.fisher_files import FISHER_FILE, fisher_file, read_fisher_file
 from attrib_jax.jobs.settings import CurvatureSettings
@@ -58,6 +57,8 @@ def fit_curvature(run: Run, config: CurvatureSettings) -> Diagonal | EKFAC:
     fixed = (run.predict, run.pipeline.schedule, selected, rest, run.data, samples, seed)
     with run.timed(kind, run.root.is_finished(*stage)), run.root.stage(*stage) as opened:
         if kind == "ekfac":
+            from attrib_jax.jobs.ekfac import fit_ekfac
+
             return fit_ekfac(opened.path, *fixed, config.ekfac_damping)
         return fit_fisher(opened.path, *fixed)
 

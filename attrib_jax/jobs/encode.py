@@ -19,7 +19,6 @@ from attrib_jax.core.fingerprint import digest, params_fingerprint
 from attrib_jax.core.keys import purpose_key
 from attrib_jax.core.settings import Settings, setting
 from attrib_jax.core.weights import flatten_names
-from attrib_jax.data.captions import read_captions
 from attrib_jax.data.concat import ConcatDataset
 from attrib_jax.data.latents import ROWS_FILE, LatentsDataset, broken_views
 from attrib_jax.data.readers import ImageReader
@@ -131,8 +130,14 @@ def _encode_part(root, prefix: str, pipeline, inputs, dataset, config) -> Encode
         return join(first, second, np.concatenate([first.row_ids, second.row_ids + dataset.shift]).astype(np.int32))
     if isinstance(dataset, LatentsDataset):
         return _stored_latents(pipeline, dataset)
+
     # Reading a caption may mean reading its image's whole record: not where nothing is left to encode.
-    captions = functools.cache(lambda: read_captions(dataset))
+    @functools.cache
+    def captions() -> list:
+        from attrib_jax.data.captions import read_captions
+
+        return read_captions(dataset)
+
     latents_name, text_name = stage_names(dataset, prefix)
     with root.stage(latents_name, {}, inputs) as stage:
         latents = encode_images(stage.path, dataset, pipeline.vae, pipeline.params["vae"], config, image_size(pipeline))

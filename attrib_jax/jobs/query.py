@@ -16,10 +16,9 @@ from PIL import Image
 
 from attrib_jax.attribution.regions import region_mask, shape_mask
 from attrib_jax.convert.pipeline import Pipeline, encode_text, latent_size, prompt_report, tokenize
-from attrib_jax.core.checks import check_finite, check_range
+from attrib_jax.core.checks import check_finite, check_range, expand_path
 from attrib_jax.core.fingerprint import array_digest, file_digest, json_digest
 from attrib_jax.core.keys import purpose_key
-from attrib_jax.core.paths import expand_path
 from attrib_jax.core.settings import Settings, setting
 from attrib_jax.core.text import replace_surrogates
 from attrib_jax.data.images import read_image

@@ -10,7 +10,7 @@ from attrib_jax.core.checks import check_choice, check_range
 from attrib_jax.core.settings import declared, refuse_unread
 from attrib_jax.core.weights import count_weights
 from attrib_jax.diffusion.schedule import strided_timesteps
-from attrib_jax.jobs.context import Run
+from attrib_jax.jobs.context import Run, dataset_fingerprints
 from attrib_jax.jobs.settings import LossSettings, PassSettings, WeightSettings
 from attrib_jax.methods import ensemble, features, influence, latents, pixel, projected, random, residual, unlearn
 from attrib_jax.methods.base import Method, MethodConfig, QueryJob, Scored
@@ -22,7 +22,7 @@ _MAX_QUERIES = 1024
 
 _PROJECTED = (projected.ProjectedConfig, projected.prepare, projected.score)
 _FEATURES = (features.prepare, features.score)
-_BY_IMAGES = features.dataset_fingerprints
+_BY_IMAGES = dataset_fingerprints
 
 METHODS: dict[str, Method] = {
     "unlearn": Method(unlearn.UnlearnConfig, unlearn.prepare, unlearn.score, "attribution by unlearning"),

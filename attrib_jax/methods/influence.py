@@ -18,7 +18,6 @@ from attrib_jax.core.settings import setting
 from attrib_jax.core.weights import Params, flatten_names, unflatten_names
 from attrib_jax.curvature.diagonal import Diagonal
 from attrib_jax.curvature.ekfac import EKFAC
-from attrib_jax.jobs.cascade import cascade_scores
 from attrib_jax.jobs.context import Run
 from attrib_jax.jobs.curvature import fit_curvature
 from attrib_jax.jobs.linear import linear_pass
@@ -67,6 +66,8 @@ def score(run: Run, queries: Sequence[QueryJob], config: InfluenceConfig) -> lis
 
     folders = [query.folder for query in queries]
     if config.cascade:
+        from attrib_jax.jobs.cascade import cascade_scores
+
         return [Scored(scores) for scores in cascade_scores(run, folders, config, values, None)]
     found = values(folders, config, None, range(len(queries)), "")
     return [Scored(make_scores(run.data.row_ids, each, None, config.flips)) for each in found]

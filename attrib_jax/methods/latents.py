@@ -13,11 +13,10 @@ from attrib_jax.attribution.scores import make_scores
 from attrib_jax.attribution.similarity import centred_products, gaussian_similarities, median_distance, sampled
 from attrib_jax.attribution.text_kernels import same_caption
 from attrib_jax.core.settings import setting
-from attrib_jax.jobs.context import Run
+from attrib_jax.jobs.context import Run, check_images
 from attrib_jax.jobs.encoded_dataset import caption_rows, caption_texts
 from attrib_jax.jobs.settings import CaptionSettings, FlipSettings
 from attrib_jax.methods.base import MethodConfig, QueryJob, Scored
-from attrib_jax.methods.features import check_images
 
 _log = logging.getLogger(__name__)
 

@@ -7,17 +7,16 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 import numpy as np
 
-from attrib_jax.attribution.features import normalise
 from attrib_jax.attribution.scores import make_scores
+from attrib_jax.attribution.similarity import normalise
 from attrib_jax.core.fingerprint import array_digest
 from attrib_jax.core.settings import setting
 from attrib_jax.data.images import resize_and_crop
 from attrib_jax.data.readers import ImageReader
-from attrib_jax.jobs.context import Run
+from attrib_jax.jobs.context import Run, check_images, dataset_fingerprints
 from attrib_jax.jobs.encode_to_store import encode_to_store, make_store
 from attrib_jax.jobs.settings import FlipSettings
 from attrib_jax.methods.base import MethodConfig, QueryJob, Scored
-from attrib_jax.methods.features import check_images, dataset_fingerprints
 from attrib_jax.parallel.hosts import run_on_host0
 from attrib_jax.storage.skipped import SkippedRows, read_skipped
 

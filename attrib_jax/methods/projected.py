@@ -28,7 +28,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from attrib_jax.attribution.kernel import Kernel, fit_kernel, kernel_scores, leverages
-from attrib_jax.attribution.outputs import output_gradient
 from attrib_jax.attribution.projection import PROJECTIONS, check_projection, project
 from attrib_jax.attribution.scores import make_scores
 from attrib_jax.convert.load import load_pipeline, load_unet
@@ -245,6 +244,8 @@ def feature_program(run: Run, config: ProjectedConfig, timestep: int | None = No
 def _features(
     predict, precision: str, output: str, projection: str, projection_dim: int, shared, batch: Batch
 ) -> jax.Array:
+    from attrib_jax.attribution.outputs import output_gradient
+
     schedule, key, timesteps, (selected, rest, projection_key) = shared
 
     def merge(selected):

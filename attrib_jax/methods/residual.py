@@ -30,12 +30,11 @@ from attrib_jax.core.keys import purpose_key
 from attrib_jax.core.settings import setting
 from attrib_jax.core.types import Batch
 from attrib_jax.diffusion.schedule import strided_timesteps
-from attrib_jax.jobs.context import Run
+from attrib_jax.jobs.context import Run, check_images
 from attrib_jax.jobs.encoded_dataset import CaptionRows, EncodedDataset, caption_rows, caption_texts
 from attrib_jax.jobs.losses import ExampleProgram
 from attrib_jax.jobs.settings import LossSettings
 from attrib_jax.methods.base import MethodConfig, QueryJob, Scored
-from attrib_jax.methods.features import check_images
 from attrib_jax.models.precision import cast_params
 from attrib_jax.models.predictor import predictor
 from attrib_jax.parallel.hosts import host0_first, run_on_host0

@@ -23,7 +23,6 @@ from attrib_jax.core.settings import setting
 from attrib_jax.core.weights import Params, flatten_names, unflatten_names
 from attrib_jax.curvature.diagonal import Diagonal
 from attrib_jax.curvature.ekfac import EKFAC
-from attrib_jax.jobs.cascade import cascade_scores
 from attrib_jax.jobs.context import Run
 from attrib_jax.jobs.curvature import fit_curvature
 from attrib_jax.jobs.linear import linear_pass, weight_change
@@ -124,6 +123,8 @@ def score(run: Run, queries: Sequence[QueryJob], config: UnlearnConfig) -> list[
 
 def _cascade(run: Run, folders: Sequence[Path], moved: Sequence[Params], config: UnlearnConfig) -> list:
     """All images by coarse scores, then the best at the full setting."""
+    from attrib_jax.jobs.cascade import cascade_scores
+
     selected, _ = run.select(config.weights)
     linear = config.score == "linear"
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from attrib_jax.convert.published import read_influence
 from attrib_jax.core.checks import check_choice
 from attrib_jax.core.types import Scores
 from attrib_jax.parallel.hosts import run_on_host0
@@ -83,6 +82,8 @@ def read_scores(path: str | os.PathLike) -> Scores:
         raise FileNotFoundError(f"{os.fspath(path)!r} does not exist; give a score file or the folder of a query")
     check_choice("score file type", path.suffix, (*SCORE_SUFFIXES, ".pkl"))
     if path.suffix == ".pkl":
+        from attrib_jax.convert.published import read_influence
+
         return read_influence(path)
     return _scores(path, {".npz": _read_npz, ".csv": _read_csv, ".parquet": _read_parquet}[path.suffix](path))
 

@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from attrib_jax.core.checks import expand_path
 from attrib_jax.core.durable import new_folder, remove_leftovers
-from attrib_jax.core.paths import expand_path
 from attrib_jax.parallel.hosts import independent_hosts, is_host0, run_on_host0
 from attrib_jax.storage.files import StorageError, make_folder, storage_errors
 from attrib_jax.storage.stages import Stage, StageMismatchError, load_stage, open_stage

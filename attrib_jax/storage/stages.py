@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from attrib_jax.core.paths import expand_path
+from attrib_jax.core.checks import expand_path
 from attrib_jax.parallel.hosts import host0_first, is_host0, run_on_host0
 from attrib_jax.storage.files import StorageError, make_folder, remove_partial_files, storage_errors, write_json
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attrib_jax.attribution.features import normalise
+from attrib_jax.attribution.similarity import normalise
 from attrib_jax.diffusion.training import random_flips
 from attrib_jax.models.clip_towers import CLIPModel
 

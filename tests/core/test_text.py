@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from attrib_jax.core.paths import expand_path
+from attrib_jax.core.checks import expand_path
 from attrib_jax.core.text import BINARY, decode_text, read_text, split_lines
 
 MARKED = ["utf-8-sig", "utf-16", "utf-32"]

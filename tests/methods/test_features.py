@@ -17,7 +17,8 @@ from attrib_jax.jobs.context import Run
 from attrib_jax.jobs.encode import encode
 from attrib_jax.jobs.query import Query
 from attrib_jax.methods import method_config
-from attrib_jax.methods.features import check_images, default_tower
+from attrib_jax.jobs.context import check_images
+from attrib_jax.methods.features import default_tower
 from attrib_jax.storage.stage_root import StageRoot
 from attrib_jax.storage.stages import StageMismatchError
 from tests.failures import UnreadableImages, interrupt_writes

@@ -15,7 +15,6 @@ import numpy as np
 
 from attrib_jax.convert.config_files import read_json
 from attrib_jax.convert.weights.tensors import LazyTensor, Tensor, dtype_of
-from attrib_jax.convert.weights.torch_files import open_torch
 from attrib_jax.core.durable import new_file
 
 # The type names of safetensors files (https://github.com/huggingface/safetensors, README "Format").
@@ -62,6 +61,8 @@ def open_weights(path: str | os.PathLike) -> dict[str, LazyTensor]:
     # Byte 8 is the brace of a safetensors header. In a zip it is the compression method, and in a file of PyTorch
     # before 1.6 a part of the magic number.
     if start[8:9] != b"{" and start.startswith((b"PK", b"\x80")):
+        from attrib_jax.convert.weights.torch_files import open_torch
+
         return open_torch(path)[0]
     if start[8:9] == b"{" or path.endswith(".safetensors"):
         return _open_safetensors(path)
