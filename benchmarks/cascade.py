@@ -30,13 +30,13 @@ from attrib_jax.storage.stage_root import StageRoot
 from attrib_jax.storage.stages import lock
 from launch import common
 
-_QUERIES = flags.DEFINE_integer("queries", 3, "Queries.", lower_bound=1)
+_QUERIES = flags.DEFINE_integer("queries", 3, "Number of queries.", lower_bound=1)
 _STRIDES = flags.DEFINE_list("coarse_strides", ["200", "250", "500"], "Coarse strides.")
 _FRACTIONS = flags.DEFINE_list("fractions", ["0.05", "0.1", "0.15", "0.25", "0.4"], "Shares of the images kept.")
 _STRIDE = flags.DEFINE_integer("stride", 100, "Stride of the full setting.")
 _CAPTIONS = flags.DEFINE_enum("captions", "first", CAPTIONS, "Captions of the full setting.")
-_FLIPS = flags.DEFINE_enum("flips", "max", FLIP_RULES, "Over an image and its mirror image.")
-_SCORE = flags.DEFINE_enum("score", "exact", SCORES, "Exact or linearised.")
+_FLIPS = flags.DEFINE_enum("flips", "max", FLIP_RULES, "How the scores of an image and of its mirror image make one.")
+_SCORE = flags.DEFINE_enum("score", "exact", SCORES, "Exact or linearised scores.")
 _DRAWS = flags.DEFINE_integer("query_draws", 2048, "Draws of each query's gradient.")
 _FISHER_SAMPLES = flags.DEFINE_integer("fisher_samples", 16384, "Samples of the Fisher information.")
 _SAMPLER_STEPS = flags.DEFINE_integer("sampler_steps", 50, "Sampling steps of the queries.")

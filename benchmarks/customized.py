@@ -1,14 +1,14 @@
-"""Customised models to evaluate on: fine-tuned on pictures that OpenMoji has, but the shipped model never saw.
+"""Customised models to evaluate on: fine-tuned on images that OpenMoji has, but the shipped model never saw.
 
     python -m benchmarks.customized --model=models/openmoji --workdir=runs/customized
     python -m launch.evaluate --flagfile=configs/evaluate_customized.cfg
 
 The small-scale form of the Customized-Model benchmark (METHOD.md sections 6 and 8), in its file layout. For each
 concept, the shipped model is fine-tuned by Custom Diffusion on one to four exemplars from outside its training set,
-saved, and asked for pictures of it. Writes the models, the pictures and the task list that `launch.evaluate
+saved, and asked for images of it. Writes the models, the images and the task list that `launch.evaluate
 --protocol=customized` reads; resumable, one folder for each concept.
 
-`--concepts=armchair --exemplars_only` draws the pictures that configs/customize_openmoji.cfg fine-tunes on. The
+`--concepts=armchair --exemplars_only` draws the images that configs/customize_openmoji.cfg fine-tunes on. The
 fine-tuning settings were chosen on `armchair`, which is not one of the reported concepts.
 """
 
@@ -40,8 +40,8 @@ _PROMPTS = flags.DEFINE_list(
 )
 _EXEMPLARS_ONLY = flags.DEFINE_boolean("exemplars_only", False, "Write the exemplars and stop.")
 _TRAIN_STEPS = flags.DEFINE_integer("train_steps", 300, "Steps of fine-tuning.")
-_RATE = flags.DEFINE_float("learning_rate", 1e-3, "Of fine-tuning.")
-_GUIDANCE = flags.DEFINE_float("guidance_scale", 2.0, "Of the queries.")
+_RATE = flags.DEFINE_float("learning_rate", 1e-3, "Learning rate of fine-tuning.")
+_GUIDANCE = flags.DEFINE_float("guidance_scale", 2.0, "Weight of classifier-free guidance of the queries.")
 
 _TOKEN = "<new1>"
 _TUNING = ("armchair",)

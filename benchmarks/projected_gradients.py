@@ -33,13 +33,17 @@ from launch import common
 _METHODS = flags.DEFINE_list("methods", list(OUTPUTS), "Methods to run.")
 _QUERIES = flags.DEFINE_integer("queries", 20, "Training images to query with.", lower_bound=1)
 _SPLIT = flags.DEFINE_enum("split", "reported", ["reported", "tuning"], "Two disjoint sets of queries.")
-_REGULARISATIONS = flags.DEFINE_list("regularisations", ["0.001", "0.01", "0.1", "1", "10"], "See `ProjectedConfig`.")
-_PROJECTION = flags.DEFINE_enum("projection", "sparse", PROJECTIONS, "See `ProjectedConfig`.")
-_DIM = flags.DEFINE_integer("projection_dim", 2048, "See `ProjectedConfig`.")
-_STRIDE = flags.DEFINE_integer("stride", 200, "Timesteps of the features.")
-_FLIPS = flags.DEFINE_enum("flips", "none", FLIP_RULES, "Mirror images.")
+_REGULARISATIONS = flags.DEFINE_list(
+    "regularisations",
+    ["0.001", "0.01", "0.1", "1", "10"],
+    "Regularisations of the kernel, in units of its mean eigenvalue.",
+)
+_PROJECTION = flags.DEFINE_enum("projection", "sparse", PROJECTIONS, "Random projection of the gradients.")
+_DIM = flags.DEFINE_integer("projection_dim", 2048, "Projection dimension of the gradients.")
+_STRIDE = flags.DEFINE_integer("stride", 200, "Distance of the timesteps of the features.")
+_FLIPS = flags.DEFINE_enum("flips", "none", FLIP_RULES, "How mirror images count in the scores.")
 _DRAWS = flags.DEFINE_integer("query_draws", 200, "Draws of a query's gradient.")
-_TIMING = flags.DEFINE_boolean("timing", False, "Time examples and projections, and stop.")
+_TIMING = flags.DEFINE_boolean("timing", False, "Whether examples and projections are timed instead.")
 
 
 def main():

@@ -42,7 +42,7 @@ _AGREEMENT_ROWS = flags.DEFINE_integer("agreement_rows", 800, "Images that score
 _AGREEMENT_QUERIES = flags.DEFINE_integer("agreement_queries", 3, "Queries that are compared.", lower_bound=1)
 _DRAWS = flags.DEFINE_integer("query_draws", 256, "Draws of each query's gradient.")
 _FISHER_SAMPLES = flags.DEFINE_integer("fisher_samples", 16384, "Samples of the Fisher information.")
-_STRIDE = flags.DEFINE_integer("stride", 100, "Timesteps of the scores.")
+_STRIDE = flags.DEFINE_integer("stride", 100, "Distance of the timesteps of the scores.")
 _SAMPLER_STEPS = flags.DEFINE_integer("sampler_steps", 20, "Sampling steps of the queries.")
 
 

@@ -34,10 +34,10 @@ from attrib_jax.storage.stage_root import StageRoot
 from attrib_jax.storage.stages import lock
 from launch import common
 
-_OUTPUT = flags.DEFINE_string("output", "docs/regions.png", "PNG of the regions and their top images.")
-_SCORE = flags.DEFINE_enum("score", "exact", SCORES, "See launch.attribute.")
-_STRIDE = flags.DEFINE_integer("stride", 100, "Timesteps of the scores.")
-_FLIPS = flags.DEFINE_enum("flips", "none", ["none", "max"], "Mirror images in the scores.")
+_OUTPUT = flags.DEFINE_string("output", "docs/regions.png", "PNG file of the regions and their top images.")
+_SCORE = flags.DEFINE_enum("score", "exact", SCORES, "Exact or linearised scores.")
+_STRIDE = flags.DEFINE_integer("stride", 100, "Distance of the timesteps of the scores.")
+_FLIPS = flags.DEFINE_enum("flips", "none", ["none", "max"], "How mirror images count in the scores.")
 _DRAWS = flags.DEFINE_integer("query_draws", 4096, "Draws of a query's gradient.")
 
 _TOP = 20

@@ -13,11 +13,11 @@ from attrib_jax.jobs.query import Query, decode, generate
 from attrib_jax.models.predictor import predictor
 from launch import common
 
-_OUTPUT = flags.DEFINE_string("output", "docs/samples.png", "PNG to write.")
+_OUTPUT = flags.DEFINE_string("output", "docs/samples.png", "PNG file that is written.")
 _COUNT = flags.DEFINE_integer("count", 60, "Random captions to draw.", lower_bound=1)
 _COLUMNS = flags.DEFINE_integer("columns", 10, "Pairs in a row.", lower_bound=1)
-_SEED = flags.DEFINE_integer("seed", 0, "Chooses the captions, and seeds the images.", lower_bound=0)
-_GUIDANCE = flags.DEFINE_float("guidance_scale", 2.0, "Classifier-free guidance.")
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of the choice of captions, and of the images.", lower_bound=0)
+_GUIDANCE = flags.DEFINE_float("guidance_scale", 2.0, "Weight of classifier-free guidance.")
 _CAPTION_HEIGHT = 26
 
 

@@ -3,7 +3,7 @@
     python -m benchmarks.towers --output=runs/towers          # 3 GB of memory and of disk, some minutes on two cores
 
 CLIP ViT-B/32 (both halves), DINO ViT-B/16 and DINOv2 ViT-L/14 with registers (518-pixel position embeddings, read at
-224 pixels): each is built and saved by transformers, read by `load_tower`, and its features of two random pictures (and
+224 pixels): each is built and saved by transformers, read by `load_tower`, and its features of two random images (and
 of two random texts) are compared. Writes results.md to --output and exits with 1 where an error exceeds 1e-4.
 """
 
@@ -116,7 +116,7 @@ def _randomise(model: torch.nn.Module) -> None:
 
 
 def _table(rows: list[dict]) -> str:
-    lines = ["| tower | weights | pictures | texts | load |", "|---|---|---|---|---|"]
+    lines = ["| tower | weights | images | texts | load |", "|---|---|---|---|---|"]
     for row in rows:
         text = "-" if row["text"] is None else f"{row['text']:.1e}"
         lines.append(
