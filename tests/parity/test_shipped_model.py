@@ -11,6 +11,7 @@ import torch
 from attrib_jax.convert.load import load_pipeline
 from attrib_jax.data.sources import open_dataset
 from attrib_jax.jobs.context import Run
+from attrib_jax.jobs.losses import loss_program
 from attrib_jax.jobs.query import Query, decode, generate, initial_noise
 from attrib_jax.methods import method_config
 from attrib_jax.models.predictor import predictor
@@ -57,18 +58,18 @@ def test_folder_is_small_and_whole():
 def test_shipped_stages_fit_the_model_and_recomputing_gives_the_same_losses(pipeline, tmp_path):
     dataset = open_dataset("openmoji", tmp_path / "data")
     config = method_config()
-    attributor = Run(pipeline, dataset, StageRoot(tmp_path / "work", FOLDER / "stages"))
+    run = Run(pipeline, dataset, StageRoot(tmp_path / "work", FOLDER / "stages"))
     for name in (
         "latents",
         f"fisher/{config.weights}-{config.fisher_samples}-seed0",
         "losses/stride100-first-flips2-seed0",
     ):
         stage = load_stage(FOLDER / "stages", name)
-        assert stage.finished and stage.inputs == attributor.inputs
+        assert stage.finished and stage.inputs == run.inputs
     stored = ChunkStore(
         FOLDER / "stages" / "losses" / "stride100-first-flips2-seed0", {"loss": ((2,), np.float64)}, 3953, 512, "losses"
     )
     rows = np.array([5, 1000, 3952])
-    program = attributor.loss_program(config)
-    again = program(program.place(pipeline.params["unet"]), attributor.data, rows, 2, "first", lambda count: None)
+    program = loss_program(run, config)
+    again = program(program.place(pipeline.params["unet"]), run.data, rows)
     np.testing.assert_allclose(again, stored.read_all()["loss"][rows], rtol=1e-6)
