@@ -5,6 +5,9 @@ importing this package is fast and starts no device.
 """
 
 import importlib
+import sys
+import types
+from typing import Any
 
 _MODULES = {
     "attribution.influence": ("influence_matrix", "influence_scores"),
@@ -55,6 +58,19 @@ _MODULES = {
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = sorted(_HOME)
+
+
+class _Package(types.ModuleType):
+    """This package, in which `attribute` is the function whether or not the module of that name has been imported."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # The import system sets a submodule as an attribute of its package once it is loaded.
+        if name == "attribute" and isinstance(value, types.ModuleType):
+            value = value.attribute
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str):

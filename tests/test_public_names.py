@@ -19,6 +19,12 @@ def test_import_is_light():
     assert result.stdout.strip() == "[]"
 
 
+def test_attribute_is_the_function_after_its_module_was_imported():
+    script = "import attrib_jax, attrib_jax.attribute; print(type(attrib_jax.attribute).__name__)"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "function"
+
+
 def test_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="unlern"):
         attrib_jax.unlern  # noqa: B018

@@ -14,7 +14,7 @@ from attrib_jax.ops import winograd
 from attrib_jax.ops.bilinear import Form, Geometry
 
 # At or below this many output pixels XLA's convolution is slow. That of a strided one has a slow gradient, too, and
-# that for more pixels, and so has one of few channels in or out, for any number of pixels ("Speed" in BUILD_NOTES.md).
+# that for more pixels, and so has one of few channels in or out, for any number of pixels (docs/PERFORMANCE.md).
 _FEW_PIXELS = 4
 _FEW_STRIDED_PIXELS = 64
 

@@ -108,7 +108,7 @@ def test_readme_trains_with_flags_that_exist():
     subprocess.run([sys.executable, "-c", script, *arguments], cwd=ROOT, check=True)
 
 
-def test_readme_python(top_folder):
+def test_readme_python(top_folder, monkeypatch, capsys):
     # The text scores all of OpenMoji with the default settings, which takes a minute.
     changes = {
         '"openmoji")': '"folder:few", resolution=16)',
@@ -119,8 +119,8 @@ def test_readme_python(top_folder):
     for text, smaller_text in changes.items():
         assert text in source
         source = source.replace(text, smaller_text)
-    result = subprocess.run([sys.executable, "-c", source], cwd=top_folder, capture_output=True, text=True, check=False)
-    assert len(result.stdout.splitlines()) == 5, result.stderr
+    run_python(source, "README.md", top_folder, monkeypatch)
+    assert len(capsys.readouterr().out.splitlines()) == 5
 
 
 def test_tutorial_from_folder_to_report(top_folder, monkeypatch):
