@@ -60,3 +60,9 @@ def dataset():
     from tests.tiny_dataset import make_dataset
 
     return make_dataset()
+
+
+@pytest.fixture(scope="session")
+def openmoji_dir(tmp_path_factory):
+    """Where tests keep the prepared OpenMoji data set, whose thousands of images take a while to draw."""
+    return tmp_path_factory.mktemp("openmoji")

@@ -9,11 +9,11 @@ from attrib_jax.data.concat import ConcatDataset, concatenate
 from attrib_jax.data.sources import ArrayDataset
 
 
-def make(count, seed, row_ids=None, groups=None, credit=None, url=None) -> ArrayDataset:
+def make(count, seed, row_ids=None, groups=None, credit=(None, None)) -> ArrayDataset:
     images = np.random.default_rng(seed).integers(0, 256, (count, 4, 4, 3), np.uint8)
     captions = [[f"{seed} {row}"] * (1 + row % 2) for row in range(count)]
     dataset = ArrayDataset(images, captions, row_ids, groups, name=f"data{seed}")
-    dataset.credit, dataset.credit_url = credit, url
+    dataset.credit, dataset.credit_url = credit
     return dataset
 
 
@@ -45,14 +45,18 @@ def test_groups_stay_apart():
         assert not same[:count, count:].any()
 
 
-def test_credits_are_joined():
-    assert concatenate(make(1, 1), make(1, 2)).credit is None
-    one = concatenate(make(1, 1), make(1, 2, credit="A", url="http://a"))
-    assert (one.credit, one.credit_url) == ("A", "http://a")
-    same = concatenate(make(1, 1, credit="A", url="http://a"), make(1, 2, credit="A", url="http://a"))
-    assert (same.credit, same.credit_url) == ("A", "http://a")
-    two = concatenate(make(1, 1, credit="A", url="http://a"), make(1, 2, credit="B"))
-    assert (two.credit, two.credit_url) == ("A (http://a); B", None)
+@pytest.mark.parametrize(
+    ("first", "second", "joined"),
+    [
+        ((None, None), (None, None), (None, None)),
+        ((None, None), ("A", "http://a"), ("A", "http://a")),
+        (("A", "http://a"), ("A", "http://a"), ("A", "http://a")),
+        (("A", "http://a"), ("B", None), ("A (http://a); B", None)),
+    ],
+)
+def test_credits_are_joined(first, second, joined):
+    both = concatenate(make(1, 1, credit=first), make(1, 2, credit=second))
+    assert (both.credit, both.credit_url) == joined
 
 
 def test_fingerprint_is_of_both_in_order():
@@ -65,5 +69,5 @@ def test_fingerprint_is_of_both_in_order():
 def test_row_ids_beyond_32_bits():
     top = make(1, 1, row_ids=[2**31 - 2])
     assert concatenate(top, make(1, 2)).row_ids.tolist() == [2**31 - 2, 2**31 - 1]
-    with pytest.raises(ValueError, match=f"row ids of 'data1\\+data2' reach {2**31}; expected at most {2**31 - 1}"):
+    with pytest.raises(ValueError, match=f"data1\\+data2.* {2**31};"):
         concatenate(top, make(2, 2))

@@ -17,36 +17,32 @@ def test_a_folder_through_its_name(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "message"),
+    ("name", "options", "named"),
     [
-        ("openmojo", {}, "unknown dataset 'openmojo': did you mean 'openmoji'"),
-        ("foldr:/x", {}, "unknown dataset 'foldr': did you mean 'folder'"),
-        ("web-dataset:/x", {}, "did you mean 'webdataset'"),
-        ("/data/images", {}, "unknown dataset '/data/images'.*Known: openmoji, tfds, folder, coco, webdataset"),
-        ("folder", {}, "'folder' names no place; expected folder:PATH"),
-        ("tfds:", {}, "'tfds:' names no place; expected tfds:NAME"),
-        ("openmoji:train", {}, "expected openmoji, which has no parts"),
+        ("openmojo", {}, "'openmojo'.*'openmoji'"),
+        ("foldr:/x", {}, "'foldr'.*'folder'"),
+        ("web-dataset:/x", {}, "'webdataset'"),
+        ("/data/images", {}, "'/data/images'.*openmoji, tfds, folder, coco, webdataset"),
+        ("folder", {}, "'folder' .*folder:PATH"),
+        ("tfds:", {}, "'tfds:' .*tfds:NAME"),
+        ("openmoji:train", {}, "'openmoji:train'"),
         ("folder:/x", {"resolution": 0}, "resolution is 0"),
-        ("folder:/x", {"image_key": "a"}, "image_key is 'a', which folder data sets do not take"),
-        ("openmoji", {"split": "train"}, "split is 'train', which openmoji data sets do not take"),
+        ("folder:/x", {"image_key": "a"}, "image_key is 'a'.*folder"),
+        ("openmoji", {"split": "train"}, "split is 'train'.*openmoji"),
     ],
 )
-def test_wrong_names_and_arguments(name, options, message):
-    with pytest.raises(ValueError, match=message):
+def test_wrong_names_and_arguments(name, options, named):
+    with pytest.raises(ValueError, match=named):
         open_dataset(name, **options)
 
 
-@pytest.mark.parametrize("kind", ["folder", "coco", "webdataset", "latents"])
-def test_a_path_that_is_not_there(kind, tmp_path):
-    with pytest.raises(FileNotFoundError, match=f"{tmp_path}/nothing"):
-        open_dataset(f"{kind}:{tmp_path}/nothing")
-
-
 @pytest.mark.parametrize("kind", ["folder", "coco", "webdataset", "latents", "tfds"])
-def test_a_path_in_the_home_folder_is_found(kind, tmp_path, monkeypatch):
+@pytest.mark.parametrize("home", ["~", ""])
+def test_a_path_that_is_not_there_is_named_in_full(kind, home, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
+    path = f"{home or tmp_path}/nothing"
     with pytest.raises(FileNotFoundError, match=f"{tmp_path}/nothing"):
-        open_dataset("tfds:mnist", "~/nothing") if kind == "tfds" else open_dataset(f"{kind}:~/nothing")
+        open_dataset("tfds:mnist", path) if kind == "tfds" else open_dataset(f"{kind}:{path}")
 
 
 @pytest.mark.parametrize("kind", ["folder", "coco", "webdataset"])

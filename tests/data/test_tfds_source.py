@@ -1,145 +1,163 @@
-"""`tfds:NAME[:SPLIT]`: a small builder, prepared as ArrayRecord and read back without its code."""
+"""`tfds:NAME[:SPLIT]`: small builders, prepared as ArrayRecord and read back without their code."""
 
 import io
 import json
-import pickle
 import sys
 
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from PIL import Image
 
 from attrib_jax.data.captions import read_captions
 from attrib_jax.data.sources import open_dataset
 from attrib_jax.data.tfds_source import TfdsDataset, split_name
+from tests.data.rows import contents, png
 
 F = tfds.features
 
 
-def png(red: int, size=(6, 5)) -> io.BytesIO:
-    file = io.BytesIO()
-    Image.new("RGB", size, (red, 0, 0)).save(file, "png")
-    file.seek(0)
-    return file
+def builder(name: str, features: dict, example, **splits: int) -> type:
+    """A builder of these features, whose splits have the rows `example(0)`, `example(1)` ..."""
+
+    def info(self):
+        made = {key: F.Image(encoding_format="png") if kind == "image" else kind for key, kind in features.items()}
+        return tfds.core.DatasetInfo(builder=self, features=F.FeaturesDict(made), disable_shuffling=True)
+
+    def split_generators(self, dl_manager):
+        return {split: ((row, example(row)) for row in range(count)) for split, count in splits.items()}
+
+    members = {"VERSION": tfds.core.Version("1.0.0"), "_info": info, "_split_generators": split_generators}
+    members["_generate_examples"] = None
+    return type(name, (tfds.core.GeneratorBasedBuilder,), members, skip_registration=True)
 
 
-class CaptionedSquares(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """The features of `coco_captions`, among them a text that is no caption."""
+def image(row: int) -> io.BytesIO:
+    return io.BytesIO(png(row))
 
-    VERSION = tfds.core.Version("1.0.0")
-    FEATURES = {
-        "image": F.Image(encoding_format="png"),
+
+CAPTIONED = builder(  # the features of `coco_captions`, among them a text that is no caption
+    "CaptionedSquares",
+    {
+        "image": "image",
         "image/filename": F.Text(),
         "captions": F.Sequence({"text": np.str_, "id": np.int64}),
         "objects": F.Sequence({"label": F.ClassLabel(names=["cat", "dog"])}),
-    }
-    SPLITS = {"train": 3, "val": 2}
-
-    def _info(self):
-        return tfds.core.DatasetInfo(builder=self, features=F.FeaturesDict(self.FEATURES), disable_shuffling=True)
-
-    def _split_generators(self, dl_manager):
-        return {name: self._generate_examples(count) for name, count in self.SPLITS.items()}
-
-    def _generate_examples(self, count):
-        for row in range(count):
-            yield row, self.example(row)
-
-    def example(self, row):
-        captions = [{"text": f"é {row} {number}", "id": number} for number in range(row)]
-        return {"image": png(row), "image/filename": f"{row}.png", "captions": captions, "objects": [{"label": 1}]}
-
-
-class TwoTexts(CaptionedSquares, skip_registration=True):
-    FEATURES = {"photo": F.Image(encoding_format="png"), "headline": F.Text(), "body": {"long": F.Text()}}
-    SPLITS = {"only": 2}
-
-    def example(self, row):
-        return {"photo": png(row), "headline": f"headline {row}", "body": {"long": f"long {row}"}}
-
-
-class Labelled(CaptionedSquares, skip_registration=True):
-    FEATURES = {"left": F.Image(encoding_format="png"), "right": F.Image(encoding_format="png")}
-    FEATURES["label"] = F.ClassLabel(names=["cat", "dog"])
-    SPLITS = {"a": 1, "b": 2}
-
-    def example(self, row):
-        return {"left": png(row), "right": png(row + 100), "label": row}
-
-
-class NamedFiles(CaptionedSquares, skip_registration=True):
-    """The features of `oxford_iiit_pet`, and an address; the second row is unlabelled, the third without objects."""
-
-    FEATURES = {
-        "image": F.Image(encoding_format="png"),
+    },
+    lambda row: {
+        "image": image(row),
+        "image/filename": f"{row}.png",
+        "captions": [{"text": f"é {row} {number}", "id": number} for number in range(row)],
+        "objects": [{"label": 1}],
+    },
+    train=3,
+    val=2,
+)
+TWO_TEXTS = builder(
+    "TwoTexts",
+    {"photo": "image", "headline": F.Text(), "body": {"long": F.Text()}},
+    lambda row: {"photo": image(row), "headline": f"headline {row}", "body": {"long": f"long {row}"}},
+    only=2,
+)
+LABELLED = builder(
+    "Labelled",
+    {"left": "image", "right": "image", "label": F.ClassLabel(names=["cat", "dog"])},
+    lambda row: {"left": image(row), "right": image(row + 100), "label": row},
+    a=1,
+    b=2,
+)
+NAMED_FILES = builder(  # the features of `oxford_iiit_pet`, and an address
+    "NamedFiles",
+    {
+        "image": "image",
         "file_name": F.Text(),
         "flickr_url": F.Text(),
         "label": F.ClassLabel(names=["Abyssinian", "Beagle"]),
         "species": F.ClassLabel(names=["cat", "dog"]),
         "objects": F.Sequence({"label": F.ClassLabel(names=["ear", "tail"])}),
-    }
-    SPLITS = {"train": 3}
-
-    def example(self, row):
-        objects = [{"label": 0}, {"label": -1}] if row < 2 else []
-        texts = {"file_name": f"Beagle_{row}.jpg", "flickr_url": f"https://{row}"}
-        return {"image": png(row), "label": (1, -1, 0)[row], "species": 1, "objects": objects} | texts
-
-
-class Prompted(CaptionedSquares, skip_registration=True):
-    FEATURES = {"image": F.Image(encoding_format="png"), "model": F.Text(), "Prompt": F.Text(), "notes": F.Text()}
-    SPLITS = {"train": 2}
-
-    def example(self, row):
-        return {"image": png(row), "model": "m", "Prompt": "ü".encode("cp1252") if row else "é", "notes": " "}
-
-
-class WithoutCaption(CaptionedSquares, skip_registration=True):
-    FEATURES = {"image": F.Image(encoding_format="png"), "image/filename": F.Text(), "image_id": F.Text()}
-    SPLITS = {"train": 1}
-
-    def example(self, row):
-        return {"image": png(row), "image/filename": "0.png", "image_id": "0"}
+    },
+    lambda row: {
+        "image": image(row),
+        "file_name": f"Beagle_{row}.jpg",
+        "flickr_url": f"https://{row}",
+        "label": (1, -1, 0)[row],  # the second row is unlabelled
+        "species": 1,
+        "objects": [{"label": 0}, {"label": -1}] if row < 2 else [],
+    },
+    train=3,
+)
+PROMPTED = builder(
+    "Prompted",
+    {"image": "image", "model": F.Text(), "Prompt": F.Text(), "notes": F.Text()},
+    lambda row: {"image": image(row), "model": "m", "Prompt": "ü".encode("cp1252") if row else "é", "notes": " "},
+    train=2,
+)
+WITHOUT_CAPTION = builder(
+    "WithoutCaption",
+    {"image": "image", "image/filename": F.Text(), "image_id": F.Text()},
+    lambda row: {"image": image(row), "image/filename": "0.png", "image_id": "0"},
+    train=1,
+)
 
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tfds")
-    for builder in (CaptionedSquares, TwoTexts, Labelled, NamedFiles, Prompted, WithoutCaption):
-        builder(data_dir=folder, file_format="array_record").download_and_prepare()
+    for each in (CAPTIONED, TWO_TEXTS, LABELLED, NAMED_FILES, PROMPTED, WITHOUT_CAPTION):
+        each(data_dir=folder, file_format="array_record").download_and_prepare()
     return folder
 
 
-def contents(dataset) -> list[tuple]:
-    rows = [dataset[index] for index in range(len(dataset))]
-    assert [row.captions for row in rows] == [dataset.captions(index) for index in range(len(dataset))]
-    assert [row.row_id for row in rows] == dataset.row_ids.tolist() == list(range(len(dataset)))
-    return [(int(row.image[0, 0, 0]), row.captions) for row in rows]
+ROWS = [(0, ""), (1, "é 1 0"), (2, "é 2 0", "é 2 1")]
 
 
-ROWS = [(0, ("",)), (1, ("é 1 0",)), (2, ("é 2 0", "é 2 1"))]
-
-
-def test_captions_are_found_among_other_texts(data_dir):
-    dataset = open_dataset("tfds:captioned_squares", data_dir)
-    assert contents(dataset) == ROWS
-    assert dataset.row_ids.dtype == np.int32 and dataset[0].image.shape == (5, 6, 3)
-    assert dataset.name == "tfds:captioned_squares"
+@pytest.mark.parametrize(
+    ("name", "options", "rows"),
+    [
+        ("captioned_squares", {}, ROWS),  # found among other texts
+        ("captioned_squares:val", {}, ROWS[:2]),
+        ("captioned_squares", {"split": "val"}, ROWS[:2]),
+        ("captioned_squares:1.0.0:train[:2]", {}, ROWS[:2]),
+        ("captioned_squares:train[2:]", {}, ROWS[2:]),
+        ("two_texts", {"caption_key": "body/long"}, [(0, "long 0"), (1, "long 1")]),
+        # Class names are captions where there is no text, and an unlabelled row has an empty one.
+        ("labelled:b", {"image_key": "right"}, [(100, "cat"), (101, "dog")]),
+        ("named_files", {"caption_key": "label"}, [(0, "Beagle"), (1, ""), (2, "Abyssinian")]),
+        ("named_files", {"caption_key": "objects/label"}, [(0, "ear"), (1, "ear"), (2, "")]),
+        # File names and addresses are no captions unless asked for.
+        ("named_files", {}, [(0, "Beagle"), (1, ""), (2, "Abyssinian")]),
+        ("named_files:train[:1]", {"caption_key": "file_name"}, [(0, "Beagle_0.jpg")]),
+        ("prompted", {}, [(0, "é"), (1, "ü")]),
+    ],
+)
+def test_rows_captions_and_splits(data_dir, name, options, rows):
+    dataset = open_dataset(f"tfds:{name}", data_dir, **options)
+    assert dataset.name == f"tfds:{name}" or "split" in options
+    assert contents(dataset) == rows
+    assert read_captions(dataset) == [row[1:] for row in rows]
     assert "tensorflow" not in sys.modules
 
 
-def test_splits_and_versions(data_dir):
-    assert contents(open_dataset("tfds:captioned_squares:val", data_dir)) == ROWS[:2]
-    assert contents(open_dataset("tfds:captioned_squares", data_dir, split="val")) == ROWS[:2]
-    assert contents(open_dataset("tfds:captioned_squares:1.0.0:train[:2]", data_dir)) == ROWS[:2]
-    assert contents(open_dataset("tfds:captioned_squares:train[2:]", data_dir)) == [ROWS[2]]
-    with pytest.raises(ValueError, match="split is 'trian'.*Should be one of .*'train', 'val'"):
-        open_dataset("tfds:captioned_squares:trian", data_dir)
-    with pytest.raises(ValueError, match="split is 'val', but the data set's name says 'train'"):
-        open_dataset("tfds:captioned_squares:train", data_dir, split="val")
-    with pytest.raises(ValueError, match="no split 'train', but a, b; name one"):
-        open_dataset("tfds:labelled", data_dir, image_key="left")
+def test_rows_without_captions_are_counted(data_dir, caplog):
+    read_captions(open_dataset("tfds:prompted", data_dir, caption_key="notes"))
+    assert "2 of 2 rows of tfds:prompted have no caption (0, 1); fields that are there: " in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "named"),
+    [
+        ("captioned_squares:trian", {}, "split is 'trian'.*'train', 'val'"),
+        ("captioned_squares:train", {"split": "val"}, "split is 'val'.*'train'"),
+        ("labelled", {"image_key": "left"}, "'train'.* a, b"),
+        ("labelled:b", {}, "left, right.*image_key"),
+        ("two_texts", {}, "headline.*caption_key"),
+        ("two_texts", {"caption_key": "subline"}, "'subline' .*headline.*caption_key"),
+        ("two_texts", {"image_key": "headline", "caption_key": "headline"}, "'headline' .*photo"),
+        ("without_caption", {}, "image, image/filename, image_id.*key"),
+    ],
+)
+def test_wrong_splits_and_features_are_named(data_dir, name, options, named):
+    with pytest.raises(ValueError, match=named):
+        open_dataset(f"tfds:{name}", data_dir, **options)
 
 
 @pytest.mark.parametrize(
@@ -155,49 +173,8 @@ def test_names_with_colons(name, parts):
     assert split_name(name) == parts
 
 
-def test_features_can_be_named(data_dir):
-    dataset = open_dataset("tfds:two_texts", data_dir, caption_key="body/long")
-    assert contents(dataset) == [(0, ("long 0",)), (1, ("long 1",))]
-    with pytest.raises(ValueError, match="several features that could be the caption.*headline.*caption_key"):
-        open_dataset("tfds:two_texts", data_dir)
-    with pytest.raises(ValueError, match="no caption feature 'subline' .*there are: .*headline.*caption_key"):
-        open_dataset("tfds:two_texts", data_dir, caption_key="subline")
-    with pytest.raises(ValueError, match="no image feature 'headline' .*there are: photo"):
-        open_dataset("tfds:two_texts", data_dir, image_key="headline", caption_key="headline")
-
-
-def test_class_names_are_captions_where_there_is_no_text(data_dir):
-    dataset = open_dataset("tfds:labelled:b", data_dir, image_key="right")
-    assert contents(dataset) == [(100, ("cat",)), (101, ("dog",))]
-    with pytest.raises(ValueError, match="several features that could be the image .*left, right.*image_key"):
-        open_dataset("tfds:labelled:b", data_dir)
-
-
-def test_file_names_and_addresses_are_no_captions_unless_asked_for(data_dir):
-    assert open_dataset("tfds:named_files", data_dir).captions(0) == ("Beagle",)
-    assert open_dataset("tfds:named_files", data_dir, caption_key="file_name").captions(0) == ("Beagle_0.jpg",)
-    with pytest.raises(ValueError, match="no caption feature .*all features: image, image/filename, image_id.*key"):
-        open_dataset("tfds:without_caption", data_dir)
-
-
-def test_a_usual_name_is_found_among_other_texts_and_rows_without_captions_are_counted(data_dir, caplog):
-    dataset = open_dataset("tfds:prompted", data_dir)
-    assert contents(dataset) == [(0, ("é",)), (1, ("ü",))]
-    assert read_captions(dataset) == [("é",), ("ü",)] and not caplog.records
-    read_captions(open_dataset("tfds:prompted", data_dir, caption_key="notes"))
-    assert "2 of 2 rows of tfds:prompted have no caption (0, 1); fields that are there: " in caplog.text
-
-
-def test_an_unlabelled_row_has_an_empty_caption(data_dir):
-    dataset = open_dataset("tfds:named_files", data_dir, caption_key="label")
-    assert contents(dataset) == [(0, ("Beagle",)), (1, ("",)), (2, ("Abyssinian",))]
-    objects = open_dataset("tfds:named_files", data_dir, caption_key="objects/label")
-    assert [objects.captions(row) for row in range(3)] == [("ear",), ("ear",), ("",)]
-
-
-def test_resolution_pickling_and_fingerprint(data_dir):
+def test_resolution_and_fingerprint(data_dir):
     dataset = TfdsDataset("captioned_squares", data_dir)
-    assert contents(pickle.loads(pickle.dumps(dataset))) == ROWS
     others = [
         TfdsDataset("captioned_squares", data_dir, resolution=4),
         TfdsDataset("captioned_squares:train[:2]", data_dir),
@@ -210,17 +187,14 @@ def test_resolution_pickling_and_fingerprint(data_dir):
 
 
 def test_not_prepared(data_dir, tmp_path):
-    with pytest.raises(FileNotFoundError, match="'coco_captions' is not prepared in .*tfds build coco_captions"):
+    with pytest.raises(FileNotFoundError, match="'coco_captions' .*tfds build coco_captions"):
         open_dataset("tfds:coco_captions", tmp_path)
-    with pytest.raises(FileNotFoundError, match="Did you mean 'captioned_squares'"):
+    with pytest.raises(FileNotFoundError, match="'captioned_squares'"):
         open_dataset("tfds:captioned_square", data_dir)
-
-
-def test_prepared_without_random_access(data_dir, tmp_path):
     # Writing TFRecord needs TensorFlow; what says so is the record of the format, which is read first.
-    builder = TwoTexts(data_dir=tmp_path, file_format="array_record")
-    builder.download_and_prepare()
-    record = builder.data_path / "dataset_info.json"
+    two_texts = TWO_TEXTS(data_dir=tmp_path, file_format="array_record")
+    two_texts.download_and_prepare()
+    record = two_texts.data_path / "dataset_info.json"
     record.write_text(json.dumps(json.loads(record.read_text()) | {"fileFormat": "tfrecord"}))
-    with pytest.raises(ValueError, match="as tfrecord, without random access; expected array_record.*convert_format"):
+    with pytest.raises(ValueError, match="tfrecord.*array_record.*convert_format"):
         open_dataset("tfds:two_texts", tmp_path, caption_key="headline")

@@ -2,25 +2,17 @@
 
 import io
 import json
-import pickle
 import re
 import tarfile
 
-import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
 from attrib_jax.data.images import UnreadableRowError
 from attrib_jax.data.tar_index import index_tar
 from attrib_jax.data.webdataset import WebDataset
-
-
-def png(red: int, size=(6, 5)) -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", size, (red, 0, 0)).save(file, "png")
-    return file.getvalue()
+from tests.data.rows import captions_or_message, contents, png
 
 
 def write_tar(path, members: dict[str, bytes], form=tarfile.PAX_FORMAT):
@@ -32,27 +24,20 @@ def write_tar(path, members: dict[str, bytes], form=tarfile.PAX_FORMAT):
     return path
 
 
-def write_shard(path, first: int, count: int):
+def write_shard(path, *numbers: int):
     """As img2dataset writes it: key.jpg, key.json, key.txt; the image's red value is the key's number."""
     members = {}
-    for number in range(first, first + count):
+    for number in numbers:
         members[f"{number:09}.jpg"] = png(number)
         members[f"{number:09}.json"] = json.dumps({"caption": f"json {number}", "url": "x"}).encode()
         members[f"{number:09}.txt"] = f"caption {number}".encode()
     return write_tar(path, members)
 
 
-def contents(dataset) -> list[tuple]:
-    rows = [dataset[index] for index in range(len(dataset))]
-    assert [row.captions for row in rows] == [dataset.captions(index) for index in range(len(dataset))]
-    assert [row.row_id for row in rows] == dataset.row_ids.tolist() == list(range(len(dataset)))
-    return [(int(row.image[0, 0, 0]), *row.captions) for row in rows]
-
-
 @pytest.fixture
 def shards(tmp_path):
-    write_shard(tmp_path / "00001.tar", 20, 2)
-    write_shard(tmp_path / "00000.tar", 10, 3)
+    write_shard(tmp_path / "00001.tar", 20, 21)
+    write_shard(tmp_path / "00000.tar", 10, 11, 12)
     (tmp_path / "00000.parquet").write_bytes(b"img2dataset writes this beside each shard")
     return tmp_path
 
@@ -60,33 +45,29 @@ def shards(tmp_path):
 EXPECTED = [(number, f"caption {number}") for number in (10, 11, 12, 20, 21)]
 
 
-def test_rows_run_through_the_sorted_shards(shards):
-    dataset = WebDataset(shards)
-    assert contents(dataset) == EXPECTED
-    assert dataset.row_ids.dtype == np.int32 and dataset[0].image.shape == (5, 6, 3)
-    assert WebDataset(shards, resolution=4)[0].image.shape == (4, 4, 3)
-    assert contents(pickle.loads(pickle.dumps(dataset))) == EXPECTED
-
-
-@pytest.mark.parametrize("pattern", ["{00000..00001}.tar", "0000{1,0}.tar", "*.tar", "0000?.tar"])
-def test_patterns(shards, pattern):
+@pytest.mark.parametrize("pattern", ["", "{00000..00001}.tar", "0000{1,0}.tar", "*.tar", "0000?.tar"])
+def test_rows_run_through_the_sorted_shards(shards, pattern):
     assert contents(WebDataset(shards / pattern)) == EXPECTED
-
-
-def test_one_shard_and_missing_ones(shards):
     assert contents(WebDataset(shards / "00001.tar")) == EXPECTED[3:]
-    with pytest.raises(FileNotFoundError, match="00002.tar' does not exist; expected .tar shards"):
-        WebDataset(shards / "{00000..00012}.tar")
-    with pytest.raises(FileNotFoundError, match="nowhere' does not exist"):
-        WebDataset(shards / "nowhere")
-    (shards / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match="no .tar file in"):
-        WebDataset(shards / "empty")
-    (shards / "empty" / "0.tar.gz").touch()
-    (shards / "empty" / "part").mkdir()
-    (shards / "empty" / "part" / "1.tar").touch()
-    with pytest.raises(FileNotFoundError, match="unpack 0.tar.gz .*pattern that leads to .*part/1.tar"):
-        WebDataset(shards / "empty")
+    assert WebDataset(shards, resolution=4)[0].image.shape == (4, 4, 3)
+
+
+@pytest.mark.parametrize(
+    ("place", "error", "named"),
+    [
+        ("{00000..00012}.tar", FileNotFoundError, "00002.tar'"),
+        ("nowhere", FileNotFoundError, "nowhere'"),
+        ("empty", FileNotFoundError, "no .tar file"),
+        ("deeper", FileNotFoundError, "0.tar.gz .*part/1.tar"),
+        ("zipped", ValueError, "no image in 1 shards; .*a.tar.*not an uncompressed tar"),
+    ],
+)
+def test_places_without_shards(shards, place, error, named):
+    for file in ("empty/a.txt", "deeper/0.tar.gz", "deeper/part/1.tar", "zipped/a.tar"):
+        (shards / file).parent.mkdir(parents=True, exist_ok=True)
+        (shards / file).write_bytes(b"\x1f\x8b compressed" * 100)
+    with pytest.raises(error, match=named):
+        WebDataset(shards / place)
 
 
 # Members of a row beside its image -> its captions.
@@ -123,8 +104,7 @@ def write_captions(path, rows):
 
 def test_where_captions_come_from(tmp_path, caplog):
     write_captions(tmp_path / "a.tar", [files for files, _ in CAPTIONS])
-    dataset = WebDataset(tmp_path)
-    assert [dataset.captions(index) for index in range(len(dataset))] == [captions for _, captions in CAPTIONS]
+    assert contents(WebDataset(tmp_path)) == [(row, *captions) for row, (_, captions) in enumerate(CAPTIONS)]
     assert "5 of 19 rows" in caplog.text and "(00, 06, 07, 16, 18)" in caplog.text
     assert "caption (in .json), TEXT (in .json), URL (in .json)" in caplog.text and ".cls" in caplog.text
     assert "3 of 20 caption files" in caplog.text and "11.txt in" in caplog.text and "(Windows-1252)" in caplog.text
@@ -136,10 +116,10 @@ def test_where_captions_come_from(tmp_path, caplog):
 @pytest.mark.parametrize(
     ("files", "said"),
     [
-        ([{"json": b'{"url": "u"}'}, {}], r"2 of 2 rows .*\(00, 01\); fields that are there: url \(in .json\)"),
-        ([{"txt": b"a"}, {"txt": b""}, {}], r"2 of 3 rows .*\(01, 02\); fields that are there: .txt"),
-        ([{"cls": b"3"}], "1 of 1 rows .*there: .cls"),
-        ([{"comment": b"a cat"}], "1 of 1 rows .*there: .comment"),
+        ([{"json": b'{"url": "u"}'}, {}], r"2 of 2 rows .*\(00, 01\).*: url \(in .json\)"),
+        ([{"txt": b"a"}, {"txt": b""}, {}], r"2 of 3 rows .*\(01, 02\).*: .txt"),
+        ([{"cls": b"3"}], "1 of 1 rows .*: .cls"),
+        ([{"comment": b"a cat"}], "1 of 1 rows .*: .comment"),
     ],
 )
 def test_rows_without_a_caption_are_counted(tmp_path, caplog, files, said):
@@ -148,38 +128,26 @@ def test_rows_without_a_caption_are_counted(tmp_path, caplog, files, said):
     assert len(caplog.records) == 1 and re.search(said, caplog.text)
 
 
-def test_a_row_cut_off_within_is_dropped_by_what_rows_of_other_shards_have(tmp_path, caplog):
-    write_shard(tmp_path / "0.tar", 0, 2)
-    whole = write_shard(tmp_path / "1.tar", 5, 1).read_bytes()
-    for member in (b"000000005.json", b"000000005.txt"):
-        (tmp_path / "1.tar").write_bytes(whole[: whole.index(member)])
-        assert [row for row, _ in contents(WebDataset(tmp_path))] == [0, 1]
-    assert "1 of 2 shards" in caplog.text
-
-
 def test_a_caption_key_that_no_row_has_is_refused(tmp_path):
     write_tar(tmp_path / "a.tar", {"a.png": png(1), "a.txt": b"a", "b.png": png(2), "b.json": b"{"})
-    with pytest.raises(ValueError, match="a.tar: no .json has a field 'captoin'; their fields: none"):
+    with pytest.raises(ValueError, match="a.tar: .*'captoin'.* none"):
         WebDataset(tmp_path / "a.tar", caption_key="captoin")
     write_tar(tmp_path / "b.tar", {"c.png": png(3), "c.json": b'{"caption": "c", "alt": null}'})
-    with pytest.raises(ValueError, match="no .json has a field 'captoin'; their fields: caption, alt. .*caption_key"):
+    with pytest.raises(ValueError, match="'captoin'.* caption, alt. .*caption_key"):
         WebDataset(tmp_path, caption_key="captoin")
     assert WebDataset(tmp_path, caption_key="alt").captions(2) == ("",)
 
 
-def test_only_one_image_a_row_and_rows_without_image(tmp_path, caplog):
+def test_names_without_an_image_of_their_own_are_counted(tmp_path, caplog):
     members = {"x/a.seg.png": png(9), "x/a.jpg": png(1), "x/a.png": png(2), "y/a.jpg": png(3), "lonely.txt": b"?"}
     write_tar(tmp_path / "a.tar", members)
     assert contents(WebDataset(tmp_path)) == [(1, ""), (3, "")]
     assert "3 of 5 names" in caplog.text and "x/a.png" in caplog.text and "lonely" in caplog.text
     assert contents(WebDataset(tmp_path, image_key="seg.png")) == [(9, "")]
-
-
-def test_images_with_further_dots_are_counted(tmp_path, caplog):
+    # An ending begins at a name's first dot.
     dotted = {"b.v2.jpg": png(2), "b.v2.txt": b"b", "x.y/St. Ives.JPG": png(3), "._a.jpg": b"", "c.jpg.part": b""}
     write_tar(tmp_path / "a.tar", dotted)
-    reason = r"1 shards; endings begin at a name's first dot, which leaves out .*a.tar: b.v2.jpg: .*image_key"
-    with pytest.raises(ValueError, match=reason):
+    with pytest.raises(ValueError, match="1 shards; .*a.tar: b.v2.jpg: .*image_key"):
         WebDataset(tmp_path)
     write_tar(tmp_path / "a.tar", {"x.y/a.jpg": png(1)} | dotted)
     assert contents(WebDataset(tmp_path)) == [(1, "")]
@@ -191,45 +159,34 @@ def test_a_broken_image_is_a_row_that_cannot_be_read(tmp_path):
     dataset = WebDataset(tmp_path)
     assert dataset[0].captions == ("",) and dataset.captions(1) == ("b",)
     for row, name in ((1, "b"), (2, "c")):
-        with pytest.raises(UnreadableRowError, match=f"{name} in .*a.tar' cannot be read as an image"):
+        with pytest.raises(UnreadableRowError, match=f"{name} in .*a.tar'"):
             dataset[row]
+    (tmp_path / "a.tar").write_bytes(b"")
+    with pytest.raises(UnreadableRowError, match="shorter than when it was opened"):
+        dataset[0]
 
 
 def test_a_truncated_shard_keeps_the_rows_before_the_cut(shards, caplog):
     whole = (shards / "00000.tar").read_bytes()
     second = whole.index(b"000000011.json")
-    (shards / "00000.tar").write_bytes(whole[:second])  # row 11 has its image, and has lost its caption
-    assert contents(WebDataset(shards)) == [EXPECTED[0], *EXPECTED[3:]]
+    # Row 11 has its image, and has lost its captions, half of its first caption's file, or a header.
+    for content in (whole[:second], whole[: second + 700], whole[:second] + b"?" * 512 + whole[second + 512 :]):
+        (shards / "00000.tar").write_bytes(content)
+        assert contents(WebDataset(shards)) == [EXPECTED[0], *EXPECTED[3:]]
     assert "1 of 2 shards" in caplog.text and "00000.tar" in caplog.text and "without the mark" in caplog.text
-    (shards / "00000.tar").write_bytes(whole[: second + 700])
-    assert contents(WebDataset(shards)) == [EXPECTED[0], *EXPECTED[3:]]
-    (shards / "00000.tar").write_bytes(whole[:second] + b"?" * 512 + whole[second + 512 :])
-    assert contents(WebDataset(shards)) == [EXPECTED[0], *EXPECTED[3:]]
     assert "there is no header at byte" in caplog.text
-
-
-def test_a_shard_that_shrinks_later(shards):
-    dataset = WebDataset(shards)
-    (shards / "00000.tar").write_bytes(b"")
-    with pytest.raises(UnreadableRowError, match="shorter than when it was opened"):
-        dataset[0]
-
-
-def test_no_tar_at_all(tmp_path):
-    (tmp_path / "a.tar").write_bytes(b"\x1f\x8b compressed" * 100)
-    with pytest.raises(ValueError, match="no image in 1 shards; .*a.tar.*not an uncompressed tar file"):
-        WebDataset(tmp_path)
+    # A shard's only row is known to be cut by what rows of the other shards have.
+    only = write_shard(shards / "00000.tar", 5).read_bytes()
+    for member in (b"000000005.json", b"000000005.txt"):
+        (shards / "00000.tar").write_bytes(only[: only.index(member)])
+        assert contents(WebDataset(shards)) == EXPECTED[3:]
 
 
 def test_fingerprint_sees_images_captions_and_keys(tmp_path):
     seen = set()
-    for members in (
-        {"a.png": png(1), "a.txt": b"a", "b.png": png(2)},
-        {"a.png": png(3), "a.txt": b"a", "b.png": png(2)},
-        {"a.png": png(1), "a.txt": b"x", "b.png": png(2)},
-        {"a.png": png(1), "a.txt": b"a", "c.png": png(2)},
-    ):
-        write_tar(tmp_path / "a.tar", members)
+    original = {"a.png": png(1), "a.txt": b"a", "b.png": png(2)}
+    for change in ({}, {"a.png": png(3)}, {"a.txt": b"x"}, {"b.png": b"", "c.png": png(2)}):
+        write_tar(tmp_path / "a.tar", {name: content for name, content in (original | change).items() if content})
         seen.add(WebDataset(tmp_path).fingerprint())
         assert WebDataset(tmp_path).fingerprint() in seen
     seen.add(WebDataset(tmp_path, resolution=4).fingerprint())
@@ -251,6 +208,8 @@ def test_the_index_agrees_with_tarfile(tmp_path, form):
         for length, name in enumerate(names):
             entry = tarfile.TarInfo(name)
             entry.size = length * 511
+            if form == tarfile.PAX_FORMAT:
+                entry.pax_headers = {"size": str(entry.size)}
             archive.addfile(entry, io.BytesIO(bytes(entry.size)))
     with tarfile.open(path) as archive:
         expected = [(entry.name, entry.offset_data, entry.size) for entry in archive if entry.isreg()]
@@ -258,17 +217,6 @@ def test_the_index_agrees_with_tarfile(tmp_path, form):
     assert index.damage is None
     assert [(name, part.offset, part.size) for name, part in index.members] == expected
     assert [name for name, _, _ in expected] == names
-
-
-def test_sizes_in_extended_attributes_and_binary(tmp_path):
-    path = tmp_path / "a.tar"
-    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as archive:
-        entry = tarfile.TarInfo("a.jpg")
-        entry.size, entry.pax_headers = 700, {"size": "700"}
-        archive.addfile(entry, io.BytesIO(bytes(700)))
-        archive.addfile(tarfile.TarInfo("b.jpg"))
-    names = [(name, part.size) for name, part in index_tar(path).members]
-    assert names == [("a.jpg", 700), ("b.jpg", 0)]
 
 
 @pytest.mark.parametrize("size", [b"\x80" + b"\xff" * 11, b"77777777777\0", b"\xff" * 12, b"0000000zz00\0"])
@@ -300,9 +248,5 @@ def test_any_damage_leaves_parts_within_the_file(tmp_path, position, noise, fix_
     index = index_tar(path)
     assert index.damage is None or isinstance(index.damage, str)
     assert all(0 <= part.offset and part.offset + part.size <= len(content) for _, part in index.members)
-    try:
-        dataset = WebDataset(path)
-    except ValueError as error:
-        assert "no image" in str(error)
-    else:
-        assert all(isinstance(dataset.captions(index)[0], str) for index in range(len(dataset)))
+    captions = captions_or_message(WebDataset, path)
+    assert not isinstance(captions, str) or "no image" in captions

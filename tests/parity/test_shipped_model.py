@@ -55,8 +55,8 @@ def test_folder_is_small_and_whole():
     assert "CC BY-SA 4.0" in (FOLDER / "CREDIT").read_text()
 
 
-def test_shipped_stages_fit_the_model_and_recomputing_gives_the_same_losses(pipeline, tmp_path):
-    dataset = open_dataset("openmoji", tmp_path / "data")
+def test_shipped_stages_fit_the_model_and_recomputing_gives_the_same_losses(pipeline, openmoji_dir, tmp_path):
+    dataset = open_dataset("openmoji", openmoji_dir)
     config = method_config()
     run = Run(pipeline, dataset, StageRoot(tmp_path / "work", FOLDER / "stages"))
     for name in (
