@@ -12,14 +12,9 @@ TIMESTEPS = np.array([0, 300, 600, 999], np.int32)
 H, W, C, L, D = 4, 5, 3, 2, 6
 
 
-def predict(params, noisy, timestep, text):
-    """A small nonlinear model that mixes its inputs."""
-    context = jnp.mean(text @ params["text"], axis=0)
-    return jnp.tanh(noisy @ params["mix"] + context + timestep * params["time"])
-
-
-def numpy_predict(params, noisy, timestep, text):
-    context = (text @ params["text"]).mean(axis=0)
+def predict(params, noisy, timestep, text, np=jnp):
+    """A small nonlinear model that mixes its inputs, in JAX or numpy."""
+    context = np.mean(text @ params["text"], axis=0)
     return np.tanh(noisy @ params["mix"] + context + timestep * params["time"])
 
 
@@ -45,7 +40,7 @@ def reference(schedule, example, mask=None):
         target = noise
         if schedule.prediction_type == "v_prediction":
             target = np.sqrt(alpha) * noise - np.sqrt(1 - alpha) * example["latents"]
-        error = (numpy_predict(example["params"], noisy, t, example["text"]) - target) ** 2
+        error = (predict(example["params"], noisy, t, example["text"], np) - target) ** 2
         losses.append((weights * error).sum() / (weights.sum() * C))
     return np.array(losses)
 
@@ -104,16 +99,13 @@ def test_an_empty_mask_gives_zero_loss_and_gradient_in_jit(example):
 
 
 def test_half_precision_models_are_reduced_in_float32(example):
-    schedule = NoiseSchedule.from_config({})
-    arguments = cast(example, jnp.float32)
-    arguments["noise"] = jnp.full_like(arguments["noise"], 0.0)
-    arguments["noise"] = arguments["noise"].at[..., 0].set(1e-4)
-
     def zero(params, noisy, timestep, text):
         return jnp.zeros(noisy.shape, jnp.float16)
 
-    arguments = {k: v.astype(jnp.float16) if k in ("latents", "noise") else v for k, v in arguments.items()}
-    losses = denoising_losses(zero, schedule=schedule, **arguments)
+    arguments = cast(example, jnp.float32)
+    noise = jnp.zeros(arguments["noise"].shape, jnp.float16).at[..., 0].set(1e-4)
+    arguments |= {"noise": noise, "latents": arguments["latents"].astype(jnp.float16)}
+    losses = denoising_losses(zero, schedule=NoiseSchedule.from_config({}), **arguments)
     assert losses.dtype == jnp.float32
     np.testing.assert_allclose(losses, np.float64(np.float16(1e-4)) ** 2 / C, rtol=1e-5)  # 1e-8 is 0 in float16
 
@@ -127,14 +119,16 @@ def test_text_is_not_batched_over_timesteps(example):
     assert sorted(shapes) == [(L, C), (len(TIMESTEPS), H, W, C)]
 
 
-def test_bad_shapes(example):
-    schedule = NoiseSchedule.from_config({})
-    arguments = cast(example, jnp.float32)
-    with pytest.raises(ValueError, match=r"timesteps has shape \(\)"):
-        denoising_losses(predict, schedule=schedule, **{**arguments, "timesteps": 0})
-    with pytest.raises(ValueError, match=r"noise has shape \(4, 5, 3\); expected .*\(4, 4, 5, 3\)"):
-        denoising_losses(predict, schedule=schedule, **{**arguments, "noise": arguments["noise"][0]})
-    with pytest.raises(ValueError, match=r"mask has shape \(5, 4\); expected \(4, 5\)"):
-        denoising_losses(predict, schedule=schedule, mask=np.ones((W, H)), **arguments)
-    with pytest.raises(ValueError, match=r"predict returned shape \(4, 5, 1\)"):
-        denoising_losses(lambda *a: predict(*a)[..., :1], schedule=schedule, **arguments)
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"timesteps": 0}, r"timesteps .*\(\)"),
+        ({"noise": np.zeros((H, W, C))}, r"noise .*\(4, 5, 3\).*\(4, 4, 5, 3\)"),
+        ({"mask": np.ones((W, H))}, r"mask .*\(5, 4\).*\(4, 5\)"),
+        ({"predict": lambda *arguments: predict(*arguments)[..., :1]}, r"predict .*\(4, 5, 1\)"),
+    ],
+)
+def test_bad_shapes(example, changes, named):
+    arguments = {"predict": predict, "schedule": NoiseSchedule.from_config({})} | cast(example, jnp.float32) | changes
+    with pytest.raises(ValueError, match=named):
+        denoising_losses(arguments.pop("predict"), **arguments)

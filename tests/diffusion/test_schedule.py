@@ -9,12 +9,10 @@ import torch
 
 from attrib_jax.diffusion.schedule import NoiseSchedule, strided_timesteps
 
+SCALED_LINEAR = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 # The scheduler of Stable Diffusion 1.4, as shipped.
-SD14 = {
+SD14 = SCALED_LINEAR | {
     "_class_name": "PNDMScheduler",
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
     "num_train_timesteps": 1000,
     "set_alpha_to_one": False,
     "skip_prk_steps": True,
@@ -30,7 +28,7 @@ SD14 = {
         {},
         {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"},
         SD14,
-        {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 37},
+        {**SCALED_LINEAR, "num_train_timesteps": 37},
         {"beta_schedule": "squaredcos_cap_v2", "num_train_timesteps": 100},
         {"trained_betas": [0.1, 0.2, 0.5], "num_train_timesteps": 3},
         {"num_train_timesteps": 1},
@@ -46,13 +44,7 @@ def test_alphas_cumprod_is_diffusers_to_the_bit(config):
 
 @pytest.mark.parametrize("cls", ["DDIMScheduler", "EulerDiscreteScheduler"])
 def test_zero_terminal_snr(cls):
-    config = {
-        "rescale_betas_zero_snr": True,
-        "beta_schedule": "scaled_linear",
-        "beta_start": 0.00085,
-        "beta_end": 0.012,
-        "prediction_type": "v_prediction",
-    }
+    config = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction", **SCALED_LINEAR}
     schedule = NoiseSchedule.from_config({"_class_name": cls, **config})
     reference = getattr(diffusers, cls)(**config).alphas_cumprod.numpy()
     np.testing.assert_allclose(schedule.alphas_cumprod, reference, rtol=2e-6, atol=1e-9)
@@ -61,28 +53,13 @@ def test_zero_terminal_snr(cls):
 
 @pytest.mark.parametrize(
     "name",
-    [
-        "DDIMScheduler",
-        "DDPMScheduler",
-        "PNDMScheduler",
-        "LCMScheduler",
-        "TCDScheduler",
-        "HeunDiscreteScheduler",
-        "KDPM2DiscreteScheduler",
-        "KDPM2AncestralDiscreteScheduler",
-        "EulerDiscreteScheduler",
-        "EulerAncestralDiscreteScheduler",
-        "LMSDiscreteScheduler",
-        "DEISMultistepScheduler",
-        "DPMSolverMultistepScheduler",
-        "DPMSolverSinglestepScheduler",
-        "UniPCMultistepScheduler",
-    ],
+    "DDIM DDPM PNDM LCM TCD HeunDiscrete KDPM2Discrete KDPM2AncestralDiscrete EulerDiscrete EulerAncestralDiscrete "
+    "LMSDiscrete DEISMultistep DPMSolverMultistep DPMSolverSinglestep UniPCMultistep".split(),
 )
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_absent_keys_take_the_defaults_of_the_class(name):
-    schedule = NoiseSchedule.from_config({"_class_name": name})
-    reference = getattr(diffusers, name)()
+    schedule = NoiseSchedule.from_config({"_class_name": f"{name}Scheduler"})
+    reference = getattr(diffusers, f"{name}Scheduler")()
     np.testing.assert_allclose(schedule.alphas_cumprod, reference.alphas_cumprod.numpy(), rtol=1e-6)
     for field in ("set_alpha_to_one", "steps_offset", "timestep_spacing", "clip_sample", "prediction_type"):
         if field in reference.config:
@@ -107,13 +84,20 @@ def test_add_noise_and_target_are_diffusers(prediction_type):
         np.testing.assert_allclose(noisy, expected, rtol=1e-14, atol=1e-14)
         np.testing.assert_allclose(schedule.target(latents, noise, timesteps), expected_target, rtol=1e-14, atol=1e-14)
 
-    single = np.float32(latents), np.float32(noise)
+    single, atol = (np.float32(latents), np.float32(noise)), 1e-6
     assert schedule.add_noise(*single, timesteps).dtype == jnp.float32
-    np.testing.assert_allclose(schedule.add_noise(*single, timesteps), expected, atol=1e-6)
-    np.testing.assert_allclose(schedule.add_noise(single[0][2], single[1][2], 500), expected[2], atol=1e-6)
+    np.testing.assert_allclose(schedule.add_noise(*single, timesteps), expected, atol=atol)
+    np.testing.assert_allclose(schedule.add_noise(single[0][2], single[1][2], 500), expected[2], atol=atol)
     one_latent = np.broadcast_to(latents[0], latents.shape).copy()
     expected_one = reference.add_noise(torch.from_numpy(one_latent), *arguments[1:]).numpy()
-    np.testing.assert_allclose(schedule.add_noise(single[0][0], single[1], timesteps), expected_one, atol=1e-6)
+    np.testing.assert_allclose(schedule.add_noise(single[0][0], single[1], timesteps), expected_one, atol=atol)
+
+    # Half precision keeps the noise of the first timesteps.
+    half = jnp.zeros((2, 4, 4, 3), jnp.bfloat16)
+    noisy = schedule.add_noise(half, half + 1, np.array([0, 1]))
+    assert noisy.dtype == jnp.bfloat16
+    of_noise = np.sqrt(1 - np.asarray(schedule.alphas_cumprod[:2], np.float64))
+    np.testing.assert_allclose(np.asarray(noisy, np.float64)[:, 0, 0, 0], of_noise, rtol=2**-8)
 
 
 def test_a_timestep_out_of_range_is_nan_and_shapes_are_checked():
@@ -138,19 +122,19 @@ def test_config_round_trip_and_pytree():
 
 
 @pytest.mark.parametrize(
-    ("config", "message"),
+    ("config", "named"),
     [
         ({"prediction_type": "sample"}, "prediction_type is 'sample'.*epsilon, v_prediction"),
-        ({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}, "FlowMatchEuler.*not known.*beta_start"),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}, "FlowMatchEuler.*beta_start"),
         ({"beta_schedule": "sigmoid"}, "beta_schedule is 'sigmoid'"),
         ({"timestep_spacing": "karras"}, "timestep_spacing is 'karras'"),
-        ({"trained_betas": [0.1, 0.2]}, r"trained_betas has shape \(2,\)"),
-        ({"beta_end": 1.5}, r"betas run from .* to 1.5.*\[0, 1\]"),
+        ({"trained_betas": [0.1, 0.2]}, r"trained_betas .*\(2,\)"),
+        ({"beta_end": 1.5}, r"betas .* 1.5.*\[0, 1\]"),
         ({"num_train_timesteps": 0}, "num_train_timesteps is 0"),
     ],
 )
-def test_unsupported_configs_are_errors(config, message):
-    with pytest.raises(ValueError, match=message):
+def test_unsupported_configs_are_errors(config, named):
+    with pytest.raises(ValueError, match=named):
         NoiseSchedule.from_config(config)
 
 
@@ -166,12 +150,3 @@ def test_strided_timesteps():
 def test_bad_stride(stride):
     with pytest.raises(ValueError, match=f"stride is {stride}"):
         strided_timesteps(stride)
-
-
-def test_half_precision_keeps_the_noise_of_the_first_timesteps():
-    schedule = NoiseSchedule.from_config(SD14)
-    zeros, ones = jnp.zeros((2, 4, 4, 3), jnp.bfloat16), jnp.ones((2, 4, 4, 3), jnp.bfloat16)
-    noisy = schedule.add_noise(zeros, ones, np.array([0, 1]))
-    assert noisy.dtype == jnp.bfloat16
-    expected = np.sqrt(1 - np.asarray(schedule.alphas_cumprod[:2], np.float64))
-    np.testing.assert_allclose(np.asarray(noisy, np.float64)[:, 0, 0, 0], expected, rtol=2**-8)

@@ -52,7 +52,7 @@ def test_captions_are_drawn_evenly_and_dropped_as_often_as_asked():
     def predict(params, noisy, timestep, text):
         return noise_of(STILL, noisy, timestep) + text[0, 0]
 
-    # Half of the pictures have one caption, of tokens 1, the others a second one, of tokens 2; 100 is padding.
+    # Half of the images have one caption, of tokens 1, the others a second one, of tokens 2; 100 is padding.
     input_ids = np.tile(np.array([[[1, 1], [100, 100]], [[1, 1], [2, 2]]]), (32, 1, 1))
     num_captions = np.tile([1, 2], 32)
     latents = np.zeros((64, 2, 4, 4, 2), np.float32)
@@ -62,7 +62,7 @@ def test_captions_are_drawn_evenly_and_dropped_as_often_as_asked():
         assert abs(mean - (dropout * 16 + (1 - dropout) * kept)) < 5 * error
 
 
-def test_half_of_the_pictures_are_mirrored():
+def test_half_of_the_images_are_mirrored():
     def predict(params, noisy, timestep, text):
         return noise_of(STILL, noisy, timestep)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from attrib_jax.core.keys import purpose_key
-from attrib_jax.diffusion.samplers import ddim_timesteps, ddpm_step, sample
+from attrib_jax.diffusion.samplers import ddim_timesteps, sample
 from attrib_jax.diffusion.schedule import NoiseSchedule
 
 B, H, W, C, L, D = 3, 4, 5, 4, 2, 6
@@ -63,7 +63,7 @@ def diffusers_loop(scheduler, inputs, num_steps, guidance_scale, **step_argument
     return latents.movedim(1, -1).numpy()
 
 
-def assert_same_pictures(scheduler, schedule, inputs, num_steps, **step_arguments):
+def assert_same_images(scheduler, schedule, inputs, num_steps, **step_arguments):
     """float64 on both sides: a wrong coefficient shows far above rounding, which the steps amplify."""
     wide = jax.tree.map(np.float64, inputs)
     eta = {"eta": step_arguments["eta"]} if "eta" in step_arguments else {}
@@ -109,24 +109,35 @@ def test_trailing_timesteps_never_go_below_zero(num_steps):
     assert (np.diff(timesteps) < 0).all()
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize(
-    "config, num_steps",
-    [
-        (OFFSET, 20),
-        ({**STABLE, "timestep_spacing": "trailing"}, 10),
-        ({**STABLE, "timestep_spacing": "linspace"}, 7),
-        ({"clip_sample": True, "clip_sample_range": 1.5}, 10),
-    ],
-    ids=["leading-offset", "trailing", "linspace", "clipped"],
-)
-def test_ddim_is_diffusers(inputs, config, num_steps, prediction_type):
-    config = {**config, "prediction_type": prediction_type}
+PREDICTIONS = ("epsilon", "v_prediction")
+SPACINGS = {
+    "leading-offset": (OFFSET, 20),
+    "trailing": ({**STABLE, "timestep_spacing": "trailing"}, 10),
+    "linspace": ({**STABLE, "timestep_spacing": "linspace"}, 7),
+    "clipped": ({"clip_sample": True, "clip_sample_range": 1.5}, 10),
+}
+DDIM = {
+    f"{name}-{prediction}": ({**config, "prediction_type": prediction}, num_steps, None)
+    for name, (config, num_steps) in SPACINGS.items()
+    for prediction in PREDICTIONS
+}
+# Stable Diffusion 1 ships a PNDM config: read by either library's DDIM it gives one image.
+DDIM["pndm"] = ({"_class_name": "PNDMScheduler", "skip_prk_steps": True, "trained_betas": None, **OFFSET}, 10, None)
+NOISY = {**STABLE, "timestep_spacing": "leading", "steps_offset": 1}
+DDIM |= {f"noise-{eta}": (NOISY, 10, eta) for eta in (0.5, 1.0)}
+
+
+@pytest.mark.parametrize(("config", "num_steps", "eta"), DDIM.values(), ids=DDIM)
+def test_ddim_is_diffusers(inputs, monkeypatch, config, num_steps, eta):
+    arguments = {}
+    if eta is not None:
+        arguments = {"eta": eta, "key": purpose_key(3, "sample")}
+        inject_noise(monkeypatch, diffusers.schedulers.scheduling_ddim, arguments["key"], num_steps)
     schedule = NoiseSchedule.from_config(config)
-    assert_same_pictures(diffusers.DDIMScheduler(**config), schedule, inputs, num_steps)
+    assert_same_images(diffusers.DDIMScheduler.from_config(config), schedule, inputs, num_steps, **arguments)
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("prediction_type", PREDICTIONS)
 def test_float32_ddim_is_diffusers(inputs, prediction_type):
     config = {**OFFSET, "prediction_type": prediction_type}
     expected = diffusers_loop(diffusers.DDIMScheduler(**config), inputs, 20, 3.0)
@@ -145,29 +156,13 @@ def test_zero_terminal_snr_starts_from_pure_noise_as_in_diffusers(inputs, num_st
     actual = sample(predict, schedule=schedule, num_steps=num_steps, guidance_scale=3.0, **inputs)
     # The rescaled levels agree to 5e-7 only.
     np.testing.assert_allclose(actual, expected, atol=1e-4 * np.abs(expected).max())
-    ancestral = sample(
-        predict, schedule=schedule, num_steps=50, guidance_scale=3.0, sampler="ddpm", key=jax.random.key(0), **inputs
-    )
-    assert np.isfinite(ancestral).all()
+    settings = {"sampler": "ddpm", "key": purpose_key(0, "sample")}
+    assert np.isfinite(
+        sample(predict, schedule=schedule, num_steps=num_steps, guidance_scale=3.0, **settings, **inputs)
+    ).all()
 
 
-def test_ddim_of_a_pndm_config_is_diffusers_ddim(inputs):
-    """Stable Diffusion 1 ships a PNDM config: read by either library's DDIM it gives one picture."""
-    config = {"_class_name": "PNDMScheduler", "skip_prk_steps": True, "trained_betas": None, **OFFSET}
-    schedule = NoiseSchedule.from_config(config)
-    assert_same_pictures(diffusers.DDIMScheduler.from_config(config), schedule, inputs, 10)
-
-
-@pytest.mark.parametrize("eta", [0.5, 1.0])
-def test_ddim_with_noise_is_diffusers(inputs, monkeypatch, eta):
-    key = purpose_key(3, "sample")
-    config = {**STABLE, "timestep_spacing": "leading", "steps_offset": 1}
-    inject_noise(monkeypatch, diffusers.schedulers.scheduling_ddim, key, 10)
-    schedule = NoiseSchedule.from_config(config)
-    assert_same_pictures(diffusers.DDIMScheduler(**config), schedule, inputs, 10, eta=eta, key=key)
-
-
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("prediction_type", PREDICTIONS)
 @pytest.mark.parametrize("config", [OFFSET, {"clip_sample": True}], ids=["offset", "clipped"])
 def test_ddpm_is_diffusers(inputs, monkeypatch, config, prediction_type):
     config = {**config, "prediction_type": prediction_type}
@@ -175,40 +170,13 @@ def test_ddpm_is_diffusers(inputs, monkeypatch, config, prediction_type):
     inject_noise(monkeypatch, diffusers.schedulers.scheduling_ddpm, key, 20)
     scheduler = diffusers.DDPMScheduler(**{k: v for k, v in config.items() if k != "set_alpha_to_one"})
     schedule = NoiseSchedule.from_config({"_class_name": "DDPMScheduler", **config})
-    assert_same_pictures(scheduler, schedule, inputs, 20, sampler="ddpm", key=key)
-
-
-@pytest.mark.parametrize("timestep", [0, 50, 950])
-def test_ddpm_step_is_diffusers_step(inputs, monkeypatch, timestep):
-    rng = np.random.default_rng(timestep)
-    output, noise = rng.normal(size=(2, B, H, W, C)).astype(np.float32)
-    scheduler = diffusers.DDPMScheduler(**STABLE)
-    scheduler.set_timesteps(20)
-    module = diffusers.schedulers.scheduling_ddpm
-    monkeypatch.setattr(module, "randn_tensor", lambda *args, **kwargs: channels_first(noise))
-    latents = channels_first(inputs["initial_latents"])
-    expected = scheduler.step(channels_first(output), timestep, latents).prev_sample
-
-    schedule = NoiseSchedule.from_config({"_class_name": "DDPMScheduler", **STABLE})
-    alpha = schedule.alphas_cumprod[timestep]
-    previous = schedule.alphas_cumprod[timestep - 50] if timestep else jnp.float32(1)
-    actual = ddpm_step(schedule, output, inputs["initial_latents"], alpha, previous, noise * (timestep > 0))
-    np.testing.assert_allclose(actual, expected.movedim(1, -1).numpy(), rtol=1e-5, atol=1e-5)
+    assert_same_images(scheduler, schedule, inputs, 20, sampler="ddpm", key=key)
 
 
 def test_guidance_of_one_is_the_conditional_model_alone(inputs):
-    schedule = NoiseSchedule.from_config(OFFSET)
-    widths = []
-
-    def watched(params, noisy, timestep, text):
-        jax.debug.callback(lambda _: widths.append(1), noisy[0, 0, 0])
-        return predict(params, noisy, timestep, text)
-
-    arguments = {**inputs, "negative_text": None}
-    plain = sample(watched, schedule=schedule, num_steps=5, guidance_scale=1.0, **arguments)
-    jax.effects_barrier()
-    assert len(widths) == 5 * B
-    guided = sample(predict, schedule=schedule, num_steps=5, guidance_scale=jnp.float32(1.0), **inputs)
+    settings = {"schedule": NoiseSchedule.from_config(OFFSET), "num_steps": 5}
+    plain = sample(predict, guidance_scale=1.0, **settings, **{**inputs, "negative_text": None})
+    guided = sample(predict, guidance_scale=jnp.float32(1.0), **settings, **inputs)
     np.testing.assert_allclose(plain, guided, atol=1e-5)
 
 
@@ -226,43 +194,39 @@ def test_an_image_does_not_depend_on_the_batch_and_keys_matter(inputs):
     assert np.abs(alike[0] - alike[1]).max() > 0.1
 
 
-def test_negative_text_may_be_batched_and_sampling_nests_in_jit_and_float64(inputs):
+def test_negative_text_may_be_batched_and_sampling_nests_in_jit(inputs):
     schedule = NoiseSchedule.from_config(OFFSET)
+
+    @jax.jit
+    def run(schedule, inputs, guidance_scale):
+        return sample(predict, schedule=schedule, num_steps=5, guidance_scale=guidance_scale, **inputs)
+
     expected = sample(predict, schedule=schedule, num_steps=5, guidance_scale=2.0, **inputs)
     batched = {**inputs, "negative_text": np.broadcast_to(inputs["negative_text"], (B, L, D))}
-    np.testing.assert_array_equal(
-        sample(predict, schedule=schedule, num_steps=5, guidance_scale=2.0, **batched), expected
-    )
-    nested = jax.jit(lambda s, i, g: sample(predict, schedule=s, num_steps=5, guidance_scale=g, **i))
-    np.testing.assert_allclose(nested(schedule, inputs, 2.0), expected, atol=1e-5)
-    with jax.enable_x64(True):
-        wide = jax.tree.map(np.float64, inputs)
-        latents = sample(predict, schedule=schedule, num_steps=5, guidance_scale=2.0, **wide)
-        assert latents.dtype == jnp.float64
-        np.testing.assert_allclose(latents, expected, atol=1e-4)
+    np.testing.assert_allclose(run(schedule, batched, 2.0), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(
-    "changes, config, message",
+    "changes, config, named",
     [
-        ({"sampler": "euler"}, {}, "sampler is 'euler'; expected one of ddim, ddpm"),
-        ({"num_steps": 0}, {}, "num_steps is 0; expected an integer from 1 to 1000"),
+        ({"sampler": "euler"}, {}, "sampler.*'euler'.*ddim, ddpm"),
+        ({"num_steps": 0}, {}, "num_steps is 0"),
         ({"num_steps": 1001}, {}, "num_steps is 1001"),
-        ({"num_steps": 1000}, {"steps_offset": 1}, "steps_offset 1 starts at timestep 1000 of 1000"),
-        ({"negative_text": None}, {}, "negative_text is None, but guidance_scale is 2.0"),
+        ({"num_steps": 1000}, {"steps_offset": 1}, "steps_offset"),
+        ({"negative_text": None}, {}, "negative_text is None.*guidance_scale is 2.0"),
         ({"eta": 2.0}, {}, "eta is 2.0"),
         ({"eta": 0.5}, {}, "key is None"),
         ({"sampler": "ddpm"}, {}, "key is None"),
-        ({"sampler": "ddpm", "eta": 0.5}, {}, "eta is 0.5, but sampler is 'ddpm'"),
+        ({"sampler": "ddpm", "eta": 0.5}, {}, "eta is 0.5.*'ddpm'"),
         ({"sampler": "ddpm"}, {"variance_type": "learned"}, "variance_type is 'learned'"),
         ({}, {"thresholding": True}, "thresholding"),
         ({}, {"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr"),
-        ({"initial_latents": np.zeros((H, W, C))}, {}, "initial_latents has shape"),
-        ({"text": np.zeros((1, L, D))}, {}, r"text has shape \(1, 2, 6\); expected .* B = 3"),
-        ({"negative_text": np.zeros((L, 1))}, {}, r"negative_text has shape \(2, 1\)"),
+        ({"initial_latents": np.zeros((H, W, C))}, {}, r"initial_latents .*\(4, 5, 4\)"),
+        ({"text": np.zeros((1, L, D))}, {}, r"text .*\(1, 2, 6\)"),
+        ({"negative_text": np.zeros((L, 1))}, {}, r"negative_text .*\(2, 1\)"),
     ],
 )
-def test_bad_arguments(inputs, changes, config, message):
+def test_bad_arguments(inputs, changes, config, named):
     arguments = {**inputs, "num_steps": 5, "guidance_scale": 2.0, **changes}
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=named):
         sample(predict, schedule=NoiseSchedule.from_config(config), **arguments)

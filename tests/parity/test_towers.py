@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from attrib_jax.methods.feature_settings import default_tower
 from safetensors.torch import load_file
 
 from attrib_jax.attribution.features import pixel_features, text_features
 from attrib_jax.convert.tower import load_tower
+from attrib_jax.methods.features import default_tower
 from tests.towers import CLIP, DINO, DINOV2, save_torch_tower
 
 TOLERANCE = 1e-4
@@ -36,30 +36,28 @@ def image_features(tower, images):
         return tower.module.apply({"params": tower.params}, images, method="image_features")
 
 
-@pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
-def test_clip_matches_transformers(tmp_path, activation):
-    model = save_torch_tower("clip", tmp_path, hidden_act=activation)
+TEXTS = ["a red heart", "hat", ""]
+# Configs with eos_token_id 2, as the published CLIP's, do not tell the end token's real id: it is the largest.
+OLD_IDS = np.array([[5, 9, 30, 599, 7, 7, 7, 7], [5, 590, 2, 40, 41, 42, 2, 1]], np.int32)
+
+
+@pytest.mark.parametrize(
+    ("activation", "text_config", "ids"),
+    [("quick_gelu", {}, None), ("gelu", {}, None), ("quick_gelu", {"eos_token_id": 2}, OLD_IDS)],
+    ids=["quick_gelu", "gelu", "old"],
+)
+def test_clip_matches_transformers(tmp_path, activation, text_config, ids):
+    model = save_torch_tower("clip", tmp_path, hidden_act=activation, text_config=text_config)
     tower = load_tower(tmp_path)
     images = pixels(CLIP["vision_config"]["image_size"])
+    if ids is None:
+        ids = tower.tokenizer(TEXTS, padding="max_length", return_tensors="np")["input_ids"].astype(np.int32)
     with torch.no_grad():
         expected = model.get_image_features(torch_pixels(images)).pooler_output
+        expected_text = model.get_text_features(torch.from_numpy(ids).long()).pooler_output
     assert relative_error(image_features(tower, images), expected) < TOLERANCE
-    ids = tower.tokenizer(["a red heart", "hat", ""], padding="max_length", return_tensors="np")["input_ids"]
-    with torch.no_grad():
-        expected = model.get_text_features(torch.from_numpy(ids)).pooler_output
-    actual = tower.module.apply({"params": tower.params}, ids.astype(np.int32), method="text_features")
-    assert relative_error(actual, expected) < TOLERANCE
-
-
-def test_text_of_an_old_config_ends_at_its_largest_id(tmp_path):
-    """Configs with eos_token_id 2, as the published CLIP's, do not tell the end token's real id."""
-    model = save_torch_tower("clip", tmp_path, text_config={"eos_token_id": 2})
-    tower = load_tower(tmp_path)
-    ids = np.array([[5, 9, 30, 599, 7, 7, 7, 7], [5, 590, 2, 40, 41, 42, 2, 1]], np.int32)
-    with torch.no_grad():
-        expected = model.get_text_features(torch.from_numpy(ids).long()).pooler_output
     actual = tower.module.apply({"params": tower.params}, ids, method="text_features")
-    assert relative_error(actual, expected) < TOLERANCE
+    assert relative_error(actual, expected_text) < TOLERANCE
 
 
 @pytest.mark.parametrize("half", ["Vision", "Text"])
@@ -110,12 +108,10 @@ def test_dinov2_matches_transformers(tmp_path, side, swiglu):
 
 
 def test_the_shipped_tower_is_the_same_in_transformers():
-    """Its own pictures and texts, from the image processor and tokenizer of its folder on."""
+    """Its own images and texts, from the image processor and tokenizer of its folder on."""
     folder = default_tower("clip", "openmoji")
-    tower, model = (
-        load_tower(folder, "clip"),
-        transformers.CLIPModel.from_pretrained(folder, dtype=torch.float32).eval(),
-    )
+    tower = load_tower(folder, "clip")
+    model = transformers.CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()
     picture = np.random.default_rng(0).integers(0, 256, (1, 64, 64, 3), dtype=np.uint8)
     processor = transformers.CLIPImageProcessorPil.from_pretrained(folder)
     prepared = processor(picture[0], return_tensors="pt", input_data_format="channels_last")["pixel_values"]

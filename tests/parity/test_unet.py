@@ -149,18 +149,12 @@ def relative_error(value, reference: np.ndarray) -> float:
     return np.abs(np.asarray(value) - reference).max() / np.abs(reference).max()
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(np.float32, (1e-4, 1e-4)), (np.float64, (1e-9, 1e-8))])
 @pytest.mark.parametrize("case", CASES)
-def test_float32_forward_and_kv_gradients(case):
-    forward, gradients = compare(case, np.float32)
-    assert forward < 1e-4
-    assert gradients and max(gradients.values()) < 1e-4, gradients
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_float64_forward_and_kv_gradients(case):
-    forward, gradients = compare(case, np.float64)
-    assert forward < 1e-9
-    assert gradients and max(gradients.values()) < 1e-8, gradients
+def test_forward_and_kv_gradients_match_diffusers(case, dtype, tolerance):
+    forward, gradients = compare(case, dtype)
+    assert forward < tolerance[0]
+    assert gradients and max(gradients.values()) < tolerance[1], gradients
 
 
 # UNet parameters: METHOD.md section 6 for the MSCOCO model; the published SD 1.4 UNet has 859,520,964.
@@ -203,9 +197,9 @@ def test_num_attention_heads_takes_precedence():
 
 
 @pytest.mark.parametrize(
-    "overrides, message",
+    ("change", "named"),
     [
-        ({"_class_name": "UNet2DModel"}, "_class_name='UNet2DModel' is not supported"),
+        ({"_class_name": "UNet2DModel"}, "_class_name='UNet2DModel'"),
         ({"class_embed_type": "timestep"}, "class_embed_type='timestep'"),
         ({"addition_embed_type": "text_time"}, "addition_embed_type='text_time'"),
         ({"mid_block_type": "UNetMidBlock2DSimpleCrossAttn"}, "mid_block_type="),
@@ -215,33 +209,30 @@ def test_num_attention_heads_takes_precedence():
         ({"encoder_hid_dim": 12}, "encoder_hid_dim=12"),
         ({"dual_cross_attention": True}, "dual_cross_attention=True"),
         ({"attention_type": "gated"}, "attention_type='gated'"),
-        (
-            {"down_block_types": ["AttnDownBlock2D", "DownBlock2D"]},
-            "down_block_types has the unsupported 'AttnDownBlock2D'",
-        ),
-        ({"up_block_types": ["UpBlock2D"]}, "up_block_types has 1 entries"),
-        ({"attention_head_dim": [2, 4, 8]}, "attention_head_dim has 3 entries"),
-        ({"attention_head_dim": 5}, "number of heads attention_head_dim=5"),
-        ({"norm_num_groups": None}, "norm_num_groups must hold positive whole numbers, got None"),
-        ({"cross_attention_dim": [24, 24]}, "cross_attention_dim must hold positive whole numbers"),
+        ({"down_block_types": ["AttnDownBlock2D", "DownBlock2D"]}, "down_block_types .*'AttnDownBlock2D'"),
+        ({"up_block_types": ["UpBlock2D"]}, "up_block_types has 1 "),
+        ({"attention_head_dim": [2, 4, 8]}, "attention_head_dim has 3 "),
+        ({"attention_head_dim": 5}, "attention_head_dim=5"),
+        ({"norm_num_groups": None}, "norm_num_groups .* None"),
+        ({"cross_attention_dim": [24, 24]}, "cross_attention_dim"),
     ],
 )
-def test_unsupported_config_is_named(overrides, message):
-    with pytest.raises(ValueError, match=message.replace("[", r"\[")):
-        UNetConfig.from_dict(SD1 | overrides)
+def test_unsupported_config_is_named(change, named):
+    with pytest.raises(ValueError, match=named):
+        UNetConfig.from_dict(SD1 | change)
 
 
 @pytest.mark.parametrize(
-    "latents, text, message",
+    ("latents", "text", "named"),
     [
         ((1, 8, 8, 4), (1, 5, 23), r"text has shape \(1, 5, 23\)"),
         ((3, 8, 8, 4), (2, 5, 24), r"text has shape \(2, 5, 24\)"),
         ((1, 4, 8, 8), (1, 5, 24), r"latents has shape \(1, 4, 8, 8\)"),
     ],
 )
-def test_misshaped_input_is_named(latents, text, message):
+def test_misshaped_input_is_named(latents, text, named):
     module = UNet2DConditionModel(UNetConfig.from_dict(SD1))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=named):
         jax.eval_shape(module.init, jax.random.key(0), jnp.zeros(latents), 0, jnp.zeros(text))
 
 
@@ -261,9 +252,8 @@ def test_keys_and_values_are_computed_once_for_all_timesteps(text_mapped):
     steps = 3
     latents, timesteps = jnp.zeros((steps, 8, 8, 4)), jnp.arange(steps)
     text = jnp.zeros((steps, TEXT_LENGTH, 23) if text_mapped else (TEXT_LENGTH, 23))
-    params = jax.eval_shape(module.init, jax.random.key(0), latents, timesteps, jnp.zeros((steps, TEXT_LENGTH, 23)))[
-        "params"
-    ]
+    one = jnp.zeros((1, TEXT_LENGTH, 23))
+    params = jax.eval_shape(module.init, jax.random.key(0), latents[:1], timesteps[:1], one)["params"]
     predict = jax.vmap(predictor(module), in_axes=(None, 0, 0, 0 if text_mapped else None))
     traced = jax.make_jaxpr(predict)(params, latents, timesteps, text)
     assert traced.out_avals[0].shape == (steps, 8, 8, 4)
@@ -275,14 +265,15 @@ def test_keys_and_values_are_computed_once_for_all_timesteps(text_mapped):
 
 
 def test_predictor_is_the_batched_forward_of_one_example():
-    module = UNet2DConditionModel(UNetConfig.from_dict(SD1))
+    config = SD1 | {"block_out_channels": [16], "down_block_types": SD1["down_block_types"][:1]}
+    config |= {"up_block_types": SD1["up_block_types"][1:]}
+    module = UNet2DConditionModel(UNetConfig.from_dict(config))
     rng = np.random.default_rng(3)
     latents = rng.normal(size=(2, 8, 8, 4)).astype(np.float32)
     text = rng.normal(size=(TEXT_LENGTH, 24)).astype(np.float32)
     timesteps = np.array([7, 500])
-    params = flax_tree(torch_model(SD1, torch.float32).state_dict())
+    params = flax_tree(torch_model(config, torch.float32).state_dict())
     batched = jax.jit(module.apply)({"params": params}, latents, timesteps, np.stack([text, text]))
-    predict = jax.vmap(predictor(module), in_axes=(None, 0, 0, None))
-    mapped = jax.jit(predict)(params, latents, timesteps, text)
+    mapped = jax.jit(jax.vmap(predictor(module), in_axes=(None, 0, 0, None)))(params, latents, timesteps, text)
     np.testing.assert_allclose(mapped, batched, atol=1e-5)
     assert np.abs(mapped[0] - mapped[1]).max() > 0.1

@@ -84,35 +84,29 @@ def test_logvar_is_clipped_as_in_diffusers():
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_initialised_tree_has_exactly_the_torch_parameters(name):
+def test_parameters_and_config_are_those_of_diffusers(name):
     model = torch_model(name, "float32")
     images = jax.ShapeDtypeStruct((1, 8, 8, 3), np.float32)
     abstract = jax.eval_shape(module_of(model).init, jax.random.key(0, impl="threefry2x32"), images)["params"]
     assert jax.tree.map(np.shape, flax_tree(model.state_dict())) == jax.tree.map(lambda leaf: leaf.shape, abstract)
 
-
-def test_absent_keys_take_diffusers_defaults():
-    assert AutoencoderKLConfig.from_dict({}) == AutoencoderKLConfig.from_dict(dict(diffusers.AutoencoderKL().config))
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_config_round_trip_through_diffusers(name):
     config = AutoencoderKLConfig.from_dict(CONFIGS[name])
     assert AutoencoderKLConfig.from_dict(config.to_dict()) == config
-    rebuilt = diffusers.AutoencoderKL.from_config(config.to_dict())
-    assert {k: v.shape for k, v in rebuilt.state_dict().items()} == {
-        k: v.shape for k, v in torch_model(name, "float32").state_dict().items()
-    }
+    rebuilt = diffusers.AutoencoderKL.from_config(config.to_dict()).state_dict()
+    assert {k: v.shape for k, v in rebuilt.items()} == {k: v.shape for k, v in model.state_dict().items()}
+
+
+def test_absent_keys_take_diffusers_defaults():
+    with torch.device("meta"):
+        assert AutoencoderKLConfig.from_dict({}) == AutoencoderKLConfig.from_dict(
+            dict(diffusers.AutoencoderKL().config)
+        )
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"_class_name": "VQModel"}, "'VQModel' is not supported, expected 'AutoencoderKL'"),
-        ({"act_fn": "relu"}, "act_fn='relu'"),
-        ({"up_block_types": ["AttnUpDecoderBlock2D"]}, "up_block_types with.*AttnUpDecoderBlock2D"),
-    ],
+    "change", [{"_class_name": "VQModel"}, {"act_fn": "relu"}, {"up_block_types": ["AttnUpDecoderBlock2D"]}]
 )
-def test_unsupported_config_is_refused(change, message):
-    with pytest.raises(ValueError, match=message):
+def test_unsupported_config_is_refused(change):
+    (value,) = change.values()
+    with pytest.raises(ValueError, match=value[0] if isinstance(value, list) else value):
         AutoencoderKLConfig.from_dict(SD | change)
