@@ -34,8 +34,8 @@ def test_features_are_mapped_as_torch_maps_them(tmp_path, form):
 def test_the_published_files_have_a_mapping_for_either_side(tmp_path):
     sides = {"real_mapper": (WEIGHT, BIAS), "synth_mapper": (2 * WEIGHT, -BIAS)}
     state = {
-        name: {"weight": torch.from_numpy(weight), "bias": torch.from_numpy(bias)}
-        for name, (weight, bias) in sides.items()
+        name: dict(zip(("weight", "bias"), map(torch.from_numpy, arrays), strict=True))
+        for name, arrays in sides.items()
     }
     torch.save(state, tmp_path / "tuned.pth")
     head = load_head(tmp_path / "tuned.pth", 3)
@@ -45,30 +45,28 @@ def test_the_published_files_have_a_mapping_for_either_side(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arrays", "width", "message"),
+    ("arrays", "width", "named"),
     [
-        ({"w": WEIGHT}, 4, r"\(2, 3\).*features have width 4, so a matrix \(out, 4\)"),
-        ({"w": WEIGHT, "b": np.zeros(3, np.float32)}, 3, r"with a bias \(out,\)"),
-        ({"w": WEIGHT, "v": WEIGHT}, 3, r"expected one matrix \(out, 3\)"),
-        ({"b": BIAS}, 3, "expected one matrix"),
-        ({"w": WEIGHT * np.nan}, 3, "NaN or an infinity"),
-        ({"real_mapper.weight": WEIGHT}, 3, "a pair under real_mapper"),
-        ({"real_mapper.w": WEIGHT, "synth_mapper.w": WEIGHT, "w": WEIGHT}, 3, "synth_mapper.* alone"),
-        ({"real_mapper.w": WEIGHT, "synth_mapper.w": WEIGHT[:1]}, 3, "two mappings to one width"),
+        ({"w": WEIGHT}, 4, r"\(2, 3\).*\(out, 4\)"),
+        ({"w": WEIGHT, "b": np.zeros(3, np.float32)}, 3, "bias"),
+        ({"w": WEIGHT, "v": WEIGHT}, 3, r"\(out, 3\)"),
+        ({"b": BIAS}, 3, "matrix"),
+        ({"w": WEIGHT * np.nan}, 3, "NaN"),
+        ({"real_mapper.weight": WEIGHT}, 3, "real_mapper"),
+        ({"real_mapper.w": WEIGHT, "synth_mapper.w": WEIGHT, "w": WEIGHT}, 3, "synth_mapper"),
+        ({"real_mapper.w": WEIGHT, "synth_mapper.w": WEIGHT[:1]}, 3, "one width"),
+        ({"w": np.array([print], object)}, 3, "head.npz.*damaged"),
     ],
 )
-def test_other_contents_are_refused(tmp_path, arrays, width, message):
-    with pytest.raises(ValueError, match=message):
+def test_other_contents_are_refused(tmp_path, arrays, width, named):
+    with pytest.raises(ValueError, match=named):
         load_head(write(tmp_path / "head.npz", "npz", **arrays), width)
 
 
 def test_missing_and_damaged_files(tmp_path):
     for name in ("a.npz", "a.safetensors"):
-        with pytest.raises(FileNotFoundError, match=f"{name} does not exist"):
+        with pytest.raises(FileNotFoundError, match=name):
             load_head(tmp_path / name, 3)
     (tmp_path / "cut.npz").write_bytes(write(tmp_path / "head.npz", "npz", w=WEIGHT).read_bytes()[:60])
-    with pytest.raises(ValueError, match="damaged or no npz file"):
+    with pytest.raises(ValueError, match="cut.npz.*damaged"):
         load_head(tmp_path / "cut.npz", 3)
-    np.savez(tmp_path / "pickle.npz", w=np.array([print], object))
-    with pytest.raises(ValueError, match="damaged or no npz file"):
-        load_head(tmp_path / "pickle.npz", 3)
