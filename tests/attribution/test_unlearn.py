@@ -187,12 +187,15 @@ def test_only_the_selected_weights_move_and_all_of_them_do(subset):
         assert {name for name in before if (after[name] != before[name]).any()} == set(names)
 
 
+SGD = {"method": "sgd", "curvature": None, "num_examples": None}
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
         ({"curvature": None}, "curvature and num_examples"),
         ({"method": "adam"}, "'adam'"),
-        ({"method": "sgd", "curvature": None, "num_examples": None, "damping": 0.1}, "'sgd'.*damping"),
+        (SGD | {"damping": 0.1}, "'sgd'.*damping"),
         ({"method": "sgd", "num_examples": None}, "'sgd'.*curvature"),
         ({"steps": 0}, "steps is 0"),
         ({"draws": 0}, "draws is 0"),
@@ -202,7 +205,8 @@ def test_only_the_selected_weights_move_and_all_of_them_do(subset):
         ({"mask": np.zeros((4, 4))}, "no latent pixel"),
         *(({"mask": np.full((4, 4), value)}, r"mask .*\[0, 1\]") for value in (np.inf, -1, np.nan)),
         ({"key": jax.random.key(0, impl="rbg")}, "rbg"),
-        ({"latents": np.full(SHAPE, np.inf, np.float32)}, "step 1 of 1"),
+        ({"latents": np.full(SHAPE, np.inf, np.float32)}, "to_k/kernel .*NaN"),
+        ({"latents": np.full(SHAPE, np.inf, np.float32), **SGD}, "step 1 of 1"),
     ],
 )
 def test_bad_arguments_are_refused(changes, named):

@@ -11,7 +11,7 @@ import pytest
 from attrib_jax.core.weights import flatten_names, merge_weights, select_weights, unflatten_names
 from attrib_jax.curvature import fisher_ekfac
 from attrib_jax.curvature.ekfac import eigenbases, eigenvalue_sums, factor_sums, linear_layers
-from attrib_jax.models.unet import Attention
+from attrib_jax.models.unet import Attention, ProjectedText
 
 WIDTH, TEXT_WIDTH, LENGTH, COUNT = 6, 5, 4, 24
 KEY, VALUE = "attn2/to_k/kernel", "attn2/to_v/kernel"
@@ -23,7 +23,7 @@ class Tiny(nn.Module):
     @nn.compact
     def __call__(self, x, text):
         x = x + Attention(2, name="attn1")(nn.Dense(WIDTH, name="proj")(x))
-        x = x + Attention(2, name="attn2")(jnp.tanh(x), text)
+        x = x + Attention(2, name="attn2")(jnp.tanh(x), ProjectedText(text, {}))
         return x + nn.Dense(WIDTH, name="out")(jnp.tanh(x))
 
 
