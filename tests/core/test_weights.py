@@ -92,18 +92,11 @@ def test_halves_that_overlap_are_refused():
 def test_mscoco_unet_has_32_matrices_of_7_million_values():
     """METHOD.md section 6: KV weights of the MSCOCO model, 32 matrices, 7.08 M values."""
     config = UNetConfig(
-        sample_size=16,
-        block_out_channels=(128, 256, 256, 256),
-        cross_attention_dim=1024,
-        attention_head_dim=8,
+        sample_size=16, block_out_channels=(128, 256, 256, 256), cross_attention_dim=1024, attention_head_dim=8
     )
-    shapes = jax.eval_shape(
-        UNet2DConditionModel(config).init,
-        jax.random.key(0),
-        jnp.zeros((1, 16, 16, 4)),
-        jnp.zeros((1,), jnp.int32),
-        jnp.zeros((1, 77, 1024)),
-    )["params"]
+    inputs = jnp.zeros((1, 16, 16, 4)), jnp.zeros((1,), jnp.int32), jnp.zeros((1, 77, 1024))
+    shapes = jax.eval_shape(UNet2DConditionModel(config).init, jax.random.key(0), *inputs)["params"]
+    assert count_weights(shapes).values == pytest.approx(57.4e6, rel=1e-3)
     selected, rest = select_weights(shapes, "cross-attn-kv")
     assert count_weights(selected) == (32, 7_077_888)
     attention, others = select_weights(shapes, "attn")

@@ -157,23 +157,12 @@ def test_forward_and_kv_gradients_match_diffusers(case, dtype, tolerance):
     assert gradients and max(gradients.values()) < tolerance[1], gradients
 
 
-# UNet parameters: METHOD.md section 6 for the MSCOCO model; the published SD 1.4 UNet has 859,520,964.
-@pytest.mark.parametrize(
-    "overrides, total, kv_total",
-    [
-        ({"cross_attention_dim": 768}, 859_520_964, None),
-        ({"cross_attention_dim": 1024, "block_out_channels": [128, 256, 256, 256]}, 57.4e6, 7.08e6),
-    ],
-)
-def test_full_size_parameter_counts(overrides, total, kv_total):
-    module = UNet2DConditionModel(UNetConfig.from_dict(overrides))
-    latents, text = jnp.zeros((1, 16, 16, 4)), jnp.zeros((1, 77, overrides["cross_attention_dim"]))
-    params = jax.eval_shape(module.init, jax.random.key(0), latents, 0, text)["params"]
-    sizes = {name: leaf.size for name, leaf in named_leaves(params).items()}
-    kv_sizes = [size for name, size in sizes.items() if is_kv(name)]
-    assert sum(sizes.values()) == pytest.approx(total, rel=1e-3 if kv_total else 0)
-    assert len(kv_sizes) == 32
-    assert kv_total is None or sum(kv_sizes) == pytest.approx(kv_total, rel=1e-3)
+def test_the_published_sd_1_4_unet_has_860_million_values():
+    module = UNet2DConditionModel(UNetConfig.from_dict({"cross_attention_dim": 768}))
+    inputs = jnp.zeros((1, 16, 16, 4)), 0, jnp.zeros((1, 77, 768))
+    params = jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 859_520_964
+    assert sum(map(is_kv, named_leaves(params))) == 32
 
 
 @pytest.mark.parametrize("config", [SD1, SD2, MSCOCO, OTHER, {}], ids=["sd1", "sd2", "mscoco", "other", "defaults"])
