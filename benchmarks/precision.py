@@ -332,12 +332,12 @@ def _pass(folder: Path, program: ExampleProgram, weights: Any, case: Case) -> tu
     run = types.SimpleNamespace(data=case.data)
     values = dataset_pass(run, [folder], program, [weights], description, case.rows, check_device=False)[0]
     if fresh:
-        write_json(timing, {"pictures_per_second": len(case.rows) / (time.perf_counter() - began)})
+        write_json(timing, {"images_per_second": len(case.rows) / (time.perf_counter() - began)})
     return values[:, 0], _read_rate(timing)
 
 
 def _read_rate(timing: Path) -> float | None:
-    return json.loads(timing.read_bytes())["pictures_per_second"] if timing.exists() else None
+    return json.loads(timing.read_bytes())["images_per_second"] if timing.exists() else None
 
 
 def _best(rates: list[float | None]) -> float | None:

@@ -259,7 +259,7 @@ class TorchSide:
         size, generator = self._size, torch.Generator().manual_seed(self._size.seed)
         steps = -(-size.num_train_timesteps // size.stride)
         examples = -(-units // steps) if part == "losses" else units
-        pictures = 1 if part == "gradient" else examples
+        images = 1 if part == "gradient" else examples
 
         def normal(*shape):
             return torch.randn(shape, generator=generator).to(self._device)
@@ -270,8 +270,8 @@ class TorchSide:
             timesteps = torch.arange(0, size.num_train_timesteps, size.stride)
         return {
             "alphas_cumprod": torch.linspace(0.999, 0.005, size.num_train_timesteps, device=self._device),
-            "latents": normal(pictures, *latents),
-            "text": normal(pictures, size.length, size.unet["cross_attention_dim"]),
+            "latents": normal(images, *latents),
+            "text": normal(images, size.length, size.unet["cross_attention_dim"]),
             "noise": normal(examples, *((steps,) if part == "losses" else ()), *latents),
             "timesteps": timesteps.to(self._device),
         }

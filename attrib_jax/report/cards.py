@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from attrib_jax.core import types
-from attrib_jax.report.data import ReportData, check_picture
+from attrib_jax.report.data import ReportData, check_image
 
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -35,9 +35,9 @@ class ScoreScale(NamedTuple):
 
 
 class Card(NamedTuple):
-    """One training picture of the report.
+    """One training image of the report.
 
-    `picture` is (H, W, 3) uint8, already mirrored where `mirrored`, or None without pictures. `relative` is the score
+    `image` is (H, W, 3) uint8, already mirrored where `mirrored`, or None without images. `relative` is the score
     as a share of rank 1's, in [0, 1], or None where rank 1 is not positive. `duplicate_of` is the rank of the first
     card of the same group above this one. `losses` is (before, after) of the winning flip, or of the mean over flips.
     """
@@ -48,7 +48,7 @@ class Card(NamedTuple):
     relative: float | None
     captions: tuple[str, ...]
     mirrored: bool
-    picture: np.ndarray | None
+    image: np.ndarray | None
     duplicate_of: int | None
     losses: tuple[float, float] | None
 
@@ -70,7 +70,7 @@ def ranking(report: ReportData) -> np.ndarray:
 
 
 def top_cards(report: ReportData) -> list[Card]:
-    """The min(top_k, N) most influential pictures, rank 1 first."""
+    """The min(top_k, N) most influential images, rank 1 first."""
     order = ranking(report)[: report.top_k]
     first_of_group: dict[Any, int] = {}
     cards = []
@@ -82,7 +82,7 @@ def top_cards(report: ReportData) -> list[Card]:
 
 
 def distinct_cards(report: ReportData, count: int) -> list[Card]:
-    """The first picture of each group, best first, up to `count` groups; a picture without a group is one of its own.
+    """The first image of each group, best first, up to `count` groups; an image without a group is one of its own.
 
     Empty where the data set has no groups.
     """
@@ -100,7 +100,7 @@ def distinct_cards(report: ReportData, count: int) -> list[Card]:
 
 
 def least_cards(report: ReportData) -> list[Card]:
-    """The up to least_k lowest scores, lowest last, without the pictures of the top."""
+    """The up to least_k lowest scores, lowest last, without the images of the top."""
     order = ranking(report)
     start = max(len(order) - report.least_k, report.top_k)
     return [_card(report, rank, order[rank - 1], order[0], None) for rank in range(start + 1, len(order) + 1)]
@@ -109,19 +109,19 @@ def least_cards(report: ReportData) -> list[Card]:
 def _card(report: ReportData, rank: int, position: int, first: int, duplicate_of: int | None) -> Card:
     row_id, score, best = int(report.row_id[position]), float(report.score[position]), float(report.score[first])
     mirrored = report.flip is not None and bool(report.flip[position])
-    picture = None if report.image is None else _look_up(report.image, row_id)
-    if picture is not None:
-        check_picture(picture, f"image({row_id})")
-        picture = picture[:, ::-1] if mirrored else picture
+    image = None if report.image is None else _look_up(report.image, row_id)
+    if image is not None:
+        check_image(image, f"image({row_id})")
+        image = image[:, ::-1] if mirrored else image
     captions = tuple(text for text in map(str, _look_up(report.captions, row_id)) if text.strip())
     return Card(
         rank=rank,
         row_id=row_id,
         score=score,
         relative=float(np.clip(score / best, 0.0, 1.0)) if best > 0 else None,
-        captions=captions or ((f"row {row_id}",) if picture is None else ("(no caption)",)),
+        captions=captions or ((f"row {row_id}",) if image is None else ("(no caption)",)),
         mirrored=mirrored,
-        picture=picture,
+        image=image,
         duplicate_of=duplicate_of,
         losses=_losses(report, position),
     )

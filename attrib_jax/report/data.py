@@ -35,17 +35,17 @@ class ReportData:
       method_settings: settings of the method, in display order.
       model_name: what the model is called.
       dataset_name: what the training set is called.
-      row_id: (N,) integers, unique, one for each scored training picture.
+      row_id: (N,) integers, unique, one for each scored training image.
       score: (N,) finite floats, larger is more influential.
-      captions: row id -> captions of that picture, a function or a mapping.
-      image: row id -> (H, W, 3) uint8 or None where there is no picture; None when the data set has none at all.
-      group: row id -> a hashable label shared by near-duplicates, or None where a picture has none.
+      captions: row id -> captions of that image, a function or a mapping.
+      image: row id -> (H, W, 3) uint8 or None where there is no image; None when the data set has none at all.
+      group: row id -> a hashable label shared by near-duplicates, or None where an image has none.
       flip: (N,) 0 or 1, which of the two mirror images gave the score; None when no single one did.
       loss_before, loss_after: (N, flips) losses under the original and the unlearned weights, both or neither.
-      top_k: how many pictures to show from the top; more than N means all.
+      top_k: how many images to show from the top; more than N means all.
       least_k: how many to show from the bottom, never one that is already at the top.
       timings: stage -> Timing, in the order run.
-      num_pictures: pictures of the training set, where only the most promising of them were scored; None for all.
+      num_images: images of the training set, where only the most promising of them were scored; None for all.
       region: (x0, y0, x1, y1) in query pixels, x1 and y1 exclusive, when only that box was attributed.
       region_mask: (H, W) bool, the query pixels that were attributed, when they are no box.
       warnings: sentences that the reader should see first, such as a prompt that was cut.
@@ -75,7 +75,7 @@ class ReportData:
     top_k: int = 24
     least_k: int = 6
     timings: Mapping[str, Timing] = field(default_factory=dict)
-    num_pictures: int | None = None
+    num_images: int | None = None
     region: tuple[int, int, int, int] | None = None
     region_mask: np.ndarray | None = None
     warnings: Sequence[str] = ()
@@ -84,18 +84,18 @@ class ReportData:
     dataset_credit: Credit | None = None
 
     def __post_init__(self):
-        check_picture(self.query_image, "query_image")
+        check_image(self.query_image, "query_image")
         row_id, score = np.asarray(self.row_id), np.asarray(self.score)
         if row_id.ndim != 1 or not row_id.size or not np.issubdtype(row_id.dtype, np.integer):
             raise ValueError(
                 f"row_id has shape {row_id.shape} and dtype {row_id.dtype}: expected (N,) integers with N >= 1; "
-                "pass the row ids of the scored pictures"
+                "pass the row ids of the scored images"
             )
         if np.unique(row_id).size != row_id.size:
             values, counts = np.unique(row_id, return_counts=True)
             raise ValueError(
-                f"row_id holds {values[counts > 1][0]} more than once: expected one score a picture; "
-                "join the scores of a picture first"
+                f"row_id holds {values[counts > 1][0]} more than once: expected one score an image; "
+                "join the scores of an image first"
             )
         if score.shape != row_id.shape:
             raise ValueError(f"score has shape {score.shape}: expected {row_id.shape}, one for each row_id")
@@ -110,9 +110,9 @@ class ReportData:
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}: expected at least {least}")
         self._check_region()
-        if self.num_pictures is not None and self.num_pictures < row_id.size:
+        if self.num_images is not None and self.num_images < row_id.size:
             raise ValueError(
-                f"num_pictures is {self.num_pictures}: expected at least {row_id.size}, the number of scored pictures"
+                f"num_images is {self.num_images}: expected at least {row_id.size}, the number of scored images"
             )
         for name in ("model_credit", "dataset_credit"):
             credit = getattr(self, name)
@@ -121,11 +121,11 @@ class ReportData:
 
     @property
     def scored(self) -> str:
-        """How many pictures the scores are of, in words."""
+        """How many images the scores are of, in words."""
         count = len(self.row_id)
-        if self.num_pictures in (None, count):
-            return f"{count:,} picture{'s' if count > 1 else ''} scored"
-        return f"{count:,} of {self.num_pictures:,} pictures scored at the full setting"
+        if self.num_images in (None, count):
+            return f"{count:,} image{'s' if count > 1 else ''} scored"
+        return f"{count:,} of {self.num_images:,} images scored at the full setting"
 
     def _check_flips(self, num_rows: int) -> None:
         if (self.loss_before is None) != (self.loss_after is None):
@@ -165,11 +165,11 @@ class ReportData:
             )
 
 
-def check_picture(picture: Any, name: str) -> None:
-    """Raises ValueError unless `picture` is an (H, W, 3) uint8 array with at least one pixel."""
-    shape, dtype = np.shape(picture), getattr(picture, "dtype", type(picture).__name__)
+def check_image(image: Any, name: str) -> None:
+    """Raises ValueError unless `image` is an (H, W, 3) uint8 array with at least one pixel."""
+    shape, dtype = np.shape(image), getattr(image, "dtype", type(image).__name__)
     if len(shape) != 3 or shape[2] != 3 or 0 in shape or dtype != np.uint8:
         raise ValueError(
-            f"{name} has shape {shape} and dtype {dtype}: expected an (H, W, 3) uint8 picture; "
+            f"{name} has shape {shape} and dtype {dtype}: expected an (H, W, 3) uint8 image; "
             "map values in [-1, 1] to 0..255 first"
         )

@@ -11,12 +11,12 @@ from attrib_jax.report.cards import Card, ScoreScale
 _NUM_BINS = 64
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 14, 14, 64
 _THUMB, _MAX_THUMBS = 40, 4
-# The axis starts here rather than at 1, so that a bin with one picture has a height.
+# The axis starts here rather than at 1, so that a bin with one image has a height.
 _FLOOR = 0.6
 
 
 class Bar(NamedTuple):
-    """One bin in SVG units; `top` when it holds only pictures of the top K."""
+    """One bin in SVG units; `top` when it holds only images of the top K."""
 
     x: float
     y: float
@@ -34,7 +34,7 @@ class Mark(NamedTuple):
 
 
 class Thumb(NamedTuple):
-    """A card's picture above its score."""
+    """A card's image above its score."""
 
     card: Card
     x: float
@@ -103,7 +103,7 @@ def lay_out(scores: np.ndarray, cards: Sequence[Card], scale: ScoreScale, width:
     edges, top_counts, rest_counts = bin_scores(scores, len(cards))
     counts = top_counts + rest_counts
     left, right, baseline, top = _LEFT, width - _RIGHT, height - _BOTTOM, _TOP
-    # The room above the tallest bar is for the pictures where the tall bars are elsewhere.
+    # The room above the tallest bar is for the images where the tall bars are elsewhere.
     ceiling = max(float(counts.max()) * 1.3, 12.0)
 
     def x_of(score: float) -> float:
@@ -117,7 +117,7 @@ def lay_out(scores: np.ndarray, cards: Sequence[Card], scale: ScoreScale, width:
     for index in np.flatnonzero(counts):
         count, start, stop = int(counts[index]), edges[index], edges[index + 1]
         gap = min(1.0, 0.15 * (x_of(stop) - x_of(start)))
-        title = f"{count} picture{'s' if count > 1 else ''} from {scale.number(start)} to {scale.with_unit(stop)}"
+        title = f"{count} image{'s' if count > 1 else ''} from {scale.number(start)} to {scale.with_unit(stop)}"
         y = y_of(count)
         bars.append(
             Bar(x_of(start) + gap / 2, y, x_of(stop) - x_of(start) - gap, baseline - y, not rest_counts[index], title)
@@ -141,14 +141,14 @@ def lay_out(scores: np.ndarray, cards: Sequence[Card], scale: ScoreScale, width:
 
 
 def _place_thumbs(cards, bars, x_of, left, right, top) -> list[Thumb]:
-    """The best cards' pictures above their bars, best first, leaving out any that would cover another or a bar."""
+    """The best cards' images above their bars, best first, leaving out any that would cover another or a bar."""
     thumbs: list[Thumb] = []
     for card in cards:
         score_x = x_of(card.score)
         x = min(max(score_x - _THUMB / 2, left + 4), right - _THUMB)
         under = [bar.y for bar in bars if bar.x < x + _THUMB and x < bar.x + bar.width]
         y = min(under) - _THUMB - 14
-        if card.picture is None or y < top or any(abs(x - other.x) < _THUMB + 8 for other in thumbs):
+        if card.image is None or y < top or any(abs(x - other.x) < _THUMB + 8 for other in thumbs):
             continue
         thumbs.append(Thumb(card, x, y, _THUMB, score_x))
         if len(thumbs) == _MAX_THUMBS:

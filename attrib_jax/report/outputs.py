@@ -22,8 +22,8 @@ from attrib_jax.storage.files import write_bytes, write_json
 from attrib_jax.storage.stages import load_stage
 
 _LINEAR_EXPLANATION = (
-    "The model was nudged to unlearn this picture, and a training picture's score is how fast its own loss begins to "
-    "rise along that way, times the length of the way: the limit of the loss change for a small nudge. Pictures that "
+    "The model was nudged to unlearn this image, and a training image's score is how fast its own loss begins to "
+    "rise along that way, times the length of the way: the limit of the loss change for a small nudge. Images that "
     "the model needed for this query come first; unrelated ones stay near zero."
 )
 
@@ -48,7 +48,7 @@ def write_outputs(
       dataset, query, config: what it was made from.
       model_name: as it should read in the report.
       model_credit: licence line of the model, if it needs one.
-      top_k: pictures shown, and rows of top.csv.
+      top_k: images shown, and rows of top.csv.
       record: further JSON values for manifest.json, such as the flags of the run.
     """
     run_on_host0(lambda: _write_outputs(result, dataset, query, config, model_name, model_credit, top_k, record or {}))
@@ -67,7 +67,7 @@ def _write_outputs(result, dataset, query, config, model_name, model_credit, top
     notes = list(result.query.notes)
     unreadable = 0 if cascade else len(dataset) - len(result.scores)
     if unreadable:
-        notes.append(f"{unreadable} of {len(dataset)} training pictures could not be read and have no score.")
+        notes.append(f"{unreadable} of {len(dataset)} training images could not be read and have no score.")
     groups = dataset.groups
     report = ReportData(
         query_image=result.query.image,
@@ -81,15 +81,15 @@ def _write_outputs(result, dataset, query, config, model_name, model_credit, top
         row_id=result.scores.row_id,
         score=result.scores.score,
         captions=lambda row: dataset.captions(position[row]),
-        image=lambda row: _picture(dataset, position[row]),
+        image=lambda row: _image(dataset, position[row]),
         group=None if groups is None else lambda row: int(groups[position[row]]),
         flip=result.scores.flip,
         loss_before=result.scores.loss_before,
         loss_after=result.scores.loss_after,
         top_k=top_k,
-        # The lowest finalists are not the least influential pictures.
+        # The lowest finalists are not the least influential images.
         least_k=0 if cascade else 6,
-        num_pictures=len(dataset) if cascade else None,
+        num_images=len(dataset) if cascade else None,
         explanation=_LINEAR_EXPLANATION if linear else None,
         timings={stage: Timing(seconds, reused) for stage, (seconds, reused) in result.timings.items()},
         region=getattr(config, "region", None),
@@ -126,8 +126,8 @@ def _region_mask(config: MethodConfig, image: np.ndarray) -> np.ndarray | None:
     return None if mask is None else read_region_mask(mask, image.shape[:2])
 
 
-def _picture(dataset: Dataset, index: int) -> np.ndarray | None:
-    """The picture of a row; None for latents without pictures, or where its file has gone since it was encoded."""
+def _image(dataset: Dataset, index: int) -> np.ndarray | None:
+    """The image of a row; None for latents without images, or where its file has gone since it was encoded."""
     try:
         return dataset[index].image
     except (LookupError, UnreadableRowError):
@@ -145,10 +145,10 @@ def _top_csv(top: Scores, dataset: Dataset, position: Mapping[int, int]) -> byte
 
 def _query_settings(query: Query) -> dict[str, str]:
     if query.latents is not None:
-        return {"picture": "given as latents"}
+        return {"image": "given as latents"}
     if query.image is not None:
         name = "an array" if not isinstance(query.image, str | os.PathLike) else Path(query.image).name
-        return {"picture": f"given: {name}"}
+        return {"image": f"given: {name}"}
     return {
         "seed": str(query.seed),
         "sampler": f"{query.sampler.upper()}, {query.sampler_steps} steps",

@@ -1,4 +1,4 @@
-"""The report as one HTML file that needs nothing else: style, pictures and histogram are inside."""
+"""The report as one HTML file that needs nothing else: style, images and histogram are inside."""
 
 import functools
 import os
@@ -9,7 +9,8 @@ import numpy as np
 from attrib_jax.report.cards import ScoreScale, distinct_cards, least_cards, score_scale, top_cards
 from attrib_jax.report.data import ReportData
 from attrib_jax.report.histogram import lay_out
-from attrib_jax.report.pictures import card_uri, overlay_uri, query_uri, write_whole
+from attrib_jax.report.images import card_uri, overlay_uri, query_uri
+from attrib_jax.storage.files import write_bytes
 
 # Text in an SVG shrinks with it, so narrow screens get a drawing of their own.
 _HISTOGRAM_SIZES = {"wide": (1040, 330), "narrow": (400, 300)}
@@ -19,18 +20,18 @@ _NUM_DISTINCT = 12
 
 _EXPLANATIONS = {
     "unlearn": (
-        "The model was nudged to unlearn this picture, and a training picture's score is how much its own loss "
-        "rose because of that. Pictures that the model needed for this query come first; unrelated ones stay near zero."
+        "The model was nudged to unlearn this image, and a training image's score is how much its own loss "
+        "rose because of that. Images that the model needed for this query come first; unrelated ones stay near zero."
     ),
     "influence": (
-        "A training picture's score says how fast its own loss begins to rise as the model starts to unlearn this "
-        "picture, steps being measured by the curvature of the training loss. Pictures that the model needed for this "
+        "A training image's score says how fast its own loss begins to rise as the model starts to unlearn this "
+        "image, steps being measured by the curvature of the training loss. Images that the model needed for this "
         "query come first; unrelated ones stay near zero."
     ),
     "random": "These scores are drawn at random. They are what a method that knows nothing would answer.",
 }
 _OTHER_EXPLANATION = (
-    "The method gives every training picture a score for its part in this picture, and larger means more "
+    "The method gives every training image a score for its part in this image, and larger means more "
     "influential. The scores of one method compare with each other, not with those of another method."
 )
 
@@ -39,10 +40,10 @@ def write_report(path_html: str | os.PathLike, report: ReportData) -> None:
     """Writes `report` to `path_html`, one UTF-8 HTML file without scripts that loads nothing from elsewhere.
 
     Raises:
-      ValueError: if a picture that `report.image` returns is not (H, W, 3) uint8.
-      OSError: if the file cannot be written; an earlier file of that name is then left as it was.
+      ValueError: if an image that `report.image` returns is not (H, W, 3) uint8.
+      StorageError: if the file cannot be written; an earlier file of that name is then left as it was.
     """
-    write_whole(path_html, render_report(report).encode("utf-8"))
+    write_bytes(path_html, render_report(report).encode("utf-8"))
 
 
 def render_report(report: ReportData) -> str:

@@ -12,7 +12,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from attrib_jax.report.cards import Card, ScoreScale, score_scale, top_cards
 from attrib_jax.report.data import ReportData
-from attrib_jax.report.pictures import region_overlay, write_whole
+from attrib_jax.report.images import region_overlay
+from attrib_jax.storage.files import write_bytes
 
 _MARGIN, _GAP = 36, 16
 _QUERY, _CELL, _CELL_TEXT = 384, 128, 66
@@ -28,12 +29,12 @@ def write_contact_sheet(path_png: str | os.PathLike, report: ReportData) -> None
     """Writes the query and the top cards of `report` to `path_png` as an RGB PNG of `sheet_size` pixels.
 
     Raises:
-      ValueError: if a picture that `report.image` returns is not (H, W, 3) uint8.
-      OSError: if the file cannot be written; an earlier file of that name is then left as it was.
+      ValueError: if an image that `report.image` returns is not (H, W, 3) uint8.
+      StorageError: if the file cannot be written; an earlier file of that name is then left as it was.
     """
     buffer = io.BytesIO()
     draw_contact_sheet(report).save(buffer, format="PNG", optimize=True)
-    write_whole(path_png, buffer.getvalue())
+    write_bytes(path_png, buffer.getvalue())
 
 
 def grid_shape(count: int) -> tuple[int, int]:
@@ -82,7 +83,7 @@ def _draw_query(sheet, draw, report: ReportData, scale: ScoreScale, any_mirrored
     facts = [", ".join(f"{name} {value}" for name, value in report.query_settings.items())]
     facts += [f"{report.method}: {report.scored}", f"scores {scale.unit}" if scale.unit else ""]
     facts += [f"{_MIRRORED} the mirror image scored higher, and is shown"] if any_mirrored else []
-    facts += [f"Pictures: {report.dataset_credit.text}"] if report.dataset_credit else []
+    facts += [f"Images: {report.dataset_credit.text}"] if report.dataset_credit else []
     for fact in facts:
         for line in _wrap(fact, _font(14), _QUERY, max_lines=2):
             draw.text((_MARGIN, y + 6), line, _SOFT, _font(14))
@@ -90,12 +91,12 @@ def _draw_query(sheet, draw, report: ReportData, scale: ScoreScale, any_mirrored
 
 
 def _draw_card(sheet, draw, card: Card, scale: ScoreScale, x: int, y: int) -> None:
-    if card.picture is None:
+    if card.image is None:
         draw.rectangle((x, y, x + _CELL - 1, y + _CELL - 1), outline=_LINE)
         for line_number, line in enumerate(_wrap(card.captions[0], _font(14, "Serif"), _CELL - 16, max_lines=6)):
             draw.text((x + 8, y + 10 + 18 * line_number), line, _INK, _font(14, "Serif"))
     else:
-        _paste(sheet, draw, card.picture, x, y, _CELL)
+        _paste(sheet, draw, card.image, x, y, _CELL)
     if card.relative is not None:
         draw.rectangle((x, y + _CELL + 3, x + _CELL - 1, y + _CELL + 5), _LINE)
         # A share of nothing draws nothing: PIL's rectangles hold at least one pixel.
@@ -107,19 +108,19 @@ def _draw_card(sheet, draw, card: Card, scale: ScoreScale, x: int, y: int) -> No
     draw.text((score_x, y + _CELL + 11), scale.number(card.score), _INK, _font(15, "Sans-Bold"))
     if card.mirrored:
         draw.text((x + _CELL, y + _CELL + 11), _MIRRORED, _SOFT, _font(15), anchor="ra")
-    if card.picture is not None:
+    if card.image is not None:
         for line_number, line in enumerate(_wrap(card.captions[0], _font(12), _CELL, max_lines=2)):
             draw.text((x, y + _CELL + 32 + 16 * line_number), line, _SOFT, _font(12))
 
 
-def _paste(sheet, draw, picture: np.ndarray, x: int, y: int, size: int) -> tuple[int, int, int, int]:
-    """Pastes (H, W, 3) uint8 centred on a white mat of `size` pixels; the picture's box (x0, y0, x1, y1)."""
-    height, width = picture.shape[:2]
+def _paste(sheet, draw, image: np.ndarray, x: int, y: int, size: int) -> tuple[int, int, int, int]:
+    """Pastes (H, W, 3) uint8 centred on a white mat of `size` pixels; the image's box (x0, y0, x1, y1)."""
+    height, width = image.shape[:2]
     room = size - 2 * _MAT_BORDER
     shape = max(1, round(room * width / max(height, width))), max(1, round(room * height / max(height, width)))
     draw.rectangle((x, y, x + size - 1, y + size - 1), _MAT, _LINE)
     left, top = x + (size - shape[0]) // 2, y + (size - shape[1]) // 2
-    sheet.paste(Image.fromarray(np.ascontiguousarray(picture)).resize(shape, Image.Resampling.BICUBIC), (left, top))
+    sheet.paste(Image.fromarray(np.ascontiguousarray(image)).resize(shape, Image.Resampling.BICUBIC), (left, top))
     return left, top, left + shape[0], top + shape[1]
 
 

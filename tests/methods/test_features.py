@@ -13,11 +13,10 @@ from attrib_jax.data.concat import concatenate
 from attrib_jax.data.images import UnreadableRowError
 from attrib_jax.data.latents import open_latents
 from attrib_jax.data.sources import ArrayDataset
-from attrib_jax.jobs.context import Run
+from attrib_jax.jobs.context import Run, check_images
 from attrib_jax.jobs.encode import encode
 from attrib_jax.jobs.query import Query
 from attrib_jax.methods import method_config
-from attrib_jax.jobs.context import check_images
 from attrib_jax.methods.features import default_tower
 from attrib_jax.storage.stage_root import StageRoot
 from attrib_jax.storage.stages import StageMismatchError

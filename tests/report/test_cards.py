@@ -14,7 +14,7 @@ def test_cards_follow_the_scores_and_show_the_winning_flip(make_report):
     assert [card.mirrored for card in cards] == [True, True, False]
     for card in cards:
         original = report.image(card.row_id)
-        np.testing.assert_array_equal(card.picture, original[:, ::-1] if card.mirrored else original)
+        np.testing.assert_array_equal(card.image, original[:, ::-1] if card.mirrored else original)
 
 
 def test_equal_scores_rank_by_row_id_whatever_their_order(make_report):
@@ -66,6 +66,6 @@ def test_no_share_of_rank_one_where_it_is_not_positive(make_report):
     assert {card.relative for card in top_cards(report)} == {None}
 
 
-def test_a_picture_of_another_kind_is_refused_with_its_row(make_report):
+def test_a_image_of_another_kind_is_refused_with_its_row(make_report):
     with pytest.raises(ValueError, match=r"image\(14\) has shape \(4, 4\)"):
         top_cards(make_report(image=lambda row_id: np.zeros((4, 4), np.uint8)))

@@ -39,7 +39,7 @@ def test_far_zero_stays_outside():
     assert edges[0] > 0.6
 
 
-def test_layout_marks_the_top_and_zero_and_keeps_pictures_apart(make_report):
+def test_layout_marks_the_top_and_zero_and_keeps_images_apart(make_report):
     rng = np.random.default_rng(1)
     scores = np.concatenate([rng.normal(0, 1e-6, 395), [2e-5, 3e-5, 3.01e-5, 4e-5, 5e-5]])
     report = make_report(row_id=np.arange(400), score=scores, flip=None, top_k=5)

@@ -1,4 +1,4 @@
-"""The page as a browser would read it: parsed, its pictures decoded, nothing loaded from elsewhere."""
+"""The page as a browser would read it: parsed, its images decoded, nothing loaded from elsewhere."""
 
 import base64
 import io
@@ -11,6 +11,7 @@ from PIL import Image
 
 from attrib_jax.report import ReportData, Timing, write_report
 from attrib_jax.report.page import render_report
+from attrib_jax.storage.files import StorageError
 
 _VOID = {"meta", "link", "img", "br", "input", "hr"}
 
@@ -62,7 +63,7 @@ def decode(uri: str) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.removeprefix(prefix), validate=True))))
 
 
-def test_cards_are_in_order_with_the_right_pictures(make_report):
+def test_cards_are_in_order_with_the_right_images(make_report):
     report = make_report()
     page = read(report)
     cards = page.find("li", "card")
@@ -70,14 +71,14 @@ def test_cards_are_in_order_with_the_right_pictures(make_report):
     assert [text for _, text in page.find("div", "score")] == [
         f"{number} ×10⁻⁵" for number in ("8.00", "4.00", "2.00", "1.00", "−3.00")
     ]
-    assert [text for _, text in page.find("div", "caption")] == [f"picture {row}" for row in (14, 12, 10, 13, 11)]
+    assert [text for _, text in page.find("div", "caption")] == [f"image {row}" for row in (14, 12, 10, 13, 11)]
     assert ["mirrored" in text for _, text in cards] == [True, True, False, False, False]
     images = [attrs for attrs, _ in page.find("img")]
     np.testing.assert_array_equal(decode(images[0]["src"]), report.query_image)
     for attrs, (row, mirrored) in zip(images[1:], [(14, 1), (12, 1), (10, 0), (13, 0), (11, 0)], strict=True):
-        picture = report.image(row)
-        np.testing.assert_array_equal(decode(attrs["src"]), picture[:, ::-1] if mirrored else picture)
-        assert f"picture {row}" in attrs["alt"] and ("mirrored" in attrs["alt"]) == bool(mirrored)
+        image = report.image(row)
+        np.testing.assert_array_equal(decode(attrs["src"]), image[:, ::-1] if mirrored else image)
+        assert f"image {row}" in attrs["alt"] and ("mirrored" in attrs["alt"]) == bool(mirrored)
 
 
 def test_nothing_is_loaded_from_elsewhere(make_report):
@@ -114,29 +115,29 @@ def test_markup_in_any_text_is_shown_and_not_obeyed(make_report):
     assert len(page.find("img")) == 6 and all(attrs["src"] != "x" for attrs, _ in page.find("img"))
     assert [text for _, text in page.find("div", "caption")] == [bad] * 5
     assert page.find("h1")[0][1] == page.find("p", "read")[0][1] == bad
-    assert all(attrs["alt"].startswith(f"Training picture: {bad}") for attrs, _ in page.find("img")[1:])
+    assert all(attrs["alt"].startswith(f"Training image: {bad}") for attrs, _ in page.find("img")[1:])
 
 
-def test_without_pictures_the_cards_hold_captions(make_report):
+def test_without_images_the_cards_hold_captions(make_report):
     page = read(make_report(image=None))
     assert len(page.find("img")) == 1 and not page.find("image")
     cards = [text for _, text in page.find("div", "words")]
-    assert [text.startswith(f"picture {row}") for text, row in zip(cards, (14, 12, 10, 13, 11), strict=True)] == [
+    assert [text.startswith(f"image {row}") for text, row in zip(cards, (14, 12, 10, 13, 11), strict=True)] == [
         True
     ] * 5
 
 
-def test_one_missing_picture_leaves_the_others(make_report):
+def test_one_missing_image_leaves_the_others(make_report):
     page = read(make_report(image={10: None, 11: None, 12: None, 13: None, 14: np.zeros((3, 5, 3), np.uint8)}))
     assert len(page.find("img")) == 2 and len(page.find("div", "words")) == 4
 
 
 @pytest.mark.parametrize("score", [0.0, 3e-6, -3e-6])
-def test_one_picture(make_report, score):
+def test_one_image(make_report, score):
     page = read(make_report(row_id=np.array([14]), score=np.array([score]), flip=None, top_k=24))
     assert len(page.find("li", "card")) == 1
     assert not page.find("section", "least")
-    assert page.find("h2")[0][1] == "The most influential training picture"
+    assert page.find("h2")[0][1] == "The most influential training image"
     assert len(page.find("div", "bar")) == (score > 0)
 
 
@@ -146,7 +147,7 @@ def test_all_equal_and_fewer_than_top_k(make_report):
     assert page.find("h2")[0][1].startswith("The 5 most")
 
 
-def test_no_flips_means_no_mirrored_pictures(make_report):
+def test_no_flips_means_no_mirrored_images(make_report):
     report = make_report(flip=None)
     page = read(report)
     assert not page.find("span", "tag")
@@ -189,7 +190,7 @@ def test_a_region_mask_lies_over_the_query(make_report):
     clear = overlay[..., 3] == 0
     assert clear[4 * 48 + 4 : 12 * 48 - 4, 2 * 48 + 4 : 6 * 48 - 4].all()
     assert clear.sum() == (8 * 48 - 8) * (4 * 48 - 8)
-    assert ("the outlined pixels only: 12 % of the picture") in [text for _, text in page.find("dd")]
+    assert ("the outlined pixels only: 12 % of the image") in [text for _, text in page.find("dd")]
 
 
 def test_both_histograms_draw_every_score_once(make_report):
@@ -200,7 +201,7 @@ def test_both_histograms_draw_every_score_once(make_report):
     assert sum(counts) == 2 * 5
 
 
-def test_large_pictures_are_reduced(make_report):
+def test_large_images_are_reduced(make_report):
     noise = np.random.default_rng(0).integers(0, 256, (900, 600, 3), dtype=np.uint8)
     page = read(make_report(image=lambda row_id: noise))
     assert decode(page.find("img")[1][0]["src"]).shape == (400, 267, 3)
@@ -212,12 +213,10 @@ def test_a_failed_write_keeps_the_earlier_page(make_report, tmp_path, monkeypatc
     earlier = path.read_bytes()
     assert earlier.decode("utf-8") == render_report(make_report())
 
-    def full_disk(self, content):
-        with open(self, "wb") as file:
-            file.write(content[:10])
+    def full_disk(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("pathlib.Path.write_bytes", full_disk)
-    with pytest.raises(OSError, match="No space left"):
+    monkeypatch.setattr("os.fsync", full_disk)
+    with pytest.raises(StorageError, match="No space left"):
         write_report(path, make_report(prompt="another"))
     assert path.read_bytes() == earlier and list(tmp_path.iterdir()) == [path]

@@ -1,4 +1,4 @@
-"""The contact sheet: its size, and that the right pictures are at the right places."""
+"""The contact sheet: its size, and that the right images are at the right places."""
 
 import numpy as np
 import pytest
@@ -31,13 +31,13 @@ def test_the_file_is_a_png_of_the_size_told(make_report, tmp_path):
     assert sheet_size(24) == (3 * 36 + 384 + columns * 144 - 16, 2 * 36 + rows * 210 - 16)
 
 
-def test_each_card_has_its_own_picture_mirrored_where_that_won(make_report):
+def test_each_card_has_its_own_image_mirrored_where_that_won(make_report):
     colours = {14: (200, 30, 30), 12: (30, 200, 30), 10: (30, 30, 200), 13: (200, 200, 30), 11: (30, 200, 200)}
 
     def left_half(row_id):
-        picture = flat((255, 255, 255))
-        picture[:, :4] = colours[row_id]
-        return picture
+        image = flat((255, 255, 255))
+        image[:, :4] = colours[row_id]
+        return image
 
     report = make_report(image=left_half, top_k=5, query_image=flat((90, 10, 120)))
     sheet = np.asarray(draw_contact_sheet(report))
@@ -54,7 +54,7 @@ def test_region_is_outlined_on_the_query(make_report):
     plain = np.asarray(draw_contact_sheet(make_report(query_image=flat((90, 10, 120)))))
     boxed = np.asarray(draw_contact_sheet(make_report(query_image=flat((90, 10, 120)), region=(2, 4, 6, 8))))
     changed = np.argwhere((plain != boxed).any(axis=-1))
-    # 368 pixels of picture inside the mat: 46 for each pixel of the query.
+    # 368 pixels of image inside the mat: 46 for each pixel of the query.
     assert changed.min(axis=0).tolist() == [36 + 8 + 4 * 46, 36 + 8 + 2 * 46]
     assert changed.max(axis=0).tolist() == [36 + 8 + 8 * 46 - 1, 36 + 8 + 6 * 46 - 1]
 
@@ -64,7 +64,7 @@ def test_a_region_of_any_shape_is_outlined_and_all_else_veiled(make_report):
     mask[4:12, 2:6] = mask[8:12, 2:14] = True
     image = np.full((16, 16, 3), (90, 10, 120), np.uint8)
     sheet = np.asarray(draw_contact_sheet(make_report(query_image=image, region_mask=mask)))
-    # 368 pixels of picture inside the mat: 23 for each pixel of the query.
+    # 368 pixels of image inside the mat: 23 for each pixel of the query.
     at = [tuple(sheet[44 + int(23 * y), 44 + int(23 * x)]) for y, x in ((6, 4), (10, 12), (4.1, 4), (6, 10))]
     inside, also_inside, edge, outside = at
     assert inside == also_inside == (90, 10, 120) and edge == (178, 58, 30)

@@ -1,9 +1,7 @@
-"""Pictures as PNG bytes and data addresses, and files that appear whole or not at all."""
+"""Images as PNG bytes and data addresses."""
 
 import base64
 import io
-import os
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -16,17 +14,17 @@ _OVERLAY_PIXELS = 768
 _OUTLINE, _OUTLINE_COLOUR, _VEIL = 4, (178, 58, 30, 255), (246, 243, 236, 150)
 
 
-def fit(picture: np.ndarray, size: int) -> Image.Image:
+def fit(image: np.ndarray, size: int) -> Image.Image:
     """(H, W, 3) uint8 -> the image, reduced so that neither side exceeds `size` pixels; never enlarged."""
-    image = Image.fromarray(np.ascontiguousarray(picture))
-    image.thumbnail((size, size), Image.Resampling.LANCZOS)
-    return image
+    reduced = Image.fromarray(np.ascontiguousarray(image))
+    reduced.thumbnail((size, size), Image.Resampling.LANCZOS)
+    return reduced
 
 
-def data_uri(picture: np.ndarray, size: int) -> str:
-    """(H, W, 3) uint8 -> a data: address with the picture as PNG, the very pixels where they fit `size`."""
+def data_uri(image: np.ndarray, size: int) -> str:
+    """(H, W, 3) uint8 -> a data: address with the image as PNG, the very pixels where they fit `size`."""
     buffer = io.BytesIO()
-    fit(picture, size).save(buffer, format="PNG", optimize=True)
+    fit(image, size).save(buffer, format="PNG", optimize=True)
     return _png_uri(buffer)
 
 
@@ -34,18 +32,18 @@ def _png_uri(buffer: io.BytesIO) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
-def card_uri(picture: np.ndarray) -> str:
-    """The data address of a training picture."""
-    return data_uri(picture, _CARD_PIXELS)
+def card_uri(image: np.ndarray) -> str:
+    """The data address of a training image."""
+    return data_uri(image, _CARD_PIXELS)
 
 
-def query_uri(picture: np.ndarray) -> str:
-    """The data address of the query picture."""
-    return data_uri(picture, _QUERY_PIXELS)
+def query_uri(image: np.ndarray) -> str:
+    """The data address of the query image."""
+    return data_uri(image, _QUERY_PIXELS)
 
 
 def region_overlay(region: np.ndarray, width: int, height: int) -> Image.Image:
-    """(H, W) bool -> an RGBA image of the given size to lay over the picture: all else veiled, the region outlined."""
+    """(H, W) bool -> an RGBA image of the given size to lay over the image: all else veiled, the region outlined."""
     resized = Image.fromarray(np.asarray(region, bool)).resize((width, height), Image.Resampling.NEAREST)
     marked = np.asarray(resized)
     inner = np.pad(marked, _OUTLINE)
@@ -59,20 +57,9 @@ def region_overlay(region: np.ndarray, width: int, height: int) -> Image.Image:
 
 
 def overlay_uri(region: np.ndarray) -> str:
-    """The data address of `region_overlay`, large enough for the query picture on the page."""
+    """The data address of `region_overlay`, large enough for the query image on the page."""
     height, width = region.shape
     factor = max(1, round(_OVERLAY_PIXELS / max(height, width)))
     buffer = io.BytesIO()
     region_overlay(region, width * factor, height * factor).save(buffer, format="PNG", optimize=True)
     return _png_uri(buffer)
-
-
-def write_whole(path: str | os.PathLike, content: bytes) -> None:
-    """Writes `content` beside `path` and moves it there, so that a full disk leaves the earlier file as it was."""
-    path = Path(path)
-    partial = path.with_name(path.name + ".part")
-    try:
-        partial.write_bytes(content)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
