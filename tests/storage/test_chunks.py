@@ -1,7 +1,6 @@
 """Chunks: exact content, detection of damage, and kills at random moments."""
 
 import errno
-import logging
 import os
 import random
 import signal
@@ -9,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -53,60 +53,56 @@ def test_chunks_in_any_order_make_the_whole(tmp_path):
     assert store.pending_chunks() == [0, 1, 2, 3, 4]
     for index in (4, 1):
         store.write(index, make(store.rows(index)))
-    with pytest.raises(StorageError, match=r"chunk 0 of 5 in .* is absent or damaged"):
+    with pytest.raises(StorageError, match="chunk 0 "):
         store.read_all()
     assert fill(open_store(tmp_path)) == [0, 2, 3]
     assert_complete(open_store(tmp_path))
 
 
+@pytest.mark.parametrize("large", [False, True])
 @pytest.mark.parametrize("damage", ["flip", "truncate", "empty", "other"])
-def test_a_damaged_chunk_is_computed_again(tmp_path, caplog, damage):
+def test_a_damaged_chunk_is_computed_again(tmp_path, caplog, damage, large):
+    """A large store is not read whole when it is opened: the chunk is deleted when it is first used."""
     store = open_store(tmp_path)
     fill(store)
-    file = store.path / "chunk-000002.safetensors"
-    content = bytearray(file.read_bytes())
-    if damage == "flip":
-        content[-7] ^= 1
-    elif damage == "truncate":
-        del content[-1]
-    elif damage == "empty":
-        content.clear()
+    file, other = (store.path / f"chunk-00000{index}.safetensors" for index in (2, 1))
+    whole = file.read_bytes()
+    flipped = whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:]
+    file.write_bytes({"flip": flipped, "truncate": whole[:-1], "empty": b"", "other": other.read_bytes()}[damage])
+    if large:
+        assert store.pending_chunks(checked_bytes=0) == []
+        array = store.array("loss")
+        np.testing.assert_array_equal(array[0], make(slice(0, 1))["loss"][0])
+        with pytest.raises(StorageError, match="chunk-000002"):
+            array[11]
     else:
-        content = (store.path / "chunk-000001.safetensors").read_bytes()
-    file.write_bytes(content)
-    with pytest.raises(DamagedFileError, match="chunk-000002"):
-        store.read(2)
-    with caplog.at_level(logging.WARNING):
-        assert fill(open_store(tmp_path)) == [2]
-    assert "chunk-000002.safetensors" in caplog.text
+        with pytest.raises(DamagedFileError, match="chunk-000002"):
+            store.read(2)
+    assert fill(open_store(tmp_path)) == [2]
+    assert large or "chunk-000002.safetensors" in caplog.text
     assert_complete(open_store(tmp_path))
 
 
-def test_a_cleared_store_lacks_every_chunk_and_keeps_its_layout(tmp_path):
-    store = open_store(tmp_path)
-    fill(store)
-    store.clear()
-    assert fill(ChunkStore(tmp_path, FIELDS, NUM_ROWS, 7)) == list(range(5))
-
-
-def test_other_rows_per_chunk_keeps_what_is_stored(tmp_path):
+def test_the_stored_rows_per_chunk_stay_and_a_cleared_store_keeps_them(tmp_path):
     store = open_store(tmp_path)
     store.write(0, make(store.rows(0)))
     other = ChunkStore(tmp_path, FIELDS, NUM_ROWS, 7)
     assert other.rows_per_chunk == ROWS
     assert fill(other) == [1, 2, 3, 4]
     assert_complete(other)
+    other.clear()
+    assert fill(ChunkStore(tmp_path, FIELDS, NUM_ROWS, 7)) == list(range(5))
 
 
 def test_other_rows_or_fields_are_refused_naming_both(tmp_path):
     fill(open_store(tmp_path))
-    with pytest.raises(StorageError, match="num_rows found 23, expected 24"):
+    with pytest.raises(StorageError, match="num_rows .*23.*24"):
         ChunkStore(tmp_path, FIELDS, 24, ROWS)
-    with pytest.raises(StorageError, match=r"fields found loss \(2, 3\) float32.*, expected loss \(2, 4\) float32"):
+    with pytest.raises(StorageError, match=r"fields .*loss \(2, 3\) float32.*loss \(2, 4\) float32"):
         ChunkStore(tmp_path, {**FIELDS, "loss": ((2, 4), np.float32)}, NUM_ROWS, ROWS)
     assert_complete(open_store(tmp_path))
     (tmp_path / "chunks" / "layout.json").write_text('{"rows_per')
-    with pytest.raises(StorageError, match=r"layout\.json is damaged"):
+    with pytest.raises(StorageError, match=r"layout\.json"):
         open_store(tmp_path)
 
 
@@ -120,10 +116,10 @@ def test_two_stores_in_one_stage(tmp_path):
 @pytest.mark.parametrize(
     ("index", "change", "named"),
     [
-        (4, lambda arrays: make(slice(0, 5)), r"chunk 4 of .*: expected loss \(3, 2, 3\) float32"),
-        (4, lambda arrays: {"loss": arrays["loss"]}, "chunk 4 of .*: expected .* row_id"),
-        (4, lambda arrays: arrays | {"row_id": arrays["row_id"].astype(np.int64)}, "chunk 4 of .* int64: expected"),
-        (5, lambda arrays: arrays, "chunk index is 5: expected 0 to 4"),
+        (4, lambda arrays: make(slice(0, 5)), r"chunk 4 .*loss \(3, 2, 3\) float32"),
+        (4, lambda arrays: {"loss": arrays["loss"]}, "chunk 4 .* row_id"),
+        (4, lambda arrays: arrays | {"row_id": arrays["row_id"].astype(np.int64)}, "chunk 4 .* int64"),
+        (5, lambda arrays: arrays, "chunk index is 5"),
     ],
 )
 def test_misshaped_arrays_are_refused(tmp_path, index, change, named):
@@ -139,17 +135,12 @@ def test_numbers_of_rows_are_checked(tmp_path, rows, rows_per_chunk, named):
         ChunkStore(tmp_path, FIELDS, rows, rows_per_chunk)
 
 
-def test_a_full_disk_keeps_the_finished_chunks(tmp_path, monkeypatch):
+def test_a_full_disk_keeps_the_finished_chunks(tmp_path):
     store = open_store(tmp_path)
     store.write(0, make(store.rows(0)))
-
-    def full(descriptor):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(StorageError, match=r"chunk-000001\.safetensors: No space left on device.*resume"):
+    full = mock.patch.object(os, "fsync", side_effect=OSError(errno.ENOSPC, "No space left on device"))
+    with full, pytest.raises(StorageError, match=r"chunk-000001\.safetensors: No space left on device"):
         fill(store)
-    monkeypatch.undo()
     assert sorted(os.listdir(store.path)) == ["chunk-000000.safetensors", "layout.json"]
     assert fill(open_store(tmp_path)) == [1, 2, 3, 4]
     assert_complete(open_store(tmp_path))
@@ -181,7 +172,7 @@ def test_kills_at_random_moments_lose_nothing_that_was_written(tmp_path):
     for attempt in range(50):
         process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
         first = process.stdout.readline()
-        if attempt < 4:
+        if attempt < 3:
             time.sleep(delays.uniform(0, 0.03))
             process.send_signal(signal.SIGKILL)
         computed += (first + process.communicate()[0]).split()
@@ -196,39 +187,13 @@ def test_kills_at_random_moments_lose_nothing_that_was_written(tmp_path):
     assert not list(tmp_path.rglob(".partial-*")), f"seed {seed}"
 
 
-def test_field_as_an_array_on_disk(tmp_path):
-    store = open_store(tmp_path)
-    fill(store)
-    expected = make(slice(0, NUM_ROWS))
-    for field in FIELDS:
-        array = open_store(tmp_path).array(field)
-        assert array.shape == expected[field].shape and array.dtype == expected[field].dtype
-        np.testing.assert_array_equal(np.asarray(array), expected[field])
-    rows = np.array([22, 0, 7])
-    np.testing.assert_array_equal(store.array("loss")[rows, 1], expected["loss"][rows, 1])
-
-
-def test_an_array_keeps_few_chunks_open(tmp_path):
-    store = open_store(tmp_path)
-    fill(store)
-    array = store.array("loss", mapped_chunks=2)
-    for _ in range(2):
-        np.testing.assert_array_equal(array[:], make(slice(0, NUM_ROWS))["loss"])
-
-
-@pytest.mark.parametrize("other", [None, 1], ids=["flipped", "another chunk"])
-def test_a_damaged_chunk_of_a_large_store_is_deleted_when_it_is_first_used(tmp_path, other):
-    store = open_store(tmp_path)
-    fill(store)
-    file = tmp_path / "chunks" / "chunk-000002.safetensors"
-    content = bytearray(file.read_bytes())
-    content[-3] ^= 1
-    file.write_bytes(content if other is None else (file.parent / f"chunk-{other:06d}.safetensors").read_bytes())
-    # A large store is not read whole when it is opened.
-    assert store.pending_chunks(checked_bytes=0) == []
-    array = store.array("loss")
-    array[0]
-    with pytest.raises(StorageError, match="chunk-000002.*deleted: start the same command again"):
-        array[11]
-    assert fill(store) == [2]
-    np.testing.assert_array_equal(store.array("loss")[11], make(slice(11, 12))["loss"][0])
+@pytest.mark.parametrize("options", [{}, {"mapped_chunks": 2}])
+def test_field_as_an_array_on_disk(tmp_path, options):
+    fill(open_store(tmp_path))
+    for field, expected in make(slice(0, NUM_ROWS)).items():
+        array = open_store(tmp_path).array(field, **options)
+        assert array.shape == expected.shape and array.dtype == expected.dtype
+        for _ in range(2):
+            np.testing.assert_array_equal(np.asarray(array), expected)
+        rows = np.array([22, 0, 7])
+        np.testing.assert_array_equal(array[rows], expected[rows])

@@ -100,11 +100,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "error", "named"),
-    [
-        ("x.xlsx", ValueError, r"'\.xlsx'.*\.csv, \.npz, \.parquet"),
-        ("nowhere.csv", FileNotFoundError, "nowhere"),
-        ("", FileNotFoundError, r"scores\.npz"),
-    ],
+    [("x.xlsx", ValueError, r"\.xlsx"), ("nowhere.csv", FileNotFoundError, "nowhere"), ("", FileNotFoundError, "npz")],
 )
 def test_wrong_names(tmp_path, name, error, named):
     (tmp_path / "x.xlsx").write_text("x")
@@ -121,13 +117,11 @@ def test_damaged_files_are_named(tmp_path, suffix):
     write_scores(make_scores(), path)
     content = path.read_bytes()
     # A csv that ends between two rows is a shorter csv.
-    for size in (0, 10, len(content) // 2, len(content) - 10, len(content) - 1):
-        path.write_bytes(content[:size].rstrip(b"\n"))
+    cut = [content[:size].rstrip(b"\n") for size in (0, 10, len(content) // 2, len(content) - 10, len(content) - 1)]
+    for damaged in (*cut, b"\xff\x00" * 50):
+        path.write_bytes(damaged)
         with pytest.raises(ValueError, match=path.name):
             read_scores(path)
-    path.write_bytes(b"\xff\x00" * 50)
-    with pytest.raises(ValueError, match=path.name):
-        read_scores(path)
 
 
 def test_no_bit_of_a_stored_result_flips_unnoticed(tmp_path):
@@ -146,31 +140,20 @@ def test_no_bit_of_a_stored_result_flips_unnoticed(tmp_path):
     assert read_result(file) is None
 
 
+_ROWS = np.arange(3)
+
+
 @pytest.mark.parametrize(
-    ("text", "named"),
+    ("content", "named"),
     [
-        ("rank,row_id\n1,2\n", "lacks score"),
+        ("rank,row_id\n1,2\n", "score"),
         ("row_id,score\n1,0.5\n2,\n", "'score'"),
         ("row_id,score\n1,0.5\n2\n", "2 fields"),
         ("row_id,score\n1.5,0.5\n", "'row_id'"),
         ("row_id,score\n1,0.5\n1,0.6\n", "row_id holds .1."),
         ("row_id,score\n1,nan\n", "score is NaN"),
         ("row_id,score\n99999999999999999999,1\n", "'row_id'"),
-    ],
-)
-def test_csv_of_something_else(tmp_path, text, named):
-    (tmp_path / "x.csv").write_text(text)
-    with pytest.raises(ValueError, match=named):
-        read_scores(tmp_path / "x.csv")
-
-
-_ROWS = np.arange(3)
-
-
-@pytest.mark.parametrize(
-    ("arrays", "named"),
-    [
-        ({"row_id": _ROWS}, "lacks score"),
+        ({"row_id": _ROWS}, "score"),
         ({"row_id": _ROWS, "score": np.array([object()] * 3)}, "x.npz"),
         ({"row_id": _ROWS, "score": np.array(["a", "b", "c"])}, "score .*<U1"),
         ({"row_id": _ROWS, "score": np.zeros((3, 2))}, r"score .*\(3, 2\)"),
@@ -178,13 +161,16 @@ _ROWS = np.arange(3)
         ({"row_id": _ROWS, "score": np.zeros(3), "loss_before": np.zeros(3)}, r"loss_before .*\(3,\)"),
     ],
 )
-def test_arrays_of_something_else(tmp_path, arrays, named):
-    np.savez(tmp_path / "x.npz", **arrays)
+def test_files_of_something_else(tmp_path, content, named):
+    if isinstance(content, str):
+        (tmp_path / "x.csv").write_text(content)
+    else:
+        np.savez(tmp_path / "x.npz", **content)
     with pytest.raises(ValueError, match=named):
-        read_scores(tmp_path / "x.npz")
+        read_scores(*tmp_path.iterdir())
 
 
 def test_missing_pyarrow_is_said(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(ValueError, match="needs pyarrow: pip install pyarrow"):
+    with pytest.raises(ValueError, match="pyarrow"):
         write_scores(make_scores(), tmp_path / "x.parquet")
