@@ -47,18 +47,14 @@ UNET = UNet2DConditionModel(
 SCHEDULE = NoiseSchedule.from_config({})
 
 # Calls that the compiler of a platform knows: shardings on all, and of the kernels those that JAX promises to keep.
-SHARDINGS = {"Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape"}
-KNOWN_CALLS = {"cuda": SHARDINGS | {"cu_threefry2x32_ffi"}, "tpu": SHARDINGS | {"tpu_custom_call"}}
-CUDNN_ATTENTION = r"__cudnn\$fmha\w*"
+SHARDINGS = "Sharding|SPMDFullToShardShape|SPMDShardToFullShape"
+KNOWN_CALLS = {"cuda": rf"{SHARDINGS}|cu_threefry2x32_ffi|__cudnn\$fmha\w*", "tpu": f"{SHARDINGS}|tpu_custom_call"}
 
 
 def unknown_calls(module: str, platform: str) -> set[str]:
     """Targets of the custom calls in a StableHLO text that `platform` does not have."""
-    targets = set(re.findall(r'custom_call @"?([^"\s(]+)', module))
-    targets |= set(re.findall(r'call_target_name = "([^"]+)"', module))
-    if platform == "cuda":
-        targets = {target for target in targets if not re.fullmatch(CUDNN_ATTENTION, target)}
-    return targets - KNOWN_CALLS[platform]
+    targets = re.findall(r'(?:custom_call @"?|call_target_name = ")([^"\s(]+)', module)
+    return {target for target in targets if not re.fullmatch(KNOWN_CALLS[platform], target)}
 
 
 def float32(*shape):
@@ -84,9 +80,13 @@ def params_shapes(precision):
     return jax.eval_shape(lambda params: cast_params(params, precision), shapes)
 
 
-def batch_shapes():
-    rows = int32(TILE)
-    return Batch(float32(TILE, *LATENTS.shape), float32(TILE, *TEXT.shape), rows, rows, rows, float32(TILE))
+def halves(precision):
+    return select_weights(params_shapes(precision), "cross-attn-kv")
+
+
+ROWS, WEIGHTS = int32(TILE), float32(TILE)
+BATCH = Batch(float32(TILE, *LATENTS.shape), float32(TILE, *TEXT.shape), ROWS, ROWS, ROWS, WEIGHTS)
+SAMPLES = Sample(BATCH.latents, BATCH.text, ROWS, ROWS, WEIGHTS)
 
 
 def strided_losses_tile(precision):
@@ -95,72 +95,57 @@ def strided_losses_tile(precision):
         return strided_losses(predictor(UNET, precision), schedule, params, wrap(key), batch, timesteps)
 
     run = tile_map(data_mesh(jax.devices()[:1]), tile, matmul_precision(precision))
-    return run, ((params_shapes(precision), SCHEDULE, KEY, int32(STEPS)), batch_shapes())
-
-
-def sample_loss(precision, schedule, key):
-    def loss_fn(selected, rest, sample):
-        latents, text, index, timestep, _ = sample
-        noise = jax.random.normal(jax.random.fold_in(wrap(key), index), (1, *latents.shape))
-        params, predict = merge_weights(selected, rest), predictor(UNET, precision)
-        return denoising_losses(predict, params, schedule, latents, text, noise, timestep[None])[0]
-
-    return loss_fn
-
-
-def sample_shapes():
-    return float32(TILE, *LATENTS.shape), float32(TILE, *TEXT.shape), int32(TILE), int32(TILE), float32(TILE)
+    return run, ((params_shapes(precision), SCHEDULE, KEY, int32(STEPS)), BATCH)
 
 
 def fisher_tile(precision):
     def tile(selected, rest, schedule, key, samples):
         gradients = sample_gradients(predictor(UNET, precision), schedule, wrap(key))
-        inputs = Sample(*samples), jnp.swapaxes(samples[1], -1, -2)
+        inputs = samples, jnp.swapaxes(samples[1], -1, -2)
         return sum_squares(gradients, selected, rest, inputs, mask=samples[-1], microbatch=1)
 
-    return tile, (*select_weights(params_shapes(precision), "cross-attn-kv"), SCHEDULE, KEY, sample_shapes())
+    return tile, (*halves(precision), SCHEDULE, KEY, SAMPLES)
 
 
-def ekfac_layers(precision):
+def sample_loss(schedule, key):
+    def loss_fn(selected, rest, sample):
+        latents, text, index, timestep, _ = sample
+        noise = jax.random.normal(jax.random.fold_in(wrap(key), index), (1, *latents.shape))
+        params = merge_weights(selected, rest)
+        return denoising_losses(predictor(UNET), params, schedule, latents, text, noise, timestep[None])[0]
+
+    return loss_fn
+
+
+@functools.cache
+def ekfac_layers():
     """The layers of the keys and values, and the shapes of their bases."""
-    halves = select_weights(params_shapes(precision), "cross-attn-kv")
-    example = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), sample_shapes())
-    layers = linear_layers(sample_loss(precision, SCHEDULE, np.zeros(2, np.uint32)), *halves, example)
-    sides = {name: leaf.shape for name, leaf in flatten_names(halves[0]).items()}
+    example = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), SAMPLES)
+    layers = linear_layers(sample_loss(SCHEDULE, np.zeros(2, np.uint32)), *halves("float32"), example)
+    sides = {name: leaf.shape for name, leaf in flatten_names(halves("float32")[0]).items()}
     assert {layer.name for layer in layers} == sides.keys()
     # Read by all of them: the text.
-    inputs = {layer.input: float32(WIDTH, WIDTH) for layer in layers}
-    assert len(inputs) == 1
-    return layers, Factors(inputs, {name: float32(out, out) for name, (_, out) in sides.items()})
+    (text,) = {layer.input for layer in layers}
+    return layers, Factors({text: float32(WIDTH, WIDTH)}, {name: float32(out, out) for name, (_, out) in sides.items()})
 
 
 def ekfac_factors_tile(precision):
-    layers, _ = ekfac_layers(precision)
+    layers, _ = ekfac_layers()
 
     def tile(selected, rest, schedule, key, samples):
-        return factor_sums(sample_loss(precision, schedule, key), layers, selected, rest, samples, samples[-1])
+        return factor_sums(sample_loss(schedule, key), layers, selected, rest, samples, samples[-1])
 
-    return tile, (*select_weights(params_shapes(precision), "cross-attn-kv"), SCHEDULE, KEY, sample_shapes())
+    return tile, (*halves(precision), SCHEDULE, KEY, SAMPLES)
 
 
 def ekfac_eigenvalues_tile(precision):
-    layers, bases = ekfac_layers(precision)
+    layers, bases = ekfac_layers()
 
     def tile(selected, rest, schedule, key, bases, samples):
-        loss_fn = sample_loss(precision, schedule, key)
+        loss_fn = sample_loss(schedule, key)
         return eigenvalue_sums(loss_fn, layers, bases, selected, rest, samples, samples[-1], microbatch=1)
 
-    return tile, (*select_weights(params_shapes(precision), "cross-attn-kv"), SCHEDULE, KEY, bases, sample_shapes())
-
-
-def ekfac_newton(precision):
-    layers, bases = ekfac_layers(precision)
-
-    def step(selected, gradient, curvature, step_size):
-        return newton_step(selected, gradient, curvature, step_size, 1000, 1e-8)
-
-    selected, _ = select_weights(params_shapes(precision), "cross-attn-kv")
-    return step, (selected, selected, make_ekfac(Diagonal(selected), bases, layers), float32())
+    return tile, (*halves(precision), SCHEDULE, KEY, bases, SAMPLES)
 
 
 def query_gradient_tile(precision):
@@ -170,16 +155,20 @@ def query_gradient_tile(precision):
         total = tile_gradient(predict, schedule, weights, rest, latents, text, wrap(key), mask, indices, draws)
         return by_selected(total, selected, text)
 
-    halves = select_weights(params_shapes(precision), "cross-attn-kv")
-    return tile, (*halves, SCHEDULE, LATENTS, TEXT, KEY, float32(SIZE, SIZE), int32(TILE), int32())
+    return tile, (*halves(precision), SCHEDULE, LATENTS, TEXT, KEY, float32(SIZE, SIZE), ROWS, int32())
 
 
-def newton(precision):
-    def step(selected, gradient, fisher, step_size):
-        return newton_step(selected, gradient, Diagonal(fisher), step_size, 1000, 1e-8)
+def newton(precision, curvature=Diagonal):
+    def step(selected, gradient, curvature, step_size):
+        return newton_step(selected, gradient, curvature, step_size, 1000, 1e-8)
 
-    selected, _ = select_weights(params_shapes(precision), "cross-attn-kv")
-    return step, (selected, selected, selected, float32())
+    selected, _ = halves(precision)
+    return step, (selected, selected, curvature(selected), float32())
+
+
+def ekfac_newton(precision):
+    layers, bases = ekfac_layers()
+    return newton(precision, lambda selected: make_ekfac(Diagonal(selected), bases, layers))
 
 
 def linearised_tile(precision):
@@ -190,8 +179,8 @@ def linearised_tile(precision):
 
         return influence_scores(loss_fn, selected, rest, batch, change, batch.mask)
 
-    selected, rest = select_weights(params_shapes(precision), "cross-attn-kv")
-    return tile, (selected, rest, SCHEDULE, KEY, int32(STEPS), selected, batch_shapes())
+    selected, rest = halves(precision)
+    return tile, (selected, rest, SCHEDULE, KEY, int32(STEPS), selected, BATCH)
 
 
 def sampler(precision):
@@ -204,65 +193,50 @@ def sampler(precision):
     return draw, (params_shapes(precision), SCHEDULE, text, TEXT, latents, float32(), KEY)
 
 
-PROGRAMS = {
-    program.__name__: program
-    for program in (
-        strided_losses_tile,
-        fisher_tile,
-        ekfac_factors_tile,
-        ekfac_eigenvalues_tile,
-        query_gradient_tile,
-        newton,
-        ekfac_newton,
-        linearised_tile,
-        sampler,
-    )
-}
+# EKFAC is in float32, whatever the scores' precision.
+EKFAC = (ekfac_factors_tile, ekfac_eigenvalues_tile, ekfac_newton)
+PROGRAMS = (strided_losses_tile, fisher_tile, query_gradient_tile, newton, linearised_tile, sampler)
+CASES = [(program, "float32") for program in PROGRAMS + EKFAC] + [(program, "bfloat16") for program in PROGRAMS]
 
 
 def export(run, arguments, platform, **options):
     """Lowered for `platform` on this machine, whatever its devices: no code may depend on them."""
-    run = run if hasattr(run, "lower") else jax.jit(run)
     arguments = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), arguments)
     return jax.export.export(run, platforms=(platform,), **options)(*arguments)
 
 
-# As EKFAC is, whatever the scores' precision.
-FLOAT32_ALONE = {"ekfac_factors_tile", "ekfac_eigenvalues_tile", "ekfac_newton"}
-CASES = [(name, "float32") for name in PROGRAMS]
-CASES += [(name, "bfloat16") for name in PROGRAMS if name not in FLOAT32_ALONE]
+@pytest.mark.parametrize(("program", "precision"), CASES)
+def test_lowers_for_accelerators(program, precision):
+    run, arguments = program(precision)
+    # One function for all platforms: it is traced once.
+    run = run if hasattr(run, "lower") else jax.jit(run)
+    for platform in PLATFORMS:
+        exported = export(run, arguments, platform)
+        module = exported.mlir_module()
+        assert exported.platforms == (platform,)
+        assert unknown_calls(module, platform) == set()
+        assert len(exported.in_avals) == len(jax.tree.leaves(arguments))
+        assert len(exported.mlir_module_serialized) < PROGRAM_BYTES
+        if program is strided_losses_tile:
+            # The compilers there choose the algorithm of a convolution themselves.
+            kernels = [leaf for leaf in jax.tree.leaves(arguments[0][0]) if leaf.ndim == 4 and leaf.shape[0] > 1]
+            assert len(kernels) > 10
+            assert module.count("stablehlo.convolution") == len(kernels)
 
 
-@pytest.mark.parametrize("platform", PLATFORMS)
-@pytest.mark.parametrize(("name", "precision"), CASES)
-def test_lowers_for_accelerators(name, precision, platform):
-    run, arguments = PROGRAMS[name](precision)
-    exported = export(run, arguments, platform)
-    module = exported.mlir_module()
-    assert exported.platforms == (platform,)
-    assert unknown_calls(module, platform) == set()
-    assert len(exported.in_avals) == len(jax.tree.leaves(arguments))
-    assert len(exported.mlir_module_serialized) < PROGRAM_BYTES
-    if name == "strided_losses_tile":
-        # The compilers there choose the algorithm of a convolution themselves.
-        kernels = [leaf for leaf in jax.tree.leaves(arguments[0][0]) if leaf.ndim == 4 and leaf.shape[0] > 1]
-        assert len(kernels) > 10
-        assert module.count("stablehlo.convolution") == len(kernels)
-
-
-@pytest.mark.parametrize("platform", PLATFORMS)
-def test_no_form_for_cpus_is_in_the_program_of_an_accelerator(platform):
+def test_no_form_for_cpus_is_in_the_program_of_an_accelerator():
     """Not even where the kernels come prepared for a CPU."""
     run, (selected, rest, *others) = fisher_tile("float32")
-    prepared = jax.eval_shape(lambda rest: prepare_kernels(rest, "cpu"), rest)
+    run, prepared = jax.jit(run), jax.eval_shape(lambda rest: prepare_kernels(rest, "cpu"), rest)
     assert len(jax.tree.leaves(prepared)) > len(jax.tree.leaves(rest))
-    plain, ours = (export(run, (selected, half, *others), platform).mlir_module() for half in (rest, prepared))
-    operations = ("stablehlo.convolution", "stablehlo.dot_general", "stablehlo.concatenate")
-    assert [ours.count(name) for name in operations] == [plain.count(name) for name in operations]
-    # On a CPU it would be products in their place.
     on_cpu = export(run, (selected, prepared, *others), "cpu").mlir_module()
-    assert on_cpu.count("stablehlo.convolution") == 0 < plain.count("stablehlo.convolution")
-    assert "optimization_barrier" in on_cpu and "optimization_barrier" not in plain + ours
+    operations = ("stablehlo.convolution", "stablehlo.dot_general", "stablehlo.concatenate")
+    for platform in PLATFORMS:
+        plain, ours = (export(run, (selected, half, *others), platform).mlir_module() for half in (rest, prepared))
+        assert [ours.count(name) for name in operations] == [plain.count(name) for name in operations]
+        # On a CPU it would be products in their place.
+        assert on_cpu.count("stablehlo.convolution") == 0 < plain.count("stablehlo.convolution")
+        assert "optimization_barrier" in on_cpu and "optimization_barrier" not in plain + ours
 
 
 @pytest.mark.parametrize("platform", PLATFORMS)
@@ -271,23 +245,18 @@ def test_a_call_that_only_cpus_have_is_found(platform):
         return jax.ffi.ffi_call("lapack_sgetrf_ffi", jax.ShapeDtypeStruct(x.shape, x.dtype))(x) + 1
 
     unchecked = [jax.export.DisabledSafetyCheck.custom_call("lapack_sgetrf_ffi")]
-    exported = export(run, (float32(3, 3),), platform, disabled_checks=unchecked)
+    exported = export(jax.jit(run), (float32(3, 3),), platform, disabled_checks=unchecked)
     assert unknown_calls(exported.mlir_module(), platform) == {"lapack_sgetrf_ffi"}
-
-
-def test_cudnn_attention_is_known_to_gpus_only():
-    module = (
-        'stablehlo.custom_call @__cudnn$fmhaSoftmax(%0) : x\n"stablehlo.custom_call"() <{call_target_name = "other"}>'
-    )
-    assert unknown_calls(module, "cuda") == {"other"}
-    assert unknown_calls(module, "tpu") == {"other", "__cudnn$fmhaSoftmax"}
+    # cuDNN's attention is known to GPUs only.
+    module = 'custom_call @__cudnn$fmhaSoftmax(%0) : x\n"stablehlo.custom_call"() <{call_target_name = "other"}>'
+    assert unknown_calls(module, platform) == {"other"} | ({"__cudnn$fmhaSoftmax"} if platform == "tpu" else set())
 
 
 def test_one_matrix_that_is_closed_over_shows_in_the_size():
-    halves = select_weights(params_shapes("float32"), "cross-attn-kv")
-    (first, *others), tree = jax.tree.flatten(halves)
+    (first, *others), tree = jax.tree.flatten(halves("float32"))
     constant = np.random.default_rng(0).standard_normal(first.shape, np.float32)
 
+    @jax.jit
     def closed(others, latents, text):
         params = merge_weights(*jax.tree.unflatten(tree, [constant, *others]))
         return predictor(UNET)(params, latents, 3, text)
