@@ -11,10 +11,10 @@ from attrib_jax.convert.adapters.custom_diffusion import apply_custom_diffusion
 from attrib_jax.convert.adapters.textual_inversion import add_tokens, read_tokens
 from attrib_jax.core.weights import flatten_names, select_weights
 from attrib_jax.data.sources import ArrayDataset
-from attrib_jax.storage.checkpoints import TrainingCheckpoints
 from attrib_jax.storage.stages import StageMismatchError
 from attrib_jax.training.customize import CustomizeConfig, customize
 from tests.tiny_dataset import make_dataset
+from tests.training.interruptions import interrupted_after_saving
 
 CONFIG = CustomizeConfig(
     initializer_token="heart", steps=8, batch_size=4, learning_rate=1e-2, checkpoint_every=4, log_every=1
@@ -79,18 +79,10 @@ def test_the_loss_falls(pipeline, tmp_path):
     assert len(losses) == 60 and np.mean(losses[-10:]) < 0.8 * np.mean(losses[:10])
 
 
-def test_an_interrupted_run_resumes_to_the_same_bits(pipeline, tuned, tmp_path, monkeypatch):
+def test_an_interrupted_run_resumes_to_the_same_bits(pipeline, tuned, tmp_path):
     workdir, _, whole = tuned
-    save = TrainingCheckpoints.save
-
-    def failing(self, step, state):
-        save(self, step, state)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(TrainingCheckpoints, "save", failing)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted_after_saving(4), pytest.raises(KeyboardInterrupt):
         customize(tmp_path, pipeline, _exemplars(), CONFIG)
-    monkeypatch.setattr(TrainingCheckpoints, "save", save)
     resumed = apply_custom_diffusion(pipeline, str(customize(tmp_path, pipeline, _exemplars(), CONFIG)))
     jax.tree.map(np.testing.assert_array_equal, resumed.params, whole.params)
     assert _metrics(tmp_path) == _metrics(workdir)
@@ -133,39 +125,40 @@ def test_mirror_images_are_drawn_on_demand_only(pipeline, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "captions", "message"),
+    ("changes", "exemplars", "named"),
     [
-        ({}, ("a <new1>", "a hat"), "'a hat' does not hold the token '<new1>'"),
-        ({}, ("a hat grinning polar bear white woman <new1>",), "is cut off before"),
-        ({"initializer_token": "zebra"}, ("<new1>",), "'zebra' is . tokens"),
-        ({"learning_rate": 1e30, "steps": 4}, ("<new1>", "<new1>"), "learning_rate=1e"),
+        ({}, _exemplars(("a <new1>", "a hat")), "caption 'a hat' .*'<new1>'"),
+        ({}, _exemplars(("a hat grinning polar bear white woman <new1>",)), "caption 'a hat .*'<new1>'"),
+        ({"initializer_token": "zebra"}, _exemplars(("<new1>",)), "initializer_token 'zebra'"),
+        ({"learning_rate": 1e30, "steps": 4}, _exemplars(("<new1>", "<new1>")), "learning_rate=1e"),
+        ({}, _exemplars(size=8), r"exemplars 'arrays' .*\(8, 8\)"),
     ],
+    ids=["no token", "cut off", "initializer", "diverged", "size"],
 )
-def test_refused(pipeline, tmp_path, changes, captions, message):
-    with pytest.raises(ValueError, match=message):
-        customize(tmp_path, pipeline, _exemplars(captions), dataclasses.replace(CONFIG, **changes))
+def test_refused(pipeline, tmp_path, changes, exemplars, named):
+    with pytest.raises(ValueError, match=named):
+        customize(tmp_path, pipeline, exemplars, dataclasses.replace(CONFIG, **changes))
+    assert not list(tmp_path.rglob("*.bin"))
 
 
-def test_a_token_that_exists_and_images_of_another_size_are_refused(pipeline, tmp_path):
+def test_a_token_that_exists_is_refused(pipeline, tmp_path):
     known = add_tokens(pipeline, {"<new1>": np.ones(32, np.float32)})
-    with pytest.raises(ValueError, match="'<new1>' is in the tokenizer already"):
+    with pytest.raises(ValueError, match="'<new1>'"):
         customize(tmp_path, known, _exemplars(), CONFIG)
-    with pytest.raises(ValueError, match=r"exemplars 'arrays' has images of \(8, 8\)"):
-        customize(tmp_path, pipeline, _exemplars(size=8), CONFIG)
     assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "named"),
     [
         ({"token": "new1"}, "token is 'new1'"),
         ({"token": "<a/b>"}, "token is '<a/b>'"),
         ({"caption": "a hat"}, "exemplar_caption is 'a hat'"),
-        ({"learning_rate": 0.0}, "learning_rate"),
-        ({"steps": 0}, "steps"),
-        ({"prior_weight": -1.0}, "prior_weight"),
+        ({"learning_rate": 0.0}, "learning_rate is 0.0"),
+        ({"steps": 0}, "steps is 0"),
+        ({"prior_weight": -1.0}, "prior_weight is -1.0"),
     ],
 )
-def test_config_is_checked(changes, message):
-    with pytest.raises(ValueError, match=message):
+def test_config_is_checked(changes, named):
+    with pytest.raises(ValueError, match=named):
         dataclasses.replace(CONFIG, **changes)

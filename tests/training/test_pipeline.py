@@ -14,12 +14,12 @@ from attrib_jax.data.readers import TrainingImages, image_side
 from attrib_jax.data.sources import ArrayDataset
 from attrib_jax.diffusion.training import autoencoder_loss, random_flips
 from attrib_jax.models.vae import AutoencoderKL, AutoencoderKLConfig
-from attrib_jax.storage.checkpoints import TrainingCheckpoints
 from attrib_jax.storage.stages import StageMismatchError
 from attrib_jax.training.loop import FitConfig, fit
 from attrib_jax.training.pipeline import TrainConfig, train
 from tests.failures import UnreadableImages
 from tests.tiny_dataset import make_dataset
+from tests.training.interruptions import interrupted_after_saving
 
 SOURCE = np.random.default_rng(0).normal(size=(20, 3)).astype(np.float32)
 CONFIG = FitConfig(steps=12, batch_size=8, learning_rate=0.1, warmup_steps=2, checkpoint_every=4, log_every=4)
@@ -43,21 +43,11 @@ def test_fit_lowers_the_loss_and_logs_it(tmp_path):
     assert lines[-1]["step"] == 200 and lines[-1]["loss"] < lines[0]["loss"]
 
 
-def test_interrupted_fit_resumes_to_the_same_bits(tmp_path, monkeypatch):
+def test_interrupted_fit_resumes_to_the_same_bits(tmp_path):
     whole = _fit(tmp_path / "whole")
-    save = TrainingCheckpoints.save
-
-    def failing(self, step, state):
-        save(self, step, state)
-        if step == 8:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(TrainingCheckpoints, "save", failing)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted_after_saving(8), pytest.raises(KeyboardInterrupt):
         _fit(tmp_path / "resumed")
-    monkeypatch.setattr(TrainingCheckpoints, "save", save)
-    resumed = _fit(tmp_path / "resumed")
-    np.testing.assert_array_equal(resumed["centre"], whole["centre"])
+    np.testing.assert_array_equal(_fit(tmp_path / "resumed")["centre"], whole["centre"])
 
 
 def test_flips_mirror_whole_images():
@@ -98,7 +88,7 @@ def test_a_pipeline_trains_is_saved_and_resumes_finished(tmp_path, caplog):
         latent_channels=5,
         steps=2,
         batch_size=8,
-        vae_channels=(8, 8),
+        vae_channels=(8,),
         vae_groups=4,
         unet_channels=(16,),
         unet_heads=2,
@@ -142,24 +132,19 @@ def test_the_next_image_stands_in_for_one_that_cannot_be_read(caplog):
         assert found == 0
         np.testing.assert_array_equal(image, dataset[4].image)
     assert sorted(caplog.messages) == sorted(f"left out: {row}.png is cut off" for row in (8, 9, 36))
-    with pytest.raises(ValueError, match="no image of dataset .* can be read"):
+    with pytest.raises(ValueError, match="no image of dataset"):
         TrainingImages(broken, 16, rows[1:])(2)
 
 
-@pytest.mark.parametrize(
-    ("width", "named"), [(20, "18 x 20 pixels; .* --resolution"), (18, "18 pixels .* multiple of 8, .* --resolution")]
-)
+@pytest.mark.parametrize(("width", "named"), [(20, "18 x 20 pixels"), (18, "18 pixels")])
 def test_images_of_a_size_that_does_not_fit(tmp_path, width, named):
-    pixels = np.zeros((3, 18, width, 3), np.uint8)
+    dataset = ArrayDataset(np.zeros((3, 18, width, 3), np.uint8), [["hat"]] * 3)
     with pytest.raises(ValueError, match=named):
-        train(tmp_path, ArrayDataset(pixels, [["hat"]] * 3), TrainConfig(steps=1, vae_steps=1))
+        train(tmp_path, dataset, TrainConfig(steps=1, vae_steps=1))
     assert not list(tmp_path.rglob("stage.json"))
-
-
-def test_images_of_several_sizes():
-    mixed = TrainingImages(ArrayDataset(np.zeros((3, 18, 20, 3), np.uint8), [["hat"]] * 3), 18)
-    with pytest.raises(ValueError, match="18 x 20 pixels at position 1"):
-        mixed(1)
+    if width == 20:
+        with pytest.raises(ValueError, match="18 x 20 pixels at position 1"):
+            TrainingImages(dataset, 18)(1)
 
 
 @pytest.mark.parametrize(
