@@ -2,9 +2,18 @@
 
 import ast
 import functools
+import subprocess
+import sys
+import traceback
 from pathlib import Path
 
+import jax
 import pytest
+
+from attrib_jax.jobs.losses import dataset_pass
+from attrib_jax.models.unet import UNet2DConditionModel
+from launch import attribute, common
+from tests.launch.calls import call
 
 ROOT = Path(__file__).parents[1]
 # In the order of the data; a folder imports only folders before it, and itself.
@@ -29,6 +38,7 @@ FOLDERS = (
 )
 MAX_MODULES_PER_FOLDER = 16
 MAX_MODULES_OF_ATTRIBUTE = 100
+MAX_FRAMES, MAX_FILES = 15, 8
 
 
 def sources(*folders: str) -> dict[str, Path]:
@@ -59,17 +69,6 @@ def imports(name: str) -> frozenset[str]:
             each = {f"{node.module}.{alias.name}" for alias in node.names}
             found |= {module if module in modules else node.module for module in each}
     return frozenset(found & modules.keys() - {name})
-
-
-def reached(start: str) -> set[str]:
-    """The modules that importing a module loads, their packages among them."""
-    modules, found, left = sources("attrib_jax", "launch"), set(), [start]
-    while left:
-        name = left.pop()
-        if name in modules and name not in found:
-            found.add(name)
-            left += [*imports(name), *filter(None, [name.rpartition(".")[0]])]
-    return found
 
 
 def folder_of(name: str) -> str | None:
@@ -117,11 +116,52 @@ def test_folders_are_small(package):
     assert {name: size for name, size in sizes.items() if size > MAX_MODULES_PER_FOLDER} == {}
 
 
-@pytest.mark.xfail(reason="sources, checkpoint forms and adapters are all imported, whichever a command uses")
-def test_the_main_job_reaches_few_modules():
-    # Packages whose file is a docstring alone are no code to read.
-    found = {name for name in reached("launch.attribute") if len(tree(sources("attrib_jax", "launch")[name]).body) > 1}
-    assert len(found) <= MAX_MODULES_OF_ATTRIBUTE, sorted(found)
+def test_the_main_job_loads_few_modules():
+    # Modules, not packages: those hold little more than a docstring.
+    script = (
+        "import sys, launch.attribute\n"
+        "for name, module in sorted(sys.modules.items()):\n"
+        "    if name.startswith(('attrib_jax.', 'launch.')) and not hasattr(module, '__path__'):\n"
+        "        print(name)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
+    names = result.stdout.splitlines()
+    assert {"launch.attribute", "attrib_jax.attribute", "attrib_jax.jobs.losses"} <= {*names}
+    assert len(names) <= MAX_MODULES_OF_ATTRIBUTE, names
+
+
+class Traced(Exception):
+    """The UNet is being traced: code objects of the callers, the command first."""
+
+
+def test_few_frames_lie_between_the_command_and_the_unet(pipeline, dataset, tmp_path, monkeypatch):
+    """Those of the project in a traceback of the pass over the training set under the unlearned weights."""
+
+    def traced(*_args, **_kwargs):
+        raise Traced([frame.f_code for frame, _ in traceback.walk_stack(sys._getframe(1))][::-1])
+
+    def traced_anew(run, paths, program, weights, description, *args, **kwargs):
+        assert description == "losses after"
+        # The losses before have compiled the same program.
+        jax.clear_caches()
+        monkeypatch.setattr(UNet2DConditionModel, "__call__", traced)
+        return dataset_pass(run, paths, program, weights, description, *args, **kwargs)
+
+    monkeypatch.setattr("attrib_jax.methods.unlearn.dataset_pass", traced_anew)
+    monkeypatch.setattr(common, "load_model", lambda: pipeline)
+    monkeypatch.setattr(common, "load_dataset", lambda resolution: dataset)
+    size = ("--sampler_steps=1", "--query_draws=16", "--fisher_samples=16", "--stride=500", "--flips=none")
+    with pytest.raises(Traced) as outcome:
+        call(attribute.main, "--model=tiny", f"--workdir={tmp_path}", "--prompt=hat", "--method=unlearn", *size)
+    (codes,) = outcome.value.args
+    files = sources("attrib_jax", "launch").values()
+    frames = [(code.co_filename, code.co_name) for code in codes if Path(code.co_filename) in files]
+    assert [name for _, name in frames if name in ("main", "dataset_pass", "batched")] == [
+        "main",
+        "dataset_pass",
+        "batched",
+    ]
+    assert len(frames) <= MAX_FRAMES and len({file for file, _ in frames}) <= MAX_FILES, frames
 
 
 def test_no_model_or_method_asks_for_the_platform():
