@@ -4,6 +4,7 @@ import diffusers
 import pytest
 
 from attrib_jax.convert.load import load_pipeline
+from tests.convert import old_layout
 from tests.convert.shrunken import Model
 from tests.tiny_pipeline import make_torch_pipeline
 
@@ -23,6 +24,11 @@ def ours(folder):
 @pytest.fixture
 def theirs(folder):
     return diffusers.StableDiffusionPipeline.from_pretrained(folder)
+
+
+@pytest.fixture
+def copy(folder, tmp_path):
+    return old_layout.copy_folder(folder, tmp_path / "copy")
 
 
 @pytest.fixture(scope="session")

@@ -34,6 +34,8 @@ CLASSES = {
     "StableDiffusionImg2ImgPipeline": "_class_name",
     "DDPMPipeline": "an unconditional model",
     "SomethingNewPipeline": "'SomethingNewPipeline'",
+    "AltDiffusionPipeline": "'AltDiffusionPipeline'",
+    "FlaxStableDiffusionPipeline": "'FlaxStableDiffusionPipeline'",
     None: "None",
 }
 UNETS = [

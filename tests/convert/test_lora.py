@@ -10,8 +10,6 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from attrib_jax.convert.adapters.lora import merge_lora
 from attrib_jax.core.weights import flatten_names
@@ -99,29 +97,28 @@ def file_content(factors, form):
 
 
 def save(content, path, metadata=None):
+    """Writes arrays; plain numbers stay such in a PyTorch file."""
     if path.suffix == ".safetensors":
-        safetensors.numpy.save_file(content, path, metadata=metadata)
+        arrays = {name: np.asarray(x, None if isinstance(x, np.ndarray) else np.float32) for name, x in content.items()}
+        safetensors.numpy.save_file(arrays, path, metadata=metadata)
     else:
-        torch.save({name: torch.from_numpy(np.asarray(x)) for name, x in content.items()}, path)
+        torch.save({k: torch.from_numpy(x) if isinstance(x, np.ndarray) else x for k, x in content.items()}, path)
     return str(path)
 
 
-@pytest.mark.parametrize(
-    ("form", "suffix"),
-    [
-        (peft, ".safetensors"),
-        (diffusers_form, ".safetensors"),
-        (processor_form, ".bin"),
-        (unprefixed, ".bin"),
-        (kohya, ".safetensors"),
-    ],
-)
-def test_every_form_computes_the_same_as_torch(ours, theirs, tmp_path, form, suffix, caplog):
+FORMS = [
+    (peft, ".safetensors"),
+    (diffusers_form, ".safetensors"),
+    (processor_form, ".bin"),
+    (unprefixed, ".bin"),
+    (kohya, ".safetensors"),
+]
+
+
+@pytest.mark.parametrize(("form", "suffix"), FORMS)
+def test_every_form_computes_the_same_as_torch(ours, theirs, tmp_path, form, suffix):
     factors = draw_factors(theirs, ALL)
-    path = save(file_content(factors, form), tmp_path / f"lora{suffix}")
-    with caplog.at_level(logging.INFO):
-        changed = merge_lora(ours, path, scale=0.7)
-    assert "merged into 24 weights, scale 0.7, rank [3]" in caplog.text
+    changed = merge_lora(ours, save(file_content(factors, form), tmp_path / f"lora{suffix}"), scale=0.7)
     merge_in_torch(theirs, factors, 0.7)
     assert_same_outputs(changed, theirs, base=ours)
 
@@ -156,27 +153,16 @@ def test_only_named_weights_change_and_scale_0_changes_none(ours, theirs, tmp_pa
 
 
 @pytest.mark.parametrize("form", [kohya, diffusers_form, processor_form])
-def test_alpha_entries_scale_each_weight(ours, theirs, tmp_path, form):
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+def test_alpha_entries_scale_each_weight(ours, theirs, tmp_path, form, suffix):
     factors = draw_factors(theirs, ALL)
     alphas = {entry: 0.5 + i for i, entry in enumerate(factors) if i % 5}
     content = file_content(factors, form)
     for entry, alpha in alphas.items():
         down = form(*entry)[0]
-        key = f"{down}.alpha" if form is processor_form else f"{down.rsplit('.lora', 1)[0]}.alpha"
-        content[key] = np.float32(alpha)
-    content = {name: np.asarray(x) for name, x in content.items()}
-    changed = merge_lora(ours, save(content, tmp_path / "lora.safetensors"), scale=0.3)
+        content[f"{down}.alpha" if form is processor_form else f"{down.rsplit('.lora', 1)[0]}.alpha"] = alpha
+    changed = merge_lora(ours, save(content, tmp_path / f"lora{suffix}"), scale=0.3)
     merge_in_torch(theirs, factors, lambda *entry: 0.3 * alphas.get(entry, RANK) / RANK)
-    assert_same_outputs(changed, theirs)
-
-
-def test_plain_numbers_as_alphas(ours, theirs, tmp_path):
-    factors = draw_factors(theirs, ALL[:1])
-    content = {key: torch.from_numpy(x) for key, x in file_content(factors, kohya).items()}
-    alpha = {f"{kohya(*ALL[0])[0].split('.')[0]}.alpha": 6.0}
-    torch.save(content | alpha, tmp_path / "lora.bin")
-    changed = merge_lora(ours, str(tmp_path / "lora.bin"))
-    merge_in_torch(theirs, factors, 6 / RANK)
     assert_same_outputs(changed, theirs)
 
 
@@ -237,16 +223,13 @@ def test_convolution_lora_is_the_two_convolutions_in_a_row():
     torch.testing.assert_close(conv(conv(x, down, padding=1), up), conv(x, product, padding=1), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("linear", [True, False])
-def test_factors_of_1x1_convolutions_and_linear_layers_are_interchangeable(ours, theirs, tmp_path, linear):
-    name = ("unet", "down_blocks.0.attentions.0.proj_in") if linear else ("unet", UNET[0])
-    factors = draw_factors(theirs, [name])
-    down, up = factors[name]
-    shape = slice(0, 2) if linear else slice(None)
-    factors[name] = tuple(x.reshape((x.shape + (1, 1))[shape] if not linear else x.shape[:2]) for x in (down, up))
-    changed = merge_lora(ours, save(file_content(factors, peft), tmp_path / "x.safetensors"))
-    merge_in_torch(theirs, {name: (down, up)}, 1.0)
-    assert_same_outputs(changed, theirs)
+@pytest.mark.parametrize("name", ["down_blocks.0.attentions.0.proj_in", UNET[0]])
+def test_factors_of_1x1_convolutions_and_linear_layers_are_interchangeable(ours, theirs, tmp_path, name):
+    pair = draw_factors(theirs, [("unet", name)])["unet", name]
+    other = tuple(x.reshape(x.shape[:2] if x.ndim == 4 else (*x.shape, 1, 1)) for x in pair)
+    path = save(file_content({("unet", name): other}, peft), tmp_path / "x.safetensors")
+    merge_in_torch(theirs, {("unet", name): pair}, 1.0)
+    assert_same_outputs(merge_lora(ours, path), theirs)
 
 
 def test_folder_and_mixed_ranks(ours, theirs, tmp_path, caplog):
@@ -254,7 +237,7 @@ def test_folder_and_mixed_ranks(ours, theirs, tmp_path, caplog):
     save(file_content(factors, peft), tmp_path / "pytorch_lora_weights.safetensors")
     with caplog.at_level(logging.INFO):
         changed = merge_lora(ours, str(tmp_path))
-    assert "rank [2, 5]" in caplog.text
+    assert "24 weights" in caplog.text and "[2, 5]" in caplog.text
     merge_in_torch(theirs, factors, 1.0)
     assert_same_outputs(changed, theirs)
 
@@ -263,35 +246,38 @@ DOWN, UP = (f"unet.{UNET[0]}.lora_{side}.weight" for side in "AB")
 PAIR = {DOWN: np.ones((2, 32), np.float32), UP: np.ones((32, 2), np.float32)}
 
 
+def ones(*shape, dtype=np.float32):
+    return np.ones(shape, dtype)
+
+
+ALPHA = f"unet.{UNET[0]}.alpha"
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({}, "holds no tensors; expected a LoRA"),
+        ({}, "lora.safetensors holds no tensors"),
         ({DOWN: PAIR[DOWN]}, f"1 without their other half:\n  {DOWN}"),
         (PAIR | {"unet.x.to_q.lora_A.weight": PAIR[DOWN]}, r"1 unknown:\n  unet\.x\.to_q\.lora_A"),
         (PAIR | {f"unet.{UNET[0]}.lora_B.bias": PAIR[DOWN]}, r"1 unknown:\n  .*lora_B\.bias"),
         (PAIR | {"conv_in.weight": PAIR[DOWN]}, r"1 unknown:\n  conv_in\.weight"),
         (PAIR | {f"{UNET[0]}.lora.down.weight": PAIR[DOWN]}, "1 repeated:"),
-        (PAIR | {f"unet.{UNET[1]}.alpha": np.ones(())}, "1 without their other half:\n  .*alpha"),
-        (PAIR | {f"unet.{UNET[0]}.alpha": np.ones(2)}, "alpha is .*; expected one number"),
-        (PAIR | {f"unet.{UNET[0]}.alpha": np.asarray(np.nan)}, "alpha is nan; expected a finite number"),
-        (
-            PAIR | {DOWN: np.ones((3, 32), np.float32)},
-            r"1 misshaped:\n  .*down \(3, 32\), up \(32, 2\), model \(32, 32\)",
-        ),
-        (PAIR | {DOWN: np.ones((2, 31), np.float32)}, r"1 misshaped:\n  .*down \(2, 31\)"),
-        (PAIR | {UP: np.ones((31, 2), np.float32)}, r"1 misshaped:\n  .*up \(31, 2\)"),
-        (PAIR | {DOWN: np.ones((2, 32, 3, 3), np.float32)}, r"1 misshaped:\n  .*down \(2, 32, 3, 3\)"),
-        ({DOWN: np.ones((0, 32), np.float32), UP: np.ones((32, 0), np.float32)}, "1 misshaped"),
-        ({DOWN: np.ones(2, np.float32), UP: np.ones(2, np.float32)}, "1 misshaped"),
-        (PAIR | {UP: np.full((32, 2), np.inf, np.float32)}, "to_q up holds a NaN or an infinity"),
-        (PAIR | {UP: np.ones((32, 2), np.int32)}, "to_q up has the type int32"),
+        (PAIR | {f"unet.{UNET[1]}.alpha": ones()}, "1 without their other half:\n  .*alpha"),
+        (PAIR | {ALPHA: ones(2)}, "alpha is "),
+        (PAIR | {ALPHA: np.asarray(np.nan)}, "alpha is nan"),
+        (PAIR | {DOWN: ones(3, 32)}, r"1 misshaped:\n  .*down \(3, 32\), up \(32, 2\), model \(32, 32\)"),
+        (PAIR | {DOWN: ones(2, 31)}, r"1 misshaped:\n  .*down \(2, 31\)"),
+        (PAIR | {UP: ones(31, 2)}, r"1 misshaped:\n  .*up \(31, 2\)"),
+        (PAIR | {DOWN: ones(2, 32, 3, 3)}, r"1 misshaped:\n  .*down \(2, 32, 3, 3\)"),
+        ({DOWN: ones(0, 32), UP: ones(32, 0)}, "1 misshaped"),
+        ({DOWN: ones(2), UP: ones(2)}, "1 misshaped"),
+        (PAIR | {UP: np.full((32, 2), np.inf, np.float32)}, "to_q up holds a NaN"),
+        (PAIR | {UP: ones(32, 2, dtype=np.int32)}, "to_q up has the type int32"),
     ],
 )
 def test_files_that_do_not_fit(ours, tmp_path, content, message):
-    path = save(content, tmp_path / "lora.safetensors")
     with pytest.raises(ValueError, match=message):
-        merge_lora(ours, path)
+        merge_lora(ours, save(content, tmp_path / "lora.safetensors"))
 
 
 KOHYA = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
@@ -324,70 +310,47 @@ KINDS = {
 @pytest.mark.parametrize("key", KINDS)
 def test_other_adapters_and_families_are_named(ours, tmp_path, key):
     path = save(PAIR | {key: PAIR[DOWN]}, tmp_path / "lora.safetensors")
-    with pytest.raises(ValueError, match=f"lora.safetensors .*{KINDS[key]}(?s:.*)1 unknown:\n  {re.escape(key)}"):
+    with pytest.raises(ValueError, match=f"lora.safetensors .*{KINDS[key]}(?s:.)*1 unknown:\n  {re.escape(key)}"):
         merge_lora(ours, path)
 
 
 def test_the_width_of_the_text_names_the_family(ours, tmp_path):
-    key = next(name for name in UNET if name.endswith("attn2.to_k"))
-    content = {f"unet.{key}.lora_A.weight": np.ones((2, 2048), np.float32), f"unet.{key}.lora_B.weight": PAIR[UP]}
-    with pytest.raises(ValueError, match=f"made for {XL} .*2048.*32"):
+    key = f"unet.{BLOCKS[0]}.attn2.to_k"
+    content = {f"{key}.lora_A.weight": ones(2, 2048), f"{key}.lora_B.weight": PAIR[UP]}
+    with pytest.raises(ValueError, match=f"{XL} .*2048.*32"):
         merge_lora(ours, save(content, tmp_path / "lora.safetensors"))
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("content", "text", "message"),
     [
-        ("{", "lora_adapter_metadata is not valid JSON"),
-        ("[" * 100_000, "lora_adapter_metadata is not valid JSON"),
-        ("[1]", "lora_adapter_metadata is not a JSON object"),
-        ('{"unet.use_dora": true}', "is a DoRA"),
-        ('{"unet.lora_alpha": "x"}', "unet.lora_alpha is 'x'; expected one number"),
-        ('{"unet.lora_alpha": null}', "unet.lora_alpha is None; expected one number"),
-        ('{"unet.alpha_pattern": [1]}', r"alpha_pattern .* is \[1\]; expected module names"),
+        (PAIR, "{", "lora_adapter_metadata"),
+        (PAIR, "[" * 100_000, "lora_adapter_metadata"),
+        (PAIR, "[1]", "lora_adapter_metadata"),
+        (PAIR, '{"unet.use_dora": true}', "DoRA"),
+        (PAIR, '{"unet.lora_alpha": "x"}', "unet.lora_alpha is 'x'"),
+        (PAIR, '{"unet.lora_alpha": null}', "unet.lora_alpha is None"),
+        (PAIR, '{"unet.alpha_pattern": [1]}', r"alpha_pattern .* is \[1\]"),
+        (PAIR | {ALPHA: ones()}, '{"unet.lora_alpha": 2}', "alpha of unet.* twice"),
     ],
+    ids=["cut", "deep", "list", "dora", "text", "null", "pattern", "twice"],
 )
-def test_bad_metadata(ours, tmp_path, text, message):
-    path = save(PAIR, tmp_path / "lora.safetensors", {"lora_adapter_metadata": text})
+def test_bad_metadata(ours, tmp_path, content, text, message):
+    path = save(content, tmp_path / "lora.safetensors", {"lora_adapter_metadata": text})
     with pytest.raises(ValueError, match=message):
-        merge_lora(ours, path)
-
-
-def test_alpha_given_twice(ours, tmp_path):
-    content = PAIR | {f"unet.{UNET[0]}.alpha": np.ones(())}
-    path = save(content, tmp_path / "x.safetensors", {"lora_adapter_metadata": '{"unet.lora_alpha": 2}'})
-    with pytest.raises(ValueError, match="alpha of unet.* twice"):
         merge_lora(ours, path)
 
 
 @pytest.mark.parametrize("scale", [math.nan, math.inf, "1", True, None])
 def test_bad_scale(ours, tmp_path, scale):
-    path = save(PAIR, tmp_path / "x.safetensors")
-    with pytest.raises(ValueError, match="scale is .*: expected a finite number"):
-        merge_lora(ours, path, scale)
+    with pytest.raises(ValueError, match=f"scale is {scale!r}"):
+        merge_lora(ours, save(PAIR, tmp_path / "x.safetensors"), scale)
 
 
 def test_overflow_and_missing_files(ours, tmp_path):
     path = save(PAIR | {UP: np.full((32, 2), 1e38, np.float32)}, tmp_path / "x.safetensors")
-    with pytest.raises(ValueError, match=r"to_q merged with scale=1000 holds a NaN or an infinity"):
+    with pytest.raises(ValueError, match="to_q .*scale=1000 "):
         merge_lora(ours, path, 1000)
-    with pytest.raises(FileNotFoundError, match="holds none of: pytorch_lora_weights.safetensors, "):
-        merge_lora(ours, str(tmp_path))
-    with pytest.raises(FileNotFoundError, match="y.bin does not exist"):
-        merge_lora(ours, str(tmp_path / "y.bin"))
-
-
-@settings(max_examples=40, deadline=None)
-@given(data=st.data())
-def test_damaged_files_never_crash(ours, tmp_path_factory, data):
-    folder = tmp_path_factory.mktemp("fuzz")
-    path = folder / f"x{data.draw(st.sampled_from(['.bin', '.safetensors']))}"
-    save(PAIR | {f"unet.{UNET[0]}.alpha": np.ones((), np.float32)}, path)
-    content = bytearray(path.read_bytes())
-    for _ in range(data.draw(st.integers(1, 4))):
-        content[data.draw(st.integers(0, min(1500, len(content) - 1)))] = data.draw(st.integers(0, 255))
-    path.write_bytes(bytes(content[: data.draw(st.sampled_from([len(content), len(content) // 2, 20]))]))
-    try:
-        merge_lora(ours, str(path))
-    except ValueError as error:
-        assert str(path) in str(error)
+    for absent, name in ((tmp_path, "pytorch_lora_weights.safetensors"), (tmp_path / "y.bin", "y.bin")):
+        with pytest.raises(FileNotFoundError, match=name):
+            merge_lora(ours, str(absent))

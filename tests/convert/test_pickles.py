@@ -13,10 +13,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from attrib_jax.convert.weights.pickles import read_pickled_dict
+from tests.convert.fuzz import Call, altered
 
 PROTOCOLS = range(pickle.HIGHEST_PROTOCOL + 1)
 
@@ -81,51 +82,42 @@ def test_torch_tensors(tmp_path, protocol, dtype):
             assert_same(found[name], value.numpy())
 
 
-class Calls:
-    """Pickles as the call `function(*arguments)`, with a state if given."""
-
-    def __init__(self, function, *arguments, state=None):
-        self.parts = (function, arguments) if state is None else (function, arguments, state)
-
-    def __reduce__(self):
-        return self.parts
-
-
 class Hook:
     """Runs a command when its state is set."""
+
+    def __init__(self, command):
+        self.command = command
 
     def __setstate__(self, state):
         os.system(state)
 
     def __getstate__(self):
-        return f"touch {self.canary}"
+        return self.command
 
 
 def attacks(canary: str) -> dict[str, object]:
     command = f"touch {canary}"
-    hook = Hook()
-    hook.canary = canary
     code = f"__import__('os').system({command!r})"
     objects = np.empty(2, object)
-    objects[:] = [Calls(os.system, command), 1]
+    objects[:] = [Call(os.system, command), 1]
     module_code = io.BytesIO()
-    torch.save({"x": Calls(os.system, command)}, module_code, _use_new_zipfile_serialization=False)
+    torch.save({"x": Call(os.system, command)}, module_code, _use_new_zipfile_serialization=False)
     return {
-        "os.system": Calls(os.system, command),
-        "eval": Calls(eval, code),
-        "exec": Calls(exec, code),
-        "open": Calls(open, canary, "w"),
-        "getattr": Calls(getattr, Calls(__import__, "os"), "system"),
-        "nested reduce": Calls(list, [Calls(os.system, command)]),
-        "argument of an allowed call": Calls(OrderedDict, Calls(os.system, command)),
+        "os.system": Call(os.system, command),
+        "eval": Call(eval, code),
+        "exec": Call(exec, code),
+        "open": Call(open, canary, "w"),
+        "getattr": Call(getattr, Call(__import__, "os"), "system"),
+        "nested reduce": Call(list, [Call(os.system, command)]),
+        "argument of an allowed call": Call(OrderedDict, Call(os.system, command)),
         "object array": objects,
-        "object scalar": np.array([Calls(os.system, command)], object)[0],
-        "__setstate__": hook,
-        "state of an allowed object": Calls(OrderedDict, state={"x": Calls(os.system, command)}),
-        "torch.load": Calls(torch.storage._load_from_bytes, module_code.getvalue()),
-        "key": {Calls(os.system, command): 1},
-        "subclass": Calls(np.memmap, canary, "u1", "w+", 0, (3,)),
-        "numpy's own files": Calls(np.save, canary, np.arange(3)),
+        "object scalar": np.array([Call(os.system, command)], object)[0],
+        "__setstate__": Hook(command),
+        "state of an allowed object": Call(OrderedDict, state={"x": Call(os.system, command)}),
+        "torch.load": Call(torch.storage._load_from_bytes, module_code.getvalue()),
+        "key": {Call(os.system, command): 1},
+        "subclass": Call(np.memmap, canary, "u1", "w+", 0, (3,)),
+        "numpy's own files": Call(np.save, canary, np.arange(3)),
     }
 
 
@@ -153,7 +145,7 @@ def test_nothing_in_a_file_is_run(tmp_path, name, protocol, monkeypatch):
         (pickle.dumps({"a": np.array([object])}), "builtins.object|an array of type 'O8'"),
         (pickle.dumps({"a": np.zeros(2, "c8")}), "an array of type 'c8'"),
         (pickle.dumps({"a": np.zeros(2, [("x", "f4")])}), "an array of type 'V4'"),
-        (pickle.dumps({"a": Calls(bytes, 10**12)}), "truncated or no pickle"),
+        (pickle.dumps({"a": Call(bytes, 10**12)}), "truncated or no pickle"),
         (pickle.dumps({"a": torch.zeros(2).to_sparse()}), "no data"),
         (b"\x80\x02}X\x01\x00\x00\x00acnumpy\nndarray\ns.", "'a', which is no data"),
         (b"\x80\x02}X\x01\x00\x00\x00acnumpy\ndtype\nNbs.", "sets the state of 'numpy.dtype'"),
@@ -181,21 +173,21 @@ def claims(numel: int, size: tuple, stride: tuple, raw: bytes) -> bytes:
     Persistent(stream, 2).dump("here")
     pickle.dump(["0"], stream, 2)
     storage = stream.getvalue() + struct.pack("<q", numel) + raw
-    load = Calls(torch.storage._load_from_bytes, storage)
-    return pickle.dumps({"a": Calls(torch._utils._rebuild_tensor_v2, load, 0, size, stride, False, OrderedDict())})
+    load = Call(torch.storage._load_from_bytes, storage)
+    return pickle.dumps({"a": Call(torch._utils._rebuild_tensor_v2, load, 0, size, stride, False, OrderedDict())})
 
 
 def test_no_more_memory_than_a_few_times_the_file(tmp_path):
     raw = struct.pack("<2f", 1, 2)
     np.testing.assert_array_equal(read(tmp_path, claims(2, (2,), (1,), raw))["a"], [1, 2])
     text = "x" * 200_000
-    many = pickle.dumps({"a": [Calls(__import__("_codecs").encode, text, "latin1") for _ in range(2000)]})
+    many = pickle.dumps({"a": [Call(__import__("_codecs").encode, text, "latin1") for _ in range(2000)]})
     bombs = [
         claims(2**40, (2**40,), (1,), raw),
         claims(2, (2**40,), (0,), raw),
         claims(2, (2**40,), (1,), raw),
-        pickle.dumps({"a": Calls(bytes, 2**40)}),
-        pickle.dumps({"a": Calls(bytearray, 2**40)}),
+        pickle.dumps({"a": Call(bytes, 2**40)}),
+        pickle.dumps({"a": Call(bytearray, 2**40)}),
         b"\x80\x05}\x8c\x01a\x96" + struct.pack("<Q", 2**40) + b"s.",
         b"\x80\x04}\x8c\x01a\x8e" + struct.pack("<Q", 2**40) + b"s.",
         b"\x80\x02}r" + struct.pack("<I", 2**32 - 1) + b".",
@@ -213,17 +205,12 @@ def test_no_more_memory_than_a_few_times_the_file(tmp_path):
         assert peak < 10 * len(content) + 2**20
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_damaged_files_give_a_message(tmp_path_factory, data):
+def test_damaged_files_give_a_message(tmp_path, data):
     value = {"influence": np.arange(4.0), "rank": torch.arange(4), "list": [1, 2.5, "x", None]}
-    content = bytearray(pickle.dumps(value, data.draw(st.integers(0, 5))))
-    for _ in range(data.draw(st.integers(1, 4))):
-        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
-    del content[data.draw(st.integers(1, len(content))) :]
-    path = tmp_path_factory.mktemp("fuzz") / "file.pkl"
-    path.write_bytes(content)
+    content = altered(data, pickle.dumps(value, data.draw(st.integers(0, 5))))
     try:
-        assert isinstance(read_pickled_dict(path), dict)
+        assert isinstance(read(tmp_path, content), dict)
     except ValueError as error:
         assert "file.pkl" in str(error)

@@ -15,31 +15,11 @@ from attrib_jax.convert.load import load_pipeline
 from attrib_jax.convert.pipeline import tokenize
 from attrib_jax.convert.weights.files import write_weights
 from tests.convert import old_layout
-from tests.tiny_pipeline import CAPTIONS, MAX_LENGTH, make_torch_pipeline
+from tests.tiny_pipeline import CAPTIONS, MAX_LENGTH
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("models") / "torch"
-
-
-@pytest.fixture(scope="module")
-def theirs(folder):
-    return make_torch_pipeline(str(folder))
-
-
-@pytest.fixture(scope="module")
-def ours(folder, theirs):
-    return load_pipeline(str(folder))
-
-
-@pytest.fixture
-def copy(folder, theirs, tmp_path):
-    return old_layout.copy_folder(folder, tmp_path / "copy")
-
-
-@pytest.fixture(scope="module")
-def old_folder(folder, theirs, tmp_path_factory):
+def old_folder(folder, tmp_path_factory):
     path = old_layout.copy_folder(folder, tmp_path_factory.mktemp("old") / "sd1")
     old_layout.age_folder(path)
     return path
@@ -107,21 +87,20 @@ def test_a_variant_of_the_unet_alone(old_copy, ours, caplog):
     assert "full precision weights of vae" in caplog.text
 
 
-def test_an_absent_variant_lists_what_is_there(old_copy):
+def test_an_absent_variant_lists_what_is_there(old_copy, tmp_path):
     old_layout.store_weights(old_copy, kind="bin", variant="fp16", parts=("vae",), keep=True)
-    expected = (
-        "no variant 'bf16'; it holds unet: full precision; vae: full precision, fp16; text_encoder: full precision"
-    )
+    expected = "'bf16'.* unet: full precision; vae: full precision, fp16; text_encoder: full precision"
     with pytest.raises(FileNotFoundError, match=expected):
         load_pipeline(str(old_copy), variant="bf16")
+    (tmp_path / "model.ckpt").touch()
+    with pytest.raises(ValueError, match="variant is 'fp16'.*model.ckpt"):
+        load_pipeline(str(tmp_path / "model.ckpt"), variant="fp16")
 
 
 def test_an_interrupted_copy_of_shards_is_named(old_copy):
     old_layout.store_weights(old_copy, shards=2)
     (old_copy / "vae/diffusion_pytorch_model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(
-        FileNotFoundError, match=r"vae/.*\.safetensors\.index\.json names files that are missing.*00002-of"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"vae/.*\.index\.json .*00002-of"):
         load_pipeline(str(old_copy))
 
 
@@ -152,36 +131,20 @@ def test_any_scheduler_class_gives_the_schedule(copy, scheduler):
     np.testing.assert_allclose(schedule.alphas_cumprod, expected, rtol=1e-5)
 
 
-def test_length_that_the_tokenizer_does_not_tell_is_the_text_encoders(copy, ours):
-    old_layout.age_tokenizer(copy / "tokenizer", model_max_length=None)
-    assert load_pipeline(str(copy)).tokenizer.model_max_length == MAX_LENGTH
-    config = copy / "tokenizer/tokenizer_config.json"
-    old_layout.write(config, old_layout.read(config) | {"model_max_length": int(1e30)})
-    loaded = load_pipeline(str(copy))
-    assert_same_pipeline(loaded, ours)
+@pytest.mark.parametrize("length", [None, int(1e30)])
+def test_length_that_the_tokenizer_does_not_tell_is_the_text_encoders(copy, ours, length):
+    old_layout.age_tokenizer(copy / "tokenizer", model_max_length=length)
+    assert_same_pipeline(load_pipeline(str(copy)), ours)
 
 
 def test_tokenizer_and_prediction_type_of_choice(copy, folder, old_folder, ours):
     shutil.rmtree(copy / "tokenizer")
-    for tokenizer in (f"{folder}/tokenizer", str(folder), str(old_folder)):
+    for tokenizer in (f"{folder}/tokenizer", folder, str(old_folder)):
         loaded = load_pipeline(str(copy), tokenizer=tokenizer, prediction_type="v_prediction")
         assert loaded.schedule.prediction_type == "v_prediction"
         assert tokenize(loaded, CAPTIONS).tolist() == tokenize(ours, CAPTIONS).tolist()
     with pytest.raises(ValueError, match="prediction_type is 'noise'"):
-        load_pipeline(str(folder), prediction_type="noise")
-
-
-@pytest.mark.parametrize("name", ["AltDiffusionPipeline", "StableDiffusionXLPipeline", "FlaxStableDiffusionPipeline"])
-def test_other_families_are_refused(copy, name):
-    old_layout.write(copy / "model_index.json", old_layout.read(copy / "model_index.json") | {"_class_name": name})
-    with pytest.raises(ValueError, match=f"'{name}'.*StableDiffusionPipeline"):
-        load_pipeline(str(copy))
-
-
-def test_a_variant_of_one_file_is_refused(tmp_path):
-    (tmp_path / "model.ckpt").touch()
-    with pytest.raises(ValueError, match="variant is 'fp16', but .*model.ckpt is one file"):
-        load_pipeline(str(tmp_path / "model.ckpt"), variant="fp16")
+        load_pipeline(folder, prediction_type="noise")
 
 
 def test_safetensors_folders_need_no_torch(old_folder):

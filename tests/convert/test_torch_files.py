@@ -17,8 +17,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from attrib_jax.convert.weights.torch_files import open_torch
+from tests.convert.fuzz import Call, altered
 
 CALLBACK = "pytorch_lightning.callbacks.model_checkpoint"
+
+
+def as_numpy(tensor):
+    if tensor.dtype == torch.bfloat16:
+        return tensor.float().numpy().astype(ml_dtypes.bfloat16)
+    return np.asarray(tensor.detach().resolve_conj())
 
 
 def test_tensors_of_every_kind(tmp_path):
@@ -43,22 +50,12 @@ def test_tensors_of_every_kind(tmp_path):
     tensors, plain = open_torch(tmp_path / "x.bin")
     assert list(tensors) == list(state) and plain == {}
     for name, tensor in state.items():
-        half = tensor.dtype == torch.bfloat16
-        expected = (
-            tensor.detach().float().numpy().astype(ml_dtypes.bfloat16) if half else tensor.detach().resolve_conj()
-        )
+        expected = as_numpy(tensor)
+        assert (tensors[name].shape, tensors[name].dtype) == (expected.shape, expected.dtype)
         for _ in range(2):
             read = tensors[name].read()
-            assert (
-                (read.shape, read.dtype)
-                == (tensors[name].shape, tensors[name].dtype)
-                == (
-                    tuple(tensor.shape),
-                    np.asarray(expected).dtype,
-                )
-            )
-            assert read.flags.c_contiguous
-            np.testing.assert_array_equal(read, np.asarray(expected), err_msg=name)
+            assert read.dtype == expected.dtype and read.flags.c_contiguous
+            np.testing.assert_array_equal(read, expected, err_msg=name)
             read[...] = 0  # a copy: neither the file nor a tensor that shares its storage changes
 
 
@@ -118,16 +115,6 @@ def test_wrapped_twice_and_nested(tmp_path):
     assert plain == {"lr": 0.5, "step": 7}
 
 
-class Call:
-    """Pickles as the call of a function, as a hostile file does."""
-
-    def __init__(self, function, *arguments, state=None):
-        self.reduced = (function, arguments) if state is None else (function, arguments, state)
-
-    def __reduce__(self):
-        return self.reduced
-
-
 CANARY = "canary"
 ATTACKS = {
     "os.system": lambda: Call(os.system, f"touch {CANARY}"),
@@ -172,32 +159,36 @@ def test_the_attacks_are_real(tmp_path, monkeypatch, attack):
     assert os.path.exists(CANARY)
 
 
-@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: {"model": x, "step": 1}])
-def test_a_whole_module_is_refused(tmp_path, wrap):
-    torch.save(wrap(torch.nn.Linear(2, 2)), tmp_path / "x.pt")
-    with pytest.raises(
-        ValueError, match=r"whole pickled object of class torch\.nn\.modules\.linear\.Linear.*state_dict"
-    ):
-        open_torch(tmp_path / "x.pt")
-
-
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        ([torch.ones(1)], "holds a list, expected a dict"),
-        (torch.ones(1), "holds a Tensor, expected a dict"),
-        ({}, "no tensors by name; its keys: none"),
-        ({"step": 1, "x": [torch.ones(1)]}, "no tensors by name; its keys: 'step', 'x'"),
-        ({"a": torch.eye(3).to_sparse()}, "tensor a is no plain tensor .*sparse_coo"),
-        ({"a": torch.empty(3, device="meta")}, "tensor a is no plain tensor .*meta"),
-        ({"a": torch.ones(1).expand(10**13)}, r"tensor a of shape \(10000000000000,\) is larger than the file"),
-        ({"a": torch.ones(1), "x": Call(bytearray, 10**15)}, "damaged, or no file of tensors"),
+        ([torch.ones(1)], "holds a list"),
+        (torch.ones(1), "holds a Tensor"),
+        ({}, "no tensors by name.*none"),
+        ({"step": 1, "x": [torch.ones(1)]}, "no tensors by name.*'step', 'x'"),
+        ({"a": torch.eye(3).to_sparse()}, "tensor a .*sparse_coo"),
+        ({"a": torch.empty(3, device="meta")}, "tensor a .*meta"),
+        ({"a": torch.ones(1).expand(10**13)}, r"tensor a of shape \(10000000000000,\)"),
+        ({"a": torch.ones(1), "x": Call(bytearray, 10**15)}, "damaged"),
+        (torch.nn.Linear(2, 2), r"torch\.nn\.modules\.linear\.Linear.*state_dict"),
+        ({"model": torch.nn.Linear(2, 2), "step": 1}, r"torch\.nn\.modules\.linear\.Linear.*state_dict"),
+        (torch.jit.script(torch.nn.Linear(2, 2)), "TorchScript"),
     ],
 )
 def test_what_is_no_state_dict_is_refused(tmp_path, content, reason):
-    torch.save(content, tmp_path / "x.pt")
+    save = torch.jit.save if isinstance(content, torch.jit.ScriptModule) else torch.save
+    save(content, str(tmp_path / "x.pt"))
     with pytest.raises(ValueError, match=rf"x\.pt.*{reason}"):
         open_torch(tmp_path / "x.pt")
+
+
+def test_an_absent_file_and_an_old_pytorch_are_named(tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match=r"x\.bin"):
+        open_torch(tmp_path / "x.bin")
+    torch.save({"a": torch.ones(1)}, tmp_path / "x.bin")
+    monkeypatch.delattr(torch.serialization, "get_unsafe_globals_in_checkpoint")
+    with pytest.raises(ValueError, match=r"PyTorch 2\.6"):
+        open_torch(tmp_path / "x.bin")
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -207,7 +198,7 @@ def test_truncated_files_are_named(tmp_path, zipped):
     content = path.read_bytes()
     for size in (1, 100, len(content) // 2, len(content) - 1):
         path.write_bytes(content[:size])
-        with pytest.raises(ValueError, match=r"x\.bin is damaged.*copy or download it again"):
+        with pytest.raises(ValueError, match=r"x\.bin is damaged"):
             open_torch(path)
 
 
@@ -222,15 +213,10 @@ def rewritten(path, change, compression=zipfile.ZIP_STORED) -> None:
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_altered_pickles_give_tensors_or_a_message(tmp_path, data):
-    def alter(content: bytes) -> bytes:
-        content = bytearray(content)
-        for _ in range(data.draw(st.integers(1, 3))):
-            content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
-        return bytes(content)
-
     path = tmp_path / "x.bin"
     torch.save({"a": torch.arange(6.0).reshape(2, 3)[:, :2], "b": torch.nn.Parameter(torch.ones(2).half())}, path)
-    rewritten(path, alter)  # with the checksum of the altered pickle, so that it is read
+    # With the checksum of the altered pickle, so that it is read.
+    rewritten(path, lambda content: altered(data, content))
     try:
         tensors, _ = open_torch(path)
     except ValueError as error:
@@ -239,36 +225,17 @@ def test_altered_pickles_give_tensors_or_a_message(tmp_path, data):
     assert sum(tensor.read().nbytes for tensor in tensors.values()) <= 2 * path.stat().st_size
 
 
-def test_a_compressed_archive_is_refused(tmp_path):
-    path = tmp_path / "x.bin"
-    torch.save({"a": torch.ones(10_000)}, path)
-    rewritten(path, lambda content: content, zipfile.ZIP_DEFLATED)
-    with pytest.raises(ValueError, match="zip with compressed members .*save the model's state_dict"):
-        open_torch(path)
-
-
-def test_a_tensor_beyond_the_end_of_the_file_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("change", "compression", "reason"),
+    [
+        (lambda content: content, zipfile.ZIP_DEFLATED, "compressed"),
+        (lambda content: content.replace(b"K\xc8", b"J\xff\xff\xff\x7f"), zipfile.ZIP_STORED, "damaged"),
+    ],
+    ids=["compressed", "200 numbers said to be 2**31 - 1"],
+)
+def test_other_archives_are_refused(tmp_path, change, compression, reason):
     path = tmp_path / "x.bin"
     torch.save({"a": torch.ones(200)}, path)
-    rewritten(path, lambda content: content.replace(b"K\xc8", b"J\xff\xff\xff\x7f"))  # 200 -> 2**31 - 1 numbers
-    with pytest.raises(ValueError, match=r"x\.bin is damaged"):
+    rewritten(path, change, compression)
+    with pytest.raises(ValueError, match=rf"x\.bin.*{reason}"):
         open_torch(path)
-
-
-def test_torchscript_is_refused(tmp_path):
-    path = str(tmp_path / "x.pt")
-    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), path)
-    with pytest.raises(ValueError, match="TorchScript archive"):
-        open_torch(path)
-
-
-def test_absent_file_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"x\.bin does not exist"):
-        open_torch(tmp_path / "x.bin")
-
-
-def test_an_old_pytorch_is_refused(tmp_path, monkeypatch):
-    torch.save({"a": torch.ones(1)}, tmp_path / "x.bin")
-    monkeypatch.delattr(torch.serialization, "get_unsafe_globals_in_checkpoint")
-    with pytest.raises(ValueError, match=r"needs PyTorch 2\.6 or newer"):
-        open_torch(tmp_path / "x.bin")

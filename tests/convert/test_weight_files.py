@@ -1,10 +1,12 @@
 """Weight files: every kind that is opened, what is written, and damaged files."""
 
+import io
 import json
 import os
+import re
 import stat
-import subprocess
 import sys
+import tracemalloc
 
 import ml_dtypes
 import numpy as np
@@ -17,6 +19,7 @@ from hypothesis import strategies as st
 
 from attrib_jax.convert.weights.files import open_weights, write_weights
 from attrib_jax.convert.weights.tensors import LazyTensor
+from tests.convert.fuzz import altered
 
 DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool", "complex64")
 
@@ -60,12 +63,6 @@ def test_the_kind_is_told_by_the_content(tmp_path, kind, name):
     assert_same(open_weights(path), tensors())
 
 
-def test_a_pytorch_file_named_safetensors_is_refused(tmp_path):
-    write(tmp_path / "x.safetensors", "zip", tensors())
-    with pytest.raises(ValueError, match=r"a PyTorch file under the name of a safetensors file; rename it"):
-        open_weights(tmp_path / "x.safetensors")
-
-
 @pytest.mark.parametrize("name", ["float8_e4m3fn", "float8_e5m2"])
 @pytest.mark.parametrize("kind", ["safetensors", "zip"])
 def test_float8_is_read(tmp_path, kind, name):
@@ -95,57 +92,22 @@ def test_shards_are_joined(tmp_path, kind):
 def test_missing_shards_and_tensors_are_all_listed(tmp_path):
     index, state = sharded(tmp_path, "safetensors")
     write(tmp_path / "model-0.safetensors", "safetensors", {"layer.0": state["layer.0"]})
-    with pytest.raises(ValueError, match=r"layer\.2 \(model-0\.safetensors\), layer\.4 \(model-0\.safetensors\)"):
+    with pytest.raises(ValueError, match=r"layer\.2 .*model-0.*layer\.4 .*model-0"):
         open_weights(index)
     for file in tmp_path.glob("model-*"):
         file.unlink()
-    with pytest.raises(FileNotFoundError, match=r"missing in its folder: model-0\.safetensors, model-1\.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"model-0\.safetensors.*model-1\.safetensors"):
         open_weights(index)
 
 
-@pytest.mark.parametrize(
-    "shard", ["/etc/passwd", "../x.bin", "..", "", "a/b.bin", "a\\b.bin", "C:x", 3, "x.index.json"]
-)
+SHARDS = ("/etc/passwd", "../x.bin", "..", "", "a/b.bin", "a\\b.bin", "C:x", 3, "x.index.json")
+
+
+@pytest.mark.parametrize("shard", SHARDS)
 def test_shards_elsewhere_are_refused(tmp_path, shard):
     path = tmp_path / "x.index.json"
     path.write_text(json.dumps({"weight_map": {"a": shard}}))
-    with pytest.raises(ValueError, match="the file of 'a' is .*, expected the name of a file in its folder"):
-        open_weights(path)
-
-
-@pytest.mark.parametrize("content", ["", "[1]", "{}", '{"weight_map": []}', '{"weight_map": {}}', "[" * 100_000])
-def test_damaged_index_is_named(tmp_path, content):
-    (tmp_path / "x.index.json").write_text(content)
-    reasons = "is damaged: it is not valid JSON|is no index of a sharded model|holds a list, expected a JSON object"
-    with pytest.raises(ValueError, match=rf"x\.index\.json ({reasons})"):
-        open_weights(tmp_path / "x.index.json")
-
-
-def test_absent_file_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"x\.safetensors does not exist"):
-        open_weights(tmp_path / "x.safetensors")
-
-
-def test_a_git_lfs_pointer_is_recognised(tmp_path):
-    for name in ("x.safetensors", "x.bin"):
-        (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
-        with pytest.raises(ValueError, match="Git LFS pointer, not the file itself; run `git lfs pull`"):
-            open_weights(tmp_path / name)
-
-
-@pytest.mark.parametrize("content", [b"", b"<!DOCTYPE html><html>", b"\0" * 64])
-def test_another_kind_of_file_is_refused(tmp_path, content):
-    (tmp_path / "x.bin").write_bytes(content)
-    with pytest.raises(ValueError, match=r"x\.bin is truncated or neither a safetensors nor a PyTorch file"):
-        open_weights(tmp_path / "x.bin")
-
-
-@pytest.mark.parametrize("size", [0, 7, 8, 20, -1])
-def test_truncated_file_is_named(tmp_path, size):
-    path = tmp_path / "x.safetensors"
-    write(path, "safetensors", tensors())
-    path.write_bytes(path.read_bytes()[:size])
-    with pytest.raises(ValueError, match=r"x\.safetensors is truncated or no safetensors file .*download it again"):
+    with pytest.raises(ValueError, match=re.escape(f"the file of 'a' is {shard!r}")):
         open_weights(path)
 
 
@@ -162,47 +124,78 @@ def entry(dtype="F32", shape=(2,), data_offsets=(0, 8), **more):
     return {"dtype": dtype, "shape": shape, "data_offsets": data_offsets, **more}
 
 
+def with_header(header: bytes, data: bytes = b"\0" * 8, length: int | None = None) -> bytes:
+    """A safetensors file, which may claim another length of its header."""
+    return (len(header) if length is None else length).to_bytes(8, "little") + header + data
+
+
+def torch_file() -> bytes:
+    stream = io.BytesIO()
+    torch.save({"a": torch.zeros(1)}, stream)
+    return stream.getvalue()
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+WHOLE = safetensors.torch.save(tensors())
+DAMAGED = {
+    "index: empty": ("x.index.json", b"", "JSON"),
+    "index: list": ("x.index.json", b"[1]", "list"),
+    "index: no map": ("x.index.json", b"{}", "index"),
+    "index: map a list": ("x.index.json", b'{"weight_map": []}', "index"),
+    "index: map empty": ("x.index.json", b'{"weight_map": {}}', "index"),
+    "index: deep": ("x.index.json", b"[" * 100_000, "JSON"),
+    "pointer, safetensors": ("x.safetensors", POINTER, "Git LFS"),
+    "pointer, bin": ("x.bin", POINTER, "Git LFS"),
+    "empty": ("x.bin", b"", "truncated"),
+    "web page": ("x.bin", b"<!DOCTYPE html><html>", "truncated"),
+    "zeros": ("x.bin", b"\0" * 64, "truncated"),
+    "PyTorch": ("x.safetensors", torch_file(), "PyTorch"),
+    **{f"cut at {i}": ("x.safetensors", WHOLE[:i], "truncated") for i in (0, 7, 8, 20, -1)},
+    "header: open": ("x.safetensors", with_header(b"{", b""), "header"),
+    "header: not UTF-8": ("x.safetensors", with_header(b"\xff" * 9, b""), "header"),
+    "header: deep": ("x.safetensors", with_header(b"{" + b'"a":{' * 50_000, b""), "header"),
+    "header: long number": ("x.safetensors", with_header(b'{"a":' + b"9" * 5000 + b"}", b""), "header"),
+    **{
+        f"header of {n} bytes": ("x.safetensors", with_header(b"{}", b" " * 100, n), f"{n} bytes")
+        for n in (2**63 - 1, 10**9, 1000)
+    },
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_damaged_and_other_files_are_named(tmp_path, case):
+    name, content, reason = DAMAGED[case]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{name} .*{reason}"):
+        open_weights(tmp_path / name)
+
+
 @pytest.mark.parametrize(
     ("header", "reason"),
     [
-        ([], "not a JSON object"),
-        ({"a": 1}, "not a dtype, a shape and data_offsets"),
-        ({"a": entry(more=1)}, "not a dtype, a shape and data_offsets"),
-        ({"a": entry(dtype="F3")}, "has the type 'F3', which is not supported"),
-        ({"a": entry(dtype=["F32"])}, "which is not supported"),
-        ({"a": entry(shape=[-2])}, r"has shape \[-2\]"),
-        ({"a": entry(shape=[True, 2])}, r"has shape \[True, 2\]"),
-        ({"a": entry(shape=["2"])}, "has shape"),
-        ({"a": entry(shape=[2**70])}, "has shape"),
-        ({"a": entry(shape=[1] * 33)}, "has 33 axes"),
-        ({"a": entry(shape=[2**40, 2**40])}, "has 8 bytes"),
-        ({"a": entry(shape=[3])}, "has 8 bytes"),
-        ({"a": entry(data_offsets=[0])}, "1 data_offsets"),
-        ({"a": entry(data_offsets=[8, 0])}, "has -8 bytes"),
-        ({"a": entry(data_offsets=[4, 12])}, "starts at byte 4 of the data, expected 0"),
-        ({"a": entry(), "b": entry()}, "starts at byte 0 of the data, expected 8"),
-        ({"a": entry(shape=[2**40], data_offsets=[0, 2**42])}, "its tensors end at byte"),
-        ({"a": entry(shape=[1], data_offsets=[0, 4])}, "its tensors end at byte"),
+        ([], "JSON object"),
+        ({"a": 1}, "data_offsets"),
+        ({"a": entry(more=1)}, "data_offsets"),
+        ({"a": entry(dtype="F3")}, "'F3'"),
+        ({"a": entry(dtype=["F32"])}, "F32"),
+        ({"a": entry(shape=[-2])}, r"shape \[-2\]"),
+        ({"a": entry(shape=[True, 2])}, r"shape \[True, 2\]"),
+        ({"a": entry(shape=["2"])}, "shape"),
+        ({"a": entry(shape=[2**70])}, "shape"),
+        ({"a": entry(shape=[1] * 33)}, "33 axes"),
+        ({"a": entry(shape=[2**40, 2**40])}, "8 bytes"),
+        ({"a": entry(shape=[3])}, "8 bytes"),
+        ({"a": entry(data_offsets=[0])}, "data_offsets"),
+        ({"a": entry(data_offsets=[8, 0])}, "-8 bytes"),
+        ({"a": entry(data_offsets=[4, 12])}, "byte 4"),
+        ({"a": entry(), "b": entry()}, "byte 0"),
+        ({"a": entry(shape=[2**40], data_offsets=[0, 2**42])}, "end at byte"),
+        ({"a": entry(shape=[1], data_offsets=[0, 4])}, "end at byte"),
     ],
 )
 def test_false_headers_are_refused(tmp_path, header, reason):
-    content = json.dumps(header).encode()
-    (tmp_path / "x.safetensors").write_bytes(len(content).to_bytes(8, "little") + content + b"\0" * 8)
-    with pytest.raises(ValueError, match=reason):
-        open_weights(tmp_path / "x.safetensors")
-
-
-@pytest.mark.parametrize("content", [b"{", b"\xff" * 9, b"{" + b'"a":{' * 50_000, b'{"a":' + b"9" * 5000 + b"}"])
-def test_headers_that_are_no_json_are_refused(tmp_path, content):
-    (tmp_path / "x.safetensors").write_bytes(len(content).to_bytes(8, "little") + content)
-    with pytest.raises(ValueError, match="its header is not JSON"):
-        open_weights(tmp_path / "x.safetensors")
-
-
-@pytest.mark.parametrize("length", [2**63 - 1, 10**9, 1000])
-def test_a_header_longer_than_the_file_is_not_read(tmp_path, length):
-    (tmp_path / "x.safetensors").write_bytes(length.to_bytes(8, "little") + b"{}" + b" " * 100)
-    with pytest.raises(ValueError, match=f"a header of {length} bytes in a file of 110"):
+    (tmp_path / "x.safetensors").write_bytes(with_header(json.dumps(header).encode()))
+    with pytest.raises(ValueError, match=rf"x\.safetensors.*{reason}"):
         open_weights(tmp_path / "x.safetensors")
 
 
@@ -212,16 +205,14 @@ def test_a_header_longer_than_the_file_is_not_read(tmp_path, length):
 def test_altered_bytes_give_tensors_or_a_message(tmp_path, kind, data):
     path = tmp_path / "x.weights"
     write(path, kind, {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(2, dtype=torch.int64)})
-    content = bytearray(path.read_bytes())
-    for _ in range(data.draw(st.integers(1, 3))):
-        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
-    path.write_bytes(content[: data.draw(st.integers(len(content) // 2, len(content)))])
+    path.write_bytes(altered(data, path.read_bytes()))
+    size = path.stat().st_size
     try:
         opened = open_weights(path)
     except ValueError as error:
         assert "x.weights" in str(error)
         return
-    assert sum(tensor.read().nbytes for tensor in opened.values()) <= 3 * len(content)
+    assert sum(tensor.read().nbytes for tensor in opened.values()) <= 3 * size
 
 
 @pytest.mark.parametrize("source", ["arrays", "file"])
@@ -272,23 +263,25 @@ def test_an_empty_file_and_names_of_any_script(tmp_path):
     assert list(safetensors.numpy.load_file(tmp_path / "x.safetensors")) == ["<neu-ü>\n"]
 
 
-@pytest.mark.parametrize(("value", "dtype"), [(np.nan, None), (-np.inf, None), (1e5, np.float16)])
-def test_a_failed_write_leaves_the_earlier_file(tmp_path, value, dtype):
+@pytest.mark.parametrize(
+    ("bad", "dtype"),
+    [
+        (np.array([0, np.nan]), None),
+        (np.array([-np.inf]), None),
+        (np.array([1e5]), np.float16),
+        (np.zeros(1, np.complex128), None),
+        (np.array(["x"]), None),
+    ],
+)
+def test_a_failed_write_leaves_the_earlier_file(tmp_path, bad, dtype):
     path = tmp_path / "x.safetensors"
     write_weights({"good": np.ones(2, np.float32)}, path)
     before = path.read_bytes()
-    with pytest.raises(ValueError, match=r"tensor bad\.weight holds a NaN or an infinity as float.*cannot be saved"):
-        write_weights({"a": np.ones(9), "bad.weight": np.array([0, value], np.float32)}, path, dtype)
+    with pytest.raises(ValueError, match=r"tensor bad\.weight "):
+        write_weights({"a": np.ones(9), "bad.weight": bad}, path, dtype)
+    with pytest.raises(ValueError, match="tensor __metadata__ "):
+        write_weights({"__metadata__": np.ones(1)}, path)
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["x.safetensors"]
-
-
-@pytest.mark.parametrize(
-    "state", [{"a": np.zeros(1, np.complex128)}, {"a": np.array(["x"])}, {"__metadata__": np.ones(1)}]
-)
-def test_what_the_format_cannot_hold_is_refused(tmp_path, state):
-    with pytest.raises(ValueError, match=f"tensor {next(iter(state))} of type .* cannot be stored"):
-        write_weights(state, tmp_path / "x.safetensors")
-    assert not os.listdir(tmp_path)
 
 
 def test_a_written_file_has_a_new_files_permissions(tmp_path):
@@ -298,38 +291,28 @@ def test_a_written_file_has_a_new_files_permissions(tmp_path):
     assert stat.S_IMODE(os.stat(tmp_path / "x.safetensors").st_mode) == 0o666 & ~umask
 
 
-def test_an_absent_folder_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="the folder .*absent does not exist"):
+def test_absent_files_and_folders_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"x\.safetensors"):
+        open_weights(tmp_path / "x.safetensors")
+    with pytest.raises(FileNotFoundError, match="absent"):
         write_weights({}, tmp_path / "absent" / "x.safetensors")
 
 
 def test_only_one_tensor_is_in_memory_while_writing(tmp_path):
-    held = []
-
-    def load(i):
-        held.append(i)
-        assert max(held) == i  # in order, each once
-        return np.full(1000, i, np.float32)
-
-    state = {f"t{i:02d}": LazyTensor((1000,), np.float32, lambda i=i: load(i)) for i in range(20)}
+    state = {f"t{i:02d}": LazyTensor((10**6,), np.float32, lambda i=i: np.full(10**6, i, np.float32)) for i in range(9)}
+    tracemalloc.start()
     write_weights(state, tmp_path / "x.safetensors", np.float16)
-    assert held == list(range(20))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4 * 4e6
     assert open_weights(tmp_path / "x.safetensors")["t07"].read()[0] == 7
 
 
-def test_safetensors_need_no_pytorch(tmp_path):
+def test_safetensors_need_no_pytorch(tmp_path, monkeypatch):
     safetensors.numpy.save_file({"a": np.arange(3.0)}, tmp_path / "x.safetensors")
     torch.save({"a": torch.zeros(1)}, tmp_path / "x.bin")
-    program = (
-        "import sys; sys.modules['torch'] = None\n"
-        "from attrib_jax.convert.weights.files import open_weights, write_weights\n"
-        "write_weights(open_weights('x.safetensors'), 'y.safetensors')\n"
-        "print(open_weights('y.safetensors')['a'].read().sum())\n"
-        "try: open_weights('x.bin')\n"
-        "except ValueError as error: print(error)\n"
-    )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, [os.getcwd(), *sys.path]))}
-    run = subprocess.run(
-        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
-    )
-    assert run.stdout.startswith("3.0\nx.bin needs PyTorch: pip install torch, or convert the file to safetensors")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    write_weights(open_weights(tmp_path / "x.safetensors"), tmp_path / "y.safetensors")
+    assert open_weights(tmp_path / "y.safetensors")["a"].read().sum() == 3
+    with pytest.raises(ValueError, match=r"x\.bin needs PyTorch"):
+        open_weights(tmp_path / "x.bin")
