@@ -5,27 +5,21 @@ import hashlib
 import http.server
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
 import time
 
-import huggingface_hub
 import pytest
 
 from attrib_jax.convert.hub import resolve_model
 from attrib_jax.convert.load import load_pipeline
+from tests.convert.published_configs import PUBLISHED
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-INDEX = {
-    "_class_name": "StableDiffusionPipeline",
-    "unet": ["diffusers", "UNet2DConditionModel"],
-    "vae": ["diffusers", "AutoencoderKL"],
-    "text_encoder": ["transformers", "CLIPTextModel"],
-    "tokenizer": ["transformers", "CLIPTokenizer"],
-}
 FILES = {
-    "model_index.json": json.dumps(INDEX).encode(),
+    "model_index.json": json.dumps(PUBLISHED["stabilityai/stable-diffusion-2"]["index"]).encode(),
     "README.md": b"# A model",
     "v1-5-pruned.ckpt": b"all in one",
     "scheduler/scheduler_config.json": b"{}",
@@ -48,21 +42,19 @@ FILES = {
 CONFIGS = {name for name in FILES if name.endswith(("config.json", "model_index.json", "merges.txt", "vocab.json"))}
 
 
-SIBLINGS = {
-    # Repository -> the files in which it differs from `FILES`.
-    "owner/sdxl": {"model_index.json": b'{"_class_name": "StableDiffusionXLPipeline"}'},
-    "owner/inpainting": {"unet/config.json": b'{"cross_attention_dim": 512, "in_channels": 9}'},
-    "owner/damaged": {"vae/config.json": b'{"scaling_factor": null}'},
-    "owner/unfit": {"text_encoder/config.json": b'{"hidden_size": 1024}'},
+# Repository -> the files in which it differs from `FILES`, and the reason of its refusal.
+REFUSED = {
+    "owner/sdxl": ({"model_index.json": b'{"_class_name": "StableDiffusionXLPipeline"}'}, "Stable Diffusion XL"),
+    "owner/inpainting": ({"unet/config.json": b'{"cross_attention_dim": 512, "in_channels": 9}'}, "inpainting model"),
+    "owner/damaged": ({"vae/config.json": b'{"scaling_factor": null}'}, "scaling_factor is None"),
+    "owner/unfit": ({"text_encoder/config.json": b'{"hidden_size": 1024}'}, "hidden_size is 1024"),
 }
 WITHOUT_INDEX = {
-    "owner/controlnet": {
-        "config.json": b'{"_class_name": "ControlNetModel"}',
-        "diffusion_pytorch_model.safetensors": b"weights",
-    },
-    "owner/t5": {"config.json": b'{"model_type": "t5"}', "model.safetensors": b"weights"},
+    "owner/controlnet": ({"config.json": b'{"_class_name": "ControlNetModel"}', "x.safetensors": b""}, "ControlNet"),
+    "owner/t5": ({"config.json": b'{"model_type": "t5"}', "model.safetensors": b"weights"}, "'t5'"),
 }
-REPOSITORIES = {"owner/model": FILES, **WITHOUT_INDEX, **{name: FILES | other for name, other in SIBLINGS.items()}}
+REPOSITORIES = {"owner/model": FILES, **{name: files for name, (files, _) in WITHOUT_INDEX.items()}}
+REPOSITORIES |= {name: FILES | files for name, (files, _) in REFUSED.items()}
 
 
 class _Hub(http.server.BaseHTTPRequestHandler):
@@ -171,74 +163,43 @@ def test_an_existing_path_stays_as_it_is(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["nowhere", "/no/where", "../no/where", "a/b/c", "owner/model@", "-x/y", "a b/c", ""])
 def test_what_is_no_path_and_no_id(name):
-    with pytest.raises(FileNotFoundError, match="does not exist; give a folder in the diffusers layout"):
+    with pytest.raises(FileNotFoundError, match=f"model {re.escape(repr(name))}"):
         resolve_model(name)
 
 
-def test_a_cached_model_is_taken_where_the_hub_is_out_of_reach(tmp_path, monkeypatch):
-    snapshot = make_cache(tmp_path / "cache")
-    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", _unreachable)
-    assert resolve_model("owner/model", cache_dir=str(tmp_path / "cache")) == str(snapshot)
-    assert resolve_model(f"owner/model@{COMMIT}", cache_dir=str(tmp_path / "cache")) == str(snapshot)
-    with pytest.raises(FileNotFoundError, match="'owner/model@v2' is no path here, not in the Hugging Face cache"):
-        resolve_model("owner/model@v2", cache_dir=str(tmp_path / "cache"))
-
-
-def _unreachable(*_, **__):
-    raise ConnectionError("network is unreachable")
-
-
-def test_offline_by_choice(tmp_path):
+def test_a_cached_model_is_taken_where_the_hub_is_out_of_reach(tmp_path):
     snapshot = make_cache(tmp_path / "hub")
-    [(path, _)], log = resolve([("owner/model", None)], tmp_path, "http://127.0.0.1:9", HF_HUB_OFFLINE="1")
-    assert path == str(snapshot)
-    assert "using the cached copy" in log
-
-
-def test_without_network_and_cache_the_error_comes_fast_and_says_what_to_do(tmp_path):
-    start = time.monotonic()
-    [(message, _)], _ = resolve([("owner/model", None)], tmp_path, "http://127.0.0.1:9")
-    assert time.monotonic() - start < 60
-    assert message.startswith("FileNotFoundError model 'owner/model' is no path here, not in the Hugging Face cache")
-    assert message.endswith("download it on a machine with network access, or give a folder")
-    assert "\n" not in message
+    asked = [("owner/model", None), (f"owner/model@{COMMIT}", None), ("owner/model@v2", None)]
+    for choice in ({}, {"HF_HUB_OFFLINE": "1"}):
+        start = time.monotonic()
+        answers, log = resolve(asked, tmp_path, "http://127.0.0.1:9", **choice)
+        assert [path for path, _ in answers[:2]] == [str(snapshot)] * 2
+        assert "cached copy" in log
+        message = answers[2][0]
+        assert message.startswith("FileNotFoundError") and "'owner/model@v2'" in message and "\n" not in message
+        assert time.monotonic() - start < 60
 
 
 def test_only_the_files_that_are_read_are_downloaded(tmp_path):
-    full = {
-        "unet/diffusion_pytorch_model.bin.index.json",
-        "unet/diffusion_pytorch_model-00001-of-00001.bin",
-        "vae/diffusion_pytorch_model.safetensors",
-        "text_encoder/pytorch_model.bin",
-    }
-    half = {
-        "unet/diffusion_pytorch_model.fp16.safetensors",
-        "vae/diffusion_pytorch_model.safetensors",
-        "text_encoder/model.safetensors.index.fp16.json",
-        "text_encoder/model.fp16-00001-of-00001.safetensors",
-    }
+    vae, text = "vae/diffusion_pytorch_model.safetensors", "text_encoder/pytorch_model.bin"
+    unet = "unet/diffusion_pytorch_model"
+    full = {f"{unet}.bin.index.json", f"{unet}-00001-of-00001.bin", vae, text}
+    half = {"text_encoder/model.safetensors.index.fp16.json", "text_encoder/model.fp16-00001-of-00001.safetensors"}
+    half |= {f"{unet}.fp16.safetensors", vae}
+    parts = {"model_index.json", "vae/config.json", vae, "text_encoder/config.json", text}
     asked = [("owner/model", None), ("owner/model", "fp16"), ("owner/model", "bf16"), ("owner/other", None)]
     with _server() as (endpoint, _):
-        (first, second, no_variant, no_model), log = resolve(asked, tmp_path, endpoint)
+        (first, second, no_variant, no_model), log = resolve(asked, tmp_path / "all", endpoint)
+        [(_, files)], _ = resolve(
+            [("owner/model", None, "unet", "tokenizer", "scheduler")], tmp_path / "some", endpoint
+        )
     assert set(first[1]) == CONFIGS | full, log
     assert set(second[1]) == CONFIGS | full | half, log
-    assert no_variant[0].startswith("FileNotFoundError Hugging Face model 'owner/model' has no variant 'bf16'; it hold")
-    assert no_model[0].startswith("FileNotFoundError model 'owner/other' is no path here")
-    assert "RepositoryNotFoundError" in no_model[0]
-    [cached], _ = resolve([("owner/model", None)], tmp_path, endpoint)
+    assert set(files) == parts  # what is replaced is not downloaded
+    for message, names in ((no_variant[0], ("owner/model", "'bf16'")), (no_model[0], ("owner/other", "Repository"))):
+        assert message.startswith("FileNotFoundError") and all(name in message for name in names)
+    [cached], _ = resolve([("owner/model", None)], tmp_path / "all", endpoint)
     assert cached[0] == first[0]
-
-
-def test_what_is_replaced_is_not_downloaded(tmp_path):
-    with _server() as (endpoint, _):
-        [(_, files)], log = resolve([("owner/model", None, "unet", "tokenizer", "scheduler")], tmp_path, endpoint)
-    assert set(files) == {
-        "model_index.json",
-        "vae/config.json",
-        "vae/diffusion_pytorch_model.safetensors",
-        "text_encoder/config.json",
-        "text_encoder/pytorch_model.bin",
-    }, log
 
 
 @pytest.mark.parametrize("argument", ["path", "unet", "tokenizer"])
@@ -250,16 +211,9 @@ def test_paths_in_the_home_folder_are_expanded(tmp_path, monkeypatch, argument):
 
 
 def test_of_a_model_that_is_refused_no_weights_are_downloaded(tmp_path):
-    expected = {
-        "owner/sdxl": "Stable Diffusion XL",
-        "owner/inpainting": "inpainting model",
-        "owner/damaged": "scaling_factor is None",
-        "owner/unfit": "hidden_size is 1024",
-        "owner/controlnet": "ControlNet",
-        "owner/t5": "'t5'",
-    }
+    reasons = {name: what for name, (_, what) in (REFUSED | WITHOUT_INDEX).items()}
     with _server() as (endpoint, weights):
-        answers, log = resolve([(name, None) for name in expected], tmp_path, endpoint)
-    for (message, _), what in zip(answers, expected.values(), strict=True):
+        answers, log = resolve([(name, None) for name in reasons], tmp_path, endpoint)
+    for (message, _), what in zip(answers, reasons.values(), strict=True):
         assert message.startswith("ValueError") and what in message, log
     assert weights == []

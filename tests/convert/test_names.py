@@ -7,14 +7,16 @@ import torch
 from attrib_jax.convert.weights.names import from_torch, name_table, text_encoder_names, to_torch, torch_name, vae_names
 from attrib_jax.convert.weights.tensors import LazyTensor
 
+UNREAD = LazyTensor((2, 2), np.float32, lambda: pytest.fail("read"))
+
+
+TRANSFORMER = "down_blocks.0.attentions.10.transformer_blocks.0"
+
 
 @pytest.mark.parametrize(
     ("path", "name"),
     [
-        (
-            "down_blocks_0/attentions_10/transformer_blocks_0/attn2/to_k/kernel",
-            "down_blocks.0.attentions.10.transformer_blocks.0.attn2.to_k.weight",
-        ),
+        ("down_blocks_0/attentions_10/transformer_blocks_0/attn2/to_k/kernel", f"{TRANSFORMER}.attn2.to_k.weight"),
         ("mid_block/attentions_0/to_out_0/bias", "mid_block.attentions.0.to_out.0.bias"),
         ("time_embedding/linear_1/kernel", "time_embedding.linear_1.weight"),
         ("down_blocks_1/resnets_0/norm1/scale", "down_blocks.1.resnets.0.norm1.weight"),
@@ -24,16 +26,11 @@ from attrib_jax.convert.weights.tensors import LazyTensor
     ],
 )
 def test_torch_name(path, name):
-    assert torch_name(path) == name
-
-
-def test_name_table_covers_every_leaf():
-    tree = {"conv_in": {"kernel": np.zeros(1), "bias": np.zeros(1)}, "norms_1": {"scale": np.zeros(1)}}
-    assert name_table(tree) == {
-        "conv_in.weight": "conv_in/kernel",
-        "conv_in.bias": "conv_in/bias",
-        "norms.1.weight": "norms_1/scale",
-    }
+    *modules, leaf = path.split("/")
+    tree = {leaf: np.zeros(1)}
+    for module in reversed(modules):
+        tree = {module: tree}
+    assert torch_name(path) == name and name_table(tree) == {name: path}
 
 
 def test_transposed_kernels_compute_what_torch_computes():
@@ -62,27 +59,15 @@ def test_from_torch_inverts_to_torch(path, shape):
 
 
 def test_text_encoder_names_accept_both_layouts():
-    old = {"text_model.embeddings.position_ids": 0, "text_model.final_layer_norm.weight": 1}
-    new = {"embeddings.position_ids": 0, "final_layer_norm.weight": 1}
-    assert text_encoder_names(old) == text_encoder_names(new) == {"text_model.final_layer_norm.weight": 1}
+    old = {"text_model.embeddings.position_ids": 0, "text_model.final_layer_norm.weight": UNREAD}
+    new = {"embeddings.position_ids": 0, "final_layer_norm.weight": UNREAD}
+    assert text_encoder_names(old) == text_encoder_names(new) == {"text_model.final_layer_norm.weight": UNREAD}
 
 
 def test_vae_names_accept_the_old_attention():
-    old = {f"encoder.mid_block.attentions.0.{name}.weight": name for name in ("query", "key", "value", "proj_attn")}
-    kept = {"encoder.mid_block.attentions.0.group_norm.weight": 0, "decoder.mid_block.attentions.0.to_out.0.bias": 1}
-    assert vae_names(old | kept) == kept | {
-        "encoder.mid_block.attentions.0.to_q.weight": "query",
-        "encoder.mid_block.attentions.0.to_k.weight": "key",
-        "encoder.mid_block.attentions.0.to_v.weight": "value",
-        "encoder.mid_block.attentions.0.to_out.0.weight": "proj_attn",
-    }
-
-
-def test_renaming_reads_no_tensor():
-    def read():
-        raise AssertionError("read")
-
-    tensor = LazyTensor((2, 2), np.float32, read)
-    assert text_encoder_names({"final_layer_norm.weight": tensor}) == {"text_model.final_layer_norm.weight": tensor}
-    renamed = vae_names({"decoder.mid_block.attentions.0.query.bias": tensor, "quant_conv.bias": tensor})
-    assert renamed == {"decoder.mid_block.attentions.0.to_q.bias": tensor, "quant_conv.bias": tensor}
+    attention = "encoder.mid_block.attentions.0"
+    renames = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+    old = {f"{attention}.{name}.weight": name for name in renames} | {f"{attention}.query.bias": UNREAD}
+    kept = {f"{attention}.group_norm.weight": 0, "decoder.mid_block.attentions.0.to_out.0.bias": 1}
+    new = {f"{attention}.{new}.weight": name for name, new in renames.items()} | {f"{attention}.to_q.bias": UNREAD}
+    assert vae_names(old | kept) == kept | new

@@ -16,21 +16,20 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import attrib_jax
-from attrib_jax.convert import single_file
 from attrib_jax.convert.load import load_pipeline
 from attrib_jax.convert.pipeline import tokenize
 from attrib_jax.convert.single_file import load_single_file, save_single_file, uninferable_config
 from attrib_jax.convert.weights.files import write_weights
-from attrib_jax.convert.weights.tensors import LazyTensor
-from tests.convert.shrunken import PREDICTIONS, rewrite
-from tests.tiny_pipeline import CAPTIONS, MAX_LENGTH, make_torch_pipeline
+from tests.convert.shrunken import rewrite
+from tests.tiny_pipeline import CAPTIONS, MAX_LENGTH
 
 PARTS = ("unet", "vae", "text_encoder")
 RESBLOCKS = "cond_stage_model.model.transformer.resblocks."
 # Keys that change no result.
 INERT = {"vae": ["sample_size"], "text_encoder": [f"{kind}_id" for kind in ("bos_token", "eos_token", "pad_token")]}
 INERT["text_encoder"].append("projection_dim")
-TO_K = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+UNET = "model.diffusion_model."
+TO_K = f"{UNET}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
 
 
 @pytest.fixture(params=["sd1", "sd2"])
@@ -60,9 +59,7 @@ def test_saved_file_opens_in_diffusers_with_the_same_weights(model):
             assert torch.equal(actual[name], tensor), f"{part}: {name}"
 
 
-@pytest.mark.parametrize("family", PREDICTIONS)
-def test_saved_file_loads_to_the_bit(request, family, caplog):
-    model = request.getfixturevalue(family)
+def test_saved_file_loads_to_the_bit(model, caplog):
     caplog.set_level(logging.INFO)
     assert_same(model.load(), model.ours)
     assert uninferable_config(model.ours) == {}
@@ -81,22 +78,20 @@ def test_names_are_those_of_the_family(sd1, sd2):
 
 
 def training_extras(state):
-    """What a .ckpt of the original training code holds beside the weights, as in the published files."""
+    """What a .ckpt of the original training code holds beside the weights, as in the published files.
+
+    The averaged copies are infinite, which no tensor that is read may be.
+    """
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
-    alphas_cumprod = torch.cumprod(1 - betas, 0).float()
-    ema = {
-        "model_ema." + name.removeprefix("model.").replace(".", ""): x + 1
-        for name, x in state.items()
-        if name.startswith("model.diffusion_model.")
-    }
+    unet = [name for name in state if name.startswith("model.diffusion_model.")]
     buffers = ("alphas_cumprod_prev", "sqrt_one_minus_alphas_cumprod", "log_one_minus_alphas_cumprod", "betas")
     buffers += ("sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod", "posterior_mean_coef1", "logvar")
     return {
-        **ema,
+        **{"model_ema." + name.removeprefix("model.").replace(".", ""): state[name] + torch.inf for name in unet},
         "model_ema.decay": torch.tensor(0.9999),
         "model_ema.num_updates": torch.tensor(1, dtype=torch.int32),
         **{name: betas.float() for name in buffers},
-        "alphas_cumprod": alphas_cumprod,
+        "alphas_cumprod": torch.cumprod(1 - betas, 0).float(),
         "first_stage_model.loss.logvar": torch.zeros(()),
         "first_stage_model.loss.discriminator.main.0.weight": torch.zeros(4, 3, 4, 4),
     }
@@ -146,11 +141,9 @@ def test_ckpt_of_the_first_family(sd1, tmp_path, caplog, has_text_model):
 def test_ckpt_of_the_second_family_tells_its_prediction_by_its_step(sd2, tmp_path, step, prediction):
     state = load_file(sd2.file)
     state |= training_extras(state)
-    state |= {
-        "cond_stage_model.model.text_projection": torch.zeros(64, 64),
-        "cond_stage_model.model.logit_scale": torch.zeros(()),
-        "cond_stage_model.model.attn_mask": torch.full((MAX_LENGTH, MAX_LENGTH), -torch.inf),
-    }
+    text = "cond_stage_model.model."
+    state |= {f"{text}text_projection": torch.zeros(64, 64), f"{text}logit_scale": torch.zeros(())}
+    state[f"{text}attn_mask"] = torch.full((MAX_LENGTH, MAX_LENGTH), -torch.inf)
     loaded = sd2.load(save_ckpt(state, tmp_path / "model.ckpt", step))
     assert loaded.schedule.prediction_type == prediction
     assert loaded.unet.config.sample_size == (96 if prediction == "v_prediction" else 64)
@@ -160,10 +153,10 @@ def test_ckpt_of_the_second_family_tells_its_prediction_by_its_step(sd2, tmp_pat
 @pytest.mark.parametrize("step", [None, 0, 3000])
 def test_second_family_asks_for_the_prediction_type(sd2, tmp_path, step):
     if step is None:
-        path = rewrite(sd2.file, tmp_path / "model.safetensors", lambda state: state)
+        path = rewrite(sd2.file, tmp_path / "model.safetensors")
     else:
         path = save_ckpt(load_file(sd2.file), tmp_path / "model.ckpt", step)
-    with pytest.raises(ValueError, match=rf"training step: {step}\).*--prediction_type.*'v_prediction'"):
+    with pytest.raises(ValueError, match=rf"step: {step}\b.*--prediction_type"):
         sd2.load(path)
     assert sd2.load(path, prediction_type="epsilon").schedule.prediction_type == "epsilon"
     with pytest.raises(ValueError, match="prediction_type is 'sample'"):
@@ -181,48 +174,25 @@ def test_text_layers_after_the_last_used_are_left_out(sd2, tmp_path):
     assert sd2.load(path, prediction_type="epsilon").text_encoder.config.num_hidden_layers == 3
 
 
-def test_only_wanted_tensors_are_read_one_by_one(sd1, tmp_path, monkeypatch):
-    path = rewrite(sd1.file, tmp_path / "x.safetensors", lambda state: state | training_extras(state))
-    read, held = [], []
-    original = LazyTensor.read
-
-    def record(tensor):
-        read.append(tensor.nbytes)
-        return original(tensor)
-
-    def load_params(state, *rest):
-        held.append(all(isinstance(tensor, LazyTensor) for tensor in state.values()))
-        return load(state, *rest)
-
-    load = single_file.load_params
-    monkeypatch.setattr(LazyTensor, "read", record)
-    monkeypatch.setattr(single_file, "load_params", load_params)
-    sd1.load(path)
-    assert held == [True] * 3
-    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(sd1.ours.params))
-    attention = 2 * 4 * 64 * 64 * 4  # a mapped tensor counts twice: as a matrix, and as the file's convolution
-    assert sum(read) == weights + attention + 4000  # and the 1000 levels of the noise schedule
-
-
-def test_what_the_shapes_do_not_tell_is_said_and_taken(tmp_path, caplog):
-    make_torch_pipeline(str(tmp_path / "folder"), prediction_type="v_prediction")
-    ours = load_pipeline(str(tmp_path / "folder"))
+def test_what_the_shapes_do_not_tell_is_said_and_taken(folder, ours, tmp_path, caplog):
     path = str(tmp_path / "x.safetensors")
     save_single_file(ours, path)
     config = uninferable_config(ours)
-    assert config["unet"] == {"sample_size": 8, "norm_num_groups": 8, "attention_head_dim": 4}
-    assert config["vae"] == {"norm_num_groups": 8}
-    assert config["text_encoder"] == {"num_attention_heads": 4}
+    assert config == {
+        "unet": {"sample_size": 8, "norm_num_groups": 8, "attention_head_dim": 4},
+        "vae": {"norm_num_groups": 8},
+        "text_encoder": {"num_attention_heads": 4},
+    }
     assert any(path in message and repr(config) in message for message in caplog.messages)
     with pytest.warns(DeprecationWarning, match="uninferable_config"):
         assert attrib_jax.untold_config(ours) == config
-    assert_same(load_single_file(path, str(tmp_path / "folder")), ours)
-    bare = rewrite(path, tmp_path / "bare.safetensors", lambda state: state)
-    assert_same(load_single_file(bare, str(tmp_path / "folder"), config=config), ours)
+    assert_same(load_single_file(path, folder), ours)
+    bare = rewrite(path, tmp_path / "bare.safetensors")
+    assert_same(load_single_file(bare, folder, config=config), ours)
     with pytest.raises(ValueError, match="text_encoder .*num_attention_heads.*--model_config"):
-        load_single_file(bare, str(tmp_path / "folder"))
-    with pytest.raises(ValueError, match="config has the parts text; expected some of unet, vae, text_encoder, sched"):
-        load_single_file(path, str(tmp_path / "folder"), config={"text": {}})
+        load_single_file(bare, folder)
+    with pytest.raises(ValueError, match="config .*parts text"):
+        load_single_file(path, folder, config={"text": {}})
 
 
 @pytest.mark.parametrize("upcast", [True, None])
@@ -239,7 +209,7 @@ def test_upcast_attention_is_kept(sd2, tmp_path, upcast):
 def test_a_model_on_pixels_is_refused(tmp_path):
     digits = load_pipeline(str(pathlib.Path(__file__).parents[2] / "models/digits"))
     for export in (uninferable_config, lambda pipeline: save_single_file(pipeline, str(tmp_path / "x.safetensors"))):
-        with pytest.raises(ValueError, match="vae is a PixelAutoencoder.*cannot be a single file; give a folder as"):
+        with pytest.raises(ValueError, match="vae is a PixelAutoencoder"):
             export(digits)
     assert list(tmp_path.iterdir()) == []
 
@@ -288,61 +258,51 @@ def test_failed_save_leaves_the_old_file(sd1, tmp_path):
 
 
 def test_tokenizer_is_asked_for(sd1, tmp_path):
-    with pytest.raises(ValueError, match="holds no tokenizer: give tokenizer=FOLDER"):
+    with pytest.raises(ValueError, match="tokenizer=FOLDER"):
         load_single_file(sd1.file, None)
-    with pytest.raises(FileNotFoundError, match="holds no tokenizer: expected tokenizer.json"):
+    with pytest.raises(FileNotFoundError, match=r"tokenizer\.json"):
         load_single_file(sd1.file, str(tmp_path))
-    assert len(load_single_file(sd1.file, f"{sd1.folder}/tokenizer").tokenizer) == len(sd1.ours.tokenizer)
-
-
-def test_length_that_the_tokenizer_does_not_tell_is_the_text_encoders(sd1, tmp_path):
-    for name in ("vocab.json", "merges.txt"):
+    for name in ("vocab.json", "merges.txt"):  # which do not tell the length
         shutil.copy(f"{sd1.folder}/tokenizer/{name}", tmp_path)
-    loaded = load_single_file(sd1.file, str(tmp_path))
-    assert tokenize(loaded, CAPTIONS).tolist() == tokenize(sd1.ours, CAPTIONS).tolist()
+    for folder in (tmp_path, f"{sd1.folder}/tokenizer"):
+        loaded = load_single_file(sd1.file, str(folder))
+        assert tokenize(loaded, CAPTIONS).tolist() == tokenize(sd1.ours, CAPTIONS).tolist()
 
 
-def test_truncated_and_absent_files_are_named(sd1, tmp_path):
-    content = open(sd1.file, "rb").read()
-    (tmp_path / "x.safetensors").write_bytes(content[: len(content) // 2])
-    with pytest.raises(ValueError, match=r"x\.safetensors is truncated"):
-        sd1.load(tmp_path / "x.safetensors")
-    content = save_ckpt(load_file(sd1.file), tmp_path / "x.ckpt", 1).read_bytes()
-    (tmp_path / "x.ckpt").write_bytes(content[: len(content) // 2])
-    with pytest.raises(ValueError, match=r"x\.ckpt is (truncated|damaged)"):
-        sd1.load(tmp_path / "x.ckpt")
-    with pytest.raises(FileNotFoundError, match=r"y\.safetensors does not exist"):
-        sd1.load(tmp_path / "y.safetensors")
+CONV_IN = "first_stage_model.decoder.conv_in.weight"
 
 
-def test_missing_unexpected_and_misshaped_tensors_are_listed(sd1, tmp_path):
-    def rename(state):
-        state["model.diffusion_model.other.weight"] = state.pop(TO_K)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state.update({f"{UNET}x": state.pop(TO_K)}), rf"1 missing:\n  {TO_K}\n1 unexpected:\n  {UNET}x"),
+        (
+            lambda state: state.update({TO_K: torch.zeros(32, 40)}),
+            r"\(unet\)(?s:.)*to_k.weight: file \(32, 40\), model \(32, 64",
+        ),
+        (lambda state: state.pop(CONV_IN) is None, rf"the tensor {CONV_IN}"),
+    ],
+    ids=["renamed", "misshaped", "missing"],
+)
+def test_missing_unexpected_and_misshaped_tensors_are_listed(sd1, tmp_path, change, message):
+    path = rewrite(sd1.file, tmp_path / "x.safetensors", change)
+    with pytest.raises(ValueError, match=message):
+        sd1.load(path)
 
-    with pytest.raises(ValueError, match=rf"1 missing:\n  {TO_K}\n1 unexpected:\n  model.diffusion_model.other"):
-        sd1.load(rewrite(sd1.file, tmp_path / "x.safetensors", rename))
-    narrow = rewrite(sd1.file, tmp_path / "x.safetensors", lambda state: state | {TO_K: torch.zeros(32, 40)})
-    with pytest.raises(ValueError, match=r"\(unet\) does not fit.*(?s:.)*to_k.weight: file \(32, 40\), model \(32, 64"):
-        sd1.load(narrow)
-    name = "first_stage_model.decoder.conv_in.weight"
-    with pytest.raises(ValueError, match=rf"lacks the tensor {name}, which gives the architecture"):
-        sd1.load(rewrite(sd1.file, tmp_path / "x.safetensors", lambda state: state.pop(name) is None))
 
-
-UNET = "model.diffusion_model."
 FAMILIES = {
-    "conditioner.embedders.0.transformer.text_model.x.bias": "is Stable Diffusion XL",
-    "conditioner.embedders.1.model.ln_final.weight": "is Stable Diffusion XL",
+    "conditioner.embedders.0.transformer.text_model.x.bias": "Stable Diffusion XL",
+    "conditioner.embedders.1.model.ln_final.weight": "Stable Diffusion XL",
     "conditioner.embedders.0.model.ln_final.weight": "refiner of Stable Diffusion XL",
     f"{UNET}joint_blocks.0.x_block.attn.qkv.weight": "Stable Diffusion 3",
     f"{UNET}double_blocks.0.img_attn.qkv.weight": "FLUX",
     "double_blocks.0.img_attn.qkv.weight": "FLUX",
-    "control_model.input_blocks.0.0.weight": "ControlNet.*that it steers",
+    "control_model.input_blocks.0.0.weight": "ControlNet",
     f"{UNET}input_blocks.1.0.time_stack.emb_layers.1.weight": "video model",
     "low_scale_model.x": "upscaler",
     "down_blocks.0.resnets.0.conv1.weight": "UNet alone.*--unet_config",
     "encoder.conv_in.weight": "autoencoder alone",
-    f"{UNET}out.2.bias": r"has no autoencoder \(first_stage_model.\*\), no text encoder",
+    f"{UNET}out.2.bias": r"first_stage_model.*no text encoder",
     "lora_unet_mid_block.alpha": "LoRA.*--lora",
     "unet.x.to_k.lora_A.weight": "LoRA.*--lora",
     "emb_params": "learnt token.*--tokens",
@@ -357,21 +317,20 @@ def test_another_family_is_named(sd1, tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    ("shapes", "what"),
+    ("name", "shape", "what"),
     [
-        ({"input_blocks.0.0.weight": (32, 9, 3, 3)}, "an inpainting model"),
-        ({"input_blocks.0.0.weight": (32, 8, 3, 3)}, "an image-editing model"),
-        ({"input_blocks.0.0.weight": (32, 5, 3, 3)}, "a depth-to-image model"),
-        ({"input_blocks.0.0.weight": (32, 7, 3, 3)}, "an upscaler"),
-        ({"input_blocks.0.0.weight": (32, 13, 3, 3)}, "in_channels is 13, out_channels 4"),
-        ({"label_emb.0.0.weight": (8, 2816)}, "Stable Diffusion XL"),
-        ({"label_emb.0.0.weight": (8, 2560)}, "the refiner of Stable Diffusion XL"),
+        ("input_blocks.0.0.weight", (32, 9, 3, 3), "an inpainting model"),
+        ("input_blocks.0.0.weight", (32, 8, 3, 3), "an image-editing model"),
+        ("input_blocks.0.0.weight", (32, 5, 3, 3), "a depth-to-image model"),
+        ("input_blocks.0.0.weight", (32, 7, 3, 3), "an upscaler"),
+        ("input_blocks.0.0.weight", (32, 13, 3, 3), "in_channels is 13, out_channels 4"),
+        ("label_emb.0.0.weight", (8, 2816), "Stable Diffusion XL"),
+        ("label_emb.0.0.weight", (8, 2560), "the refiner of Stable Diffusion XL"),
     ],
 )
-def test_other_inputs_of_the_unet_are_named(sd1, tmp_path, shapes, what):
-    added = {UNET + name: torch.zeros(shape) for name, shape in shapes.items()}
-    path = rewrite(sd1.file, tmp_path / "x.safetensors", lambda state: state | added)
-    with pytest.raises(ValueError, match=f"is {what}|is conditioned .*{what}"):
+def test_other_inputs_of_the_unet_are_named(sd1, tmp_path, name, shape, what):
+    path = rewrite(sd1.file, tmp_path / "x.safetensors", lambda state: state | {UNET + name: torch.zeros(shape)})
+    with pytest.raises(ValueError, match=what):
         sd1.load(path)
 
 
@@ -380,20 +339,14 @@ def tensors(sd1, sd2):
     return [{name: x.numpy() for name, x in load_file(model.file).items()} for model in (sd1, sd2)]
 
 
+TELLING = ("conv_in.weight", "0.0.weight", "proj_in.weight", "in_proj_weight", "embedding", "c_fc.weight", "fc1.weight")
+
+
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_damaged_state_dicts_never_crash(sd1, tensors, tmp_path, data):
     state = dict(data.draw(st.sampled_from(tensors)))
-    ends = (
-        "conv_in.weight",
-        "0.0.weight",
-        "proj_in.weight",
-        "in_proj_weight",
-        "embedding",
-        "c_fc.weight",
-        "fc1.weight",
-    )
-    telling = [name for name in state if name.endswith(ends)]
+    telling = [name for name in state if name.endswith(TELLING)]
     for _ in range(data.draw(st.integers(1, 2))):
         name = data.draw(st.sampled_from(telling) | st.sampled_from(sorted(state)))
         shape = tuple(data.draw(st.lists(st.integers(0, 70), max_size=4)))
@@ -406,6 +359,6 @@ def test_damaged_state_dicts_never_crash(sd1, tensors, tmp_path, data):
     path = str(tmp_path / "x.safetensors")
     write_weights(state, path)
     try:
-        load_single_file(path, sd1.folder, prediction_type="epsilon")
+        assert load_single_file(path, sd1.folder, prediction_type="epsilon").params
     except ValueError as error:
         assert str(error).startswith((path, "the parts do not fit", "the tokenizer"))

@@ -54,78 +54,50 @@ def test_written_file_is_read_back_to_the_bit(tmp_path, dtype):
         np.testing.assert_array_equal(stored[name].read(), expected)
 
 
-def recorded(state: dict[str, np.ndarray], log: list[str]) -> dict[str, LazyTensor]:
-    """The state dict as lazy tensors that note their names when they are read."""
+def test_none_is_read_before_the_names_fit():
+    def load():
+        raise AssertionError("read")
 
-    def load(name: str) -> np.ndarray:
-        log.append(name)
-        return state[name].copy()
-
-    return {name: LazyTensor(x.shape, x.dtype, lambda name=name: load(name)) for name, x in state.items()}
-
-
-def test_each_tensor_is_read_once_and_none_before_the_names_fit():
-    log: list[str] = []
-    state = recorded(numpy_state(), log)
-    with pytest.raises(ValueError, match="1 missing"):
-        load_params({name: state[name] for name in state if name != "conv_in.bias"}, ABSTRACT)
-    assert log == []
-    load_params(state, ABSTRACT)
-    assert sorted(log) == sorted(state)
-
-
-def test_saving_converts_a_leaf_only_when_it_is_read():
+    state = {name: LazyTensor(x.shape, x.dtype, load) for name, x in numpy_state().items() if name != "conv_in.bias"}
+    with pytest.raises(ValueError, match=r"1 missing:\n  conv_in\.bias"):
+        load_params(state, ABSTRACT)
     shapes = state_dict_of(ABSTRACT, np.float16)  # a tree of shapes has no values
-    assert {name: (x.shape, x.dtype) for name, x in shapes.items()} == {
-        name: (x.shape, np.float16) for name, x in numpy_state().items()
-    }
+    expected = {name: (x.shape, np.float16) for name, x in numpy_state().items()}
+    assert {name: (x.shape, x.dtype) for name, x in shapes.items()} == expected
 
 
-def test_mismatches_are_all_listed():
-    state = numpy_state()
-    state["blocks.0.proj.weight"] = np.zeros((7, 5), np.float32)
-    state["extra.bias"] = np.zeros(3, np.float32)
-    del state["conv_in.bias"]
-    with pytest.raises(ValueError, match="some file does not fit") as error:
+BIAS = "conv_in.bias"
+
+
+@pytest.mark.parametrize(
+    ("changes", "lines"),
+    [
+        ({BIAS: None}, [f"1 missing:\n  {BIAS} (4,)"]),
+        ({"extra.bias": np.zeros(3)}, ["1 unexpected:\n  extra.bias (3,)"]),
+        (
+            {"blocks.0.proj.weight": np.zeros((7, 5))},
+            ["1 misshaped:\n  blocks.0.proj.weight: file (7, 5), model (6, 5)"],
+        ),
+        ({BIAS: None, "x": np.zeros(3), "y": np.zeros(3)}, ["1 missing", "2 unexpected"]),
+        ({f"extra.{i}": np.zeros(1) for i in range(30)}, ["30 unexpected", "and 10 more"]),
+        ({BIAS: np.zeros(4, np.int8)}, [f"1 not floating-point:\n  {BIAS}: int8"]),
+        ({BIAS: np.array([0, 0, np.nan, 0], np.float32)}, [f"tensor {BIAS} holds a NaN"]),
+        ({BIAS: np.array([0, 0, np.inf, 0], np.float32)}, [f"tensor {BIAS} holds a NaN or an infinity"]),
+        ({BIAS: np.array([0, 0, 1e300, 0])}, [f"tensor {BIAS} holds a NaN or an infinity"]),
+    ],
+)
+def test_mismatches_and_false_values_are_all_listed(changes, lines):
+    state = {name: x for name, x in (numpy_state() | changes).items() if x is not None}
+    with pytest.raises(ValueError, match="some file") as error:
         load_params(state, ABSTRACT, source="some file")
-    for line in (
-        "1 missing:\n  conv_in.bias (4,)",
-        "1 unexpected:\n  extra.bias (3,)",
-        "1 misshaped:\n  blocks.0.proj.weight: file (7, 5), model (6, 5)",
-    ):
-        assert line in str(error.value)
-
-
-def test_a_long_list_is_shortened():
-    with pytest.raises(ValueError, match=r"30 unexpected:(?s:.)*and 10 more"):
-        load_params(numpy_state() | {f"extra.{i}": np.zeros(1) for i in range(30)}, ABSTRACT)
-
-
-@pytest.mark.parametrize(("value", "dtype"), [(np.nan, np.float32), (np.inf, np.float32), (1e300, np.float64)])
-def test_values_that_are_not_finite_are_refused(value, dtype):
-    state = numpy_state()
-    state["conv_in.bias"] = np.array([0, 0, value, 0], dtype)
-    with pytest.raises(ValueError, match=r"some file: tensor conv_in\.bias holds a NaN or an infinity"):
-        load_params(state, ABSTRACT, source="some file")
+    assert all(line in str(error.value) for line in lines)
 
 
 def test_float64_needs_jax_64_bit_types():
-    with pytest.raises(ValueError, match="dtype=float64 needs 64-bit types"):
+    with pytest.raises(ValueError, match="dtype=float64"):
         load_params(numpy_state(), ABSTRACT, dtype=jnp.float64)
     with jax.enable_x64(True):
         assert load_params(numpy_state(), ABSTRACT, dtype=jnp.float64)["conv_in"]["bias"].dtype == jnp.float64
-
-
-def test_what_holds_no_floating_point_numbers_is_refused():
-    state = numpy_state() | {"conv_in.bias": np.zeros(4, np.int8)}
-    with pytest.raises(ValueError, match=r"1 not floating-point:\n  conv_in\.bias: int8"):
-        load_params(state, ABSTRACT)
-
-
-def test_an_overflow_on_saving_is_refused_by_name(tmp_path):
-    params = {"conv_in": {"bias": np.array([0, 1e5], np.float32)}}
-    with pytest.raises(ValueError, match=r"tensor conv_in\.bias holds a NaN or an infinity as float16"):
-        write_weights(state_dict_of(params, np.float16), tmp_path / "x.safetensors")
 
 
 def compiled(caplog) -> list[str]:
@@ -134,7 +106,7 @@ def compiled(caplog) -> list[str]:
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_loading_compiles_nothing(caplog, dtype):
-    """A program for every shape took half as much time as the rest of loading, and a fifth of the weights' memory."""
+    """A program for every shape took half the time of the rest of loading, and a fifth of the weights' memory."""
     shapes = {"a": (7, 1), "b": (1, 3, 2, 7), "c": (19,)}  # which no other test has made programs for
     abstract = {
         "a": {"kernel": jax.ShapeDtypeStruct((1, 7), float)},
@@ -144,6 +116,7 @@ def test_loading_compiles_nothing(caplog, dtype):
     state = {f"{name}.weight": np.ones(shape, np.float32) for name, shape in shapes.items()}
     with jax.log_compiles(), caplog.at_level(logging.WARNING):
         load_params(state, abstract, dtype)
+        assert abstract_params(nn.Dense(29), jax.ShapeDtypeStruct((1, 31), jnp.float32))["kernel"].shape == (31, 29)
         assert compiled(caplog) == []
         jax.jit(lambda x: x + 1)(np.ones(23))
         assert len(compiled(caplog)) == 1  # what the test looks for is there when something is compiled
@@ -157,10 +130,3 @@ def test_loaded_parameters_are_no_views_of_the_callers_arrays():
         params = load_params(numpy_state() | {"conv_in.bias": bias}, ABSTRACT)
         bias[:] = 5
         np.testing.assert_array_equal(params["conv_in"]["bias"], np.ones(4))
-
-
-def test_shapes_are_had_without_compiling(caplog):
-    with jax.log_compiles(), caplog.at_level(logging.WARNING):
-        abstract = abstract_params(nn.Dense(29), jax.ShapeDtypeStruct((1, 31), jnp.float32))
-        assert abstract["kernel"].shape == (31, 29)
-        assert compiled(caplog) == []

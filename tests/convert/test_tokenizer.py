@@ -18,6 +18,7 @@ from attrib_jax.convert.tokenizer import (
     train_tokenizer,
 )
 from tests.convert import old_layout
+from tests.convert.fuzz import altered
 from tests.convert.published_configs import later_tokenizer_config, special_tokens_map
 
 CAPTIONS = ["Red heart", "grinning face", "a polar bear: white", "woman’s hat", "flag: Côte d'Ivoire", "keycap 10"]
@@ -52,12 +53,8 @@ def test_ids_are_framed_and_padded_with_the_end_token(tokenizer):
 def test_training_does_not_depend_on_hash_order(tokenizer):
     again = train_tokenizer(CAPTIONS, vocab_size=700, model_max_length=8)
     left, right = (json.loads(side.backend_tokenizer.to_str())["model"] for side in (again, tokenizer))
-    assert left["merges"] == right["merges"]
-    assert left["vocab"] == right["vocab"]
-
-
-def test_vocabulary_size_is_a_limit():
-    assert len(train_tokenizer(CAPTIONS, vocab_size=540, model_max_length=8)) == 540
+    assert (left["merges"], left["vocab"]) == (right["merges"], right["vocab"])
+    assert len(train_tokenizer(CAPTIONS, vocab_size=540, model_max_length=8)) == 540  # a limit
 
 
 @pytest.mark.parametrize("files", [("tokenizer.json", "tokenizer_config.json"), ("vocab.json", "merges.txt")])
@@ -79,23 +76,17 @@ def test_folder_keeps_the_length_and_says_nothing_of_how_it_was_loaded(folder, t
     assert "local_files_only" not in json.loads((tmp_path / "tokenizer_config.json").read_text())
 
 
-def test_report_of_a_prompt_that_fits(tokenizer):
-    assert inspect_prompt(tokenizer, "A red bear") == ("A red bear", "", (), ())
-
-
-def test_report_says_what_is_cut(tokenizer):
-    report = inspect_prompt(tokenizer, "red red red Red polar heart BEAR, woman")
-    assert (report.kept, report.truncated) == ("red red red Red polar heart", "BEAR, woman")
-    assert (
-        tokenize_prompts(tokenizer, [report.kept]).tolist()
-        == tokenize_prompts(tokenizer, [report.kept + " " + report.truncated]).tolist()
-    )
-
-
-def test_report_says_which_words_are_spelled_from_pieces(tokenizer):
-    report = inspect_prompt(tokenizer, "red zebra face zebra 😀")
-    assert report.unknown == ()
-    assert report.split == ("zebra", "😀")
+@pytest.mark.parametrize(
+    ("prompt", "report"),
+    [
+        ("A red bear", ("A red bear", "", (), ())),
+        ("red red red Red polar heart BEAR, woman", ("red red red Red polar heart", "BEAR, woman", (), ())),
+        ("red zebra face zebra 😀", ("red zebra", "face zebra 😀", (), ("zebra", "😀"))),
+    ],
+)
+def test_report_says_what_is_cut_and_spelled_from_pieces(tokenizer, prompt, report):
+    assert inspect_prompt(tokenizer, prompt) == report
+    assert tokenize_prompts(tokenizer, [report[0]]).tolist() == tokenize_prompts(tokenizer, [prompt]).tolist()
 
 
 def test_report_says_which_words_the_vocabulary_cannot_write():
@@ -109,19 +100,18 @@ def test_report_says_which_words_the_vocabulary_cannot_write():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (([" "], 600, 8), "captions holds no text"),
-        ((CAPTIONS, 513, 8), "vocab_size=513.*at least 514"),
-        ((CAPTIONS, 600, 2), "model_max_length=2.*3 or more"),
+        (([" "], 600, 8), "captions"),
+        ((CAPTIONS, 513, 8), "vocab_size=513.*514"),
+        ((CAPTIONS, 600, 2), "model_max_length=2.*3"),
     ],
 )
-def test_bad_arguments(arguments, message):
+def test_bad_arguments(tokenizer, tmp_path, arguments, message):
     with pytest.raises(ValueError, match=message):
         train_tokenizer(*arguments)
-
-
-def test_one_string_is_no_list_of_prompts(tokenizer):
-    with pytest.raises(TypeError, match="'red heart' is one string"):
+    with pytest.raises(TypeError, match="'red heart'"):
         tokenize_prompts(tokenizer, "red heart")
+    with pytest.raises(FileNotFoundError, match=rf"{tmp_path}.*tokenizer\.json"):
+        load_tokenizer(str(tmp_path))
 
 
 def test_half_a_surrogate_pair_counts_as_a_question_mark(tokenizer):
@@ -132,41 +122,12 @@ def test_half_a_surrogate_pair_counts_as_a_question_mark(tokenizer):
     assert inspect_prompt(tokenizer, "red \ud83d heart") == inspect_prompt(tokenizer, "red ? heart")
 
 
-def test_empty_folder(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"holds no tokenizer: expected tokenizer\.json"):
-        load_tokenizer(str(tmp_path))
-
-
 @pytest.fixture(scope="module")
 def long_folder(tmp_path_factory):
     """A tokenizer with the 77 tokens of CLIP."""
     path = tmp_path_factory.mktemp("long") / "tokenizer"
     save_tokenizer(train_tokenizer(CAPTIONS, vocab_size=700, model_max_length=77), str(path))
     return path
-
-
-def in_form(form, generation, source, target):
-    """A copy of a tokenizer folder with the files of one age."""
-    folder = old_layout.copy_folder(source, target)
-    if form == "published":
-        old_layout.age_tokenizer(folder, generation)
-        return folder
-    size = len(old_layout.read(folder / "vocab.json"))
-    if form == "published, no config":
-        old_layout.age_tokenizer(folder, generation)
-        (folder / "tokenizer_config.json").unlink()
-    elif form == "published beside tokenizer.json":
-        content = (folder / "tokenizer.json").read_bytes()
-        old_layout.age_tokenizer(folder, generation)
-        (folder / "tokenizer.json").write_bytes(content)
-    elif form == "transformers 4.34":
-        old_layout.age_tokenizer(folder, generation)
-        old_layout.write(folder / "tokenizer_config.json", later_tokenizer_config(generation, size - 2, size - 1))
-    else:
-        for name in ("vocab.json", "merges.txt"):
-            (folder / name).unlink()
-        old_layout.write(folder / "special_tokens_map.json", special_tokens_map(generation))
-    return folder
 
 
 FORMS = (
@@ -176,6 +137,25 @@ FORMS = (
     "transformers 4.34",
     "tokenizer.json alone",
 )
+
+
+def in_form(form, generation, source, target):
+    """A copy of a tokenizer folder with the files of one age."""
+    folder = old_layout.copy_folder(source, target)
+    if form == "tokenizer.json alone":
+        for name in ("vocab.json", "merges.txt"):
+            (folder / name).unlink()
+        old_layout.write(folder / "special_tokens_map.json", special_tokens_map(generation))
+        return folder
+    size, content = len(old_layout.read(folder / "vocab.json")), (folder / "tokenizer.json").read_bytes()
+    old_layout.age_tokenizer(folder, generation)
+    if form == "published, no config":
+        (folder / "tokenizer_config.json").unlink()
+    elif form == "published beside tokenizer.json":
+        (folder / "tokenizer.json").write_bytes(content)
+    elif form == "transformers 4.34":
+        old_layout.write(folder / "tokenizer_config.json", later_tokenizer_config(generation, size - 2, size - 1))
+    return folder
 
 
 @pytest.mark.parametrize("generation", [1, 2])
@@ -209,9 +189,11 @@ def test_saved_again_they_give_the_same_ids_in_either_format(long_folder, tmp_pa
     ids = tokenize_prompts(loaded, prompts)
     assert [i for i in ids[-1] if i >= size] == [size + 1, size]
     save_tokenizer(loaded, str(tmp_path / "new"))
-    np.testing.assert_array_equal(tokenize_prompts(load_tokenizer(str(tmp_path / "new")), prompts), ids)
-    (tmp_path / "new/tokenizer.json").unlink()
-    np.testing.assert_array_equal(tokenize_prompts(load_tokenizer(str(tmp_path / "new")), prompts), ids)
+    for _ in range(2):
+        np.testing.assert_array_equal(tokenize_prompts(load_tokenizer(str(tmp_path / "new")), prompts), ids)
+        (tmp_path / "new/tokenizer.json").unlink(missing_ok=True)
+    if generation == 2:  # a pad token in a prompt is no unknown word
+        assert inspect_prompt(loaded, "red heart!!! face!") == ("red heart!!! face!", "", (), ())
 
 
 @pytest.mark.parametrize("length", [None, int(1e30)])
@@ -224,19 +206,14 @@ def test_a_length_that_the_files_do_not_tell(long_folder, tmp_path, length):
     assert load_tokenizer(str(tmp_path / "saved"), max_length=99).model_max_length == 12
 
 
-def test_a_pad_token_in_a_prompt_is_no_unknown_word(long_folder, tmp_path):
-    loaded = load_tokenizer(str(in_form("published", 2, long_folder, tmp_path / "tokenizer")))
-    assert inspect_prompt(loaded, "red heart!!! face!") == ("red heart!!! face!", "", (), ())
-
-
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("added_tokens.json", {"<new1>": 9999}, "give '<new1>' the id 9999, but it comes out as"),
-        ("special_tokens_map.json", {"pad_token": None}, "has no pad_token; set it in tokenizer_config.json"),
-        ("special_tokens_map.json", {"vocab_file": "/etc/passwd"}, r"has the entries \['vocab_file'\]"),
-        ("tokenizer_config.json", {"model_max_length": "77"}, "model_max_length is '77'; expected"),
-        ("tokenizer_config.json", [], "tokenizer_config.json holds a list, expected a JSON object"),
+        ("added_tokens.json", {"<new1>": 9999}, "'<new1>' .*9999"),
+        ("special_tokens_map.json", {"pad_token": None}, "pad_token"),
+        ("special_tokens_map.json", {"vocab_file": "/etc/passwd"}, "'vocab_file'"),
+        ("tokenizer_config.json", {"model_max_length": "77"}, "model_max_length is '77'"),
+        ("tokenizer_config.json", [], "tokenizer_config.json holds a list"),
         ("vocab.json", {"a": "b"}, "cannot be read"),
         ("merges.txt", {}, "cannot be read"),
     ],
@@ -248,25 +225,14 @@ def test_damaged_files(long_folder, tmp_path, file, content, message):
         load_tokenizer(str(folder))
 
 
+FILES = ["vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.json"]
+
+
 @hypothesis.settings(max_examples=40, deadline=None)
-@hypothesis.given(
-    st.sampled_from(["vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.json"]),
-    st.integers(0, 2**31),
-    st.integers(0, 3),
-)
-def test_a_damaged_tokenizer_loads_or_says_so(long_folder, tmp_path_factory, file, position, kind):
+@hypothesis.given(st.sampled_from(FILES), st.data())
+def test_a_damaged_tokenizer_loads_or_says_so(long_folder, tmp_path_factory, file, data):
     folder = in_form("published beside tokenizer.json", 2, long_folder, tmp_path_factory.mktemp("fuzz") / "tokenizer")
-    content = bytearray((folder / file).read_bytes())
-    position %= len(content)
-    if kind == 0:
-        content = content[:position]
-    elif kind == 1:
-        content[position] ^= 1 << position % 8
-    elif kind == 2:
-        content[position : position + 1] = b"9" * 20
-    else:
-        content = content[:position] + content[position + 40 :]
-    (folder / file).write_bytes(content)
+    (folder / file).write_bytes(altered(data, (folder / file).read_bytes()))
     try:
         ids = tokenize_prompts(load_tokenizer(str(folder), max_length=77), ["red heart"])
     except ValueError as error:

@@ -1,7 +1,5 @@
 """Tower folders: the round trip through transformers, and what is refused."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -10,6 +8,7 @@ from safetensors.numpy import load_file, save_file
 
 from attrib_jax.convert.hub import resolve_tower
 from attrib_jax.convert.tower import load_tower, save_tower, tower_fingerprint
+from tests.convert import old_layout
 from tests.towers import save_torch_tower
 
 
@@ -22,12 +21,9 @@ def folders(tmp_path_factory):
 
 
 def copy_of(folders, tmp_path, family, **config):
-    target = tmp_path / family
-    target.mkdir()
-    for file in (folders / family).iterdir():
-        (target / file.name).write_bytes(file.read_bytes())
-    content = json.loads((target / "config.json").read_text()) | config
-    (target / "config.json").write_text(json.dumps(content))
+    target = old_layout.copy_folder(folders / family, tmp_path / family)
+    if config:
+        old_layout.write(target / "config.json", old_layout.read(target / "config.json") | config)
     return target
 
 
@@ -51,7 +47,6 @@ def test_a_saved_clip_opens_in_transformers(folders, tmp_path, dtype):
 
 def test_the_fingerprint_is_of_the_contents(folders, tmp_path):
     copied = copy_of(folders, tmp_path, "dino")
-    (copied / "config.json").write_bytes((folders / "dino" / "config.json").read_bytes())
     assert tower_fingerprint(copied) == tower_fingerprint(folders / "dino") != tower_fingerprint(folders / "dinov2")
     tensors = load_file(copied / "model.safetensors")
     tensors["layernorm.bias"] = tensors["layernorm.bias"] + 1
@@ -75,16 +70,12 @@ def test_missing_extra_and_misshaped_tensors_are_listed(folders, tmp_path):
 @pytest.mark.parametrize(
     ("family", "config", "message"),
     [
-        ("dino", {"model_type": "swin"}, "model_type='swin' in its config.json; supported: clip"),
-        ("dino", {"num_channels": 1}, "num_channels=1; supported: 3"),
+        ("dino", {"model_type": "swin"}, "model_type='swin'"),
+        ("dino", {"num_channels": 1}, "num_channels=1"),
         ("dino", {"hidden_act": "gelu_new"}, "hidden_act='gelu_new'"),
-        ("dino", {"num_attention_heads": 5}, "hidden_size=24, which num_attention_heads=5 does not divide"),
-        ("dino", {"image_size": 64}, "pictures of 32 pixels, its model has image_size=64|misshaped"),
-        (
-            "clip",
-            {"model_type": "clip_vision_model", "architectures": ["CLIPVisionModel"]},
-            "VisionModelWithProjection",
-        ),
+        ("dino", {"num_attention_heads": 5}, "hidden_size=24.*num_attention_heads=5"),
+        ("dino", {"image_size": 64}, "32 .*image_size=64|misshaped"),
+        ("clip", {"model_type": "clip_vision_model", "architectures": ["CLIPVisionModel"]}, "CLIPVisionModel"),
     ],
 )
 def test_other_models_are_refused(folders, tmp_path, family, config, message):
@@ -93,44 +84,37 @@ def test_other_models_are_refused(folders, tmp_path, family, config, message):
 
 
 def test_another_family_than_asked_for(folders):
-    with pytest.raises(ValueError, match="family 'dinov2'.*expected 'clip'.*openai/clip-vit-base-patch32"):
+    with pytest.raises(ValueError, match="family 'dinov2'.*'clip'"):
         load_tower(folders / "dinov2", "clip")
-    with pytest.raises(ValueError, match="unknown family 'clipp': did you mean 'clip'"):
+    with pytest.raises(ValueError, match="'clipp'.*'clip'"):
         load_tower(folders / "clip", "clipp")
 
 
-@pytest.mark.parametrize(
-    ("family", "file"),
-    [("dino", "config.json"), ("dino", "model.safetensors"), ("dino", "preprocessor_config.json"),
-     ("clip", "tokenizer.json")],
-)  # fmt: skip
+CASES = [("dino", "config"), ("dino", "model"), ("dino", "preprocessor_config"), ("clip", "tokenizer")]
+
+
+@pytest.mark.parametrize(("family", "file"), CASES)
 def test_missing_files_are_named(folders, tmp_path, family, file):
     copied = copy_of(folders, tmp_path, family)
     for path in copied.glob("*"):
-        if path.name == file or (file == "tokenizer.json" and path.name in ("vocab.json", "merges.txt")):
+        if path.stem == file or (file == "tokenizer" and path.name in ("vocab.json", "merges.txt")):
             path.unlink()
-    with pytest.raises(FileNotFoundError, match=file.replace(".", r"\.")):
+    with pytest.raises(FileNotFoundError, match=rf"{file}\.(json|safetensors)"):
         load_tower(copied)
 
 
 def test_an_image_processor_of_another_size(folders, tmp_path):
     copied = copy_of(folders, tmp_path, "clip")
-    processor = json.loads((copied / "preprocessor_config.json").read_text())
+    processor = old_layout.read(copied / "preprocessor_config.json")
     processor |= {"size": {"shortest_edge": 20}, "crop_size": {"height": 20, "width": 20}}
-    (copied / "preprocessor_config.json").write_text(json.dumps(processor))
-    with pytest.raises(ValueError, match="images of 20 pixels, its model has image_size=16"):
+    old_layout.write(copied / "preprocessor_config.json", processor)
+    with pytest.raises(ValueError, match="20 .*image_size=16"):
         load_tower(copied)
 
 
-def test_a_folder_that_is_not_there(tmp_path):
-    with pytest.raises(
-        FileNotFoundError, match="does not exist; give a folder in the transformers layout or a Hugging"
-    ):
+def test_folders_and_ids_that_are_not_there(tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match="nothing"):
         load_tower(tmp_path / "nothing")
-
-
-def test_a_hugging_face_id_that_cannot_be_had(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(FileNotFoundError, match="'owner/tower' is no path here, not in the Hugging Face cache"):
+    with pytest.raises(FileNotFoundError, match="'owner/tower'"):
         resolve_tower("owner/tower", cache_dir=str(tmp_path))
