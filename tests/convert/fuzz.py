@@ -1,5 +1,10 @@
 """Files damaged at random, and such as try to run something."""
 
+import builtins
+import collections
+import os
+import subprocess
+
 from hypothesis import strategies as st
 
 
@@ -20,3 +25,19 @@ def altered(data: st.DataObject, content: bytes, first: int | None = None) -> by
     for _ in range(data.draw(st.integers(1, 4))):
         changed[data.draw(st.integers(0, end))] = data.draw(st.integers(0, 255))
     return bytes(changed[: data.draw(st.sampled_from([len(content), len(content) // 2, 20]))])
+
+
+CANARY = "canary"  # what an attack makes in the current folder
+_CODE = f"open('{CANARY}', 'w')"
+ATTACKS = {
+    "os.system": lambda: Call(os.system, f"touch {CANARY}"),
+    "eval": lambda: Call(eval, _CODE),
+    "exec": lambda: Call(exec, _CODE),
+    "open": lambda: Call(open, CANARY, "w"),
+    "Popen": lambda: Call(subprocess.Popen, ["touch", CANARY]),
+    "makedirs": lambda: Call(os.makedirs, CANARY),
+    "getattr": lambda: Call(getattr, Call(__import__, "os"), "sep", state=Call(open, CANARY, "w")),
+    "map": lambda: Call(list, Call(map, eval, [_CODE])),
+    "argument of an allowed call": lambda: Call(collections.defaultdict, Call(builtins.open, CANARY, "w")),
+    "state of an allowed object": lambda: Call(collections.OrderedDict, state={"x": Call(open, CANARY, "w")}),
+}

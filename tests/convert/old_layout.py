@@ -65,26 +65,16 @@ def store_weights(
     parts: Iterable[str] = PARTS,
     keep: bool = False,
 ) -> None:
-    """Stores the weights of a folder in another form, in place of what is there unless `keep`.
+    """Stores the weights of a folder as `kind` ("safetensors" or "bin"), in place of what is there unless `keep`.
 
-    Args:
-      path: the pipeline folder.
-      kind: "safetensors" or "bin".
-      shards: how many files; with more than one there is an index.
-      variant: in the names, such as "fp16".
-      early_index: a variant stands before `index` in the index's name, and after the number in those of its shards.
-      dtype: of the stored floats.
-      parts: which weights.
-      keep: leave the old files.
+    More than one of the `shards` has an index. With `early_index` the variant stands before `index` in the index's
+    name, and after the number in those of its shards.
     """
     states = {part: read_weights(path / part) for part in parts}
     for part in parts if not keep else ():
-        for file in [
-            *(path / part).glob("*.safetensors"),
-            *(path / part).glob("*.bin"),
-            *(path / part).glob("*.index.*"),
-        ]:
-            file.unlink()
+        for file in (path / part).iterdir():
+            if file.name != "config.json":
+                file.unlink()
     for part, state in states.items():
         state = {name: x.astype(dtype) if x.dtype.kind == "f" else x for name, x in state.items()}
         stem = _STEMS[kind] if part == "text_encoder" else "diffusion_pytorch_model"

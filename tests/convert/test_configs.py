@@ -110,12 +110,12 @@ def test_a_config_by_name_json_or_content(tmp_path):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ("mscocco", "'mscocco': did you mean 'mscoco'"),
-        ("nowhere/config.json", r"nowhere/config\.json does not exist"),
-        ({"unet": MSCOCO.unet, "vae": {}}, r"entries \['vae'\]; expected"),
-        ({"unet": "mscoco"}, r"entries \['unet'\]; expected"),
-        ({"beta_start": 1}, "is no UNet's config.json, it holds beta_start"),
-        ({}, "it holds nothing"),
+        ("mscocco", "'mscocco'.*'mscoco'"),
+        ("nowhere/config.json", r"nowhere/config\.json"),
+        ({"unet": MSCOCO.unet, "vae": {}}, "'vae'"),
+        ({"unet": "mscoco"}, "'unet'"),
+        ({"beta_start": 1}, "beta_start"),
+        ({}, "holds nothing"),
     ],
 )
 def test_bad_configs(config, message):

@@ -92,7 +92,7 @@ def test_a_unet_is_named_by_its_config(configs, changes, what):
 
 def test_latents_of_other_widths_are_no_other_family(configs):
     edit(configs / "unet/config.json", {"in_channels": 8, "out_channels": 8})
-    with pytest.raises(ValueError, match="in_channels is 8 and vae latent_channels is 4"):
+    with pytest.raises(ValueError, match="in_channels is 8 .*latent_channels is 4"):
         load_pipeline(str(configs))
     edit(configs / "vae/config.json", {"latent_channels": 8})
     with pytest.raises(FileNotFoundError, match="no weights|lacks"):

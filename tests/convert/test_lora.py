@@ -12,6 +12,7 @@ import safetensors.numpy
 import torch
 
 from attrib_jax.convert.adapters.lora import merge_lora
+from attrib_jax.convert.weights.names import name_table
 from attrib_jax.core.weights import flatten_names
 from tests.convert.outputs import relative_error, text_states, torch_text_states, torch_unet_output, unet_output
 from tests.tiny_pipeline import CAPTIONS
@@ -128,7 +129,7 @@ def test_merge_is_rounded_once(ours, theirs, tmp_path):
     changed = merge_lora(ours, save(file_content(factors, peft), tmp_path / "x.safetensors"), scale=1 / 3)
     part, name = "unet", UNET[4]
     down, up = factors[part, name]
-    path = name.replace("blocks.0", "blocks_0").replace("attentions.0", "attentions_0").replace(".", "/") + "/kernel"
+    path = name_table(ours.params["unet"])[f"{name}.weight"]
     weight = np.asarray(flatten_names(ours.params[part])[path]).astype(np.float64)
     expected = (weight + (1 / 3) * (up.astype(np.float64) @ down.astype(np.float64)).T).astype(np.float32)
     np.testing.assert_array_equal(flatten_names(changed.params[part])[path], expected)
@@ -168,25 +169,15 @@ def test_alpha_entries_scale_each_weight(ours, theirs, tmp_path, form, suffix):
 
 @pytest.mark.parametrize("rslora", [False, True])
 def test_adapter_metadata_of_diffusers(ours, theirs, tmp_path, rslora):
-    factors = draw_factors(theirs, ALL)
-    options = {
-        "unet.r": RANK,
-        "unet.lora_alpha": 12,
-        "unet.alpha_pattern": {"^mid_block.attentions.0.transformer_blocks.0.attn2.to_k": 7, "attn1.to_q": 5},
-        "unet.use_rslora": rslora,
-        "text_encoder.lora_alpha": 2.0,
-        "text_encoder.use_rslora": rslora,
-        "text_encoder.alpha_pattern": {},
-    }
+    factors, special = draw_factors(theirs, ALL), f"{BLOCKS[1]}.attn2.to_k"
+    unet = {"r": RANK, "lora_alpha": 12, "use_rslora": rslora, "alpha_pattern": {f"^{special}": 7, "attn1.to_q": 5}}
+    text = {"lora_alpha": 2.0, "use_rslora": rslora, "alpha_pattern": {}}
+    options = {f"{part}.{key}": x for part, keys in (("unet", unet), ("text_encoder", text)) for key, x in keys.items()}
     metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(options)}
     path = save(file_content(factors, peft), tmp_path / "lora.safetensors", metadata)
 
     def factor(part, name):
-        alpha = 2.0 if part == "text_encoder" else 12
-        if name == "mid_block.attentions.0.transformer_blocks.0.attn2.to_k":
-            alpha = 7
-        elif name.endswith("attn1.to_q"):
-            alpha = 5
+        alpha = 2 if part == "text_encoder" else 7 if name == special else 5 if name.endswith("attn1.to_q") else 12
         return 0.1 * alpha / (math.sqrt(RANK) if rslora else RANK)
 
     changed = merge_lora(ours, path, scale=0.1)
@@ -196,30 +187,24 @@ def test_adapter_metadata_of_diffusers(ours, theirs, tmp_path, rslora):
 
 def test_convolutions_and_feed_forwards_merge_too(ours, theirs, tmp_path):
     names = (
-        ("unet", "down_blocks.0.resnets.0.conv1"),
-        ("unet", "down_blocks.0.downsamplers.0.conv"),
-        ("unet", "down_blocks.1.resnets.0.conv_shortcut"),
-        ("unet", "down_blocks.0.attentions.0.proj_in"),
-        ("unet", f"{BLOCKS[0]}.ff.net.0.proj"),
-        ("unet", f"{BLOCKS[0]}.ff.net.2"),
-        ("unet", "time_embedding.linear_1"),
-        ("text_encoder", "text_model.encoder.layers.1.mlp.fc1"),
+        "down_blocks.0.resnets.0.conv1",
+        "down_blocks.0.downsamplers.0.conv",
+        "down_blocks.1.resnets.0.conv_shortcut",
+        "down_blocks.0.attentions.0.proj_in",
+        f"{BLOCKS[0]}.ff.net.0.proj",
+        f"{BLOCKS[0]}.ff.net.2",
+        "time_embedding.linear_1",
     )
-    factors = draw_factors(theirs, names)
-    assert factors[names[0]][0].shape == (RANK, 32, 3, 3)
+    text = ("text_encoder", "text_model.encoder.layers.1.mlp.fc1")
+    factors = draw_factors(theirs, [*(("unet", name) for name in names), text])
+    merge_in_torch(theirs, factors, 1.0)
     for form in (peft, kohya):
         changed = merge_lora(ours, save(file_content(factors, form), tmp_path / f"{form.__name__}.safetensors"))
-        if form is peft:
-            merge_in_torch(theirs, factors, 1.0)
         assert_same_outputs(changed, theirs, base=ours)
-
-
-def test_convolution_lora_is_the_two_convolutions_in_a_row():
-    # The reference above multiplies; this shows that the product is what the two layers compute.
-    torch.manual_seed(0)
-    down, up, x = torch.randn(3, 5, 3, 3), torch.randn(7, 3, 1, 1), torch.randn(1, 5, 6, 6)
+    # The reference multiplies: the product is what the two convolutions in a row compute.
+    down, up = (torch.from_numpy(x) for x in factors["unet", names[0]])
+    conv, x = torch.nn.functional.conv2d, torch.randn(1, 32, 6, 6, generator=torch.Generator().manual_seed(0))
     product = torch.einsum("or,r...->o...", up.flatten(1), down)
-    conv = torch.nn.functional.conv2d
     torch.testing.assert_close(conv(conv(x, down, padding=1), up), conv(x, product, padding=1), rtol=1e-4, atol=1e-4)
 
 

@@ -1,6 +1,5 @@
 """Reading pickles as data: what numpy and torch write, and files that try to run something."""
 
-import builtins
 import io
 import os
 import pickle
@@ -17,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from attrib_jax.convert.weights.pickles import read_pickled_dict
-from tests.convert.fuzz import Call, altered
+from tests.convert.fuzz import ATTACKS, CANARY, Call, altered
 
 PROTOCOLS = range(pickle.HIGHEST_PROTOCOL + 1)
 
@@ -95,67 +94,57 @@ class Hook:
         return self.command
 
 
-def attacks(canary: str) -> dict[str, object]:
-    command = f"touch {canary}"
-    code = f"__import__('os').system({command!r})"
+def more_attacks() -> dict[str, object]:
+    """Attacks on what this reader allows: arrays, tensors and their states."""
+    command = f"touch {CANARY}"
     objects = np.empty(2, object)
     objects[:] = [Call(os.system, command), 1]
     module_code = io.BytesIO()
     torch.save({"x": Call(os.system, command)}, module_code, _use_new_zipfile_serialization=False)
     return {
-        "os.system": Call(os.system, command),
-        "eval": Call(eval, code),
-        "exec": Call(exec, code),
-        "open": Call(open, canary, "w"),
-        "getattr": Call(getattr, Call(__import__, "os"), "system"),
-        "nested reduce": Call(list, [Call(os.system, command)]),
-        "argument of an allowed call": Call(OrderedDict, Call(os.system, command)),
         "object array": objects,
         "object scalar": np.array([Call(os.system, command)], object)[0],
         "__setstate__": Hook(command),
-        "state of an allowed object": Call(OrderedDict, state={"x": Call(os.system, command)}),
         "torch.load": Call(torch.storage._load_from_bytes, module_code.getvalue()),
         "key": {Call(os.system, command): 1},
-        "subclass": Call(np.memmap, canary, "u1", "w+", 0, (3,)),
-        "numpy's own files": Call(np.save, canary, np.arange(3)),
+        "subclass": Call(np.memmap, CANARY, "u1", "w+", 0, (3,)),
+        "numpy's own files": Call(np.save, CANARY, np.arange(3)),
     }
 
 
 @pytest.mark.parametrize("protocol", [0, 2, 5])
-@pytest.mark.parametrize("name", list(attacks("x")))
+@pytest.mark.parametrize("name", [*ATTACKS, *more_attacks()])
 def test_nothing_in_a_file_is_run(tmp_path, name, protocol, monkeypatch):
-    canary = tmp_path / "canary"
-    content = pickle.dumps({"influence": attacks(str(canary))[name], "rank": [0]}, protocol)
-    for module, function in ((os, "system"), (builtins, "eval"), (builtins, "exec")):
-        monkeypatch.setattr(module, function, lambda *_: pytest.fail("run"))
+    monkeypatch.chdir(tmp_path)
+    attack = ATTACKS[name]() if name in ATTACKS else more_attacks()[name]
+    content = pickle.dumps({"influence": attack, "rank": [0]}, protocol)
     with pytest.raises(ValueError, match=r"file\.pkl"):
         read(tmp_path, content)
-    assert not any(path.name.startswith("canary") for path in tmp_path.iterdir())
+    assert os.listdir(tmp_path) == ["file.pkl"]
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "truncated or no pickle"),
-        (b"not a pickle", "truncated or no pickle"),
-        (pickle.dumps({"a": np.arange(3)})[:-20], "truncated or no pickle"),
-        (pickle.dumps([1, 2]), "no dict with names"),
-        (pickle.dumps({1: 2}), "no dict with names"),
-        (pickle.dumps({"a": np.array(["x"])}), "an array of type 'U1'"),
-        (pickle.dumps({"a": np.array([object])}), "builtins.object|an array of type 'O8'"),
-        (pickle.dumps({"a": np.zeros(2, "c8")}), "an array of type 'c8'"),
-        (pickle.dumps({"a": np.zeros(2, [("x", "f4")])}), "an array of type 'V4'"),
-        (pickle.dumps({"a": Call(bytes, 10**12)}), "truncated or no pickle"),
+        (b"", "truncated"),
+        (b"not a pickle", "truncated"),
+        (pickle.dumps({"a": np.arange(3)})[:-20], "truncated"),
+        (pickle.dumps([1, 2]), "names"),
+        (pickle.dumps({1: 2}), "names"),
+        (pickle.dumps({"a": np.array(["x"])}), "'U1'"),
+        (pickle.dumps({"a": np.array([object])}), "builtins.object|'O8'"),
+        (pickle.dumps({"a": np.zeros(2, "c8")}), "'c8'"),
+        (pickle.dumps({"a": np.zeros(2, [("x", "f4")])}), "'V4'"),
+        (pickle.dumps({"a": Call(bytes, 10**12)}), "truncated"),
         (pickle.dumps({"a": torch.zeros(2).to_sparse()}), "no data"),
-        (b"\x80\x02}X\x01\x00\x00\x00acnumpy\nndarray\ns.", "'a', which is no data"),
-        (b"\x80\x02}X\x01\x00\x00\x00acnumpy\ndtype\nNbs.", "sets the state of 'numpy.dtype'"),
+        (b"\x80\x02}X\x01\x00\x00\x00acnumpy\nndarray\ns.", "'a'"),
+        (b"\x80\x02}X\x01\x00\x00\x00acnumpy\ndtype\nNbs.", "'numpy.dtype'"),
     ],
     ids=range(13),  # pickles differ between processes, and test names must not
 )
 def test_other_content_is_named(tmp_path, content, message):
-    with pytest.raises(ValueError, match=message) as error:
+    with pytest.raises(ValueError, match=rf"file\.pkl.*{message}"):
         read(tmp_path, content)
-    assert "file.pkl" in str(error.value)
 
 
 def claims(numel: int, size: tuple, stride: tuple, raw: bytes) -> bytes:

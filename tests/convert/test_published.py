@@ -14,56 +14,56 @@ INFLUENCE = np.array([0.5, -1.0, 2.0, 0.5, 0.0], np.float32)
 RANK = np.argsort(-INFLUENCE)
 
 
-def write(tmp_path, content, save=pickle.dump, name="influence_3.pkl"):
-    path = tmp_path / name
+def write(tmp_path, content, save=pickle.dump):
+    path = tmp_path / "influence_3.pkl"
     with open(path, "wb") as file:
         save(content, file)
     return path
 
 
-@pytest.mark.parametrize(
-    "convert",
-    [np.asarray, torch.tensor, lambda x: x.tolist(), list, lambda x: torch.tensor(x).bfloat16()[: len(x)]],
-    ids=["numpy", "torch", "list", "list of scalars", "bfloat16"],
-)
-def test_influence_in_every_form(tmp_path, convert):
-    rank = RANK.tolist() if convert(RANK[:1]).__class__ is list else torch.tensor(RANK)
-    scores = read_influence(write(tmp_path, {"influence": convert(INFLUENCE), "rank": rank}))
+FORMS = {
+    "numpy": np.asarray,
+    "torch": torch.tensor,
+    "list": lambda x: x.tolist(),
+    "list of scalars": list,
+    "bfloat16": lambda x: torch.tensor(x).bfloat16(),
+}
+
+
+@pytest.mark.parametrize("rank", [RANK, [2, 3, 0, 4, 1]], ids=["rank", "equal"])
+@pytest.mark.parametrize("form", [*FORMS, "torch.save"])
+def test_influence_in_every_form(tmp_path, form, rank):
+    """Rows 0 and 3 have the same value and may be ranked either way."""
+    save, convert = (torch.save, torch.tensor) if form == "torch.save" else (pickle.dump, FORMS[form])
+    rank = list(rank) if form.startswith("list") else torch.tensor(rank)
+    scores = read_influence(write(tmp_path, {"influence": convert(INFLUENCE), "rank": rank}, save))
     np.testing.assert_array_equal(scores.row_id, np.arange(5))
     np.testing.assert_array_equal(scores.score, INFLUENCE)
     assert scores.top(1).row_id[0] == 2 and scores.loss_before is None
 
 
-def test_file_that_torch_saved(tmp_path):
-    content = {"influence": torch.tensor(INFLUENCE), "rank": torch.tensor(RANK)}
-    scores = read_influence(write(tmp_path, content, torch.save, "influence.pkl"))
-    assert scores.score.dtype == np.float32
-    np.testing.assert_array_equal(scores.score, INFLUENCE)
-
-
-def test_equal_values_may_be_ranked_either_way(tmp_path):
-    for rank in ([2, 0, 3, 4, 1], [2, 3, 0, 4, 1]):
-        np.testing.assert_array_equal(
-            read_influence(write(tmp_path, {"influence": INFLUENCE, "rank": rank})).score, INFLUENCE
-        )
+NESTED = [0.0] * 10
+for _ in range(12):
+    NESTED = [NESTED] * 10  # 10^13 values in a small file
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"rank": [2, 0, 3, 1, 4]}, r"disagree at 1 places: rank puts row 1 \(-1\) right before row 4 \(0\)"),
-        ({"rank": RANK[::-1]}, "disagree at 3 places"),
-        ({"rank": [2, 0, 3, 4, 4]}, "rank holds 5 rows that are not 0 to 4"),
+        ({"rank": [2, 0, 3, 1, 4]}, r"1 places: rank .*row 1 \(-1\).*row 4 \(0\)"),
+        ({"rank": RANK[::-1]}, "3 places"),
+        ({"rank": [2, 0, 3, 4, 4]}, "rank holds 5 rows"),
         ({"rank": [2, 0, 3, 4]}, "rank holds 4 rows"),
-        ({"rank": [3, 1, 4, 5, 2]}, "not 0 to 4 once each"),
-        ({"rank": RANK.astype(float)}, "rank has shape .* expected .* whole numbers"),
+        ({"rank": [3, 1, 4, 5, 2]}, "rank holds .*0 to 4"),
+        ({"rank": RANK.astype(float)}, "rank has shape"),
         ({"influence": INFLUENCE[None]}, r"influence has shape \(1, 5\)"),
         ({"influence": []}, r"influence has shape \(0,\)"),
         ({"influence": [0.1, [0.2]]}, "influence holds a list"),
+        ({"influence": NESTED}, "influence holds a list"),
         ({"influence": [0.1, "x"]}, "influence holds a str"),
         ({"influence": [2**70] * 5}, "type object"),
         ({"influence": "abcde"}, "influence is a str"),
-        ({"influence": np.where(INFLUENCE > 1, np.nan, INFLUENCE)}, "score is NaN"),
+        ({"influence": np.where(INFLUENCE > 1, np.nan, INFLUENCE)}, "NaN"),
         ({"influence": INFLUENCE > 0}, "type bool"),
     ],
 )
@@ -74,21 +74,14 @@ def test_contradictions_are_named(tmp_path, change, message):
     assert "influence_3.pkl" in str(error.value)
 
 
-def test_missing_parts_are_named(tmp_path):
-    with pytest.raises(ValueError, match="lacks influence; it holds: rank, influence_subset"):
-        read_influence(write(tmp_path, {"rank": RANK, "influence_subset": INFLUENCE}))
+@pytest.mark.parametrize("save", [pickle.dump, torch.save], ids=["pickle", "torch.save"])
+def test_missing_parts_are_named(tmp_path, save):
+    for name, content in (("influence", {"rank": RANK, "x": INFLUENCE}), ("rank", {"influence": INFLUENCE})):
+        content = {key: torch.tensor(value) for key, value in content.items()}
+        with pytest.raises(ValueError, match=f"lacks {name}"):
+            read_influence(write(tmp_path, content, save))
     with pytest.raises(FileNotFoundError, match=r"nowhere\.pkl"):
         read_influence(tmp_path / "nowhere.pkl")
-    with pytest.raises(ValueError, match="lacks rank"):
-        read_influence(write(tmp_path, {"influence": torch.tensor(INFLUENCE)}, torch.save))
-
-
-def test_nested_shared_lists_stay_small(tmp_path):
-    inner = [0.0] * 10
-    for _ in range(12):
-        inner = [inner] * 10
-    with pytest.raises(ValueError, match="influence holds a list"):
-        read_influence(write(tmp_path, {"influence": inner, "rank": [0]}))
 
 
 @settings(max_examples=40, deadline=None)

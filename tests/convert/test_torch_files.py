@@ -1,9 +1,7 @@
 """PyTorch files: what torch.save writes is read back, and nothing in a file is ever executed."""
 
-import builtins
 import collections
 import os
-import subprocess
 import sys
 import types
 import zipfile
@@ -17,9 +15,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from attrib_jax.convert.weights.torch_files import open_torch
-from tests.convert.fuzz import Call, altered
+from tests.convert.fuzz import ATTACKS, CANARY, Call, altered
 
 CALLBACK = "pytorch_lightning.callbacks.model_checkpoint"
+KINDS = {"Best": object, "Dict": dict}
 
 
 def as_numpy(tensor):
@@ -63,26 +62,22 @@ def save_with_foreign_objects(path, wrap) -> None:
     """Writes a checkpoint with objects of a module that is not there when it is loaded."""
     names = CALLBACK.split(".")
     modules = {".".join(names[: i + 1]): types.ModuleType(names[i]) for i in range(len(names))}
-    callback = type(
-        "ModelCheckpoint", (), {"__module__": CALLBACK, "__init__": lambda self: setattr(self, "best", 1.5)}
-    )
-    hparams = type("AttributeDict", (dict,), {"__module__": CALLBACK})
-    modules[CALLBACK].ModelCheckpoint, modules[CALLBACK].AttributeDict = callback, hparams
+    callback, hparams = (type(name, (kind,), {"__module__": CALLBACK}) for name, kind in KINDS.items())
+    modules[CALLBACK].Best, modules[CALLBACK].Dict = callback, hparams
+    monitor = callback()
+    monitor.best = 1.5
+    content = {
+        "epoch": 3,
+        "global_step": 470000,
+        "pytorch-lightning_version": "1.4.2",
+        "callbacks": {callback: {"best_model_score": np.float64(0.5), "monitor": monitor}},
+        "hyper_parameters": hparams(lr=1e-4, betas=(0.9, 0.999)),
+        "metrics": collections.defaultdict(list, loss=[1.0]),
+        "optimizer_states": [{"state": {0: {"exp_avg": torch.zeros(3)}}}],
+    }
     sys.modules.update(modules)
     try:
-        torch.save(
-            {
-                "epoch": 3,
-                "global_step": 470000,
-                "pytorch-lightning_version": "1.4.2",
-                "callbacks": {callback: {"best_model_score": np.float64(0.5), "monitor": callback()}},
-                "hyper_parameters": hparams(lr=1e-4, betas=(0.9, 0.999)),
-                "metrics": collections.defaultdict(list, loss=[1.0]),
-                "optimizer_states": [{"state": {0: {"exp_avg": torch.zeros(3)}}}],
-                **wrap(OrderedDict(weight=torch.arange(3.0), bias=torch.ones(2).half())),
-            },
-            path,
-        )
+        torch.save(content | wrap(OrderedDict(weight=torch.arange(3.0), bias=torch.ones(2).half())), path)
     finally:
         for name in modules:
             del sys.modules[name]
@@ -115,18 +110,6 @@ def test_wrapped_twice_and_nested(tmp_path):
     assert plain == {"lr": 0.5, "step": 7}
 
 
-CANARY = "canary"
-ATTACKS = {
-    "os.system": lambda: Call(os.system, f"touch {CANARY}"),
-    "eval": lambda: Call(eval, f"open('{CANARY}', 'w')"),
-    "exec": lambda: Call(exec, f"open('{CANARY}', 'w')"),
-    "open": lambda: Call(open, CANARY, "w"),
-    "Popen": lambda: Call(subprocess.Popen, ["touch", CANARY]),
-    "makedirs": lambda: Call(os.makedirs, CANARY),
-    "getattr": lambda: Call(getattr, Call(__import__, "os"), "sep", state=Call(open, CANARY, "w")),
-    "map": lambda: Call(list, Call(map, eval, [f"open('{CANARY}', 'w')"])),
-    "dict": lambda: Call(collections.defaultdict, Call(builtins.open, CANARY, "w")),
-}
 PLACES = {
     "top": lambda attack: attack,
     "value": lambda attack: {"weight": torch.ones(2), "x": attack},

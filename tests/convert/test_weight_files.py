@@ -4,7 +4,6 @@ import io
 import json
 import os
 import re
-import stat
 import sys
 import tracemalloc
 
@@ -282,13 +281,6 @@ def test_a_failed_write_leaves_the_earlier_file(tmp_path, bad, dtype):
     with pytest.raises(ValueError, match="tensor __metadata__ "):
         write_weights({"__metadata__": np.ones(1)}, path)
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["x.safetensors"]
-
-
-def test_a_written_file_has_a_new_files_permissions(tmp_path):
-    write_weights({"a": np.ones(1)}, tmp_path / "x.safetensors")
-    umask = os.umask(0)
-    os.umask(umask)
-    assert stat.S_IMODE(os.stat(tmp_path / "x.safetensors").st_mode) == 0o666 & ~umask
 
 
 def test_absent_files_and_folders_are_named(tmp_path):
