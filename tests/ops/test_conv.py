@@ -95,31 +95,27 @@ def test_equals_the_direct_sum(case):
                 assert error < (1e-12 if dtype == "float64" else 2e-5), mode
 
 
-def _image_modes(conv, x):
-    """As `_modes`, by the images alone."""
-    loss = lambda x: jnp.sum(jnp.sin(conv(x)))  # noqa: E731
-    return (
-        conv(x[0]),
-        jax.vmap(conv, 1, 1)(x),
-        jax.vmap(jax.grad(loss))(x),
-        jax.jvp(jax.grad(loss), (x[0],), (jnp.cos(x[0]),)),
-        jax.linear_transpose(lambda y: jax.linear_transpose(conv, x[0])(y)[0], jax.eval_shape(conv, x[0]))(x[0]),
-    )
-
-
 @pytest.fixture
 def prepared():
     kernel = np.random.default_rng(0).normal(size=(3, 3, 32, 33)).astype(np.float32)
     return prepare_kernels({"kernel": jnp.asarray(kernel)}, "cpu")["kernel"]
 
 
-@pytest.mark.parametrize("conv", [_plain()[0], _plain(2)[0], upsample_conv2d])
+@pytest.mark.parametrize("conv", [_plain()[0], _plain(2)[0], upsample_conv2d], ids=["plain", "strided", "upsampled"])
 def test_a_prepared_kernel_gives_the_kernels_numbers(prepared, conv):
     x = jnp.asarray(np.random.default_rng(1).normal(size=(2, 3, 4, 6, 32)), jnp.float32)
 
     @jax.jit
     def run(kernel):
-        return _image_modes(lambda x: conv(x, kernel), x)
+        of_images = lambda x: conv(x, kernel)  # noqa: E731
+        gradient, transposed = jax.grad(lambda x: jnp.sum(jnp.sin(of_images(x)))), jax.linear_transpose
+        return (
+            of_images(x[0]),
+            jax.vmap(of_images, 1, 1)(x),
+            jax.vmap(gradient)(x),
+            jax.jvp(gradient, (x[0],), (jnp.cos(x[0]),)),
+            transposed(lambda y: transposed(of_images, x[0])(y)[0], jax.eval_shape(of_images, x[0]))(x[0]),
+        )
 
     for one, other in zip(*map(jax.tree.leaves, (run(prepared), run(prepared.kernel))), strict=True):
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-6 * np.abs(other).max())
@@ -127,11 +123,10 @@ def test_a_prepared_kernel_gives_the_kernels_numbers(prepared, conv):
 
 def test_a_prepared_kernel_has_no_derivative_and_is_not_mapped(prepared):
     x, conv = jnp.zeros((1, 4, 4, 32)), _plain()[0]
-    with pytest.raises(TypeError, match="TransformedKernel has no derivative"):
+    with pytest.raises(TypeError, match="TransformedKernel"):
         jax.grad(lambda kernel: jnp.sum(conv(x, kernel)))(prepared)
-    several = jax.tree.map(lambda leaf: leaf[None], prepared)
-    with pytest.raises(TypeError, match="vmap over a TransformedKernel"):
-        jax.vmap(conv, (None, 0))(x, several)
+    with pytest.raises(TypeError, match="TransformedKernel"):
+        jax.vmap(conv, (None, 0))(x, jax.tree.map(lambda leaf: leaf[None], prepared))
 
 
 def test_which_kernels_are_prepared():
@@ -150,19 +145,9 @@ def test_which_kernels_are_prepared():
     assert transformed == ["large"] and found["half"] is params["half"]
 
 
-def _counts(function, *arguments, platform):
-    """Convolutions and matrix products of a program that is lowered for a platform, and their precisions."""
-    module = jax.export.export(jax.jit(function), platforms=(platform,))(*arguments).mlir_module()
-    lines = module.splitlines()
-    convolutions = [line for line in lines if "stablehlo.convolution" in line]
-    products = [line for line in lines if "stablehlo.dot_general" in line]
-    assert all(("HIGHEST" in line) for line in convolutions)
-    return len(convolutions), len(products)
-
-
 @pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
 def test_the_platform_decides_when_a_program_is_lowered(platform):
-    """A CPU's program has products in place of convolutions, and no other platform's has."""
+    """A CPU's program has matrix products in place of convolutions, and no other platform's has."""
     on_cpu = platform == "cpu"
 
     def count(conv, size, channels, features, dtype=jnp.float32, prepare=False):
@@ -175,7 +160,10 @@ def test_the_platform_decides_when_a_program_is_lowered(platform):
             with jax.default_matmul_precision("highest"):
                 return jax.vjp(lambda x: conv(x, kernel), x)[1](conv(x, kernel))
 
-        return _counts(gradients, x, kernel, platform=platform)
+        module = jax.export.export(jax.jit(gradients), platforms=(platform,))(x, kernel).mlir_module()
+        convolutions = [line for line in module.splitlines() if "stablehlo.convolution" in line]
+        assert all("HIGHEST" in line for line in convolutions)
+        return len(convolutions), module.count("stablehlo.dot_general")
 
     # The forward pass and the input gradient.
     for prepare in (False, True):

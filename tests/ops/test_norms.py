@@ -18,16 +18,17 @@ def _layer_norm(x, scale, bias):
     return layer_norm(x, scale, bias, 1e-5)
 
 
+def _plain(x, axes):
+    centred = x - x.mean(axes, keepdims=True)
+    return centred / jnp.sqrt((centred**2).mean(axes, keepdims=True) + 1e-5)
+
+
 def _plain_group_norm(x, scale, bias):
-    grouped = x.reshape(x.shape[0], -1, 2, x.shape[-1] // 2)
-    centred = grouped - grouped.mean((1, 3), keepdims=True)
-    normed = centred / jnp.sqrt((centred**2).mean((1, 3), keepdims=True) + 1e-5)
-    return normed.reshape(x.shape) * scale + bias
+    return _plain(x.reshape(x.shape[0], -1, 2, x.shape[-1] // 2), (1, 3)).reshape(x.shape) * scale + bias
 
 
 def _plain_layer_norm(x, scale, bias):
-    centred = x - x.mean(-1, keepdims=True)
-    return centred / jnp.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5) * scale + bias
+    return _plain(x, -1) * scale + bias
 
 
 @pytest.mark.parametrize("norm, plain", [(_group_norm, _plain_group_norm), (_layer_norm, _plain_layer_norm)])

@@ -1,6 +1,5 @@
 """The compilation cache: in place where it can be, a warning where it cannot."""
 
-import logging
 import os
 import subprocess
 import sys
@@ -24,19 +23,13 @@ def test_a_second_process_finds_the_first_ones_programs(tmp_path):
         """
     )
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "JAX_PLATFORMS": "cpu"}
-    lines = [
-        subprocess.run(
-            [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
-        ).stdout.split()
-        for _ in range(2)
-    ]
+    command = [sys.executable, "-c", script]
+    lines = [subprocess.check_output(command, env=environment, text=True).split() for _ in range(2)]
     folder = str(tmp_path / "attrib_jax" / "xla")
     assert lines == [[folder, "False"], [folder, "True"]]
 
 
 def test_an_unusable_folder_is_only_a_warning(tmp_path, caplog):
     (tmp_path / "file").write_bytes(b"")
-    with caplog.at_level(logging.WARNING):
-        assert enable_compilation_cache(tmp_path / "file" / "xla") is None
-    assert "cannot keep compiled programs in" in caplog.text
-    assert "Not a directory" in caplog.text
+    assert enable_compilation_cache(tmp_path / "file" / "xla") is None
+    assert str(tmp_path / "file" / "xla") in caplog.text and "Not a directory" in caplog.text

@@ -1,5 +1,8 @@
 """Sums over devices: fixed order, compensated, exact counts."""
 
+import functools
+import operator
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,7 +33,7 @@ def _add_up(values: np.ndarray, devices: int) -> CompensatedSum:
 
 
 @pytest.mark.parametrize("devices", [1, 3, 4])
-@pytest.mark.parametrize("shape", [(), (5,), (3, 4, 2)])
+@pytest.mark.parametrize("shape", [(), (3, 4, 2)])
 def test_sums_do_not_drift_and_counts_are_exact(devices, shape):
     rng = np.random.default_rng(0)
     # A large value first: a plain float32 sum would lose all of the small ones.
@@ -39,9 +42,8 @@ def test_sums_do_not_drift_and_counts_are_exact(devices, shape):
     total = _add_up(values, devices)
     expected = values.astype(np.float64).sum(axis=0)
     np.testing.assert_array_equal(total.value()["value"], expected.astype(np.float32))
-    np.testing.assert_allclose(
-        np.asarray(total.high["value"], np.float64) + np.asarray(total.low["value"], np.float64), expected, rtol=1e-12
-    )
+    high, low = (np.asarray(side["value"], np.float64) for side in (total.high, total.low))
+    np.testing.assert_allclose(high + low, expected, rtol=1e-12)
     assert int(total.high["count"]) == 24 and int(total.low["count"]) == 0
     assert total.high["count"].dtype == jnp.int32
 
@@ -77,14 +79,10 @@ def test_devices_are_added_in_their_order():
     values = (rng.normal(size=(4, 7)) * 10.0 ** rng.integers(-12, 12, (4, 7))).astype(np.float32)
     total = _add_up(values, 4)
     zero = np.zeros(7, np.float32)
-    expected = CompensatedSum(values[0], zero)
-    for row in values[1:]:
-        expected = expected + CompensatedSum(row, zero)
+    terms = [CompensatedSum(row, zero) for row in values]
+    expected, backwards = (functools.reduce(operator.add, order) for order in (terms, terms[::-1]))
     np.testing.assert_array_equal(total.high["value"], expected.high)
     np.testing.assert_array_equal(total.low["value"], expected.low)
-    backwards = CompensatedSum(values[3], zero)
-    for row in values[2::-1]:
-        backwards = backwards + CompensatedSum(row, zero)
     assert not np.array_equal(backwards.low, expected.low)
 
 

@@ -33,16 +33,11 @@ def joined():
     ],
 )
 def test_indexing_is_numpys(joined, index):
+    assert joined.shape == WHOLE.shape and joined.ndim == 3 and len(joined) == 11 and joined.nbytes == WHOLE.nbytes
     expected = WHOLE[index]
     np.testing.assert_array_equal(joined[index], expected)
     assert joined[index].shape == expected.shape and joined[index].dtype == expected.dtype
-
-
-def test_shape_size_and_the_whole(joined):
-    assert joined.shape == WHOLE.shape and joined.ndim == 3 and len(joined) == 11
-    assert joined.nbytes == WHOLE.nbytes
-    np.testing.assert_array_equal(np.asarray(joined), WHOLE)
-    assert np.asarray(joined, np.float64).dtype == np.float64
+    np.testing.assert_array_equal(np.asarray(joined, np.float64), WHOLE.astype(np.float64), strict=True)
 
 
 def test_only_the_parts_asked_for_are_opened():
@@ -56,7 +51,7 @@ def test_only_the_parts_asked_for_are_opened():
 
 @pytest.mark.parametrize("index", [11, -12, np.array([0, 11]), np.array([0.5])])
 def test_wrong_indices(joined, index):
-    with pytest.raises(IndexError, match="outside 11 rows|expected integers"):
+    with pytest.raises(IndexError, match="11|integers"):
         joined[index]
 
 
