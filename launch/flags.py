@@ -38,13 +38,13 @@ def define_flags(*configs: type[Settings], skip: Iterable[str] = (), defaults: M
 
     Args:
       configs: config classes.
-      skip: fields that get no flag, such as the one that chooses the config.
-      defaults: field -> default of the flag, where the command's differs from the config's.
+      skip: flags that are not defined, such as the one that chooses the config.
+      defaults: flag -> its default, where the command's differs from the config's.
     """
     for field in _fields(configs).values():
-        if field.name in skip or field.flag in flags.FLAGS:
+        if field.flag in skip or field.flag in flags.FLAGS:
             continue
-        _define(field, (defaults or {}).get(field.name, field.default))
+        _define(field, (defaults or {}).get(field.flag, field.default))
 
 
 def define_mode_flags(modes: Mapping[str, type[Settings]], skip: Iterable[str] = ()) -> None:
@@ -55,11 +55,11 @@ def define_mode_flags(modes: Mapping[str, type[Settings]], skip: Iterable[str] =
 
     Args:
       modes: config class by name of the mode.
-      skip: fields that get no flag.
+      skip: flags that are not defined.
     """
     for field in _fields(modes.values()).values():
         name = field.name
-        if name in skip or field.flag in flags.FLAGS:
+        if field.flag in skip or field.flag in flags.FLAGS:
             continue
         own = {mode: declared(config)[name].default for mode, config in modes.items() if name in declared(config)}
         if len(set(own.values())) > 1:
