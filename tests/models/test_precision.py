@@ -67,9 +67,7 @@ def equations(jaxpr):
 
 def traced_dtypes(precision, params, example):
     """Operand dtypes of products with the text, of all others, and of exponentials and inverse roots; the result's."""
-    traced = jax.make_jaxpr(lambda halves, example: loss(precision, *halves, example))(
-        halves(params, precision), example
-    )
+    traced = jax.make_jaxpr(loss, static_argnums=0)(precision, *halves(params, precision), example)
     text, others, wide = [], [], []
     for equation in equations(traced.jaxpr):
         operands = [variable.aval for variable in equation.invars]

@@ -76,9 +76,9 @@ def test_parquet_carries_captions_and_metadata(tmp_path):
 def test_folder_and_published_result(tmp_path):
     scores = make_scores()
     write_result(tmp_path / "scores.npz", scores, (1.5, 0.25))
-    assert_same(read_scores(tmp_path), scores)
     found, losses = read_result(tmp_path / "scores.npz")
-    assert_same(found, scores)
+    for each in (found, read_scores(tmp_path)):
+        assert_same(each, scores)
     assert losses == (1.5, 0.25)
     influence = np.float32([0.5, 2, 1])
     (tmp_path / "influence.pkl").write_bytes(pickle.dumps({"influence": influence, "rank": [1, 2, 0]}))

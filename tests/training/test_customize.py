@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from unittest import mock
 
 import jax
 import numpy as np
@@ -11,10 +12,10 @@ from attrib_jax.convert.adapters.custom_diffusion import apply_custom_diffusion
 from attrib_jax.convert.adapters.textual_inversion import add_tokens, read_tokens
 from attrib_jax.core.weights import flatten_names, select_weights
 from attrib_jax.data.sources import ArrayDataset
+from attrib_jax.storage.checkpoints import TrainingCheckpoints
 from attrib_jax.storage.stages import StageMismatchError
 from attrib_jax.training.customize import CustomizeConfig, customize
 from tests.tiny_dataset import make_dataset
-from tests.training.interruptions import interrupted_after_saving
 
 CONFIG = CustomizeConfig(
     initializer_token="heart", steps=8, batch_size=4, learning_rate=1e-2, checkpoint_every=4, log_every=1
@@ -81,7 +82,13 @@ def test_the_loss_falls(pipeline, tmp_path):
 
 def test_an_interrupted_run_resumes_to_the_same_bits(pipeline, tuned, tmp_path):
     workdir, _, whole = tuned
-    with interrupted_after_saving(4), pytest.raises(KeyboardInterrupt):
+    save = TrainingCheckpoints.save
+
+    def failing(self, step, state):
+        save(self, step, state)
+        raise KeyboardInterrupt
+
+    with mock.patch.object(TrainingCheckpoints, "save", failing), pytest.raises(KeyboardInterrupt):
         customize(tmp_path, pipeline, _exemplars(), CONFIG)
     resumed = apply_custom_diffusion(pipeline, str(customize(tmp_path, pipeline, _exemplars(), CONFIG)))
     jax.tree.map(np.testing.assert_array_equal, resumed.params, whole.params)

@@ -19,7 +19,6 @@ from attrib_jax.training.loop import FitConfig, fit
 from attrib_jax.training.pipeline import TrainConfig, train
 from tests.failures import UnreadableImages
 from tests.tiny_dataset import make_dataset
-from tests.training.interruptions import interrupted_after_saving
 
 SOURCE = np.random.default_rng(0).normal(size=(20, 3)).astype(np.float32)
 CONFIG = FitConfig(steps=12, batch_size=8, learning_rate=0.1, warmup_steps=2, checkpoint_every=4, log_every=4)
@@ -41,13 +40,6 @@ def test_fit_lowers_the_loss_and_logs_it(tmp_path):
     np.testing.assert_allclose(result["centre"], SOURCE.mean(axis=0), atol=0.1)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["step"] == 200 and lines[-1]["loss"] < lines[0]["loss"]
-
-
-def test_interrupted_fit_resumes_to_the_same_bits(tmp_path):
-    whole = _fit(tmp_path / "whole")
-    with interrupted_after_saving(8), pytest.raises(KeyboardInterrupt):
-        _fit(tmp_path / "resumed")
-    np.testing.assert_array_equal(_fit(tmp_path / "resumed")["centre"], whole["centre"])
 
 
 def test_flips_mirror_whole_images():
