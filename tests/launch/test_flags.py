@@ -35,7 +35,7 @@ READERS = {"mode 'base'": Base, "mode 'whole'": Config, "mode 'both'": [Base, Co
 
 @pytest.fixture(scope="module", autouse=True)
 def defined():
-    define_flags(Config, defaults={"whole": 4})
+    define_flags(Config, defaults={"own_whole": 4})
     yield
     for field in declared(Config).values():
         delattr(flags.FLAGS, field.flag)
