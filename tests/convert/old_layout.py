@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 import safetensors.numpy
-import torch
 
+from tests.convert.files import save
 from tests.convert.published_configs import PUBLISHED, TOKENIZER_CONFIG, special_tokens_map
 
 PARTS = ("unet", "vae", "text_encoder")
 _EXAMPLES = {1: "CompVis/stable-diffusion-v1-4", 2: "stabilityai/stable-diffusion-2-1"}
+FORMAT = {"format": "pt"}
 _STEMS = {"safetensors": "model", "bin": "pytorch_model"}  # of a part of transformers
 _VAE_NAMES = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
 
@@ -80,24 +81,17 @@ def store_weights(
         stem = _STEMS[kind] if part == "text_encoder" else "diffusion_pytorch_model"
         middle = f".{variant}" if variant else ""
         if shards == 1:
-            _save(state, path / part / f"{stem}{middle}.{kind}", kind)
+            save(state, path / part / f"{stem}{middle}.{kind}", FORMAT)
             continue
         weight_map = {}
         for i in range(shards):
             number = f"-{i + 1:05d}-of-{shards:05d}"
             file = f"{stem}{number}{middle}.{kind}" if early_index else f"{stem}{middle}{number}.{kind}"
             shard = {name: state[name] for name in sorted(state)[i::shards]}
-            _save(shard, path / part / file, kind)
+            save(shard, path / part / file, FORMAT)
             weight_map |= dict.fromkeys(shard, file)
         index = f"{stem}.{kind}{middle}.index.json" if early_index else f"{stem}.{kind}.index{middle}.json"
         write(path / part / index, {"metadata": {"total_size": 0}, "weight_map": weight_map})
-
-
-def _save(state: dict[str, np.ndarray], path: pathlib.Path, kind: str) -> None:
-    if kind == "safetensors":
-        safetensors.numpy.save_file(state, path, metadata={"format": "pt"})
-    else:
-        torch.save({name: torch.from_numpy(x.copy()) for name, x in state.items()}, path)
 
 
 def read_weights(folder: pathlib.Path) -> dict[str, np.ndarray]:
@@ -107,7 +101,7 @@ def read_weights(folder: pathlib.Path) -> dict[str, np.ndarray]:
 
 def write_weights(path: pathlib.Path, states: dict[str, dict[str, np.ndarray]]) -> None:
     for part, state in states.items():
-        _save(state, next((path / part).glob("*model.safetensors")), "safetensors")
+        save(state, next((path / part).glob("*model.safetensors")), FORMAT)
 
 
 def read(path: pathlib.Path) -> dict[str, Any]:

@@ -51,3 +51,12 @@ def relative_error(actual, expected) -> float:
     """The largest absolute difference over the largest absolute value."""
     assert actual.shape == expected.shape
     return float(np.abs(actual - expected).max() / np.abs(expected).max())
+
+
+def assert_same_modules(left, right) -> None:
+    """Two diffusers pipelines have the same tensors under the same names."""
+    for part in ("unet", "vae", "text_encoder"):
+        states = [getattr(side, part).state_dict() for side in (left, right)]
+        assert states[0].keys() == states[1].keys()
+        for name, tensor in states[0].items():
+            assert torch.equal(tensor, states[1][name]), f"{part}: {name}"

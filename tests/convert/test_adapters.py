@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import safetensors.numpy
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -18,7 +17,7 @@ from attrib_jax.convert.adapters.textual_inversion import add_tokens, read_token
 from attrib_jax.convert.load import load_unet
 from attrib_jax.convert.pipeline import tokenize
 from attrib_jax.core.weights import flatten_names, unflatten_names
-from tests.convert.fuzz import altered
+from tests.convert.files import altered, as_torch, save
 from tests.convert.outputs import relative_error, text_states, torch_text_states, torch_unet_output, unet_output
 from tests.tiny_pipeline import TEXT_WIDTH
 
@@ -62,10 +61,6 @@ def module_weights(kinds=("to_k", "to_v"), seed=1):
         if "to_out.0" in kinds:
             weights[f"{layer}.attn2.to_out.0.bias"] = rng.normal(size=size).astype(np.float32)
     return weights
-
-
-def as_torch(weights):
-    return {name: torch.from_numpy(array) for name, array in weights.items()}
 
 
 def to_processor_form(weights):
@@ -119,10 +114,7 @@ def test_every_form_of_the_names_replaces_the_same_weights(ours, theirs, tmp_pat
     weights, before = module_weights(kinds), jax.tree.map(np.array, ours.params)
     content = {f"{prefix}{name}": array for name, array in form(weights).items()}
     path = tmp_path / f"{WEIGHTS}{suffix}"
-    if suffix == ".pt":
-        torch.save(as_torch(content), path)
-    else:
-        safetensors.numpy.save_file(content, path)
+    save(content, path)
     changed = apply_custom_diffusion(ours, str(path))
     theirs.unet.load_state_dict(as_torch(weights), strict=False)
     theirs.unet.save_pretrained(tmp_path / "unet")
@@ -278,10 +270,8 @@ MODULES = module_weights()
     ],
 )
 def test_files_that_do_not_fit(ours, tmp_path, content, message):
-    path = tmp_path / "weights.pt"
-    torch.save(jax.tree.map(torch.from_numpy, content), path)
     with pytest.raises(ValueError, match=message):
-        apply_custom_diffusion(ours, str(path))
+        apply_custom_diffusion(ours, save(content, tmp_path / "weights.pt"))
 
 
 def test_folders_that_do_not_fit(ours, tmp_path):
@@ -326,10 +316,7 @@ ADAPTERS = {
 def test_damaged_files_never_crash(ours, tmp_path, kind, suffix, data):
     load, weights = ADAPTERS[kind]
     path = tmp_path / f"weights{suffix}"
-    if suffix == ".pt":
-        torch.save(as_torch(weights), path)
-    else:
-        safetensors.numpy.save_file(weights, path)
+    save(weights, path)
     path.write_bytes(altered(data, path.read_bytes(), 2000))  # mostly in the names and sizes, at the start of the file
     try:
         assert load(ours, str(path))

@@ -114,15 +114,10 @@ def test_a_part_is_no_model(tmp_path, content, what):
         load_pipeline(str(tmp_path))
 
 
-def pad_with(folder, target, token):
-    shutil.copytree(f"{folder}/tokenizer", target)
-    edit(target / "tokenizer_config.json", {"pad_token": token})
-    return str(target)
-
-
-def test_the_other_familys_padding_is_warned_of(sd1, sd2, tmp_path, caplog):
-    for model, token, family in ((sd2, "<|endoftext|>", "Stable Diffusion 2"), (sd1, "!", "Stable Diffusion 1")):
-        tokenizer = pad_with(model.folder, tmp_path / family, token)
-        caplog.clear()
-        assert load_pipeline(model.folder, tokenizer=tokenizer).tokenizer.pad_token == token
-        assert tokenizer in caplog.text and f"give the tokenizer of {family}" in caplog.text
+@pytest.mark.parametrize(("family", "token"), [("sd2", "<|endoftext|>"), ("sd1", "!")])
+def test_the_other_familys_padding_is_warned_of(request, tmp_path, caplog, family, token):
+    model = request.getfixturevalue(family)
+    tokenizer = shutil.copytree(f"{model.folder}/tokenizer", tmp_path / "tokenizer")
+    edit(tokenizer / "tokenizer_config.json", {"pad_token": token})
+    assert load_pipeline(model.folder, tokenizer=str(tokenizer)).tokenizer.pad_token == token
+    assert str(tokenizer) in caplog.text and f"the tokenizer of Stable Diffusion {family[-1]}" in caplog.text

@@ -8,12 +8,12 @@ import re
 import jax
 import numpy as np
 import pytest
-import safetensors.numpy
 import torch
 
 from attrib_jax.convert.adapters.lora import merge_lora
 from attrib_jax.convert.weights.names import name_table
 from attrib_jax.core.weights import flatten_names
+from tests.convert.files import save
 from tests.convert.outputs import relative_error, text_states, torch_text_states, torch_unet_output, unet_output
 from tests.tiny_pipeline import CAPTIONS
 
@@ -95,16 +95,6 @@ def kohya(part, name):
 
 def file_content(factors, form):
     return {key: array for entry, pair in factors.items() for key, array in zip(form(*entry), pair, strict=True)}
-
-
-def save(content, path, metadata=None):
-    """Writes arrays; plain numbers stay such in a PyTorch file."""
-    if path.suffix == ".safetensors":
-        arrays = {name: np.asarray(x, None if isinstance(x, np.ndarray) else np.float32) for name, x in content.items()}
-        safetensors.numpy.save_file(arrays, path, metadata=metadata)
-    else:
-        torch.save({k: torch.from_numpy(x) if isinstance(x, np.ndarray) else x for k, x in content.items()}, path)
-    return str(path)
 
 
 FORMS = [

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from attrib_jax.convert.weights.pickles import read_pickled_dict
-from tests.convert.fuzz import ATTACKS, CANARY, Call, altered
+from tests.convert.files import ATTACKS, CANARY, Call, altered
 
 PROTOCOLS = range(pickle.HIGHEST_PROTOCOL + 1)
 

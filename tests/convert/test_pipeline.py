@@ -15,19 +15,17 @@ from attrib_jax.convert.diffusers_folder import save_pipeline
 from attrib_jax.convert.load import load_pipeline
 from attrib_jax.convert.pipeline import tokenize
 from tests.convert import old_layout
-from tests.convert.outputs import relative_error, text_states, torch_text_states, torch_unet_output, unet_output
+from tests.convert.outputs import (
+    assert_same_modules,
+    relative_error,
+    text_states,
+    torch_text_states,
+    torch_unet_output,
+    unet_output,
+)
 from tests.tiny_pipeline import CAPTIONS, MAX_LENGTH
 
-PARTS = ("unet", "vae", "text_encoder")
 UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
-
-
-def assert_same_weights(left, right):
-    for part in PARTS:
-        left_state, right_state = (getattr(side, part).state_dict() for side in (left, right))
-        assert left_state.keys() == right_state.keys()
-        for name, tensor in left_state.items():
-            assert torch.equal(tensor, right_state[name]), f"{part}: {name}"
 
 
 def test_loaded_parts_compute_the_same(ours, theirs):
@@ -48,7 +46,7 @@ def test_saved_folder_opens_in_diffusers_with_the_same_weights(ours, theirs, tmp
     path = str(tmp_path / "saved")
     save_pipeline(ours, path)
     reopened = diffusers.StableDiffusionPipeline.from_pretrained(path)
-    assert_same_weights(reopened, theirs)
+    assert_same_modules(reopened, theirs)
     assert reopened.safety_checker is None
     settings = [dict(side.scheduler.config) for side in (reopened, theirs)]
     for setting in settings:

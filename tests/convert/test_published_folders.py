@@ -8,13 +8,13 @@ import diffusers
 import jax
 import numpy as np
 import pytest
-import torch
 
 from attrib_jax.convert.diffusers_folder import save_pipeline
 from attrib_jax.convert.load import load_pipeline
 from attrib_jax.convert.pipeline import tokenize
 from attrib_jax.convert.weights.files import write_weights
 from tests.convert import old_layout
+from tests.convert.outputs import assert_same_modules
 from tests.tiny_pipeline import CAPTIONS, MAX_LENGTH
 
 
@@ -112,8 +112,7 @@ def test_stable_diffusion_2_folder_and_back_through_diffusers(folder, theirs, ou
     assert loaded.schedule.prediction_type == "v_prediction"
     save_pipeline(loaded, str(tmp_path / "saved"))
     reopened = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "saved")
-    for name, tensor in theirs.unet.state_dict().items():
-        assert torch.equal(reopened.unet.state_dict()[name], tensor), name
+    assert_same_modules(reopened, theirs)
     assert reopened.scheduler.config.prediction_type == "v_prediction"
     ids = reopened.tokenizer(["red heart!"], padding="max_length", max_length=MAX_LENGTH)["input_ids"]
     assert tokenize(loaded, ["red heart!"]).tolist() == ids

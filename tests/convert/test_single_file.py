@@ -20,6 +20,7 @@ from attrib_jax.convert.load import load_pipeline
 from attrib_jax.convert.pipeline import tokenize
 from attrib_jax.convert.single_file import load_single_file, save_single_file, uninferable_config
 from attrib_jax.convert.weights.files import write_weights
+from tests.convert.outputs import assert_same_modules
 from tests.convert.shrunken import rewrite
 from tests.tiny_pipeline import CAPTIONS, MAX_LENGTH
 
@@ -52,11 +53,7 @@ def assert_same(actual, expected):
 @pytest.mark.filterwarnings("ignore")
 def test_saved_file_opens_in_diffusers_with_the_same_weights(model):
     opened = diffusers.StableDiffusionPipeline.from_single_file(model.file, config=model.folder, local_files_only=True)
-    for part in PARTS:
-        actual, expected = (getattr(side, part).state_dict() for side in (opened, model.theirs))
-        assert actual.keys() == expected.keys()
-        for name, tensor in expected.items():
-            assert torch.equal(actual[name], tensor), f"{part}: {name}"
+    assert_same_modules(opened, model.theirs)
 
 
 def test_saved_file_loads_to_the_bit(model, caplog):

@@ -18,7 +18,7 @@ from attrib_jax.convert.tokenizer import (
     train_tokenizer,
 )
 from tests.convert import old_layout
-from tests.convert.fuzz import altered
+from tests.convert.files import altered
 from tests.convert.published_configs import later_tokenizer_config, special_tokens_map
 
 CAPTIONS = ["Red heart", "grinning face", "a polar bear: white", "woman’s hat", "flag: Côte d'Ivoire", "keycap 10"]

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from attrib_jax.convert.weights.torch_files import open_torch
-from tests.convert.fuzz import ATTACKS, CANARY, Call, altered
+from tests.convert.files import ATTACKS, CANARY, Call, altered
 
 CALLBACK = "pytorch_lightning.callbacks.model_checkpoint"
 KINDS = {"Best": object, "Dict": dict}

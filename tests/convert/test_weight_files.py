@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from attrib_jax.convert.weights.files import open_weights, write_weights
 from attrib_jax.convert.weights.tensors import LazyTensor
-from tests.convert.fuzz import altered
+from tests.convert.files import altered
 
 DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool", "complex64")
 

@@ -1,11 +1,33 @@
-"""Files damaged at random, and such as try to run something."""
+"""Weight files in either form, damaged at random, and such as try to run something."""
 
 import builtins
 import collections
 import os
+import pathlib
 import subprocess
+from typing import Any
 
+import numpy as np
+import safetensors.numpy
+import torch
 from hypothesis import strategies as st
+
+
+def as_torch(content: Any) -> Any:
+    """`content` with tensors for arrays, in dicts of dicts too."""
+    if isinstance(content, dict):
+        return {name: as_torch(x) for name, x in content.items()}
+    return torch.from_numpy(content.copy()) if isinstance(content, np.ndarray) else content
+
+
+def save(content: Any, path: pathlib.Path, metadata: dict[str, str] | None = None) -> str:
+    """Writes arrays and numbers as safetensors or, under another suffix, as torch.save does; returns the path."""
+    if path.suffix == ".safetensors":
+        arrays = {name: x if isinstance(x, np.ndarray) else np.asarray(x, np.float32) for name, x in content.items()}
+        safetensors.numpy.save_file(arrays, path, metadata)
+    else:
+        torch.save(as_torch(content), path)
+    return str(path)
 
 
 class Call:
