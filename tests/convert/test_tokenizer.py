@@ -37,17 +37,11 @@ def folder(tokenizer, tmp_path_factory):
     return path
 
 
-def test_caption_words_become_single_tokens_and_case_is_folded(tokenizer):
+def test_caption_words_become_single_tokens_framed_and_padded_with_the_end_token(tokenizer):
     assert tokenizer.tokenize("GRINNING polar Heart") == ["grinning</w>", "polar</w>", "heart</w>"]
-
-
-def test_ids_are_framed_and_padded_with_the_end_token(tokenizer):
-    ids = tokenize_prompts(tokenizer, ["red heart", ""])
-    vocab = tokenizer.get_vocab()
-    end = len(tokenizer) - 1
-    expected = [end - 1, vocab["red</w>"], vocab["heart</w>"], *[end] * 5]
+    ids, vocab, end = tokenize_prompts(tokenizer, ["red heart", ""]), tokenizer.get_vocab(), len(tokenizer) - 1
     assert ids.dtype == np.int32
-    assert ids.tolist() == [expected, [end - 1, *[end] * 7]]
+    assert ids.tolist() == [[end - 1, vocab["red</w>"], vocab["heart</w>"], *[end] * 5], [end - 1, *[end] * 7]]
 
 
 def test_training_does_not_depend_on_hash_order(tokenizer):
@@ -68,12 +62,11 @@ def test_folder_round_trip_through_either_format(tokenizer, folder, tmp_path, fi
 
 def test_folder_keeps_the_length_and_says_nothing_of_how_it_was_loaded(folder, tmp_path):
     loaded = load_tokenizer(folder)
-    assert loaded.model_max_length == 8
-    tokenize_prompts(loaded, PROMPTS)
+    assert loaded.model_max_length == 8 and tokenize_prompts(loaded, PROMPTS).shape == (len(PROMPTS), 8)
     save_tokenizer(loaded, str(tmp_path))
     for name in os.listdir(folder):
         assert (tmp_path / name).read_bytes() == pathlib.Path(folder, name).read_bytes(), name
-    assert "local_files_only" not in json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert "local_files_only" not in old_layout.read(tmp_path / "tokenizer_config.json")
 
 
 @pytest.mark.parametrize(
@@ -90,11 +83,10 @@ def test_report_says_what_is_cut_and_spelled_from_pieces(tokenizer, prompt, repo
 
 
 def test_report_says_which_words_the_vocabulary_cannot_write():
-    vocab = ["a</w>", "b", "b</w>", "<|startoftext|>", "<|endoftext|>"]
-    tokenizer = transformers.CLIPTokenizer(vocab={t: i for i, t in enumerate(vocab)}, merges=[], model_max_length=8)
+    vocab = {t: i for i, t in enumerate(["a</w>", "b", "b</w>", "<|startoftext|>", "<|endoftext|>"])}
+    tokenizer = transformers.CLIPTokenizer(vocab=vocab, merges=[], model_max_length=8)
     report = inspect_prompt(tokenizer, "a xa b xa <|endoftext|>")
-    assert report.unknown == ("xa",)
-    assert report.split == ()
+    assert (report.unknown, report.split) == (("xa",), ())
 
 
 @pytest.mark.parametrize(
@@ -115,11 +107,9 @@ def test_bad_arguments(tokenizer, tmp_path, arguments, message):
 
 
 def test_half_a_surrogate_pair_counts_as_a_question_mark(tokenizer):
-    assert np.array_equal(
-        tokenize_prompts(tokenizer, ["red \ud83d heart\udc00", "a\ud83d", "😀 é"]),
-        tokenize_prompts(tokenizer, ["red ? heart?", "a?", "😀 é"]),
-    )
-    assert inspect_prompt(tokenizer, "red \ud83d heart") == inspect_prompt(tokenizer, "red ? heart")
+    halves, marks = ["red \ud83d heart\udc00", "a\ud83d", "😀 é"], ["red ? heart?", "a?", "😀 é"]
+    np.testing.assert_array_equal(tokenize_prompts(tokenizer, halves), tokenize_prompts(tokenizer, marks))
+    assert inspect_prompt(tokenizer, halves[0]) == inspect_prompt(tokenizer, marks[0])
 
 
 @pytest.fixture(scope="module")

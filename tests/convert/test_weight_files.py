@@ -67,9 +67,9 @@ def test_the_kind_is_told_by_the_content(tmp_path, kind, name):
 def test_float8_is_read(tmp_path, kind, name):
     state = {"x": torch.tensor([[1.0, -0.5], [3.0, 8.0]]).to(getattr(torch, name))}
     write(tmp_path / "x", kind, state)
-    opened = open_weights(tmp_path / "x")["x"]
-    assert opened.dtype == np.dtype(getattr(ml_dtypes, name))
-    np.testing.assert_array_equal(opened.read().astype(np.float32), state["x"].float().numpy())
+    read = open_weights(tmp_path / "x")["x"].read()
+    assert read.dtype == np.dtype(getattr(ml_dtypes, name))
+    np.testing.assert_array_equal(read.astype(np.float32), state["x"].float().numpy())
 
 
 def sharded(folder, kind: str) -> tuple[str, dict[str, torch.Tensor]]:
@@ -217,22 +217,19 @@ def test_altered_bytes_give_tensors_or_a_message(tmp_path, kind, data):
 @pytest.mark.parametrize("source", ["arrays", "file"])
 def test_what_is_written_opens_everywhere(tmp_path, source):
     path = tmp_path / "x.safetensors"
-    state = {name: as_numpy(tensor) for name, tensor in tensors().items()}
-    if source == "file":
-        safetensors.torch.save_file(tensors(), path)
-        state = open_weights(path)  # and is then replaced
-    write_weights(state, path)
+    arrays = {name: as_numpy(tensor) for name, tensor in tensors().items()}
+    safetensors.torch.save_file(tensors(), path)
+    write_weights(open_weights(path) if source == "file" else arrays, path)  # the file itself is replaced
     assert_same(open_weights(path), tensors())
     theirs = safetensors.torch.load_file(path)
     for name, tensor in tensors().items():
         assert theirs[name].dtype == tensor.dtype and torch.equal(theirs[name], tensor), name
     with safetensors.safe_open(path, "pt") as file:
         assert file.metadata() == {"format": "pt"}
-    del state
-    in_numpy = {name: as_numpy(tensor) for name, tensor in tensors().items() if name != "bfloat16"}
-    write_weights(in_numpy, path)
+    del arrays["bfloat16"]  # which numpy does not know
+    write_weights(arrays, path)
     for name, array in safetensors.numpy.load_file(path).items():
-        np.testing.assert_array_equal(array, in_numpy[name])
+        np.testing.assert_array_equal(array, arrays[name])
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32])
