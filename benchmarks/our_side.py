@@ -24,8 +24,7 @@ from attrib_jax.jobs.encoded_dataset import EncodedDataset
 from attrib_jax.jobs.losses import loss_program
 from attrib_jax.jobs.query_gradient import GradientProgram
 from attrib_jax.jobs.settings import LossSettings
-from attrib_jax.models.precision import cast_params, compute_dtype, matmul_precision
-from attrib_jax.models.predictor import predictor
+from attrib_jax.models.predictor import cast_params, compute_dtype, matmul_precision, predictor
 from attrib_jax.parallel.compilation_cache import enable_compilation_cache
 from attrib_jax.parallel.mesh import data_mesh, replicate, shard_batch, tile_map
 from benchmarks.sizes import Size

@@ -42,8 +42,7 @@ from attrib_jax.jobs.query import PreparedQuery, Query, prepare_query
 from attrib_jax.jobs.settings import LossSettings
 from attrib_jax.methods.base import QueryJob
 from attrib_jax.methods.unlearn import UnlearnConfig, prepare, unlearn_query
-from attrib_jax.models.precision import cast_params
-from attrib_jax.models.predictor import predictor
+from attrib_jax.models.predictor import cast_params, predictor
 from attrib_jax.models.unet import UNet2DConditionModel, UNetConfig
 from attrib_jax.storage.files import make_folder, write_json
 from attrib_jax.storage.stage_root import StageRoot

@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from absl import app, flags
 
-from attrib_jax.models.precision import PRECISIONS
+from attrib_jax.models.predictor import PRECISIONS
 from benchmarks.sizes import Size, size_of
 from benchmarks.workers import Worker, busy_seconds
 from launch import process
@@ -74,7 +74,7 @@ def both_sides(size: Size, device: str, precision: str, devices: int, threads: i
     Args:
       size: of the model.
       device: "cpu" or "cuda".
-      precision: of `attrib_jax.models.precision`.
+      precision: one of `attrib_jax.models.predictor.PRECISIONS`.
       devices: that our side splits a CPU into.
       threads: of PyTorch on a CPU.
     """

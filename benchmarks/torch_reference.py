@@ -160,7 +160,7 @@ class TorchSide:
           size: of model and text.
           weights_file: to write.
           device: "cpu" or "cuda".
-          precision: of `attrib_jax.models.precision`.
+          precision: one of `attrib_jax.models.predictor.PRECISIONS`.
           threads: of the CPU.
         """
         torch.set_num_threads(threads)

@@ -24,8 +24,7 @@ from attrib_jax.diffusion.losses import denoising_losses
 from attrib_jax.diffusion.samplers import sample
 from attrib_jax.diffusion.schedule import NoiseSchedule
 from attrib_jax.jobs.draws import Sample, sample_gradients
-from attrib_jax.models.precision import cast_params, matmul_precision
-from attrib_jax.models.predictor import predictor
+from attrib_jax.models.predictor import cast_params, matmul_precision, predictor
 from attrib_jax.models.unet import UNet2DConditionModel, UNetConfig
 from attrib_jax.ops import prepare_kernels
 from attrib_jax.parallel.mesh import data_mesh, tile_map

@@ -18,8 +18,8 @@ from attrib_jax.convert.weights.files import open_weights, write_weights
 from attrib_jax.convert.weights.state_dicts import state_dict_of
 from attrib_jax.core.durable import new_folder
 from attrib_jax.diffusion.schedule import NoiseSchedule
-from attrib_jax.models.pixel_autoencoder import PixelAutoencoder
 from attrib_jax.models.unet import UNet2DConditionModel
+from attrib_jax.models.vae import PixelAutoencoder
 
 INDEX = "model_index.json"
 SCHEDULER_CONFIG = "scheduler_config.json"

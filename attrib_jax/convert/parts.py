@@ -15,10 +15,9 @@ from attrib_jax.convert.weights.names import text_encoder_names, vae_names
 from attrib_jax.convert.weights.state_dicts import abstract_params, load_params
 from attrib_jax.diffusion.schedule import NoiseSchedule
 from attrib_jax.models.clip import CLIPTextConfig, CLIPTextModel
-from attrib_jax.models.pixel_autoencoder import CLASS_NAME as PIXELS
-from attrib_jax.models.pixel_autoencoder import PixelAutoencoder, PixelAutoencoderConfig
 from attrib_jax.models.unet import UNet2DConditionModel, UNetConfig
-from attrib_jax.models.vae import AutoencoderKL, AutoencoderKLConfig
+from attrib_jax.models.vae import PIXEL_CLASS_NAME as PIXELS
+from attrib_jax.models.vae import AutoencoderKL, AutoencoderKLConfig, PixelAutoencoder, PixelAutoencoderConfig
 
 # Options that the readers of the configs take beside their dataclasses' fields.
 _MORE_OPTIONS: dict[type, dict[str, Any]] = {

@@ -11,9 +11,8 @@ import numpy as np
 from attrib_jax.convert.tokenizer import PromptReport, inspect_prompt, tokenize_prompts
 from attrib_jax.diffusion.schedule import NoiseSchedule
 from attrib_jax.models.clip import CLIPTextModel
-from attrib_jax.models.pixel_autoencoder import PixelAutoencoder
 from attrib_jax.models.unet import UNet2DConditionModel
-from attrib_jax.models.vae import AutoencoderKL
+from attrib_jax.models.vae import AutoencoderKL, PixelAutoencoder
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -23,7 +23,7 @@ from attrib_jax.convert.weights.state_dicts import load_params, state_dict_of
 from attrib_jax.convert.weights.tensors import Tensor
 from attrib_jax.convert.weights.torch_files import open_torch
 from attrib_jax.diffusion.schedule import NoiseSchedule
-from attrib_jax.models.pixel_autoencoder import PixelAutoencoder
+from attrib_jax.models.vae import PixelAutoencoder
 
 _log = logging.getLogger(__name__)
 

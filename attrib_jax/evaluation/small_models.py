@@ -27,8 +27,8 @@ from attrib_jax.evaluation.retrain import Recipe, Retrainer, Training
 from attrib_jax.jobs.context import model_fingerprint
 from attrib_jax.jobs.encode import EncodeConfig, encode
 from attrib_jax.models.clip import CLIPTextConfig, CLIPTextModel
-from attrib_jax.models.pixel_autoencoder import PixelAutoencoder, PixelAutoencoderConfig
 from attrib_jax.models.unet import UNet2DConditionModel, UNetConfig
+from attrib_jax.models.vae import PixelAutoencoder, PixelAutoencoderConfig
 from attrib_jax.storage.stage_root import StageRoot
 from attrib_jax.storage.state import StateStore
 

@@ -17,8 +17,7 @@ from attrib_jax.core.weights import Params, merge_weights, select_weights
 from attrib_jax.jobs.context import Run
 from attrib_jax.jobs.losses import ExampleProgram, dataset_pass
 from attrib_jax.jobs.settings import LossSettings
-from attrib_jax.models.precision import cast_params
-from attrib_jax.models.predictor import predictor
+from attrib_jax.models.predictor import cast_params, predictor
 from attrib_jax.ops.micro_batching import GRADIENT_PIXELS, even_group_size, num_pixels
 
 # UNet forwards whose activations the reverse mode holds at once, and their latent pixels.

@@ -24,8 +24,7 @@ from attrib_jax.diffusion.schedule import NoiseSchedule, strided_timesteps
 from attrib_jax.jobs.context import Run
 from attrib_jax.jobs.encoded_dataset import EncodedDataset
 from attrib_jax.jobs.settings import LossSettings
-from attrib_jax.models.precision import cast_params, matmul_precision
-from attrib_jax.models.predictor import predictor
+from attrib_jax.models.predictor import cast_params, matmul_precision, predictor
 from attrib_jax.parallel.hosts import fetch, host0_first, is_host0, run_on_host0
 from attrib_jax.parallel.mesh import data_mesh, host_share, padded_tiles, replicate, shard_batch, tile_map
 from attrib_jax.parallel.progress import progress

@@ -10,8 +10,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from attrib_jax.attribution.scores import make_scores
-from attrib_jax.attribution.similarity import centred_products, gaussian_similarities, median_distance, sampled
-from attrib_jax.attribution.text_kernels import same_caption
+from attrib_jax.attribution.similarity import (
+    centred_products,
+    gaussian_similarities,
+    median_distance,
+    same_caption,
+    sampled,
+)
 from attrib_jax.core.settings import setting
 from attrib_jax.jobs.context import Run, check_images
 from attrib_jax.jobs.encoded_dataset import caption_rows, caption_texts

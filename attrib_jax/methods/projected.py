@@ -44,8 +44,7 @@ from attrib_jax.jobs.losses import ExampleProgram, num_captions
 from attrib_jax.jobs.query import PreparedQuery
 from attrib_jax.jobs.settings import LossSettings, QueryDrawSettings, WeightSettings
 from attrib_jax.methods.base import MethodConfig, QueryJob, Scored
-from attrib_jax.models.precision import cast_params
-from attrib_jax.models.predictor import predictor
+from attrib_jax.models.predictor import cast_params, predictor
 from attrib_jax.ops.micro_batching import GRADIENT_PIXELS, group_size, num_pixels
 from attrib_jax.parallel.hosts import host0_first, run_on_host0
 from attrib_jax.parallel.mesh import data_mesh

@@ -18,7 +18,7 @@ import numpy as np
 from attrib_jax.attribution.projection import check_projection, project
 from attrib_jax.attribution.residual import mean_over_captions, residual_products, residuals
 from attrib_jax.attribution.scores import make_scores
-from attrib_jax.attribution.text_kernels import (
+from attrib_jax.attribution.similarity import (
     TEXT_KERNELS,
     TextStatistics,
     gaussian_kernel,
@@ -35,8 +35,7 @@ from attrib_jax.jobs.encoded_dataset import CaptionRows, EncodedDataset, caption
 from attrib_jax.jobs.losses import ExampleProgram
 from attrib_jax.jobs.settings import LossSettings
 from attrib_jax.methods.base import MethodConfig, QueryJob, Scored
-from attrib_jax.models.precision import cast_params
-from attrib_jax.models.predictor import predictor
+from attrib_jax.models.predictor import cast_params, predictor
 from attrib_jax.parallel.hosts import host0_first, run_on_host0
 from attrib_jax.parallel.progress import progress
 from attrib_jax.storage.chunks import ChunkStore

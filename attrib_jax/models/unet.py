@@ -221,7 +221,7 @@ class Attention(nn.Module):
                 projected = projections[name]["kernel"]
             else:
                 projected = nn.Dense(features, use_bias=False, name=name)(states)
-            # A bfloat16 run may project float32 text (models/precision.py) and rounds after the product.
+            # A bfloat16 run may project float32 text (`cast_params`) and rounds after the product.
             return projected.astype(query.dtype)
 
         query = nn.Dense(features, use_bias=False, name="to_q")(x)

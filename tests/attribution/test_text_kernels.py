@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from attrib_jax.attribution.similarity import median_distance
-from attrib_jax.attribution.text_kernels import (
+from attrib_jax.attribution.similarity import (
     gaussian_kernel,
+    median_distance,
     normalise_caption,
     same_caption,
     text_statistics,

@@ -15,7 +15,7 @@ from attrib_jax.data.digits import DigitsDataset
 from attrib_jax.data.sources import open_dataset
 from attrib_jax.evaluation.small_models import SmallUNet, pixel_pipeline
 from attrib_jax.jobs.context import model_fingerprint
-from attrib_jax.models.pixel_autoencoder import PixelAutoencoder, PixelAutoencoderConfig
+from attrib_jax.models.vae import PixelAutoencoder, PixelAutoencoderConfig
 from tests.models.random_params import random_params
 
 

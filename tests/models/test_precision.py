@@ -9,8 +9,7 @@ import pytest
 from attrib_jax.core.weights import flatten_names, merge_weights, select_weights
 from attrib_jax.diffusion.losses import denoising_losses
 from attrib_jax.diffusion.schedule import NoiseSchedule
-from attrib_jax.models.precision import PRECISIONS, cast_params, matmul_precision
-from attrib_jax.models.predictor import predictor
+from attrib_jax.models.predictor import PRECISIONS, cast_params, matmul_precision, predictor
 from attrib_jax.models.unet import UNet2DConditionModel, UNetConfig
 from tests.models.random_params import random_params
 
