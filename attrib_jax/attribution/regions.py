@@ -22,12 +22,12 @@ def region_mask(region: Sequence[float], image_size: tuple[int, int], latent_siz
     height, width = image_size
     box = [float(edge) for edge in region]
     if len(box) != 4 or not np.isfinite(box).all():
-        raise ValueError(f"region={tuple(region)} must be four numbers x0,y0,x1,y1 in image pixels.")
+        raise ValueError(f"region is {tuple(region)}: expected four numbers x0,y0,x1,y1 in image pixels")
     x0, y0, x1, y1 = box
     if x0 >= x1 or y0 >= y1:
-        raise ValueError(f"region={tuple(region)} is empty: expected x0 < x1 and y0 < y1 (x0,y0 is the top left).")
+        raise ValueError(f"region is {tuple(region)}: expected x0 < x1 and y0 < y1, x0,y0 being the top left")
     if x0 < 0 or y0 < 0 or x1 > width or y1 > height:
-        raise ValueError(f"region={tuple(region)} reaches outside the image of {width} x {height} pixels.")
+        raise ValueError(f"region is {tuple(region)}: expected a box inside the image of {width} x {height} pixels")
     rows = _coverage(y0 * latent_size[0] / height, y1 * latent_size[0] / height, latent_size[0])
     columns = _coverage(x0 * latent_size[1] / width, x1 * latent_size[1] / width, latent_size[1])
     return np.outer(rows, columns).astype(np.float32)
@@ -47,7 +47,9 @@ def shape_mask(shape: np.ndarray, latent_size: tuple[int, int]) -> np.ndarray:
     """
     shape = np.asarray(shape, bool)
     if not shape.any():
-        raise ValueError(f"the region mask of {shape.shape[1]} x {shape.shape[0]} pixels is empty; mark some pixels.")
+        raise ValueError(
+            f"region_mask of {shape.shape[1]} x {shape.shape[0]} pixels is empty: expected at least one marked pixel"
+        )
     rows, columns = (_shares(size, latent) for size, latent in zip(shape.shape, latent_size))
     return (rows @ shape @ columns.T).astype(np.float32)
 
