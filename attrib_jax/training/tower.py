@@ -178,7 +178,7 @@ def retrieval(tower: Tower, dataset: Dataset, rows: np.ndarray) -> dict[str, flo
 
     Returns:
       Numbers by name: `recall@1`, `recall@10` and `median_rank` among the captions of these images, the same with
-      `_of_all` among the captions of the whole data set; how many `images`, `captions` and `captions_of_all`.
+      `_of_all` among the captions of the whole data set; how many `pictures`, `captions` and `captions_of_all`.
     """
     training = TrainingImages(dataset, tower.module.config.vision.image_size, rows)
     # One that cannot be read gives the next one's place.
@@ -192,7 +192,7 @@ def retrieval(tower: Tower, dataset: Dataset, rows: np.ndarray) -> dict[str, flo
         for i in range(0, len(images), _BATCH)
     ]
     vectors = normalise_rows(np.concatenate(features))
-    results: dict[str, float] = {"images": len(readable)}
+    results: dict[str, float] = {"pictures": len(readable)}
     for suffix, pool in (("", own), ("_of_all", everyone)):
         texts = sorted({text for row in pool for text in row})
         similarity = vectors @ normalise_rows(text_features(tower, texts)).T

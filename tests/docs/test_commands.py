@@ -93,7 +93,8 @@ def test_readme_attributes(top_folder, monkeypatch, capsys):
         if any(argument.startswith("--region") for argument in arguments):
             changes["region"] = "0,0,8,16"
         with flagsaver.flagsaver():
-            flags.FLAGS(["attribute", *smaller(arguments, changes)])
+            # As many devices as the tests have: the number is fixed once a device is used.
+            flags.FLAGS(["attribute", "--cpu_devices=4", *smaller(arguments, changes)])
             attribute.main(["attribute"])
     reports = re.findall(r"report: (\S+)", capsys.readouterr().out)
     assert len(set(reports)) == 7
