@@ -19,7 +19,7 @@ from attrib_jax.evaluation.counterfactual import Counterfactuals, MeasureConfig
 from attrib_jax.evaluation.customized import CustomizedConfig, run_customized
 from attrib_jax.evaluation.lds import LdsConfig, run_lds
 from attrib_jax.evaluation.leave_k_out import LeaveKOutConfig, run_leave_k_out
-from attrib_jax.evaluation.named import QueryFiles, read_methods
+from attrib_jax.evaluation.named import QueryFiles, StoredScores, read_methods, refuse_stored
 from attrib_jax.evaluation.retrain import Recipe
 from attrib_jax.evaluation.self_retrieval import SelfConfig, run_self
 from attrib_jax.evaluation.similarity import check_sees_images
@@ -99,10 +99,11 @@ def main(argv: Sequence[str]) -> None:
         config = read_config(PROTOCOLS[protocol][0])
         methods = read_methods(_METHODS.value, _ONLY.value)
         if isinstance(config, CustomizedConfig):
-            table, name = _customized(workdir, methods, config), protocol
+            table, name = _customized(workdir, refuse_stored(methods, protocol), config), protocol
+        elif isinstance(config, SelfConfig):
+            table, name = _self(workdir, refuse_stored(methods, protocol), config), f"{protocol}-{config.split}"
         else:
-            study = _self if isinstance(config, SelfConfig) else _retraining
-            table, name = study(workdir, methods, config), f"{protocol}-{config.split}"
+            table, name = _retraining(workdir, methods, config), f"{protocol}-{config.split}"
         write_json(Path(workdir) / "evaluation" / name / "flags.json", common.own_flags("launch.evaluate"))
         print(table)
 
@@ -120,7 +121,9 @@ def _self(workdir: str, methods: Mapping[str, MethodConfig], config: SelfConfig)
         return run_self(run, methods, config)
 
 
-def _retraining(workdir: str, methods: Mapping[str, MethodConfig], config: LeaveKOutConfig | LdsConfig) -> str:
+def _retraining(
+    workdir: str, methods: Mapping[str, MethodConfig | StoredScores], config: LeaveKOutConfig | LdsConfig
+) -> str:
     # All that can be wrong with the flags, before anything is drawn or trained.
     recipe, files, devices = (read_config(each) for each in (Recipe, QueryFiles, DeviceSettings))
     regeneration = read_config(RegenerationSettings) if isinstance(config, LeaveKOutConfig) else RegenerationSettings()

@@ -4,10 +4,11 @@ Every model is asked about every query, and what it showed is stored under a dig
 serves all methods, protocols and later runs that remove the same images.
 """
 
+import contextlib
 import dataclasses
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,7 +22,7 @@ from attrib_jax.core.settings import Settings, setting
 from attrib_jax.diffusion.losses import denoising_loss
 from attrib_jax.diffusion.samplers import sample
 from attrib_jax.diffusion.schedule import strided_timesteps
-from attrib_jax.evaluation.results import ResultTable
+from attrib_jax.evaluation.results import KeptModels, ResultTable
 from attrib_jax.evaluation.retrain import Recipe, Retrainer, Training
 from attrib_jax.jobs.context import Run
 from attrib_jax.jobs.query import PreparedQuery, Query, initial_noise, query_settings
@@ -47,11 +48,20 @@ class MeasureConfig(Settings):
         5, "Distance of the timesteps that a query's loss is averaged over.", low=1, flag="measure_stride"
     )
     seed: int = setting(0, "Seed of the noise of these losses.", low=0, high=2**32 - 1, flag="measure_seed")
+    keep_models: bool = setting(
+        False,
+        "Whether retrained models are kept, rounded to float16 before they are measured, so that further "
+        "queries train nothing.",
+    )
     pictures: bool = False
 
     def describe(self) -> dict[str, Any]:
         """The settings that decide the result, as JSON values."""
-        return super().describe() | ({"pictures": True} if self.pictures else {})
+        # Settings that came later are left out where they are off: results from before stay valid.
+        settings = super().describe()
+        if not settings.pop("keep_models"):
+            return settings | ({"pictures": True} if self.pictures else {})
+        return settings | {"weights": "float16"} | ({"pictures": True} if self.pictures else {})
 
 
 def training_key(training: Training) -> str:
@@ -121,20 +131,40 @@ class Counterfactuals:
             later = {training_key(training): training for training in ahead}
             later = {key: training for key, training in later.items() if key not in table and key not in todo}
             todo |= itertools.islice(later.items(), -len(todo) % size)
-            keys, done = list(todo), 0
-            for first in range(0, len(keys), size):
-                group = keys[first : first + size]
-                done += len(group)
-                params = self._retrainer.train(
-                    [todo[key] for key in group], states, description=f"{description}: {done} of {len(keys)} models"
-                )
-                measured = self._measured(params, len(group))
-                self._check_finite(measured, [todo[key] for key in group])
-                rows = {key: {n: measured[n][place] for n in self._fields} for place, key in enumerate(group)}
-                table.add(rows)
-                states.remove()
+            with self._kept_models() as kept:
+                # Kept models first: they cost no training.
+                keys = sorted(todo, key=lambda key: kept is None or key not in kept)
+                for first in range(0, len(keys), size):
+                    group = {key: todo[key] for key in keys[first : first + size]}
+                    done = first + len(group)
+                    params = self._weights(group, kept, states, f"{description}: {done} of {len(keys)} models")
+                    measured = self._measured(params, len(group))
+                    self._check_finite(measured, list(group.values()))
+                    table.add({key: {n: measured[n][place] for n in self._fields} for place, key in enumerate(group)})
+                    states.remove()
             wanted = [training_key(training) for training in trainings]
             return {name: table.get(name, wanted) for name in self._fields}
+
+    def _weights(
+        self, group: Mapping[str, Training], kept: KeptModels | None, states: StateStore, description: str
+    ) -> Any:
+        """Weights of models that train together, stacked; kept ones are read if all of them are there."""
+        if kept is not None and all(key in kept for key in group):
+            params = kept.read(list(group))
+            if params is not None:
+                return params
+        params = self._retrainer.train(list(group.values()), states, description=description)
+        return params if kept is None else kept.write(list(group), params)
+
+    @contextlib.contextmanager
+    def _kept_models(self) -> Iterator[KeptModels | None]:
+        """Weights of the recipe's models, whatever they are asked; None where they are not kept."""
+        if not self.measure.keep_models:
+            yield None
+            return
+        settings = {"recipe": self.recipe.settings()}
+        with self.run.root.stage(f"evaluation/models-{json_digest(settings)[:8]}", settings, self.run.inputs) as stage:
+            yield KeptModels(stage.path)
 
     @property
     def name(self) -> str:

@@ -85,15 +85,24 @@ def average_precision(relevant_ranks: Sequence[int]) -> float:
     return float(np.mean(np.arange(1, len(ordered) + 1) / ordered))
 
 
-def spearman(first: np.ndarray, second: np.ndarray) -> float:
-    """Spearman's rank correlation of two vectors, ties at their mean rank; NaN where one is constant."""
-    first, second = _vector("first", first), _vector("second", second)
-    if len(first) != len(second):
-        raise ValueError(f"first has {len(first)} and second {len(second)} entries; expected pairs")
+def spearman(first: ArrayLike, second: ArrayLike) -> np.ndarray:
+    """Spearman's rank correlation over the last axis, ties at their mean rank; NaN where a vector is constant.
+
+    Args:
+      first, second: (..., M), shapes that broadcast.
+
+    Returns:
+      (...) float64.
+    """
+    first, second = np.asarray(first, np.float64), np.asarray(second, np.float64)
+    if not (first.ndim and second.ndim) or first.shape[-1] != second.shape[-1] or not first.shape[-1]:
+        raise ValueError(f"first has shape {first.shape} and second {second.shape}; expected pairs along the last axis")
     # By ranks, since scipy.stats.spearmanr takes a hundred times as long and warns of a constant.
-    deviations = [rank - rank.mean() for rank in map(scipy.stats.rankdata, (first, second))]
-    norm = np.sqrt(np.prod([np.sum(rank**2) for rank in deviations]))
-    return float(np.sum(deviations[0] * deviations[1]) / norm) if norm else float("nan")
+    ranked = (scipy.stats.rankdata(values, axis=-1) for values in (first, second))
+    left, right = (each - each.mean(axis=-1, keepdims=True) for each in ranked)
+    norm = np.sqrt(np.sum(left**2, axis=-1) * np.sum(right**2, axis=-1))
+    products = np.sum(left * right, axis=-1)
+    return np.divide(products, norm, out=np.full(products.shape, np.nan), where=norm > 0)
 
 
 class Lds(NamedTuple):
@@ -102,13 +111,25 @@ class Lds(NamedTuple):
     Attributes:
       per_query: (Q,) Spearman correlation of each query.
       mean: of them.
-      low, high: a 95 % interval of the mean, from resampling models and queries.
+      error: standard error of the mean, from resampling models and queries.
+      low, high: a 95 % interval of the mean, likewise.
+      samples: (R,) the resampled means. Sample i of every method is of the same models and queries, so differences
+        between methods are paired.
     """
 
     per_query: np.ndarray
     mean: float
+    error: float
     low: float
     high: float
+    samples: np.ndarray
+
+    def less(self, other: "Lds") -> Estimate:
+        """The difference of the means, and its standard error by the paired samples."""
+        return Estimate(self.mean - other.mean, float(np.std(self.samples - other.samples, ddof=1)))
+
+
+_SAMPLES_AT_ONCE = 50
 
 
 def lds(scores: np.ndarray, kept: np.ndarray, losses: np.ndarray, resamples: int = 1000, seed: int = 0) -> Lds:
@@ -120,34 +141,55 @@ def lds(scores: np.ndarray, kept: np.ndarray, losses: np.ndarray, resamples: int
 
     Args:
       scores: (Q, N), larger is more influential.
-      kept: (M, N) bool, which images each of the M models was trained on.
-      losses: (M, Q) of the queries under each model.
-      resamples: bootstrap samples of models and of queries, drawn together with replacement.
+      kept: (M, N) bool, which images each of the M subsets has.
+      losses: (S, M, Q) of the queries under models of S training seeds, which are averaged; or (M, Q) of one.
+      resamples: bootstrap samples of subsets and of queries, drawn together with replacement; at least 2.
       seed: of them.
 
     Raises ValueError for shapes that do not fit.
     """
     scores, kept, losses = np.asarray(scores, np.float64), np.asarray(kept, bool), np.asarray(losses, np.float64)
+    if losses.ndim == 3:
+        losses = losses.mean(axis=0)
     models, queries = losses.shape
     if kept.shape[0] != models or scores.shape != (queries, kept.shape[1]):
         raise ValueError(
             f"scores has shape {scores.shape}, kept {kept.shape} and losses {losses.shape}; expected (Q, N), (M, N) "
-            "and (M, Q)"
+            "and (S, M, Q) or (M, Q)"
         )
-    predicted = scores @ kept.T.astype(np.float64)  # (Q, M)
-
-    def per_query(models: np.ndarray) -> np.ndarray:
-        return np.array([spearman(predicted[q, models], -losses[models, q]) for q in range(queries)])
-
-    values = per_query(np.arange(models))
+    predicted, gain = scores @ kept.T.astype(np.float64), -losses.T  # (Q, M)
+    values = spearman(predicted, gain)
     rng = np.random.default_rng(seed)
+    # One draw of models for all queries: their losses come from the same trainings.
+    draws = [(rng.integers(models, size=models), rng.integers(queries, size=queries)) for _ in range(resamples)]
     means = []
-    for _ in range(resamples):
-        # One draw of models for all queries: their losses come from the same trainings.
-        drawn = per_query(rng.integers(models, size=(models,)))
-        means.append(np.nanmean(drawn[rng.integers(queries, size=queries)]))
-    low, high = np.quantile(means, (0.025, 0.975)) if means else (np.nan, np.nan)
-    return Lds(values, float(np.mean(values)), float(low), float(high))
+    for first in range(0, resamples, _SAMPLES_AT_ONCE):
+        members, asked = (np.stack(each) for each in zip(*draws[first : first + _SAMPLES_AT_ONCE]))
+        drawn = spearman(*(np.moveaxis(array[:, members], 1, 0) for array in (predicted, gain)))  # (R, Q)
+        means.append(np.nanmean(np.take_along_axis(drawn, asked, axis=1), axis=1))
+    samples = np.concatenate(means)
+    low, high = np.quantile(samples, (0.025, 0.975))
+    return Lds(values, float(np.mean(values)), float(np.std(samples, ddof=1)), float(low), float(high), samples)
+
+
+def noise_ceiling(losses: np.ndarray) -> float:
+    """The LDS that the losses of one further training seed would have: how far the ground truth knows itself.
+
+    Spearman's correlation over subsets between a seed's losses and the mean of the other seeds', averaged over seeds
+    and queries. A method that knew the expected loss of every subset would be above it.
+
+    Args:
+      losses: (S, M, Q) of the queries under models of S training seeds.
+
+    Returns:
+      NaN for a single seed.
+    """
+    losses = np.asarray(losses, np.float64)
+    if len(losses) < 2:
+        return float("nan")
+    own = losses.transpose(0, 2, 1)  # (S, Q, M)
+    others = (own.sum(axis=0) - own) / (len(own) - 1)
+    return float(np.mean(spearman(own, others)))
 
 
 def half_subsets(size: int, count: int, share: float = 0.5, seed: int = 0) -> np.ndarray:

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -23,17 +23,64 @@ from attrib_jax.methods import METHODS, check_method, method_config, method_inpu
 from attrib_jax.methods.base import MethodConfig, QueryJob
 from attrib_jax.parallel.hosts import run_on_host0
 from attrib_jax.storage.files import make_folder, stored_arrays, write_arrays
+from attrib_jax.storage.score_files import read_scores
 
-_SHARED = "shared"
+# The entry of a methods file that has the library's default settings: others are compared with it.
+DEFAULT = "default"
+_SHARED, _STORED = "shared", "scores"
 _FILE = "scores.safetensors"
 SPLITS = ("tuning", "reported")
 
 
-def read_methods(file: str | os.PathLike, only: Sequence[str] = ()) -> dict[str, MethodConfig]:
+@dataclasses.dataclass(frozen=True)
+class StoredScores:
+    """Scores that were made elsewhere, a file for each query.
+
+    Attributes:
+      pattern: path of a query's file, of a format that `storage.score_files.read_scores` reads; `{split}`, `{number}`
+        (its place in the split, from 0), `{prompt}` and `{seed}` in it stand for those of the query.
+    """
+
+    pattern: str
+
+    def __post_init__(self):
+        try:
+            self.file("tuning", 0, Query(""))
+        except (KeyError, IndexError, ValueError) as error:
+            raise ValueError(
+                f"scores is {self.pattern!r}: expected a path with {{split}}, {{number}}, {{prompt}} or {{seed}} in it "
+                f"and no other braces ({error})"
+            ) from error
+
+    def file(self, split: str, number: int, query: Query) -> str:
+        """The path of one query's scores."""
+        return self.pattern.format(split=split, number=number, prompt=query.prompt, seed=query.seed)
+
+    def read(self, row_ids: np.ndarray, split: str, queries: Sequence[Query]) -> np.ndarray:
+        """Scores (Q, N) float32 of the rows `row_ids` (N,).
+
+        Raises FileNotFoundError for a query without a file, ValueError where a file does not hold every row.
+        """
+        found = []
+        for number, query in enumerate(queries):
+            file = self.file(split, number, query)
+            scores = read_scores(file)
+            missing = np.setdiff1d(row_ids, scores.row_id)
+            if len(missing):
+                raise ValueError(
+                    f"{file} has no score of row {missing[0]} and {len(missing) - 1} more: expected every image of the "
+                    "data set"
+                )
+            found.append(_in_order(scores, row_ids))
+        return np.stack(found).astype(np.float32)
+
+
+def read_methods(file: str | os.PathLike, only: Sequence[str] = ()) -> dict[str, MethodConfig | StoredScores]:
     """Method name -> its settings, from a JSON object of objects.
 
-    Each holds settings of its method that differ from the defaults, and `method` where that is not `unlearn`; those of
-    the object `shared` go to every method that reads them.
+    Each holds settings of its method that differ from the defaults, and `method` where that is not the default one;
+    those of the object `shared` go to every method that reads them. An object `{"scores": PATTERN}` is `StoredScores`,
+    and one with the name `default` is empty.
 
     Args:
       file: such as `configs/evaluation/methods_digits.json`.
@@ -56,9 +103,21 @@ def read_methods(file: str | os.PathLike, only: Sequence[str] = ()) -> dict[str,
         check_query_name(name)
     for name in only:
         check_choice("method", name, content)
-    configs = {}
+    configs: dict[str, MethodConfig | StoredScores] = {}
     for name in only or content:
         own = content[name]
+        if name == DEFAULT and own:
+            raise ValueError(
+                f"method {name!r} of {file} has the settings {own}: expected none, since this name is that of the "
+                "library's defaults. Give it another name."
+            )
+        if _STORED in own:
+            if len(own) > 1 or not isinstance(own[_STORED], str):
+                raise ValueError(
+                    f"method {name!r} of {file} is {own}: expected a path of scores alone, or settings of a method"
+                )
+            configs[name] = StoredScores(own[_STORED])
+            continue
         method = own.get("method", "unlearn")
         try:
             check_choice("method", method, METHODS)
@@ -74,7 +133,18 @@ def read_methods(file: str | os.PathLike, only: Sequence[str] = ()) -> dict[str,
     return configs
 
 
-def has_cascade(config: MethodConfig) -> TypeGuard[PassSettings]:
+def refuse_stored(methods: Mapping[str, MethodConfig | StoredScores], protocol: str) -> dict[str, MethodConfig]:
+    """The methods of a protocol whose queries are no list in a file; ValueError for stored scores, which are of one."""
+    configs = {name: each for name, each in methods.items() if not isinstance(each, StoredScores)}
+    for name in methods.keys() - configs.keys():
+        raise ValueError(
+            f"method {name!r} is stored scores, of queries in a file: protocol {protocol!r} makes its own queries. "
+            "Leave it out by --only, or choose protocol 'lds' or 'leave-k-out'."
+        )
+    return configs
+
+
+def has_cascade(config: MethodConfig | StoredScores) -> TypeGuard[PassSettings]:
     """Whether a method gives full scores to some of the images only."""
     return isinstance(config, PassSettings) and config.cascade > 0
 
@@ -86,6 +156,25 @@ class SplitSettings(Settings):
     split: str = setting(
         "reported", "Queries to report; settings are chosen on the tuning ones, never on the others.", choices=SPLITS
     )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RetrainedSettings(SplitSettings):
+    """Which queries and models a study with retrained models has."""
+
+    train_seeds: tuple[int, ...] = setting(
+        (0,), "Seeds of trainings, over which what is measured is averaged.", low=0, high=2**32 - 1
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_each_once("train_seeds", self.train_seeds)
+
+
+def check_each_once(name: str, values: Sequence[Any]) -> None:
+    """Raises ValueError for no values, or one that comes twice."""
+    if not values or len(set(values)) < len(values):
+        raise ValueError(f"{name} is {values}: expected at least one value, and each once. Change {name}.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -143,11 +232,22 @@ class QuerySet:
         return [self.queries[position] for position in self.split(name)]
 
 
-def method_scores(run: Run, name: str, config: MethodConfig, queries: Sequence[Query]) -> np.ndarray:
-    """The scores (Q, N) float32 of one method, larger is more influential; columns as `run.data`.
+def method_scores(
+    run: Run, name: str, config: MethodConfig | StoredScores, queries: QuerySet, split: str
+) -> np.ndarray:
+    """The scores (Q, N) float32 of one method for one split, larger is more influential; columns as `run.data`.
 
-    Kept in one small file, so that a study goes on where the attributions themselves are not at hand.
+    Kept in one small file, so that a study goes on where the attributions themselves are not at hand; its folder says
+    the split.
     """
+    asked = queries.of(split)
+    if isinstance(config, StoredScores):
+        return run_on_host0(lambda: config.read(run.data.row_ids, split, asked))
+    return keep_scores(run, f"{split}/{name}", config, asked)
+
+
+def keep_scores(run: Run, name: str, config: MethodConfig, queries: Sequence[Query]) -> np.ndarray:
+    """The scores (Q, N) float32 of one method, kept in the stage `evaluation/scores/<name>-<digest>`."""
     settings = {"method": config.describe(), "queries": [query_settings(query) for query in queries]}
     inputs = method_inputs(run, config)
     with run.root.stage(f"evaluation/scores/{name}-{json_digest(settings)[:8]}", settings, inputs) as stage:

@@ -1,12 +1,15 @@
-"""What retrained models showed, kept in one small file that grows by whole models."""
+"""What retrained models showed, in one small file that grows by whole models, and their weights, a file each."""
 
 import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import jax
 import numpy as np
 
+from attrib_jax.core.weights import flatten_names, unflatten_names
 from attrib_jax.storage.files import DamagedFileError, StorageError, read_arrays, write_arrays
 
 _log = logging.getLogger(__name__)
@@ -59,3 +62,47 @@ class ResultTable:
             self._rows[key] = row
         keys = sorted(self._rows)
         write_arrays(self._file, {name: self.get(name, keys) for name in self.fields}, {"keys": keys})
+
+
+class KeptModels:
+    """key -> a model's weights as float16, one checksummed file each in one folder."""
+
+    def __init__(self, folder: str | os.PathLike):
+        self._folder = Path(folder)
+
+    def __contains__(self, key: str) -> bool:
+        return self._file(key).exists()
+
+    def read(self, keys: Sequence[str]) -> Any | None:
+        """Weights of several models, float32, stacked along a first axis; None, with a warning, if one is damaged."""
+        found = []
+        for key in keys:
+            try:
+                arrays, _ = read_arrays(self._file(key))
+            except DamagedFileError as error:
+                _log.warning("%s: its model will be trained again", error)
+                return None
+            found.append({name: array.astype(np.float32) for name, array in arrays.items()})
+        return unflatten_names({name: np.stack([each[name] for each in found]) for name in found[0]})
+
+    def write(self, keys: Sequence[str], params: Any) -> Any:
+        """Keeps the weights of several models, stacked as in `read` -> what `read` gives of them from now on.
+
+        Raises ValueError where a weight is not finite or too large for float16.
+        """
+        with np.errstate(over="ignore"):
+            rounded = jax.tree.map(lambda leaf: np.asarray(leaf).astype(np.float16), params)
+        named = flatten_names(rounded)
+        for place, key in enumerate(keys):
+            arrays = {name: array[place] for name, array in named.items()}
+            wrong = [name for name, array in arrays.items() if not np.isfinite(array).all()]
+            if wrong:
+                raise ValueError(
+                    f"the weights {wrong[0]} of model {key} are NaN or too large for float16: retrain with a lower "
+                    "learning_rate, or leave out keep_models"
+                )
+            write_arrays(self._file(key), arrays, {"key": key})
+        return jax.tree.map(lambda leaf: leaf.astype(np.float32), rounded)
+
+    def _file(self, key: str) -> Path:
+        return self._folder / f"{key}.safetensors"

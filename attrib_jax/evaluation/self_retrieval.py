@@ -7,7 +7,7 @@ import numpy as np
 
 from attrib_jax.core.settings import setting
 from attrib_jax.evaluation.metrics import ranks, recall_at
-from attrib_jax.evaluation.named import SplitSettings, method_scores
+from attrib_jax.evaluation.named import SplitSettings, keep_scores
 from attrib_jax.evaluation.tables import write_table
 from attrib_jax.jobs.context import Run
 from attrib_jax.jobs.query import Query
@@ -54,7 +54,10 @@ def run_self(run: Run, methods: Mapping[str, MethodConfig], config: SelfConfig) 
     groups = None if dataset.groups is None else np.asarray(dataset.groups)[places]
     rows = []
     for name, method in methods.items():
-        rows.append({"method": name} | summary(method_scores(run, name, method, queries), positions, groups))
+        rows.append(
+            {"method": name}
+            | summary(keep_scores(run, f"self-{config.split}/{name}", method, queries), positions, groups)
+        )
         folder = run.root.workdir / "evaluation" / f"self-{config.split}"
         folder.mkdir(parents=True, exist_ok=True)
         table = write_table(folder, "self", rows, finished=len(rows) == len(methods))

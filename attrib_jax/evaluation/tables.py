@@ -72,7 +72,7 @@ def curve_plot(
 ) -> None:
     """The effect of removing random images over their number, and methods as (K, effect, error) points, as a PNG."""
     figure, axes = _figure(4.2)
-    axes.plot(curve.counts, curve.effects, color="black", linewidth=1, label="random pictures")
+    axes.plot(curve.counts, curve.effects, color="black", linewidth=1, label="random images")
     markers = "osD^v<>pPX*h"
     for place, (name, points) in enumerate(methods.items()):
         counts, effects, errors = np.array(points, np.float64).T

@@ -119,3 +119,32 @@ def test_wrong_queries_and_strides_cost_no_training(run, change, named):
 def test_measure_settings_out_of_range(setting, value):
     with pytest.raises(ValueError, match=f"{setting} is {value}"):
         MeasureConfig(**{setting: value})
+
+
+def test_kept_models_answer_new_queries_without_training(run, tmp_path, monkeypatch):
+    measure, trainings = MeasureConfig(250, keep_models=True), [without(1), without(2, 3), without(5)]
+    make_counterfactuals(run, measure=measure).results(trainings)
+    others = [dataclasses.replace(QUERIES[0], seed=77)]
+    prepared = [prepare_query(run.pipeline, run.predict, query) for query in others]
+
+    def asked():
+        return Counterfactuals(run, others, prepared, RECIPE, measure).results(trainings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Retrainer, "train", None)
+        kept = asked()
+    # Trained again, where the files are gone, it says the same: what is measured is what is kept.
+    for file in tmp_path.rglob("evaluation/*/*.safetensors"):
+        file.unlink()
+    again = asked()
+    np.testing.assert_array_equal(kept["loss"], again["loss"])
+
+
+def test_a_damaged_kept_model_is_trained_again(run, tmp_path):
+    measure = MeasureConfig(250, keep_models=True)
+    expected = make_counterfactuals(run, measure=measure).results([without(1)])
+    for file in tmp_path.rglob("evaluation/*/*.safetensors"):
+        file.write_bytes(file.read_bytes()[:-8])
+    np.testing.assert_array_equal(
+        make_counterfactuals(run, measure=measure).results([without(1)])["mse"], expected["mse"]
+    )

@@ -14,6 +14,7 @@ from attrib_jax.evaluation.metrics import (
     half_subsets,
     lds,
     mean_and_error,
+    noise_ceiling,
     over_sets,
     ranks,
     recall_at,
@@ -149,3 +150,23 @@ def test_removal_curve_pools_what_falls():
     assert curve.equivalent(1.5) == pytest.approx(10.0)
     with pytest.raises(ValueError, match="each once"):
         RemovalCurve.fit([5, 5], [1.0, 2.0], [1, 1])
+
+
+def test_the_ceiling_is_what_one_more_seed_would_score():
+    rng = np.random.default_rng(0)
+    expected = rng.normal(size=(40, 3))  # of 40 subsets, 3 queries
+    assert noise_ceiling(np.stack([expected] * 3)) == pytest.approx(1)
+    noisy = expected + rng.normal(size=(2, *expected.shape))
+    pairs = [scipy.stats.spearmanr(noisy[0, :, query], noisy[1, :, query]).statistic for query in range(3)]
+    assert noise_ceiling(noisy) == pytest.approx(np.mean(pairs))
+    assert np.isnan(noise_ceiling(noisy[:1]))
+
+
+def test_differences_of_lds_are_paired():
+    rng = np.random.default_rng(1)
+    scores, kept = rng.normal(size=(4, 30)), half_subsets(30, 25)
+    losses = 5 * rng.normal(size=(25, 4)) - kept @ scores.T
+    first, second = (lds(each, kept, losses) for each in (scores, scores + 0.01 * rng.normal(size=scores.shape)))
+    # Both have the noise of the losses in common.
+    assert second.less(first).error < 0.2 * first.error
+    assert second.less(first).mean == second.mean - first.mean and first.less(first) == (0, 0)

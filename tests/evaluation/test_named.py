@@ -7,22 +7,33 @@ import numpy as np
 import pytest
 
 from attrib_jax.core.fingerprint import json_digest
-from attrib_jax.evaluation.named import QueryFiles, QuerySet, has_cascade, method_scores, read_methods
+from attrib_jax.core.types import Scores
+from attrib_jax.evaluation.named import (
+    QueryFiles,
+    QuerySet,
+    StoredScores,
+    has_cascade,
+    keep_scores,
+    method_scores,
+    read_methods,
+    refuse_stored,
+)
 from attrib_jax.jobs.query import Query, query_settings
 from attrib_jax.jobs.query_file import read_queries
 from attrib_jax.methods import method_config
+from attrib_jax.storage.score_files import write_scores
 from tests.evaluation.conftest import COUNT, METHODS, QUERIES, SET, files
 
 
 def test_scores_are_kept_without_what_the_method_stored(run, tmp_path):
-    scores = method_scores(run, "unlearn", METHODS["unlearn"], QUERIES)
+    scores = keep_scores(run, "tuning/unlearn", METHODS["unlearn"], QUERIES)
     assert scores.shape == (3, COUNT) and scores.dtype == np.float32 and len(np.unique(scores)) == 3 * COUNT
-    (folder,) = (tmp_path / "evaluation" / "scores").iterdir()
+    (folder,) = (tmp_path / "evaluation" / "scores" / "tuning").iterdir()
     assert sorted(path.name for path in folder.iterdir()) == ["scores.safetensors", "stage.json"]
     settings = json.loads((folder / "stage.json").read_text())["settings"]
     assert settings["method"] == METHODS["unlearn"].describe() and len(settings["queries"]) == 3
     stored = files(tmp_path)
-    np.testing.assert_array_equal(scores, method_scores(run, "unlearn", METHODS["unlearn"], QUERIES))
+    np.testing.assert_array_equal(scores, keep_scores(run, "tuning/unlearn", METHODS["unlearn"], QUERIES))
     assert files(tmp_path) == stored
 
 
@@ -31,7 +42,7 @@ def test_images_that_a_cascade_leaves_out_come_last(run):
         flips="none", stride=500, query_draws=8, update="sgd", cascade=0.3, cascade_stride=500, cascade_min=1
     )
     assert has_cascade(config) and not any(map(has_cascade, METHODS.values()))
-    (scores,) = method_scores(run, "cascade", config, QUERIES[:1])
+    (scores,) = keep_scores(run, "cascade", config, QUERIES[:1])
     finalists = config.num_finalists(COUNT)
     assert np.sum(scores == scores.min()) == COUNT - finalists and len(np.unique(scores)) == finalists + 1
 
@@ -44,6 +55,21 @@ def test_a_methods_file(tmp_path):
     assert list(read_methods(file, ["b"])) == ["b"]
     with pytest.raises(ValueError, match="'c'"):
         read_methods(file, ["c"])
+
+
+def test_scores_that_were_made_elsewhere(run, tmp_path):
+    expected = method_scores(run, "unlearn", METHODS["unlearn"], SET, "reported")
+    for number, (query, values) in enumerate(zip(SET.of("reported"), expected)):
+        order = np.argsort(values)  # as another program may have them
+        scores = Scores(row_id=run.data.row_ids[order], score=values[order])
+        write_scores(scores, tmp_path / f"theirs {number} {query.prompt} {query.seed}.csv")
+    theirs = StoredScores(f"{tmp_path}/theirs {{number}} {{prompt}} {{seed}}.csv")
+    np.testing.assert_array_equal(method_scores(run, "theirs", theirs, SET, "reported"), expected)
+    with pytest.raises(FileNotFoundError, match="theirs 0 digit one 3"):
+        method_scores(run, "theirs", theirs, SET, "tuning")
+    write_scores(Scores(run.data.row_ids[:-1], values[:-1]), tmp_path / "few.npz")
+    with pytest.raises(ValueError, match="few.npz has no score of row 25"):
+        method_scores(run, "theirs", StoredScores(f"{tmp_path}/few.npz"), SET, "reported")
 
 
 @pytest.mark.parametrize(
@@ -59,6 +85,9 @@ def test_a_methods_file(tmp_path):
         ('{"a": {"damping": Infinity}}', "'a' of .*damping is inf"),
         ('{"a": {"method": "pixle"}}', "'pixle': did you mean 'pixel'"),
         ('{"a": {"method": "pixel", "damping": 1}}', "damping is 1.*belongs to method 'unlearn', 'influence'"),
+        ('{"default": {"step_size": 1}}', "'default' .*step_size"),
+        ('{"a": {"scores": "x.npz", "method": "random"}}', "'a' .*path of scores alone"),
+        ('{"a": {"scores": "{query}.npz"}}', "scores is '{query}.npz'"),
         ('{"shared": {"strid": 50}, "a": {}}', "'strid': did you mean 'stride'"),
     ],
 )
@@ -67,6 +96,12 @@ def test_wrong_methods_files(tmp_path, content, named):
     file.write_text(content)
     with pytest.raises(ValueError, match=named):
         read_methods(file)
+
+
+def test_stored_scores_are_of_queries_in_a_file():
+    assert refuse_stored(METHODS, "self") == METHODS
+    with pytest.raises(ValueError, match="'theirs' is stored scores.*protocol 'self'"):
+        refuse_stored({**METHODS, "theirs": StoredScores("{number}.npz")}, "self")
 
 
 def test_splits_of_a_query_set():
@@ -94,12 +129,15 @@ def test_the_shipped_scores_are_those_of_the_configs():
     """Else a study would compute anew, without a word, what took hours."""
     defaults, stages = Query("", guidance_scale=2.0, sampler_steps=50), Path("models/digits/stages/evaluation/scores")
     expected = {}
-    for name, split in (("methods", "reported"), ("tuning", "tuning")):
-        file = f"configs/evaluation/digits_{split}.jsonl"
+    for name, split, suffix in (("methods", "reported", "_12"), ("tuning", "tuning", "_12")):
+        file = f"configs/evaluation/digits_{split}{suffix}.jsonl"
         queries = [query_settings(query) for query in read_queries(file, defaults).queries]
         for method, config in read_methods(f"configs/evaluation/{name}_digits.json").items():
             settings = {"method": config.describe(), "queries": queries}
-            expected[f"{method}-{json_digest(settings)[:8]}"] = settings
-    stored = {record.parent.name: json.loads(record.read_text()) for record in stages.glob("*/stage.json")}
+            expected[f"{split}/{method}-{json_digest(settings)[:8]}"] = settings
+    stored = {
+        record.parent.relative_to(stages).as_posix(): json.loads(record.read_text())
+        for record in stages.glob("*/*/stage.json")
+    }
     assert {name: record["settings"] for name, record in stored.items()} == expected
     assert all(record["stage"] == f"evaluation/scores/{name}" for name, record in stored.items())

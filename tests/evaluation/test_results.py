@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from attrib_jax.evaluation.results import ResultTable
+from attrib_jax.evaluation.results import KeptModels, ResultTable
 from attrib_jax.storage.files import StorageError
 
 FIELDS = {"loss": (2,), "mse": ()}
@@ -40,3 +40,10 @@ def test_a_damaged_table_counts_as_empty(tmp_path, caplog):
     file.write_bytes(content)
     assert len(ResultTable(file, FIELDS)) == 0
     assert "will be trained again" in caplog.text
+
+
+def test_weights_beyond_float16_are_not_kept(tmp_path):
+    kept = KeptModels(tmp_path)
+    with pytest.raises(ValueError, match="conv.*model b.*float16"):
+        kept.write(["a", "b"], {"conv": np.array([[1.0], [1e6]], np.float32)})
+    assert "b" not in kept

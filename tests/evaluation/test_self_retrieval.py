@@ -27,7 +27,7 @@ def asked(workdir, pipeline, dataset, count):
     with lock(workdir):
         run = Run(pipeline, dataset, StageRoot(workdir))
         run_self(run, RANDOM, SelfConfig(self_queries=count))
-    (record,) = (workdir / "evaluation" / "scores").glob("*/stage.json")
+    (record,) = (workdir / "evaluation" / "scores").glob("*/*/stage.json")
     return json.loads(record.read_text())["settings"]["queries"], run.data
 
 

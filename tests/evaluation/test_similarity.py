@@ -73,7 +73,7 @@ def test_the_tables_hold_the_similarity_of_each_query_to_its_regeneration(run, t
     stored = files(tmp_path / counterfactuals.name)
     rows, text = run_leave_k_out(counterfactuals, METHODS, SET, CONFIG, tower)
     assert stored and files(tmp_path / counterfactuals.name) == stored
-    assert [row["dL"] for row in rows] == [row["dL"] for row in plain]
+    assert [row["dl"] for row in rows] == [row["dl"] for row in plain]
 
     def similarity(removed, place):
         drawn = counterfactuals.results([Training(removed, seed) for seed in CONFIG.train_seeds])["latents"]
@@ -82,7 +82,7 @@ def test_the_tables_hold_the_similarity_of_each_query_to_its_regeneration(run, t
 
     sets = [random_positions(len(run.data), 2, number) for number in range(2)]
     random = np.array([[similarity(removed, place) for place in (1, 2)] for removed in sets])
-    scores = method_scores(run, "m", METHODS["m"], SET.of("reported"))
+    scores = method_scores(run, "m", METHODS["m"], SET, "reported")
     removed = [top_positions(each, run.data.row_ids, 2) for each in scores]
     own = np.array([similarity(*pair) for pair in zip(removed, (1, 2))])
     assert np.ptp([*random.ravel(), *own]) > 1e-3
@@ -91,10 +91,10 @@ def test_the_tables_hold_the_similarity_of_each_query_to_its_regeneration(run, t
     assert whole["similarity"] == pytest.approx(expected, abs=1e-5)
     assert reference["similarity"] == pytest.approx(random.mean(), abs=1e-5)
     error = np.hypot(*(np.std(random.mean(axis), ddof=1) / np.sqrt(2) for axis in (0, 1)))
-    assert reference["similarity error"] == pytest.approx(error, abs=1e-5)
+    assert reference["similarity_error"] == pytest.approx(error, abs=1e-5)
     assert method["similarity"] == pytest.approx(own.mean(), abs=1e-5)
-    assert method["similarity error"] == pytest.approx(np.std(own, ddof=1) / np.sqrt(2), abs=1e-5)
-    assert "| similarity | similarity error |" in text
+    assert method["similarity_error"] == pytest.approx(np.std(own, ddof=1) / np.sqrt(2), abs=1e-5)
+    assert "| similarity | similarity_error |" in text
     with open(run.root.workdir / "evaluation" / "leave-k-out-reported" / "queries.csv") as file:
         stored = [[float(row[name]) for name in ("similarity", "random similarity")] for row in csv.DictReader(file)]
     np.testing.assert_allclose(stored, np.stack([own, random.mean(0)], axis=1), atol=1e-5)

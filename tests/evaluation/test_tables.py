@@ -9,16 +9,16 @@ from attrib_jax.evaluation.tables import write_table
 
 def test_markdown_is_rounded_and_csv_is_exact(tmp_path):
     rows = [
-        {"method": "a", "K": 90, "dL": 1 / 3, "as random pictures": np.inf},
-        {"method": "b", "K": 90, "dL": float("nan"), "as random pictures": 1234.5678},
+        {"method": "a", "K": 90, "dl": 1 / 3, "as_random_images": np.inf},
+        {"method": "b", "K": 90, "dl": float("nan"), "as_random_images": 1234.5678},
     ]
     markdown = write_table(tmp_path, "table", rows)
     assert markdown.splitlines()[2:] == ["| a | 90 | 0.3333 | more |", "| b | 90 | - | 1235 |"]
     assert (tmp_path / "table.md").read_text() == markdown + "\n"
     with open(tmp_path / "table.csv") as file:
         first, second = csv.DictReader(file)
-    assert float(first["dL"]) == 1 / 3 and float(first["as random pictures"]) == np.inf
-    assert float(second["as random pictures"]) == 1234.5678 and np.isnan(float(second["dL"]))
+    assert float(first["dl"]) == 1 / 3 and float(first["as_random_images"]) == np.inf
+    assert float(second["as_random_images"]) == 1234.5678 and np.isnan(float(second["dl"]))
 
 
 def test_rows_of_an_unfinished_study_leave_an_earlier_table_alone(tmp_path):

@@ -17,7 +17,7 @@ WRONG = {
     "--protocol=lsd": "'lds'",
     f"{DIGITS} --split=report": "'reported'",
     f"{DIGITS} --methods=nowhere.json": "nowhere.json",
-    f"{DIGITS} --only=unlern": "'unlearn'",
+    f"{DIGITS} --only=unlearn-ekfak": "'unlearn-ekfac'",
     f"{DIGITS} --reported_queries=": "--reported_queries",
     f"{DIGITS} --reported_queries=nowhere.jsonl": "nowhere.jsonl",
     f"{DIGITS} --split=tuning --tuning_queries=": "tuning",
@@ -79,10 +79,10 @@ def test_tables_of_a_tiny_model(tmp_path):
         tiny=True,
     )  # fmt: skip
     assert leave_k_out.code == lds.code == own.code == 0, leave_k_out.err + lds.err + own.err
-    assert "| MSE | MSE error | similarity | similarity error |" in leave_k_out.out
-    assert "3 models on 50%" in lds.out and "| m | " in lds.out and "3 reported" in own.out
+    assert "| mse | mse_error | similarity | similarity_error |" in leave_k_out.out
+    assert "3 subsets of 50%" in lds.out and "| m | " in lds.out and "3 reported" in own.out
     evaluation = tmp_path / "work" / "evaluation"
-    for name, rows in (("leave_k_out", ["no pictures", "random pictures", "m"]), ("queries", ["m", "m"])):
+    for name, rows in (("leave_k_out", ["no images", "random images", "m"]), ("queries", ["m", "m"])):
         with open(evaluation / "leave-k-out-reported" / f"{name}.csv") as file:
             table = list(csv.DictReader(file))
         assert sorted(row["method"] for row in table) == sorted(rows)
