@@ -64,15 +64,17 @@ def random_shifts(key: jax.Array, images: jax.Array, largest: int) -> jax.Array:
 
 
 def tower_loss(
-    model: CLIPModel, params: Any, batch: TowerBatch, key: jax.Array, largest_shift: int
+    model: CLIPModel, params: Any, batch: TowerBatch, key: jax.Array, largest_shift: int, mirror: bool = True
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The contrastive loss of a batch, each image with one caption drawn from its own.
 
-    Images are mirrored at random and shifted by up to `largest_shift` pixels. Skin-tone variants of one image have
-    captions that tell the tone, so they count as different images; a text that several share is right for all.
+    Images are mirrored at random where `mirror`, and shifted by up to `largest_shift` pixels. Skin-tone variants of one
+    image have captions that tell the tone, so they count as different images; a text that several share is right for
+    all.
     """
     flip_key, shift_key, caption_key = jax.random.split(key, 3)
-    images = random_shifts(shift_key, random_flips(flip_key, batch.images), largest_shift)
+    images = random_flips(flip_key, batch.images) if mirror else batch.images
+    images = random_shifts(shift_key, images, largest_shift)
     rows = jnp.arange(len(images))
     caption = jax.random.randint(caption_key, rows.shape, 0, batch.num_captions)
     pixels = images.astype(jnp.float32) / 127.5 - 1.0

@@ -37,10 +37,8 @@ class TowerConfig(Settings):
 
     Attributes:
       width, layers, heads: of the vision transformer.
-      patch_size: side of a patch in pixels.
       text_width, text_layers, text_heads: of the text transformer.
       projection_dim: width of the features.
-      largest_shift: largest random shift of a training image, in pixels.
       log_every: steps between two lines of metrics.jsonl.
     """
 
@@ -57,21 +55,23 @@ class TowerConfig(Settings):
         high=0.5,
     )
 
+    patch_size: int = setting(16, "Side of the vision transformer's patches.", low=1, unit="pixels")
+    largest_shift: int = setting(4, "Largest random shift of a training image.", low=0, unit="pixels")
+    mirror: bool = setting(True, "Whether half of the training images are mirrored.")
+
     width: int = 128
     layers: int = 3
     heads: int = 4
-    patch_size: int = 16
     text_width: int = 128
     text_layers: int = 1
     text_heads: int = 4
     projection_dim: int = 128
-    largest_shift: int = 4
     log_every: int = 10
 
     def __post_init__(self):
         super().__post_init__()
         for name in (*_ARCHITECTURE, "log_every"):
-            check_range(name, getattr(self, name), 0 if name == "largest_shift" else 1, integer=True)
+            check_range(name, getattr(self, name), 1, integer=True)
 
     @property
     def run(self) -> FitConfig:
@@ -89,10 +89,8 @@ class TowerConfig(Settings):
         )
 
 
-_ARCHITECTURE = (
-    *("width", "layers", "heads", "patch_size", "text_width", "text_layers", "text_heads"),
-    *("projection_dim", "largest_shift"),
-)
+_ARCHITECTURE = ("width", "layers", "heads", "text_width", "text_layers", "text_heads", "projection_dim")
+_DATA_SETTINGS = ("patch_size", "largest_shift", "mirror", "holdout")
 
 
 class _Pairs:
@@ -138,7 +136,9 @@ def train_tower(
 
     Raises StageMismatchError where the folder holds a run with other settings, another data set or tokenizer.
     """
-    settings = {name: getattr(config, name) for name in (*_ARCHITECTURE, "holdout")} | {"run": config.run.describe()}
+    settings = {name: getattr(config, name) for name in (*_ARCHITECTURE, *_DATA_SETTINGS)} | {
+        "run": config.run.describe()
+    }
     # Before anything is stored: images that cannot be trained on should leave nothing behind.
     side = image_side(dataset)
     module = CLIPModel(_clip_config(config, side, tokenizer))
@@ -149,7 +149,7 @@ def train_tower(
     key = purpose_key(config.run.seed, "tower weights")
     ids = jnp.zeros((1, tokenizer.model_max_length), jnp.int32)
     params = jax.jit(module.init)(key, jnp.zeros((1, side, side, 3)), ids)["params"]
-    loss_fn = functools.partial(tower_loss, module, largest_shift=config.largest_shift)
+    loss_fn = functools.partial(tower_loss, module, largest_shift=config.largest_shift, mirror=config.mirror)
     params = fit(stage.path, loss_fn, params, _Pairs(dataset, rows, side, tokenizer), config.run, "train tower")
     tower = Tower("clip", module, params, ImageProcessor(resize=side, crop=side), tokenizer)
     folder = Path(workdir) / "tower"
