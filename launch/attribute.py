@@ -22,7 +22,7 @@ from attrib_jax.methods.features import default_tower
 from attrib_jax.parallel.hosts import is_host0
 from attrib_jax.storage.stage_root import StageRoot
 from launch import common
-from launch.flags import check_unread, define_choice, define_flags, read_config
+from launch.flags import check_unread, define_choice, define_flags, define_mode_flags, read_config
 
 _PROMPT = flags.DEFINE_string("prompt", None, "Caption of the query.")
 _QUERY = flags.DEFINE_string("query", None, "Image to attribute, with --prompt; generated if not given.")
@@ -43,7 +43,8 @@ _TOP_K = flags.DEFINE_integer("top_k", 24, "Images shown in the report, and rows
 _SHIPPED = flags.DEFINE_boolean(
     "use_shipped_stages", True, "Whether finished stages that came with the model are reused."
 )
-define_flags(Query, *(method.config for method in METHODS.values()), skip=["method"])
+define_flags(Query)
+define_mode_flags({name: method.config for name, method in METHODS.items()}, skip=["method"])
 flags.mark_flags_as_mutual_exclusive(["query", "query_latents", "queries"])
 flags.mark_flags_as_mutual_exclusive(["region", "region_mask"])
 

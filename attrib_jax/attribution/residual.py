@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attrib_jax.core.keys import check_key, example_noise
+from attrib_jax.core.keys import example_noise, shared_noise
 from attrib_jax.core.types import Batch
 from attrib_jax.core.weights import Params
 from attrib_jax.diffusion.losses import Predict, predictions
@@ -19,22 +19,6 @@ from attrib_jax.ops.micro_batching import forward_pixels, group_size, num_pixels
 
 # Rows whose residuals are in memory at once, as float64.
 _BLOCK = 1024
-
-
-def shared_noise(key: jax.Array, timesteps: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Standard normal noise of S timesteps, the same for every image -> (S, *shape) float32.
-
-    Args:
-      key: a scalar threefry key, such as `purpose_key(seed, "shared noise")`.
-      timesteps: (S,) integers; the noise of one does not depend on the others.
-      shape: shape of one latent, (h, w, c).
-    """
-    check_key(key)
-
-    def draw(timestep):
-        return jax.random.normal(jax.random.fold_in(key, timestep), shape, jnp.float32)
-
-    return jax.vmap(draw)(jnp.asarray(timesteps))
 
 
 def residuals(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attrib_jax.core.checks import check_choice, check_positive
-from attrib_jax.core.keys import check_row_ids, example_noise
+from attrib_jax.core.keys import check_row_ids, example_noise, shared_noise
 from attrib_jax.core.types import Batch, Scores
 from attrib_jax.core.weights import Params
 from attrib_jax.diffusion.losses import Predict, denoising_losses
@@ -23,7 +23,14 @@ EXAMPLES_PER_TILE = 8
 
 
 def example_loss(
-    predict: Predict, schedule: NoiseSchedule, params: Params, key: jax.Array, example: Batch, timesteps: jax.Array
+    predict: Predict,
+    schedule: NoiseSchedule,
+    params: Params,
+    key: jax.Array,
+    example: Batch,
+    timesteps: jax.Array,
+    *,
+    shared: bool = False,
 ) -> jax.Array:
     """The strided loss of one example, the mean over `timesteps` -> (); its mask is ignored.
 
@@ -34,8 +41,13 @@ def example_loss(
         key: `loss_key(seed)`: the noise depends on it and on the example's row id, flip, caption and timestep alone.
         example: a `Batch` without its leading axis.
         timesteps: (S,) int32, see `strided_timesteps`.
+        shared: whether all examples have one noise at a timestep, that of `shared_noise`, whose key `key` then is.
     """
-    noise = example_noise(key, example.row_id, example.flip, example.caption, timesteps, example.latents.shape)
+    shape = example.latents.shape
+    if shared:
+        noise = shared_noise(key, timesteps, shape)
+    else:
+        noise = example_noise(key, example.row_id, example.flip, example.caption, timesteps, shape)
     noise = noise.astype(example.latents.dtype)
     return jnp.mean(denoising_losses(predict, params, schedule, example.latents, example.text, noise, timesteps))
 
@@ -48,6 +60,8 @@ def strided_losses(
     batch: Batch,
     timesteps: jax.Array,
     platform: str | None = None,
+    *,
+    shared: bool = False,
 ) -> jax.Array:
     """The strided loss of each of B examples -> (B,); padding (mask 0) gives exactly 0.
 
@@ -55,7 +69,7 @@ def strided_losses(
     padding: then an example's loss is bitwise the same in whatever order, subset or batch the data set is run.
 
     Args:
-        predict, schedule, params, key, timesteps: as in `example_loss`.
+        predict, schedule, params, key, timesteps, shared: as in `example_loss`.
         batch: B examples.
         platform: platform of the devices that run it, such as "cpu" or "tpu", for how many examples run at once; JAX's
             default backend if None.
@@ -63,7 +77,7 @@ def strided_losses(
     pixels = num_pixels(batch.latents.shape[1:]) * len(timesteps)
     count = len(batch.row_id)
     losses = jax.lax.map(
-        lambda example: example_loss(predict, schedule, params, key, example, timesteps),
+        lambda example: example_loss(predict, schedule, params, key, example, timesteps, shared=shared),
         batch,
         batch_size=group_size(count, pixels, forward_pixels(platform)) % count,  # 0 is a plain vmap
     )

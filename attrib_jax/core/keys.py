@@ -88,6 +88,27 @@ def example_noise(
     return jax.vmap(draw)(timesteps)
 
 
+def shared_noise(key: jax.Array, timesteps: jax.Array | Sequence[int], shape: tuple[int, ...]) -> jax.Array:
+    """Standard normal noise of S timesteps, the same for every image -> (S, *shape) float32.
+
+    Args:
+        key: a scalar threefry key, such as `shared_noise_key(seed)`.
+        timesteps: (S,) integers; the noise of one does not depend on the others.
+        shape: shape of one latent, (h, w, c).
+    """
+    check_key(key)
+
+    def draw(timestep):
+        return jax.random.normal(jax.random.fold_in(key, timestep), shape, jnp.float32)
+
+    return jax.vmap(draw)(jnp.asarray(timesteps))
+
+
+def shared_noise_key(seed: int) -> jax.Array:
+    """The key of `shared_noise`; ValueError for a bad `seed`, as in `loss_key`."""
+    return purpose_key(seed, "shared noise")
+
+
 def check_row_ids(row_id: np.ndarray | int) -> None:
     """Raises TypeError for ids that are not integers, ValueError where one is below 0 or above 2^31 - 1.
 

@@ -33,6 +33,8 @@ class Setting:
       only_if: the setting that this one depends on: its name, where that one has to be given (not None, 0, False or
         empty), or (name, value) where it has to have that value, or hold it among several.
       content: for a file, value -> what decides the result, as a JSON value: the digest of the content, not the path.
+      omit_default: whether the default is left out of what is stored, so that results from before there was such a
+        setting stay valid.
       path: whether the value is a path, in which `~` is expanded.
       flag: name of the flag; that of the field if None.
     """
@@ -47,6 +49,7 @@ class Setting:
     performance: bool = False
     only_if: str | tuple[str, Any] | None = None
     content: Callable[[Any], Any] | None = None
+    omit_default: bool = False
     path: bool = False
     flag: str | None = None
 
@@ -143,6 +146,8 @@ class Settings:
         for name, field in declared(type(self)).items():
             value = getattr(self, name)
             if field.setting.performance or not self.applies(name):
+                continue
+            if field.setting.omit_default and value == field.default:
                 continue
             if value is not None and field.setting.content is not None:
                 value = field.setting.content(value)

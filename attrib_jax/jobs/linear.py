@@ -15,7 +15,7 @@ from attrib_jax.attribution.scores import example_loss, strided_losses
 from attrib_jax.core.types import Batch
 from attrib_jax.core.weights import Params, merge_weights, select_weights
 from attrib_jax.jobs.context import Run
-from attrib_jax.jobs.losses import ExampleProgram, dataset_pass
+from attrib_jax.jobs.losses import ExampleProgram, dataset_pass, shares_noise
 from attrib_jax.jobs.settings import LossSettings
 from attrib_jax.models.predictor import cast_params, predictor
 from attrib_jax.ops.micro_batching import GRADIENT_PIXELS, even_group_size, num_pixels
@@ -61,27 +61,30 @@ def linear_program(run: Run, config: LossSettings, num_queries: int) -> ExampleP
 
     `selected` and `change` are in float32, `rest` in any precision.
     """
-    static = (predictor(run.pipeline.unet, config.precision), config.precision)
+    common = shares_noise(config)
+    static = (predictor(run.pipeline.unet, config.precision), config.precision, common)
     function, shape = (_forward_mode, ()) if num_queries == 1 else (_reverse_mode, (num_queries,))
-    return ExampleProgram(function, run.pipeline.schedule, config, result_shape=shape, static=static)
+    return ExampleProgram(
+        function, run.pipeline.schedule, config, result_shape=shape, static=static, shared_noise=common
+    )
 
 
-def _forward_mode(predict, precision: str, shared, batch: Batch) -> jax.Array:
+def _forward_mode(predict, precision: str, common: bool, shared, batch: Batch) -> jax.Array:
     schedule, key, timesteps, (selected, rest, change) = shared
 
     def losses(selected):
         params = cast_params(merge_weights(selected, rest), precision)
-        return strided_losses(predict, schedule, params, key, batch, timesteps)
+        return strided_losses(predict, schedule, params, key, batch, timesteps, shared=common)
 
     return jax.jvp(losses, (selected,), (change,))[1]
 
 
-def _reverse_mode(predict, precision: str, shared, batch: Batch) -> jax.Array:
+def _reverse_mode(predict, precision: str, common: bool, shared, batch: Batch) -> jax.Array:
     schedule, key, timesteps, (selected, rest, changes) = shared
 
     def loss(selected, rest, example):
         params = cast_params(merge_weights(selected, rest), precision)
-        return example_loss(predict, schedule, params, key, example, timesteps)
+        return example_loss(predict, schedule, params, key, example, timesteps, shared=common)
 
     forwards = min(_FORWARDS_AT_ONCE, _PIXELS_AT_ONCE // num_pixels(batch.latents.shape[1:]))
     # A divisor of the tile, so that no group is smaller than the others.

@@ -17,13 +17,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from attrib_jax.attribution.scores import EXAMPLES_PER_TILE, strided_losses
-from attrib_jax.core.keys import loss_key
+from attrib_jax.core.keys import loss_key, shared_noise_key
 from attrib_jax.core.types import Batch
 from attrib_jax.core.weights import Params, merge_weights, select_weights
 from attrib_jax.diffusion.schedule import NoiseSchedule, strided_timesteps
 from attrib_jax.jobs.context import Run
 from attrib_jax.jobs.encoded_dataset import EncodedDataset
-from attrib_jax.jobs.settings import LossSettings
+from attrib_jax.jobs.settings import LossSettings, PassSettings
 from attrib_jax.models.predictor import cast_params, matmul_precision, predictor
 from attrib_jax.parallel.hosts import fetch, host0_first, is_host0, run_on_host0
 from attrib_jax.parallel.mesh import data_mesh, host_share, padded_tiles, replicate, shard_batch, tile_map
@@ -56,6 +56,7 @@ class ExampleProgram:
         timesteps: np.ndarray | None = None,
         tile: int = EXAMPLES_PER_TILE,
         static: tuple = (),
+        shared_noise: bool = False,
     ):
         """Compiles when first called, unless a program of the same function and `static` was compiled before.
 
@@ -68,12 +69,14 @@ class ExampleProgram:
           timesteps: (S,) int32 instead of the strided ones.
           tile: examples that a device takes at once; another number changes rounding.
           static: hashable first arguments of `function`, such as the predictor.
+          shared_noise: whether `key` is that of the noise that all examples share, in place of each one's own.
         """
         self.mesh, self.config = mesh or data_mesh(), config
         self.result_shape, self.tile = tuple(result_shape), tile
         strided = strided_timesteps(config.stride, schedule.num_train_timesteps)
         self._timesteps = strided if timesteps is None else timesteps
-        self._shared = replicate(self.mesh, (schedule, loss_key(config.loss_seed), self._timesteps))
+        key = shared_noise_key(config.loss_seed) if shared_noise else loss_key(config.loss_seed)
+        self._shared = replicate(self.mesh, (schedule, key, self._timesteps))
         self._tiles_in_flight = max(2, -(-config.batch_size // (tile * self.mesh.size)))
         self._matmul_precision = matmul_precision(config.precision)
         self._run = _compiled(function, static, self.mesh)
@@ -172,13 +175,18 @@ def num_captions(data: EncodedDataset, rows: np.ndarray, config: LossSettings) -
 
 def loss_program(run: Run, config: LossSettings) -> ExampleProgram:
     """The strided loss of the run's model; `loss_weights` makes the weights that it takes."""
-    predict = predictor(run.pipeline.unet, config.precision)
-    return ExampleProgram(_tile_losses, run.pipeline.schedule, config, static=(predict,))
+    predict, common = predictor(run.pipeline.unet, config.precision), shares_noise(config)
+    return ExampleProgram(_tile_losses, run.pipeline.schedule, config, static=(predict, common), shared_noise=common)
 
 
-def _tile_losses(predict, shared, batch: Batch) -> jax.Array:
+def shares_noise(config: LossSettings) -> bool:
+    """Whether the losses of all images are taken under one noise at a timestep."""
+    return isinstance(config, PassSettings) and config.shared_noise
+
+
+def _tile_losses(predict, common: bool, shared, batch: Batch) -> jax.Array:
     schedule, key, timesteps, params = shared
-    return strided_losses(predict, schedule, params, key, batch, timesteps)
+    return strided_losses(predict, schedule, params, key, batch, timesteps, shared=common)
 
 
 def loss_weights(run: Run, program: ExampleProgram, moved: Sequence[Params], weights: str) -> list[Params]:
@@ -289,7 +297,9 @@ def _losses_of_model(run: Run, path: Path, config: LossSettings, rows: np.ndarra
 def _base_stage(run: Run, config: LossSettings) -> tuple[str, dict[str, Any], Mapping[str, str]]:
     settings = {name: getattr(config, name) for name in ("loss_seed", "stride", "captions", "num_flips")}
     name = f"losses/stride{config.stride}-{config.captions}-flips{config.num_flips}-seed{config.loss_seed}"
-    # Losses in float32 need no word about it.
+    # Losses in float32, under noise of each image's own, need no word about it.
+    if shares_noise(config):
+        name, settings = f"{name}-shared-noise", {**settings, "shared_noise": True}
     if config.precision != "float32":
         name, settings = f"{name}-{config.precision}", {**settings, "precision": config.precision}
     return name, settings, run.inputs

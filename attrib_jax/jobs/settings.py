@@ -18,6 +18,8 @@ from attrib_jax.models.predictor import PRECISIONS
 CURVATURES = ("diagonal", "ekfac")
 CAPTIONS = ("first", "all")
 SCORES = ("exact", "linear")
+# Of `PassSettings` and of the residual product, where it is on by default and counts the query too.
+SHARED_NOISE_HELP = "Whether all images that are scored have the same noise at a timestep, or each its own."
 _MAX_SEED = 2**32 - 1
 
 
@@ -158,6 +160,7 @@ class LossSettings(NoiseSettings, FlipSettings, CaptionSettings):
 class PassSettings(LossSettings):
     """Scoring in one pass over the data set, of all images or coarse to fine."""
 
+    shared_noise: bool = setting(False, SHARED_NOISE_HELP, omit_default=True)
     cascade: float = setting(
         0.0,
         "Share of the images, the best by a coarse score, that is scored at the full setting; 0 scores all of them.",

@@ -33,7 +33,7 @@ from attrib_jax.diffusion.schedule import strided_timesteps
 from attrib_jax.jobs.context import Run, check_images
 from attrib_jax.jobs.encoded_dataset import CaptionRows, EncodedDataset, caption_rows, caption_texts
 from attrib_jax.jobs.losses import ExampleProgram
-from attrib_jax.jobs.settings import LossSettings
+from attrib_jax.jobs.settings import SHARED_NOISE_HELP, LossSettings
 from attrib_jax.methods.base import MethodConfig, QueryJob, Scored
 from attrib_jax.models.predictor import cast_params, predictor
 from attrib_jax.parallel.hosts import host0_first, run_on_host0
@@ -59,9 +59,7 @@ class ResidualConfig(MethodConfig, LossSettings):
     residual_start: int = setting(
         550, "First timestep of the residuals: of the timesteps 0, stride, 2 stride, ... those from it on count.", low=0
     )
-    shared_noise: bool = setting(
-        True, "Whether the query and all training images have the same noise at a timestep, or each its own."
-    )
+    shared_noise: bool = setting(True, SHARED_NOISE_HELP)
     residual_dim: int = setting(
         0, "Dimension of a random projection of the stored residuals, which keeps inner products; 0 stores them whole.",
         low=0, symbol="k",
@@ -170,7 +168,7 @@ def _shape(run: Run) -> tuple[int, ...]:
 
 
 def _program(run: Run, config: ResidualConfig) -> ExampleProgram:
-    """The compiled residuals; its weights are `(parameters, noise key, projection key)`."""
+    """The compiled residuals; its weights are `(parameters, projection key)`."""
     timesteps = _timesteps(run, config)
     predict = predictor(run.pipeline.unet, config.precision)
     width = config.residual_dim or len(timesteps) * math.prod(_shape(run))
@@ -181,20 +179,19 @@ def _program(run: Run, config: ResidualConfig) -> ExampleProgram:
         result_shape=(width,),
         timesteps=timesteps,
         static=(predict, config.shared_noise, config.residual_dim),
+        shared_noise=config.shared_noise,
     )
 
 
-def _residuals(predict, shared_noise: bool, dim: int, shared, batch: Batch) -> jax.Array:
-    schedule, key, timesteps, (params, noise_key, projection_key) = shared
-    key = noise_key if shared_noise else key
-    found = residuals(predict, schedule, params, key, batch, timesteps, shared=shared_noise)
+def _residuals(predict, common: bool, dim: int, shared, batch: Batch) -> jax.Array:
+    schedule, key, timesteps, (params, projection_key) = shared
+    found = residuals(predict, schedule, params, key, batch, timesteps, shared=common)
     return project({"residual": found}, projection_key, _PROJECTION, dim) if dim else found
 
 
 def _place(run: Run, program: ExampleProgram, config: ResidualConfig) -> Any:
     params = cast_params(run.pipeline.params["unet"], config.precision)
-    noise_key = purpose_key(config.loss_seed, "shared noise")
-    return program.place((params, noise_key, purpose_key(config.residual_seed, "residual projection")))
+    return program.place((params, purpose_key(config.residual_seed, "residual projection")))
 
 
 def _dataset_residuals(run: Run, path: Path, config: ResidualConfig, captions: CaptionRows) -> Any:

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attrib_jax.attribution.residual import mean_over_captions, residual_products, residuals, shared_noise
-from attrib_jax.core.keys import example_noise, loss_key, purpose_key
+from attrib_jax.attribution.residual import mean_over_captions, residual_products, residuals
+from attrib_jax.core.keys import example_noise, loss_key, purpose_key, shared_noise
 from attrib_jax.core.types import Batch
 from attrib_jax.diffusion.losses import denoising_losses
 from attrib_jax.diffusion.schedule import NoiseSchedule

@@ -9,7 +9,7 @@ import pytest
 
 from attrib_jax.attribution import combine_flips, combine_scores, score_dataset, strided_losses
 from attrib_jax.attribution.scores import dataset_losses
-from attrib_jax.core.keys import example_noise, loss_key
+from attrib_jax.core.keys import example_noise, loss_key, shared_noise, shared_noise_key
 from attrib_jax.core.types import Batch
 from attrib_jax.diffusion.losses import denoising_losses
 from attrib_jax.diffusion.schedule import NoiseSchedule
@@ -37,6 +37,19 @@ def test_strided_loss_is_the_mean_over_timesteps_of_each_examples_own_noise():
         arguments = batch.latents[i], batch.text[i], noise, TIMESTEPS
         expected = np.asarray(reference(predict, params, SCHEDULE, *arguments), np.float64).mean()
         np.testing.assert_allclose(losses[i], expected, rtol=1e-5)
+
+
+def test_shared_noise_is_that_of_the_timestep_whatever_the_example():
+    params, key = tiny_denoiser.init_params(), shared_noise_key(3)
+    _, latents, text = tiny_denoiser.make_data(3)
+    row_id, flip, zeros = np.int32([11, 2, 5]), np.int32([0, 1, 0]), np.zeros(3, np.int32)
+    batch = Batch(latents[:, 0], text[:, 0], row_id, flip, zeros, np.ones(3, np.float32))
+    losses = jax.jit(functools.partial(strided_losses, predict, shared=True))(SCHEDULE, params, key, batch, TIMESTEPS)
+    noise = shared_noise(key, TIMESTEPS, latents.shape[2:])
+    for i in range(3):
+        arguments = batch.latents[i], batch.text[i], noise, TIMESTEPS
+        expected = denoising_losses(predict, params, SCHEDULE, *arguments)
+        np.testing.assert_allclose(losses[i], np.asarray(expected, np.float64).mean(), rtol=1e-5)
 
 
 def scaled(params, noisy, timestep, text):

@@ -11,7 +11,7 @@ from attrib_jax.core.weights import flatten_names, merge_weights
 from attrib_jax.jobs.context import Run
 from attrib_jax.jobs.linear import linear_pass, weight_change
 from attrib_jax.jobs.losses import base_losses, dataset_pass, loss_program, loss_weights
-from attrib_jax.jobs.settings import LossSettings
+from attrib_jax.jobs.settings import LossSettings, PassSettings
 from attrib_jax.storage.stage_root import StageRoot
 
 WEIGHTS, TIMESTEPS = "cross-attn-kv", np.arange(0, 1000, 300, dtype=np.int32)
@@ -91,3 +91,13 @@ def test_scores_in_another_precision(run, changes, first, tmp_path):
     (rounded,) = linear(run, tmp_path, changes[:1], precision="bfloat16")
     assert not np.array_equal(rounded, first)
     assert np.corrcoef(rounded.ravel(), first.ravel())[0, 1] > 0.95
+
+
+def test_shared_noise_gives_the_derivative_of_the_losses_under_it(run, changes, first, tmp_path):
+    config = PassSettings(stride=300, shared_noise=True)
+    (found,) = linear_pass(run, [tmp_path], changes[:1], WEIGHTS, config, "linear")
+    program, (selected, _) = loss_program(run, config), run.select(WEIGHTS)
+    moved = [jax.tree.map(np.add, selected, changes[0]), jax.tree.map(np.subtract, selected, changes[0])]
+    after, before = (program(weights, run.data, np.arange(8)) for weights in loss_weights(run, program, moved, WEIGHTS))
+    np.testing.assert_allclose(found[:8], (after - before) / 2, rtol=0.05, atol=0.05 * np.abs(found).max())
+    assert np.corrcoef(found.ravel(), first.ravel())[0, 1] < 0.999

@@ -1,5 +1,6 @@
 """Passes over the data set: values depend on neither batches nor devices, and resume whatever comes with them."""
 
+import dataclasses
 import types
 
 import jax
@@ -10,8 +11,8 @@ import pytest
 from attrib_jax.attribution.scores import strided_losses
 from attrib_jax.jobs.context import Run
 from attrib_jax.jobs.encoded_dataset import EncodedDataset
-from attrib_jax.jobs.losses import ExampleProgram, base_losses, dataset_pass
-from attrib_jax.jobs.settings import LossSettings
+from attrib_jax.jobs.losses import ExampleProgram, base_losses, dataset_pass, loss_program
+from attrib_jax.jobs.settings import LossSettings, PassSettings
 from attrib_jax.models.predictor import predictor
 from attrib_jax.parallel.mesh import data_mesh
 from attrib_jax.storage.chunks import ChunkStore
@@ -32,6 +33,22 @@ def run(pipeline, dataset, tmp_path_factory):
 @pytest.fixture(scope="module")
 def losses(run):
     return base_losses(run, CONFIG)
+
+
+def test_shared_noise_has_a_stage_of_its_own_and_is_off_by_default(run, losses):
+    np.testing.assert_array_equal(base_losses(run, PassSettings(stride=300)), losses)
+    common = base_losses(run, PassSettings(stride=300, shared_noise=True))
+    assert run.root.is_finished("losses/stride300-first-flips2-seed0-shared-noise", *_shared_stage(run))
+    assert (np.abs(common - losses) > 1e-4).mean() > 0.9
+    # The same image has the same noise in any row: these losses differ by the images alone.
+    data = dataclasses.replace(run.data, row_ids=run.data.row_ids[::-1].copy())
+    program = loss_program(run, PassSettings(stride=300, shared_noise=True))
+    found = program(program.place(run.pipeline.params["unet"]), data, np.arange(9))
+    np.testing.assert_array_equal(found, common[:9])
+
+
+def _shared_stage(run):
+    return {"loss_seed": 0, "stride": 300, "captions": "first", "num_flips": 2, "shared_noise": True}, run.inputs
 
 
 def tile_losses(predict, shared, batch):

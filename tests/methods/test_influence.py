@@ -32,8 +32,15 @@ def test_scores_are_the_dense_product_with_f_inverse_between(pipeline, dataset, 
     assert len(curvature.input_bases) == 1
     assert {name for name, _ in curvature.inputs} == flatten_names(selected).keys()
 
+    # The damping is applied when F is solved: another one takes the stored eigenvalues.
+    damped = fit_curvature(run, dataclasses.replace(CONFIG, ekfac_damping=2.0))
+    jax.tree.map(np.testing.assert_array_equal, damped.eigenvalues, curvature.eigenvalues)
+    assert (curvature.relative_damping, damped.relative_damping) == (0.1, 2.0)
+
     gradient = unflatten_names(read_arrays(result.folder / "gradient.safetensors")[0])
     direction = flatten_names(curvature.solve(gradient))
+    shorter = flatten_names(damped.solve(gradient))
+    assert all(0 < np.linalg.norm(shorter[name]) < 0.5 * np.linalg.norm(leaf) for name, leaf in direction.items())
 
     @jax.jit
     def loss_gradient(selected, rest, example):

@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 
 from attrib_jax.attribute import attribute_queries
-from attrib_jax.attribution.residual import shared_noise
 from attrib_jax.attribution.similarity import gaussian_kernel, normalise_caption, text_statistics, token_kernels
-from attrib_jax.core.keys import example_noise, loss_key, purpose_key
+from attrib_jax.core.keys import example_noise, loss_key, purpose_key, shared_noise
 from attrib_jax.data.sources import ArrayDataset
 from attrib_jax.diffusion.losses import predictions
 from attrib_jax.jobs.context import Run
