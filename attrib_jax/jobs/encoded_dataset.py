@@ -64,19 +64,28 @@ class EncodedDataset:
           ValueError: one holds NaN or infinity; it names the row, since later only the model could be blamed.
         """
         asked = np.atleast_1d(row)
+        latents = self.views(asked, flip)
         row = self.positions[asked]
-        flip, caption = (np.broadcast_to(np.asarray(index, np.int64), row.shape) for index in (flip, caption))
-        latents, text = self.latents[row, flip], self.text[self.first_caption[row] + caption]
-        latents, text = np.asarray(latents, np.float32), np.asarray(text, np.float32)
-        for what, values in (("latents", latents), ("text states", text)):
-            for place in nonfinite_rows(values)[:1]:
-                row_id = int(self.row_ids[asked[place]])
-                which = f"caption {int(caption[place])}" if what == "text states" else VIEWS[int(flip[place])]
-                raise ValueError(
-                    f"row {row_id} of {self.source} has {what} ({which}) that are NaN or infinite: encode that row "
-                    "again, or take it out of the data set"
-                )
+        caption = np.broadcast_to(np.asarray(caption, np.int64), row.shape)
+        text = np.asarray(self.text[self.first_caption[row] + caption], np.float32)
+        for place in nonfinite_rows(text)[:1]:
+            self._refuse(asked[place], f"text states (caption {int(caption[place])})")
         return latents, text
+
+    def views(self, row: Any, flip: Any) -> np.ndarray:
+        """The latents (n, h, w, c) of images and mirror images, as in `inputs`, without reading any text."""
+        asked = np.atleast_1d(row)
+        flip = np.broadcast_to(np.asarray(flip, np.int64), asked.shape)
+        latents = np.asarray(self.latents[self.positions[asked], flip], np.float32)
+        for place in nonfinite_rows(latents)[:1]:
+            self._refuse(asked[place], f"latents ({VIEWS[int(flip[place])]})")
+        return latents
+
+    def _refuse(self, row: int, what: str) -> None:
+        raise ValueError(
+            f"row {int(self.row_ids[row])} of {self.source} has {what} that are NaN or infinite: encode that row "
+            "again, or take it out of the data set"
+        )
 
 
 class CaptionRows(NamedTuple):

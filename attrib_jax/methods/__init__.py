@@ -12,7 +12,18 @@ from attrib_jax.core.weights import count_weights
 from attrib_jax.diffusion.schedule import strided_timesteps
 from attrib_jax.jobs.context import Run, dataset_fingerprints
 from attrib_jax.jobs.settings import LossSettings, PassSettings, WeightSettings
-from attrib_jax.methods import ensemble, features, influence, latents, pixel, projected, random, residual, unlearn
+from attrib_jax.methods import (
+    ensemble,
+    features,
+    influence,
+    latents,
+    patches,
+    pixel,
+    projected,
+    random,
+    residual,
+    unlearn,
+)
 from attrib_jax.methods.base import Method, MethodConfig, QueryJob, Scored
 
 # Bytes of moved weights that lie on a device in one pass, where the number of queries is not given.
@@ -48,6 +59,9 @@ METHODS: dict[str, Method] = {
         latents.score_centred,
         "products of latents, less the mean of the query's caption",
         inputs=_BY_IMAGES,
+    ),
+    "patches": Method(
+        patches.PatchesConfig, patches.prepare, patches.score, "the patches of the training set's optimal denoiser"
     ),
     "pixel": Method(pixel.PixelConfig, pixel.prepare, pixel.score, "similarity of pixels", inputs=_BY_IMAGES),
     "clip": Method(features.FeatureConfig, *_FEATURES, "similarity of CLIP image features", inputs=_BY_IMAGES),

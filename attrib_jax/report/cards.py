@@ -53,6 +53,26 @@ class Card(NamedTuple):
     losses: tuple[float, float] | None
 
 
+class Owed(NamedTuple):
+    """One training image of a region: as in `Card`, with its share of the region's weight as it is shown."""
+
+    row_id: int
+    share: str
+    caption: str
+    mirrored: bool
+    image: np.ndarray | None
+
+
+class RegionCell(NamedTuple):
+    """A region of the query: its box in per cent of the query's sides, and its images, best first."""
+
+    left: float
+    top: float
+    width: float
+    height: float
+    images: tuple[Owed, ...]
+
+
 def score_scale(scores: np.ndarray) -> ScoreScale:
     """One scale for (N,) scores: set by the largest magnitude, and without a factor where plain decimals read well."""
     largest = float(np.max(np.abs(scores)))
@@ -104,6 +124,27 @@ def least_cards(report: ReportData) -> list[Card]:
     order = ranking(report)
     start = max(len(order) - report.least_k, report.top_k)
     return [_card(report, rank, order[rank - 1], order[0], None) for rank in range(start + 1, len(order) + 1)]
+
+
+def region_cells(report: ReportData) -> list[list[RegionCell]]:
+    """The regions as they lie in the query: rows of cells; empty without regions."""
+    rows: dict[float, list[RegionCell]] = {}
+    for (x0, y0, x1, y1), images in report.regions:
+        left, top, width, height = (round(100 * side, 3) for side in (x0, y0, x1 - x0, y1 - y0))
+        owed = tuple(_owed(report, *each) for each in images)
+        rows.setdefault(y0, []).append(RegionCell(left, top, width, height, owed))
+    return list(rows.values())
+
+
+def _owed(report: ReportData, row_id: int, flip: int, share: float) -> Owed:
+    image = None if report.image is None else _look_up(report.image, row_id)
+    if image is not None:
+        check_image(image, f"image({row_id})")
+        image = image[:, ::-1] if flip else image
+    captions = [text for text in map(str, _look_up(report.captions, row_id)) if text.strip()]
+    # Two digits: 42 %, 1.3 %, 0.042 %.
+    shown = f"{float(f'{100 * share:.1e}'):.3g} %" if share >= 1e-6 else "0 %"
+    return Owed(row_id, shown, captions[0] if captions else f"row {row_id}", bool(flip), image)
 
 
 def _card(report: ReportData, rank: int, position: int, first: int, duplicate_of: int | None) -> Card:

@@ -15,6 +15,17 @@ class Timing(NamedTuple):
     reused: bool = False
 
 
+class Region(NamedTuple):
+    """A box of the query, and what it owes to whom.
+
+    `box` is (x0, y0, x1, y1) as shares of the query's sides; `images` are (row id, flip, share of the box's weight),
+    best first.
+    """
+
+    box: tuple[float, float, float, float]
+    images: tuple[tuple[int, int, float], ...]
+
+
 class Credit(NamedTuple):
     """One line of attribution or licence, and the address that its text links to, if any."""
 
@@ -48,6 +59,7 @@ class ReportData:
       num_images: images of the training set, where only the most promising of them were scored; None for all.
       region: (x0, y0, x1, y1) in query pixels, x1 and y1 exclusive, when only that box was attributed.
       region_mask: (H, W) bool, the query pixels that were attributed, when they are no box.
+      regions: regions of the query with the images that each owes most to, row by row; none for most methods.
       warnings: sentences that the reader should see first, such as a prompt that was cut.
       explanation: how to read the scores; None for a text that fits `method`.
       model_credit, dataset_credit: attribution lines for the foot of the page.
@@ -78,6 +90,7 @@ class ReportData:
     num_images: int | None = None
     region: tuple[int, int, int, int] | None = None
     region_mask: np.ndarray | None = None
+    regions: Sequence[Region] = ()
     warnings: Sequence[str] = ()
     explanation: str | None = None
     model_credit: Credit | None = None
@@ -110,6 +123,13 @@ class ReportData:
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}: expected at least {least}")
         self._check_region()
+        for number, each in enumerate(self.regions):
+            x0, y0, x1, y1 = each.box
+            if not (0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1) or not each.images:
+                raise ValueError(
+                    f"regions[{number}] has the box {each.box} and {len(each.images)} images: expected x0 < x1 and "
+                    "y0 < y1 from 0 to 1, and at least one image"
+                )
         if self.num_images is not None and self.num_images < row_id.size:
             raise ValueError(
                 f"num_images is {self.num_images}: expected at least {row_id.size}, the number of scored images"

@@ -9,6 +9,7 @@ from PIL import Image
 # A card is at most about 200 CSS pixels wide: twice that is sharp on dense screens, more only makes the file heavy.
 _CARD_PIXELS = 400
 _QUERY_PIXELS = 1024
+_THUMB_PIXELS = 144
 _OVERLAY_PIXELS = 768
 # Of a region's outline, in pixels and RGBA, and of the veil over all else.
 _OUTLINE, _OUTLINE_COLOUR, _VEIL = 4, (178, 58, 30, 255), (246, 243, 236, 150)
@@ -35,6 +36,11 @@ def _png_uri(buffer: io.BytesIO) -> str:
 def card_uri(image: np.ndarray) -> str:
     """The data address of a training image."""
     return data_uri(image, _CARD_PIXELS)
+
+
+def thumb_uri(image: np.ndarray) -> str:
+    """The data address of a training image in the map of regions."""
+    return data_uri(image, _THUMB_PIXELS)
 
 
 def query_uri(image: np.ndarray) -> str:

@@ -16,8 +16,9 @@ from attrib_jax.data.images import UnreadableRowError
 from attrib_jax.data.sources import Dataset
 from attrib_jax.jobs.query import Query, read_region_mask
 from attrib_jax.methods.base import Attribution, MethodConfig
+from attrib_jax.methods.patches import read_region_map
 from attrib_jax.parallel.hosts import run_on_host0
-from attrib_jax.report import Credit, ReportData, Timing, write_contact_sheet, write_report
+from attrib_jax.report import Credit, Region, ReportData, Timing, write_contact_sheet, write_report
 from attrib_jax.storage.files import write_bytes, write_json
 from attrib_jax.storage.stages import load_stage
 
@@ -94,6 +95,7 @@ def _write_outputs(result, dataset, query, config, model_name, model_credit, top
         timings={stage: Timing(seconds, reused) for stage, (seconds, reused) in result.timings.items()},
         region=getattr(config, "region", None),
         region_mask=_region_mask(config, result.query.image),
+        regions=_regions(folder),
         warnings=tuple(notes),
         model_credit=None if model_credit is None else Credit(model_credit),
         dataset_credit=None if dataset.credit is None else Credit(dataset.credit, dataset.credit_url),
@@ -124,6 +126,15 @@ def _write_outputs(result, dataset, query, config, model_name, model_credit, top
 def _region_mask(config: MethodConfig, image: np.ndarray) -> np.ndarray | None:
     mask = getattr(config, "region_mask", None)
     return None if mask is None else read_region_mask(mask, image.shape[:2])
+
+
+def _regions(folder: Path) -> tuple[Region, ...]:
+    """The map of regions that the method kept, if any."""
+    stored = read_region_map(folder)
+    if stored is None:
+        return ()
+    images = zip(*(stored[name].tolist() for name in ("row_id", "flip", "weight")))
+    return tuple(Region(tuple(box), tuple(zip(*each))) for box, each in zip(stored["boxes"].tolist(), images))
 
 
 def _image(dataset: Dataset, index: int) -> np.ndarray | None:

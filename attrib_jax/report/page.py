@@ -6,10 +6,10 @@ import os
 import jinja2
 import numpy as np
 
-from attrib_jax.report.cards import ScoreScale, distinct_cards, least_cards, score_scale, top_cards
+from attrib_jax.report.cards import ScoreScale, distinct_cards, least_cards, region_cells, score_scale, top_cards
 from attrib_jax.report.data import ReportData
 from attrib_jax.report.histogram import lay_out
-from attrib_jax.report.images import card_uri, overlay_uri, query_uri
+from attrib_jax.report.images import card_uri, overlay_uri, query_uri, thumb_uri
 from attrib_jax.storage.files import write_bytes
 
 # Text in an SVG shrinks with it, so narrow screens get a drawing of their own.
@@ -27,6 +27,11 @@ _EXPLANATIONS = {
         "A training image's score says how fast its own loss begins to rise as the model starts to unlearn this "
         "image, steps being measured by the curvature of the training loss. Images that the model needed for this "
         "query come first; unrelated ones stay near zero."
+    ),
+    "patches": (
+        "Every patch of this image was compared with the patches of all training images, and the closest of them share "
+        "it among themselves. A training image's score is its share, on average over patches of several sizes; what "
+        "the model learned is not asked."
     ),
     "random": "These scores are drawn at random. They are what a method that knows nothing would answer.",
 }
@@ -64,6 +69,7 @@ def render_report(report: ReportData) -> str:
         num_mirrored=sum(card.mirrored for card in top),
         explanation=report.explanation or _EXPLANATIONS.get(report.method, _OTHER_EXPLANATION),
         quantiles=_quantiles(scores, scale),
+        region_rows=region_cells(report),
         region_percent=_region_percent(report),
         histograms={name: lay_out(scores, top, scale, *size) for name, size in _HISTOGRAM_SIZES.items()},
     )
@@ -78,7 +84,8 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(card_uri=card_uri, query_uri=query_uri, overlay_uri=overlay_uri, duration=_duration)
+    filters = (card_uri, query_uri, overlay_uri, thumb_uri)
+    environment.filters.update({each.__name__: each for each in filters}, duration=_duration)
     return environment
 
 

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from attrib_jax.report import ReportData, Timing, write_report
+from attrib_jax.report import Region, ReportData, Timing, write_report
 from attrib_jax.report.page import render_report
 from attrib_jax.storage.files import StorageError
+from tests.report.conftest import image_of
 
 _VOID = {"meta", "link", "img", "br", "input", "hr"}
 
@@ -191,6 +192,26 @@ def test_a_region_mask_lies_over_the_query(make_report):
     assert clear[4 * 48 + 4 : 12 * 48 - 4, 2 * 48 + 4 : 6 * 48 - 4].all()
     assert clear.sum() == (8 * 48 - 8) * (4 * 48 - 8)
     assert ("the outlined pixels only: 12 % of the image") in [text for _, text in page.find("dd")]
+
+
+def test_regions_show_the_images_that_they_owe_most_to(make_report):
+    boxes = [(0.0, 0.0, 0.5, 0.5), (0.5, 0.0, 1.0, 0.5), (0.0, 0.5, 0.5, 1.0), (0.5, 0.5, 1.0, 1.0)]
+    regions = [Region(box, ((10 + number, number % 2, 0.4213), (14, 0, 0.00042))) for number, box in enumerate(boxes)]
+    page = read(make_report(regions=regions))
+    cells = page.find("div", "cell")
+    assert [text for _, text in cells] == ["42 %"] * 4
+    assert "--columns:2" in page.find("div", "regions-grid")[0][0]["style"]
+    outlines = [attrs["style"] for attrs, _ in page.find("i") if "left" in attrs.get("style", "")]
+    assert outlines[1] == "left:50.0%;top:0.0%;width:50.0%;height:50.0%" and len(outlines) == 4
+    titles = [attrs["title"] for attrs, _ in page.find("span") if "row" in attrs.get("title", "")]
+    assert titles[:3] == ["image 10, row 10: 42 %", "image 14, row 14: 0.042 %", "image 11, mirrored, row 11: 42 %"]
+    shown = [decode(attrs["src"]) for attrs, _ in page.find("img") if attrs.get("alt", "").startswith("image 11, m")]
+    np.testing.assert_array_equal(shown[-1], image_of(11)[:, ::-1])
+    # Captions stand in for images that are not there, and without regions there is no such section.
+    bare = read(make_report(regions=regions, image=None))
+    words = [text for _, text in bare.find("em") if text != "mirrored"]
+    assert words[:2] == ["image 10", "image 14"]
+    assert not read(make_report()).find("section", "regions")
 
 
 def test_both_histograms_draw_every_score_once(make_report):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from attrib_jax.report import Credit
+from attrib_jax.report import Credit, Region
 
 
 @pytest.mark.parametrize(
@@ -26,6 +26,8 @@ from attrib_jax.report import Credit
         ({"region_mask": np.zeros((16, 16), bool)}, "some of them True"),
         ({"region": (4, 0, 4, 4)}, r"region is \(4, 0, 4, 4\)"),
         ({"model_credit": Credit("me", "javascript:alert(1)")}, r"model_credit.url is 'javascript"),
+        ({"regions": [Region((0.5, 0.0, 0.4, 1.0), ((10, 0, 0.1),))]}, r"regions\[0\] has the box \(0.5, 0.0, 0.4"),
+        ({"regions": [Region((0.0, 0.0, 1.0, 1.0), ())]}, r"regions\[0\] .* 0 images"),
     ],
 )
 def test_bad_fields_are_named(make_report, changes, message):
