@@ -44,6 +44,7 @@ _MODULES = {
     "methods.features": ("FeatureConfig", "MappedFeatureConfig", "TextFeatureConfig"),
     "methods.influence": ("InfluenceConfig",),
     "methods.latents": ("CaptionCentredConfig", "LatentGaussianConfig"),
+    "methods.patches": ("PatchesConfig",),
     "methods.pixel": ("PixelConfig",),
     "methods.projected": ("ProjectedConfig",),
     "methods.random": ("RandomConfig",),
