@@ -19,13 +19,17 @@ from absl import flags
 from attrib_jax.attribution.projection import PROJECTIONS, project
 from attrib_jax.attribution.scores import FLIP_RULES
 from attrib_jax.convert.load import load_pipeline
-from attrib_jax.core.keys import purpose_key
-from attrib_jax.core.weights import select_weights
 from attrib_jax.data.sources import open_dataset
 from attrib_jax.jobs.context import Run
 from attrib_jax.jobs.query import PreparedQuery
 from attrib_jax.methods import method_config
-from attrib_jax.methods.projected import OUTPUTS, ProjectedConfig, feature_program, scores_by_regularisation
+from attrib_jax.methods.projected import (
+    OUTPUTS,
+    ProjectedConfig,
+    feature_program,
+    feature_weights,
+    scores_by_regularisation,
+)
 from attrib_jax.storage.stage_root import StageRoot
 from attrib_jax.storage.stages import lock
 from launch import common
@@ -91,9 +95,8 @@ def _recall_at_10(ranks: list[int]) -> float:
 
 def _time(run: Run, config: ProjectedConfig, tiles: int = 4) -> None:
     program = feature_program(run, dataclasses.replace(config, flips="none", captions="first"))
-    selected, rest = select_weights(run.pipeline.params["unet"], config.weights)
-    key = purpose_key(0, "projection")
-    weights = program.place((selected, rest, key))
+    selected, _, key = weights = feature_weights(run.pipeline.params["unet"], config, 0)
+    weights = program.place(weights)
     rows = np.arange(tiles * program.tile * program.mesh.size)
 
     def features():

@@ -10,6 +10,9 @@ from attrib_jax.core.keys import example_noise
 from attrib_jax.core.types import Batch
 from attrib_jax.diffusion.losses import Predict, denoising_losses, predictions
 from attrib_jax.diffusion.schedule import NoiseSchedule
+from attrib_jax.models.predictor import as_predictor
+from attrib_jax.models.projected_text import kernel_gradient, text_columns, text_rows
+from attrib_jax.ops.matmul_precision import full_precision_matmuls
 
 # `loss`: TRAK (Park et al. 2023) and Journey-TRAK (Georgiev et al. 2023). `square`: D-TRAK (Zheng et al. 2024).
 # `mean`: DAS, the Diffusion Attribution Score (Lin et al. 2024).
@@ -79,6 +82,92 @@ def output_gradient(
     norms = jnp.sqrt(sum(squares))
     weights = jnp.where(norms > 0, 1 / jnp.where(norms > 0, norms, 1), 0) / len(norms)
     return jax.tree.map(lambda leaf: jnp.tensordot(weights, leaf, 1), gradients), jnp.mean(residuals)
+
+
+def output_gradients(
+    output: str,
+    predict: Predict,
+    schedule: NoiseSchedule,
+    merge: Any,
+    selected: Any,
+    rest: Any,
+    key: jax.Array,
+    batch: Batch,
+    timesteps: jax.Array,
+) -> tuple[Any, jax.Array]:
+    """`output_gradient` of each of B examples -> (gradients, each leaf with a leading axis B; residuals (B,)).
+
+    Where the selected weights all project the text, the model runs once on the examples' B S noisy latents, and not
+    under `vmap`, whose additional axes cost copies; and a gradient by a kernel is the product of the text and of the
+    cotangent of its projection, once an example and not a timestep. Otherwise it is `output_gradient` under `vmap`.
+
+    Args:
+      rest: the weights that are not selected, in the precision of the forward pass; maybe from `prepare_kernels`.
+      batch: B examples; their masks are ignored.
+      output, predict, schedule, merge, selected, key, timesteps: as in `output_gradient`.
+
+    Raises:
+      ValueError: unknown `output`.
+    """
+    check_choice("output", output, OUTPUTS)
+    predict = as_predictor(predict)
+    weights = predict.project_text(selected, batch.text)
+    if weights.others or not weights.projections:
+
+        def alone(example):
+            return output_gradient(output, predict, schedule, merge, selected, key, example, timesteps)
+
+        return jax.vmap(alone)(batch)
+
+    count, steps, shape = len(batch.row_id), len(timesteps), batch.latents.shape[1:]
+
+    def draw(row_id, flip, caption):
+        return example_noise(key, row_id, flip, caption, timesteps, shape)
+
+    def repeat(array):
+        """(B, ...) -> (B S, ...), an example's timesteps one after the other."""
+        return jnp.broadcast_to(array[:, None], (count, steps, *array.shape[1:])).reshape(-1, *array.shape[1:])
+
+    noise = jax.vmap(draw)(batch.row_id, batch.flip, batch.caption).astype(batch.latents.dtype).reshape(-1, *shape)
+    latents, timestep = repeat(batch.latents), jnp.tile(jnp.asarray(timesteps), count)
+    noisy, target = schedule.add_noise(latents, noise, timestep), schedule.target(latents, noise, timestep)
+    target, columns = _widened(target), text_columns(batch.text)
+
+    def values(text):
+        """Each forward's output and residual, (B S,)."""
+        prediction = _widened(predict.batched(rest, noisy, timestep, text))
+        axes = tuple(range(1, prediction.ndim))
+        errors = jnp.mean(jnp.square(prediction - target), axis=axes)
+        if output == "mean":
+            return jnp.mean(prediction, axis=axes), jnp.sqrt(errors)
+        return (errors if output == "loss" else jnp.mean(jnp.square(prediction), axis=axes)), errors
+
+    with full_precision_matmuls():
+        if output != "mean":
+            # An example's timesteps read one projection, so its cotangent is their sum.
+            def mean_output(weights):
+                return jnp.sum(values(jax.tree.map(repeat, weights.text(batch.text)))[0]) / steps
+
+            gradients = kernel_gradient(jax.grad(mean_output)(weights), selected, columns)
+            return gradients, jnp.zeros(count, batch.latents.dtype)
+
+        def summed(weights):
+            found, residuals = values(weights.text(repeat(batch.text)))
+            return jnp.sum(found), residuals
+
+        cotangents, residuals = jax.grad(summed, has_aux=True)(jax.tree.map(repeat, weights))
+        cotangents = jax.tree.map(lambda leaf: leaf.reshape(count, steps, *leaf.shape[1:]), cotangents)
+        # |c^T g|^2 = sum_lm (c_l . c_m) (g_l . g_m), without the gradient of each timestep.
+        rows = text_rows(batch.text)
+        gram = jnp.einsum("bld,bmd->blm", rows, rows)
+        squares = [
+            jnp.einsum("bslf,blm,bsmf->bs", leaf, gram, leaf, optimize="optimal")
+            for leaf in jax.tree.leaves(cotangents)
+        ]
+        norms = jnp.sqrt(jnp.maximum(sum(squares), 0))
+        shares = jnp.where(norms > 0, 1 / jnp.where(norms > 0, norms, 1), 0) / steps
+        mean = jax.tree.map(lambda leaf: jnp.einsum("bs,bslf->blf", shares, leaf), cotangents)
+        return kernel_gradient(mean, selected, columns), jnp.mean(residuals.reshape(count, steps), axis=1)
 
 
 def _widened(array: jax.Array) -> jax.Array:

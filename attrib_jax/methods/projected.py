@@ -45,9 +45,16 @@ from attrib_jax.jobs.query import PreparedQuery
 from attrib_jax.jobs.settings import LossSettings, QueryDrawSettings, WeightSettings
 from attrib_jax.methods.base import MethodConfig, QueryJob, Scored
 from attrib_jax.models.predictor import cast_params, predictor
-from attrib_jax.ops.micro_batching import GRADIENT_PIXELS, group_size, num_pixels
+from attrib_jax.ops import prepare_kernels
+from attrib_jax.ops.micro_batching import (
+    GRADIENT_PIXELS,
+    even_group_size,
+    gradient_pixels,
+    map_groups,
+    num_pixels,
+)
 from attrib_jax.parallel.hosts import host0_first, run_on_host0
-from attrib_jax.parallel.mesh import data_mesh
+from attrib_jax.parallel.mesh import data_mesh, mesh_platform
 from attrib_jax.parallel.progress import progress
 from attrib_jax.storage.chunks import ChunkStore
 from attrib_jax.storage.files import stored_arrays, write_arrays
@@ -178,9 +185,7 @@ def scores_by_regularisation(
 
 
 def _training_features(run: Run, member: Member, config: ProjectedConfig) -> TrainingFeatures:
-    selected, _ = select_weights(member.params, config.weights)
-    _, rest = select_weights(cast_params(member.params, config.precision), config.weights)
-    weights = selected, rest, purpose_key(member.projection_seed, "projection")
+    weights = feature_weights(member.params, config, member.projection_seed)
     stage = _stage(config, member)
     reused, data = run.root.is_finished(*stage), run.data
     with run.timed("features", reused), run.root.stage(*stage) as opened:
@@ -189,6 +194,13 @@ def _training_features(run: Run, member: Member, config: ProjectedConfig) -> Tra
         kernel_file = opened.path / _KERNEL_FILE
         run_on_host0(functools.partial(_store_kernel, kernel_file, features))
     return TrainingFeatures(weights, features, residuals, kernel_file)
+
+
+def feature_weights(params: Any, config: ProjectedConfig, projection_seed: int) -> tuple[Params, Params, jax.Array]:
+    """What `feature_program` takes, `(selected, rest, projection key)`, from the denoiser's parameters."""
+    selected, _ = select_weights(params, config.weights)
+    _, rest = select_weights(cast_params(params, config.precision), config.weights)
+    return selected, prepare_kernels(rest, mesh_platform(data_mesh())), purpose_key(projection_seed, "projection")
 
 
 def _member_values(run: Run, member: TrainingFeatures, queries, config: ProjectedConfig, regularisations) -> np.ndarray:
@@ -228,6 +240,10 @@ def feature_program(run: Run, config: ProjectedConfig, timestep: int | None = No
     # For `mean` every timestep has a gradient of its own.
     numbers = count_weights(run.select(config.weights)[0]).values * (len(timesteps) if with_residual else 1)
     predict = predictor(run.pipeline.unet, config.precision)
+    tile = _examples_per_tile(mesh, len(timesteps), numbers)
+    # A core's caches hold few activations; an accelerator has to be filled.
+    limit = gradient_pixels("cpu") if mesh_platform(mesh) == "cpu" else _PIXELS_AT_ONCE
+    at_once = even_group_size(tile, len(timesteps) * num_pixels(run.data.latent_shape), limit)
     return ExampleProgram(
         _features,
         schedule,
@@ -235,28 +251,25 @@ def feature_program(run: Run, config: ProjectedConfig, timestep: int | None = No
         mesh,
         (config.projection_dim + with_residual,),
         timesteps,
-        _examples_per_tile(mesh, len(timesteps), numbers),
-        static=(predict, config.precision, output, config.projection, config.projection_dim),
+        tile,
+        static=(predict, config.precision, output, config.projection, config.projection_dim, at_once),
     )
 
 
 def _features(
-    predict, precision: str, output: str, projection: str, projection_dim: int, shared, batch: Batch
+    predict, precision: str, output: str, projection: str, projection_dim: int, at_once: int, shared, batch: Batch
 ) -> jax.Array:
-    from attrib_jax.attribution.outputs import output_gradient
+    from attrib_jax.attribution.outputs import output_gradients
 
     schedule, key, timesteps, (selected, rest, projection_key) = shared
 
     def merge(selected):
         return cast_params(merge_weights(selected, rest), precision)
 
-    def gradient(example):
-        return output_gradient(output, predict, schedule, merge, selected, key, example, timesteps)
+    def group(examples):
+        return output_gradients(output, predict, schedule, merge, selected, rest, key, examples, timesteps)
 
-    pixels = len(timesteps) * num_pixels(batch.latents.shape[1:])
-    count = len(batch.row_id)
-    at_once = group_size(count, pixels, _PIXELS_AT_ONCE)
-    gradients, residuals = jax.lax.map(gradient, batch, batch_size=at_once % count)  # 0 is a plain vmap
+    gradients, residuals = map_groups(group, at_once, batch)
     projected = project(gradients, projection_key, projection, projection_dim)
     if output != "mean":
         return projected

@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attrib_jax.attribution.outputs import OUTPUTS, output_gradient
+from attrib_jax.attribution.outputs import OUTPUTS, output_gradient, output_gradients
 from attrib_jax.core.keys import example_noise, loss_key
 from attrib_jax.core.types import Batch
 from attrib_jax.core.weights import flatten_names, merge_weights, select_weights
+from attrib_jax.models.predictor import predictor
 from tests.attribution import tiny_denoiser
 from tests.attribution.tiny_denoiser import SCHEDULE, predict
 
@@ -82,3 +83,28 @@ def test_a_gradient_of_zero_stays_zero():
     assert float(gradient["w"]) == 0 and float(residual) > 0
     with pytest.raises(ValueError, match="unknown output 'los'"):
         output_gradient("los", constant, SCHEDULE, None, {}, KEY, example, TIMESTEPS)
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+@pytest.mark.parametrize("weights", ["cross-attn-kv", "cross-attn"])
+def test_gradients_of_a_group_are_those_of_each_example(pipeline, output, weights):
+    """By the text's projections where all selected weights project it, by `vmap` otherwise."""
+    rng, module, timesteps = np.random.default_rng(0), pipeline.unet, np.array([100, 700], np.int32)
+    shape = (8, 8, pipeline.unet.config.in_channels)
+    text = rng.normal(size=(3, 8, module.config.cross_attention_dim)).astype(np.float32)
+    numbers = np.int32([4, 9, 2]), np.int32([0, 1, 0]), np.int32([0, 0, 2])
+    batch = Batch(rng.normal(size=(3, *shape)).astype(np.float32), text, *numbers, np.ones(3, np.float32))
+    selected, rest = select_weights(pipeline.params["unet"], weights)
+    predict = predictor(module)
+
+    @jax.jit
+    def both(selected, rest, batch):
+        arguments = output, predict, pipeline.schedule, lambda tree: merge_weights(tree, rest), selected
+        together = output_gradients(*arguments, rest, KEY, batch, timesteps)
+        return together, jax.lax.map(lambda each: output_gradient(*arguments, KEY, each, timesteps), batch)
+
+    (gradients, residuals), (expected, alone) = both(selected, rest, batch)
+    for name, leaf in flatten_names(expected).items():
+        scale = np.abs(leaf).max(axis=(1, 2), keepdims=True) if leaf.ndim == 3 else np.abs(leaf).max()
+        np.testing.assert_allclose(flatten_names(gradients)[name] / scale, leaf / scale, atol=1e-4, err_msg=name)
+    np.testing.assert_allclose(residuals, alone, rtol=1e-5)
