@@ -48,6 +48,7 @@ _MODULES = {
     "methods.pixel": ("PixelConfig",),
     "methods.projected": ("ProjectedConfig",),
     "methods.random": ("RandomConfig",),
+    "methods.mirrored": ("MirroredConfig",),
     "methods.residual": ("ResidualConfig",),
     "methods.unlearn": ("UnlearnConfig",),
     "methods.deprecated": ("AttributeConfig", "FeatureSettings", "GradientSettings"),

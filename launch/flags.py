@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import sys
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -63,10 +64,17 @@ def define_mode_flags(modes: Mapping[str, type[Settings]], skip: Iterable[str] =
             continue
         own = {mode: declared(config)[name].default for mode, config in modes.items() if name in declared(config)}
         if len(set(own.values())) > 1:
-            listed = ", ".join(f"{value} for {mode}" for mode, value in own.items())
-            help = f"{field.setting.help} Default: {listed}."
+            help = f"{field.setting.help} Default: {_listed(own)}."
             field = field._replace(setting=dataclasses.replace(field.setting, help=help), default=None)
         _define(field, None if field.default is dataclasses.MISSING else field.default)
+
+
+def _listed(defaults: Mapping[str, Any]) -> str:
+    """Defaults by mode, the one that most have first where several have it."""
+    counts = Counter(defaults.values())
+    usual, count = counts.most_common(1)[0]
+    listed = ", ".join(f"{value} for {mode}" for mode, value in defaults.items() if count == 1 or value != usual)
+    return listed if count == 1 else f"{usual}, but {listed}"
 
 
 def define_choice(name: str, default: str | None, choices: Iterable[str], help: str) -> flags.FlagHolder:

@@ -1,6 +1,7 @@
 """A latent-diffusion model with its tokenizer and noise schedule, and what it makes of prompts."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -86,6 +87,18 @@ def latent_size(pipeline: Pipeline) -> tuple[int, int]:
         raise ValueError("unet/config.json has no sample_size; add the height and width of the model's latents")
     height, width = (size, size) if isinstance(size, int) else size
     return height, width
+
+
+def initial_unet(pipeline: Pipeline, key: jax.Array) -> Any:
+    """Untrained parameters of the pipeline's denoiser, a nested dict; `key` is a scalar random key."""
+    latents = (1, *latent_size(pipeline), pipeline.unet.config.in_channels)
+    return _initialise(pipeline.unet, key, latents, pipeline.tokenizer.model_max_length)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2, 3))
+def _initialise(unet: UNet2DConditionModel, key: jax.Array, latents: tuple[int, ...], tokens: int) -> Any:
+    text = jnp.zeros((1, tokens, unet.config.cross_attention_dim))
+    return unet.init(key, jnp.zeros(latents), jnp.zeros((1,), jnp.int32), text)["params"]
 
 
 def encode_text(text_encoder: CLIPTextModel, params: Any, input_ids: jax.typing.ArrayLike) -> jax.Array:

@@ -14,6 +14,7 @@ WEIGHT_SUBSETS = {
     "cross-attn-kv": r"(.+/)?attn2/to_[kv]/(kernel|bias)",
     "cross-attn": r"(.+/)?attn2/.+",
     "attn": r"(.+/)?attn[12]/.+",
+    "mlp": r"(.+/)?ff/.+",
     "all": r".+",
 }
 
@@ -43,7 +44,8 @@ def select_weights(params: Params, subset: str) -> tuple[Params, Params]:
     Args:
       params: nested dict of arrays with diffusers' module names.
       subset: `cross-attn-kv` (key and value projections of the cross-attention layers), `cross-attn` (every leaf of
-        those layers), `attn` (every leaf of the self- and cross-attention layers), or `all`.
+        those layers), `attn` (every leaf of the self- and cross-attention layers), `mlp` (every leaf of the
+        feed-forward layers beside them), or `all`.
 
     Returns:
       `(selected, rest)`: nested dicts, each with its own leaves only; `rest` is empty for `all`.

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from attrib_jax.convert.pipeline import Pipeline, encode_text, latent_size, tokenize
+from attrib_jax.convert.pipeline import Pipeline, encode_text, initial_unet, tokenize
 from attrib_jax.core.checks import check_positive, check_range
 from attrib_jax.core.keys import purpose_key
 from attrib_jax.core.settings import Settings, setting
@@ -28,7 +28,6 @@ from attrib_jax.diffusion.schedule import NoiseSchedule
 from attrib_jax.diffusion.training import denoising_batch_loss, init_state, make_optimizer, train_step
 from attrib_jax.jobs.encoded_dataset import EncodedDataset
 from attrib_jax.models.predictor import predictor
-from attrib_jax.models.unet import UNet2DConditionModel
 from attrib_jax.parallel.mesh import data_mesh, replicate, shard_batch, tile_map
 from attrib_jax.parallel.progress import progress
 from attrib_jax.storage.state import StateStore
@@ -220,15 +219,7 @@ class Retrainer:
 
 def initial_params(pipeline: Pipeline, seed: int) -> Any:
     """The UNet's weights before training."""
-    unet, config = pipeline.unet, pipeline.unet.config
-    latents = (1, *latent_size(pipeline), config.in_channels)
-    return _initialise(unet, purpose_key(seed, "retrain weights"), latents, pipeline.tokenizer.model_max_length)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 2, 3))
-def _initialise(unet: UNet2DConditionModel, key, latents: tuple[int, ...], tokens: int) -> Any:
-    text = jnp.zeros((1, tokens, unet.config.cross_attention_dim))
-    return unet.init(key, jnp.zeros(latents), jnp.zeros((1,), jnp.int32), text)["params"]
+    return initial_unet(pipeline, purpose_key(seed, "retrain weights"))
 
 
 def _steps(unet, optimizer, ema_decay, shared, batch):

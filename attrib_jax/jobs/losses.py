@@ -23,7 +23,7 @@ from attrib_jax.core.weights import Params, merge_weights, select_weights
 from attrib_jax.diffusion.schedule import NoiseSchedule, strided_timesteps
 from attrib_jax.jobs.context import Run
 from attrib_jax.jobs.encoded_dataset import EncodedDataset
-from attrib_jax.jobs.settings import LossSettings, PassSettings
+from attrib_jax.jobs.settings import ExampleSettings, LossSettings, PassSettings
 from attrib_jax.models.predictor import cast_params, matmul_precision, predictor
 from attrib_jax.parallel.hosts import fetch, host0_first, is_host0, run_on_host0
 from attrib_jax.parallel.mesh import data_mesh, host_share, padded_tiles, replicate, shard_batch, tile_map
@@ -50,7 +50,7 @@ class ExampleProgram:
         self,
         function: Callable[..., jax.Array],
         schedule: NoiseSchedule,
-        config: LossSettings,
+        config: ExampleSettings,
         mesh: Mesh | None = None,
         result_shape: tuple[int, ...] = (),
         timesteps: np.ndarray | None = None,
@@ -63,18 +63,19 @@ class ExampleProgram:
         Args:
           function: `(*static, (schedule, key, timesteps (S,), weights), batch of B) -> (B, *result_shape)`, pure.
           schedule: noise levels and prediction type.
-          config: seed of the noise, stride of the timesteps, flips, captions, precision and examples in flight.
+          config: seed of the noise, flips, captions, precision and examples in flight.
           mesh: all devices if None.
           result_shape: shape of one example's result.
-          timesteps: (S,) int32 instead of the strided ones.
+          timesteps: (S,) int32; those of the config's stride if None.
           tile: examples that a device takes at once; another number changes rounding.
           static: hashable first arguments of `function`, such as the predictor.
           shared_noise: whether `key` is that of the noise that all examples share, in place of each one's own.
         """
         self.mesh, self.config = mesh or data_mesh(), config
         self.result_shape, self.tile = tuple(result_shape), tile
-        strided = strided_timesteps(config.stride, schedule.num_train_timesteps)
-        self._timesteps = strided if timesteps is None else timesteps
+        if timesteps is None:
+            timesteps = strided_timesteps(config.stride, schedule.num_train_timesteps)  # type: ignore[attr-defined]
+        self._timesteps = timesteps
         key = shared_noise_key(config.loss_seed) if shared_noise else loss_key(config.loss_seed)
         self._shared = replicate(self.mesh, (schedule, key, self._timesteps))
         self._tiles_in_flight = max(2, -(-config.batch_size // (tile * self.mesh.size)))
@@ -110,7 +111,7 @@ class ExampleProgram:
         image, caption = np.repeat(image, flips), np.repeat(caption, flips)
         flip = np.tile(np.arange(flips), len(image) // flips)
         values = self.examples(weights, data, rows[image], flip, caption, advance)
-        sums = np.zeros((len(rows), flips, *self.result_shape))
+        sums = np.zeros((len(rows), flips, *values.shape[1:]))
         np.add.at(sums, (image, flip), values)
         return sums / counts.reshape(-1, *(1,) * (sums.ndim - 1))
 
@@ -168,7 +169,7 @@ def _compiled(function: Callable[..., jax.Array], static: tuple, mesh: Mesh):
     return tile_map(mesh, functools.partial(function, *static), matmul_precision=None)
 
 
-def num_captions(data: EncodedDataset, rows: np.ndarray, config: LossSettings) -> np.ndarray:
+def num_captions(data: EncodedDataset, rows: np.ndarray, config: ExampleSettings) -> np.ndarray:
     """(len(rows),) captions that count of the images at positions `rows`."""
     return data.num_captions[rows] if config.captions == "all" else np.ones(len(rows), np.int64)
 

@@ -30,7 +30,7 @@ class WeightSettings(Settings):
     weights: str = setting(
         "cross-attn-kv",
         "Weights that move: the key and value projections of cross-attention, all weights of cross-attention, those of "
-        "all attention layers, or all weights.",
+        "all attention layers, those of the feed-forward layers (mlp), or all weights.",
         choices=tuple(WEIGHT_SUBSETS),
     )
 
@@ -141,12 +141,9 @@ class CaptionSettings(Settings):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LossSettings(NoiseSettings, FlipSettings, CaptionSettings):
-    """The strided losses of the training images (docs/METHOD.md sections 2 and 4)."""
+class ExampleSettings(NoiseSettings, FlipSettings, CaptionSettings):
+    """Losses of the training images, at whatever timesteps."""
 
-    stride: int = setting(
-        100, "Distance of the timesteps 0, stride, 2 stride, ... that a loss is averaged over.", low=1
-    )
     precision: str = setting(
         "float32",
         "Compute precision of the scores' losses; F and unlearning are always computed in float32. On accelerators "
@@ -157,7 +154,25 @@ class LossSettings(NoiseSettings, FlipSettings, CaptionSettings):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PassSettings(LossSettings):
+class LossSettings(ExampleSettings):
+    """The strided losses of the training images (docs/METHOD.md sections 2 and 4)."""
+
+    stride: int = setting(
+        100, "Distance of the timesteps 0, stride, 2 stride, ... that a loss is averaged over.", low=1
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QueriesSettings(Settings):
+    """How many queries one pass over the data set scores."""
+
+    queries_per_pass: int = setting(
+        0, "Queries scored in one pass over the data set; 0 chooses by memory.", low=0, performance=True
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PassSettings(LossSettings, QueriesSettings):
     """Scoring in one pass over the data set, of all images or coarse to fine."""
 
     shared_noise: bool = setting(False, SHARED_NOISE_HELP, omit_default=True)
@@ -172,9 +187,6 @@ class PassSettings(LossSettings):
     )
     cascade_min: int = setting(
         1000, "Least number of images that a cascade scores at the full setting.", low=1, only_if="cascade"
-    )
-    queries_per_pass: int = setting(
-        0, "Queries scored in one pass over the data set; 0 chooses by memory.", low=0, performance=True
     )
 
     def __post_init__(self):

@@ -17,6 +17,7 @@ from attrib_jax.methods import (
     features,
     influence,
     latents,
+    mirrored,
     patches,
     pixel,
     projected,
@@ -37,6 +38,9 @@ _BY_IMAGES = dataset_fingerprints
 
 METHODS: dict[str, Method] = {
     "unlearn": Method(unlearn.UnlearnConfig, unlearn.prepare, unlearn.score, "attribution by unlearning"),
+    "mirrored": Method(
+        mirrored.MirroredConfig, mirrored.prepare, mirrored.score, "mirrored unlearning, which retains the other images"
+    ),
     "influence": Method(influence.InfluenceConfig, influence.prepare, influence.score, "the influence function"),
     "trak": Method(*_PROJECTED, "TRAK: a kernel of projected loss gradients", check=projected.check),
     "journey-trak": Method(*_PROJECTED, "TRAK with the query's loss at one timestep", check=projected.check),

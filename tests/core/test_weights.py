@@ -32,6 +32,7 @@ EXPECTED = {
     "cross-attn-kv": CROSS_KV,
     "cross-attn": CROSS_KV | CROSS,
     "attn": CROSS_KV | CROSS | SELF,
+    "mlp": {f"{BLOCK}/ff/net_0/proj/kernel"},
     "all": CROSS_KV | CROSS | SELF | OTHER,
 }
 
