@@ -3,14 +3,15 @@
 import numpy as np
 
 from attrib_jax.core.fingerprint import digest
-from attrib_jax.data.protocol import Dataset, Row
+from attrib_jax.data.protocol import NO_GROUP, Dataset, Row, named_groups
 
 
 class ConcatDataset:
     """`first`'s rows, then `second`'s.
 
     Row ids of `first` are kept and those of `second` follow: shifted by `first`'s largest one plus 1. Groups likewise;
-    where only one of the two has groups, every row of the other is a group of its own.
+    where only one of the two has groups, every row of the other is a group of its own. Where only one has named groups,
+    the rows of the other name none.
 
     Attributes, beside those of a `Dataset`:
       first, second: the two.
@@ -32,6 +33,11 @@ class ConcatDataset:
         if first.groups is not None or second.groups is not None:
             groups = [data.row_ids if data.groups is None else np.asarray(data.groups) for data in (first, second)]
             self.groups = np.concatenate([groups[0], groups[1] + _next_id(groups[0])]).astype(np.int32)
+        self.group_names: list[str] | None = None
+        names = [named_groups(data) for data in (first, second)]
+        if any(part is not None for part in names):
+            parts = [part or [NO_GROUP] * len(data) for part, data in zip(names, (first, second))]
+            self.group_names = [*parts[0], *parts[1]]
         self.credit, self.credit_url = _credit(first, second)
 
     def __len__(self) -> int:

@@ -22,7 +22,7 @@ class DigitsDataset:
     name = "digits"
     credit = "Optical Recognition of Handwritten Digits, E. Alpaydin and C. Kaynak, UCI. Licence: CC BY 4.0"
     credit_url = "https://creativecommons.org/licenses/by/4.0/"
-    groups = None
+    groups = group_names = None
 
     def __init__(self):
         """Raises ValueError where scikit-learn is not installed."""

@@ -32,8 +32,10 @@ class ImageFiles:
         resolution: int | None,
         credit: str | None = None,
         credit_url: str | None = None,
+        group_names: Sequence[str] | None = None,
     ):
         """Takes the images' paths relative to `folder`, with '/', in row order; row ids are their positions."""
+        self.group_names = group_names
         self.name, self.credit, self.credit_url = name, credit, credit_url
         self.row_ids = np.arange(len(files), dtype=np.int32)
         self._folder, self._files, self._captions = os.fspath(folder), list(files), list(captions)

@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import logging
+import math
 import os
 import re
 import unicodedata
@@ -13,21 +14,24 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from attrib_jax.core.text import read_text, split_lines
+from attrib_jax.core.text import read_text, replace_surrogates, split_lines
 from attrib_jax.data.captions import (
     CAPTION_ENDINGS,
     CAPTION_FIELDS,
     CaptionReader,
     field_captions,
     has_caption_field,
+    normal_name,
     warn_uncaptioned,
 )
 from attrib_jax.data.files import ImageFiles, existing_folder, holds_results, inner_path, warn_listed
 from attrib_jax.data.images import image_suffixes
+from attrib_jax.data.protocol import NO_GROUP
 
 _log = logging.getLogger(__name__)
 _METADATA = ("metadata.jsonl", "metadata.csv", "metadata.tsv", "metadata.parquet")
 _FILE_COLUMN = "file_name"
+_GROUP_COLUMN = "group"
 _BESIDE = tuple(ending for ending in CAPTION_ENDINGS if ending != ".cls")
 _SPLIT_FOLDERS = frozenset("train training test testing val valid validation dev eval evaluation".split())
 # A folder that kohya's trainers read: how often its images are repeated, and the concept that they show.
@@ -89,6 +93,9 @@ def open_folder(
         hat". An image is one row, however often it is repeated there.
     A warning counts the rows that have none.
 
+    Groups to ask about (`Dataset.group_names`) are the metadata's column `group`; without metadata files they are the
+    names of the subfolders of the folder, of several, that the images lie in. A warning counts the rows without one.
+
     Args:
       path: the folder. One that holds nothing but subfolders named after splits (`train`, `test`, ...) stands for its
         `train`.
@@ -142,7 +149,8 @@ def open_folder(
         fields += [ending for ending in paths if ending != ".json"] if stem in stems else paths.values()
     fields += [f"{ending} files" for ending in listing.others if ending in (".jsonl", ".csv", ".parquet", ".tsv")]
     warn_uncaptioned(name, captions, files, fields, _ADVICE)
-    return ImageFiles(name, root, files, captions, resolution)
+    groups = _metadata_groups(name, entries) if listing.metadata else _folder_groups(name, files)
+    return ImageFiles(name, root, files, captions, resolution, group_names=groups)
 
 
 def _named_files(name: str, root: Path, listing: _Listing, entries: list[_Entry]) -> list[str]:
@@ -157,6 +165,41 @@ def _named_files(name: str, root: Path, listing: _Listing, entries: list[_Entry]
     unlisted = sorted(known.difference(files))
     warn_listed(len(listing.images), f"images of {name} are not in its metadata and are left out", unlisted)
     return files
+
+
+def _metadata_groups(name: str, entries: list[_Entry]) -> list[str] | None:
+    """Each row's entry in the column `group`; None where there is no such column.
+
+    Raises ValueError for an entry that is neither text nor a whole number.
+    """
+    found = []
+    for entry in entries:
+        column = next((name for name in entry.columns if normal_name(name) == _GROUP_COLUMN), None)
+        value = None if column is None else entry.columns[column]
+        if isinstance(value, float) and math.isnan(value):  # how tables mark a cell without a value
+            value = None
+        if isinstance(value, bool) or not isinstance(value, str | int | None):
+            raise ValueError(f"{entry.source}: group is {value!r}; expected a text, such as the image's artist")
+        found.append((column, replace_surrogates(str(value)).strip() if value is not None else ""))
+    if all(column is None for column, _ in found):
+        return None
+    return _named_groups(name, [group for _, group in found], [entry.file for entry in entries])
+
+
+def _folder_groups(name: str, files: list[str]) -> list[str] | None:
+    """The subfolder that each image lies in, of the folder itself; None where fewer than two hold images.
+
+    That of a folder such as `10_red hat` is "red hat", as its caption.
+    """
+    folders = [PurePosixPath(file).parts[0] if "/" in file else "" for file in files]
+    groups = [match[1] if (match := _REPEATED_FOLDER.fullmatch(folder)) else folder for folder in folders]
+    return _named_groups(name, groups, files) if len({*groups} - {""}) > 1 else None
+
+
+def _named_groups(name: str, groups: list[str], files: list[str]) -> list[str]:
+    without = [file for file, group in zip(files, groups) if not group]
+    warn_listed(len(files), f"images of {name} have no group and count as {NO_GROUP!r}", without)
+    return [group or NO_GROUP for group in groups]
 
 
 def _nfc(text: str) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 
 from attrib_jax.core.checks import expand_path, nonfinite_rows
 from attrib_jax.core.fingerprint import digest
-from attrib_jax.data.protocol import Dataset, Row
+from attrib_jax.data.protocol import Dataset, Row, named_groups
 from attrib_jax.storage.chunks import ChunkStore
 from attrib_jax.storage.files import StorageError, read_arrays
 from attrib_jax.storage.joined import JoinedArray
@@ -60,8 +60,10 @@ class LatentsDataset(abc.ABC):
             raise ValueError(f"images {images.name!r} has {len(images)} images; expected the {stored} stored ones")
         self.name = f"latents:{os.fspath(path)}"
         self.row_ids, self.images = row_ids, images
-        self.groups = self.credit = self.credit_url = None
+        self.groups = self.group_names = self.credit = self.credit_url = None
         if images is not None:
+            names = named_groups(images)
+            self.group_names = None if names is None else [names[place] for place in self.positions.tolist()]
             self.groups = None if images.groups is None else np.asarray(images.groups)[self.positions]
             self.credit, self.credit_url = images.credit, images.credit_url
 

@@ -18,6 +18,8 @@ _BLOCKS = 2
 _PIECE_BYTES = 2**20
 # How files in compressed formats begin: JPEG, PNG, GIF, WebP, JPEG 2000; AVIF has its mark further on.
 _COMPRESSED = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"RIFF", b"\0\0\0\x0cjP", b"\xff\x4f\xff\x51")
+# Group of a row that names none, in a data set whose other rows do.
+NO_GROUP = "(none)"
 _READERS = 8
 _BATCH = 256
 
@@ -43,6 +45,8 @@ class Dataset(Protocol):
       name: name of the data set, as for `open_dataset`.
       row_ids: (N,) int32, distinct, the same on every machine.
       groups: (N,) int32 near-duplicate group of each row, or None.
+      group_names: (N,) name of the group that a user asks about, such as each image's artist or licence, `NO_GROUP`
+        for a row that names none; None for a data set without. Near-duplicates are `groups`.
       credit: the licence line that has to stand beside the images, or None.
       credit_url: address of the licence, or None.
     """
@@ -57,6 +61,9 @@ class Dataset(Protocol):
     def groups(self) -> np.ndarray | None: ...
 
     @property
+    def group_names(self) -> Sequence[str] | None: ...
+
+    @property
     def credit(self) -> str | None: ...
 
     @property
@@ -69,6 +76,11 @@ class Dataset(Protocol):
     def captions(self, index: int) -> tuple[str, ...]: ...
 
     def fingerprint(self) -> str: ...
+
+
+def named_groups(dataset: Dataset) -> Sequence[str] | None:
+    """The data set's `group_names`; None for a class that was written without."""
+    return getattr(dataset, "group_names", None)
 
 
 class FilePart(NamedTuple):

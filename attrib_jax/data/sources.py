@@ -120,6 +120,7 @@ class OpenmojiDataset:
     """The OpenMoji TFDS data set, prepared into `data_dir` on first use."""
 
     name = "openmoji"
+    group_names = None  # the packages tell of skin-tone variants alone, which are `groups`
     credit = "OpenMoji, the open-source emoji and icon project. Licence: CC BY-SA 4.0"
     credit_url = "https://creativecommons.org/licenses/by-sa/4.0/"
 
@@ -194,8 +195,11 @@ class ArrayDataset:
         row_ids: np.ndarray | None = None,
         groups: np.ndarray | None = None,
         name: str = "arrays",
+        group_names: Sequence[str] | None = None,
     ):
         """Takes images (N, H, W, 3) uint8, one or more captions for each, row ids (0 to N - 1 if None).
+
+        `groups` are near-duplicates and `group_names` what a user asks about, see `Dataset`.
 
         Raises:
           ValueError: shapes, dtypes or lengths do not fit, a row has no caption, or a row id comes twice.
@@ -215,7 +219,10 @@ class ArrayDataset:
             )
         if groups is not None and np.shape(groups) != self.row_ids.shape:
             raise ValueError(f"groups has shape {np.shape(groups)}; expected {self.row_ids.shape}, one for each row")
+        if group_names is not None and (isinstance(group_names, str) or len(group_names) != len(images)):
+            raise ValueError(f"group_names has {len(group_names)} entries; expected {len(images)}, one for each row")
         self.name, self.groups = name, groups
+        self.group_names = None if group_names is None else list(group_names)
         self._images, self._captions = images, [tuple(row) for row in captions]
 
     def __len__(self) -> int:

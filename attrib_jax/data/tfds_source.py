@@ -41,7 +41,7 @@ class TfdsDataset:
       fields: names of its features, those within others with '/'.
     """
 
-    groups = credit_url = None
+    groups = group_names = credit_url = None
 
     def __init__(
         self,

@@ -59,7 +59,7 @@ class WebDataset:
     whole copy.
     """
 
-    groups = credit = credit_url = None
+    groups = group_names = credit = credit_url = None
     counts_captions = True
 
     def __init__(

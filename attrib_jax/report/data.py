@@ -7,6 +7,8 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
+from attrib_jax.attribution.groups import GroupShare
+
 
 class Timing(NamedTuple):
     """Wall-clock `seconds` of one stage; `reused` when a stored result stood in for the work."""
@@ -51,6 +53,7 @@ class ReportData:
       captions: row id -> captions of that image, a function or a mapping.
       image: row id -> (H, W, 3) uint8 or None where there is no image; None when the data set has none at all.
       group: row id -> a hashable label shared by near-duplicates, or None where an image has none.
+      group_shares: part of each named group of training images, the largest share first; empty without such groups.
       flip: (N,) 0 or 1, which of the two mirror images gave the score; None when no single one did.
       loss_before, loss_after: (N, flips) losses under the original and the unlearned weights, both or neither.
       top_k: how many images to show from the top; more than N means all.
@@ -81,6 +84,7 @@ class ReportData:
     captions: Callable[[int], Sequence[str]] | Mapping[int, Sequence[str]]
     image: Callable[[int], np.ndarray | None] | Mapping[int, np.ndarray] | None = None
     group: Callable[[int], Hashable] | Mapping[int, Hashable] | None = None
+    group_shares: Sequence[GroupShare] = ()
     flip: np.ndarray | None = None
     loss_before: np.ndarray | None = None
     loss_after: np.ndarray | None = None

@@ -1,18 +1,20 @@
-"""The files of a finished attribution: top.csv, query.png, report.html, sheet.png and manifest.json."""
+"""The files of a finished attribution: top.csv, groups.csv, query.png, report.html, sheet.png and manifest.json."""
 
 import csv
 import io
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from attrib_jax.attribution.groups import GroupShare, group_shares
 from attrib_jax.core.settings import declared
 from attrib_jax.core.types import Scores
 from attrib_jax.data.images import UnreadableRowError
+from attrib_jax.data.protocol import named_groups
 from attrib_jax.data.sources import Dataset
 from attrib_jax.jobs.query import Query, read_region_mask
 from attrib_jax.methods.base import Attribution, MethodConfig
@@ -64,6 +66,11 @@ def _write_outputs(result, dataset, query, config, model_name, model_credit, top
     Image.fromarray(result.query.image).save(png, format="png")
     write_bytes(folder / "query.png", png.getvalue())
     write_bytes(folder / "top.csv", _top_csv(result.scores.top(top_k), dataset, position))
+    shares = _group_shares(result.scores, dataset, position)
+    if shares:
+        write_bytes(folder / "groups.csv", _groups_csv(shares))
+    else:
+        (folder / "groups.csv").unlink(missing_ok=True)
 
     notes = list(result.query.notes)
     unreadable = 0 if cascade else len(dataset) - len(result.scores)
@@ -84,6 +91,7 @@ def _write_outputs(result, dataset, query, config, model_name, model_credit, top
         captions=lambda row: dataset.captions(position[row]),
         image=lambda row: _image(dataset, position[row]),
         group=None if groups is None else lambda row: int(groups[position[row]]),
+        group_shares=shares,
         flip=result.scores.flip,
         loss_before=result.scores.loss_before,
         loss_after=result.scores.loss_after,
@@ -148,9 +156,27 @@ def _image(dataset: Dataset, index: int) -> np.ndarray | None:
 def _top_csv(top: Scores, dataset: Dataset, position: Mapping[int, int]) -> bytes:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["rank", "row_id", "score", "caption"])
+    groups = named_groups(dataset)
+    writer.writerow(["rank", "row_id", "score", "caption", *(["group"] if groups is not None else [])])
     for rank, (row, score) in enumerate(zip(top.row_id.tolist(), top.score.tolist()), start=1):
-        writer.writerow([rank, row, repr(score), dataset.captions(position[row])[0]])
+        group = [] if groups is None else [groups[position[row]]]
+        writer.writerow([rank, row, repr(score), dataset.captions(position[row])[0], *group])
+    return text.getvalue().encode()
+
+
+def _group_shares(scores: Scores, dataset: Dataset, position: Mapping[int, int]) -> list[GroupShare]:
+    """The part of each named group; empty where the data set has none."""
+    names = named_groups(dataset)
+    if names is None:
+        return []
+    return group_shares([names[position[row]] for row in scores.row_id.tolist()], scores.score)
+
+
+def _groups_csv(shares: Sequence[GroupShare]) -> bytes:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(GroupShare._fields)
+    writer.writerows([each.group, each.images, *map(repr, each[2:])] for each in shares)
     return text.getvalue().encode()
 
 

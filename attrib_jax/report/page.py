@@ -1,6 +1,7 @@
 """The report as one HTML file that needs nothing else: style, images and histogram are inside."""
 
 import functools
+import math
 import os
 
 import jinja2
@@ -85,7 +86,7 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     filters = (card_uri, query_uri, overlay_uri, thumb_uri)
-    environment.filters.update({each.__name__: each for each in filters}, duration=_duration)
+    environment.filters.update({each.__name__: each for each in filters}, duration=_duration, percent=_percent)
     return environment
 
 
@@ -101,6 +102,11 @@ def _region_percent(report: ReportData) -> dict[str, float] | None:
     x0, y0, x1, y1 = report.region
     sides = {"left": x0 / width, "top": y0 / height, "width": (x1 - x0) / width, "height": (y1 - y0) / height}
     return {side: round(100.0 * share, 4) for side, share in sides.items()}
+
+
+def _percent(share: float) -> str:
+    """12.3 %; a dash where there is no share."""
+    return f"{100 * share:.1f} %" if math.isfinite(share) else "–"
 
 
 def _duration(seconds: float) -> str:

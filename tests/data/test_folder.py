@@ -336,3 +336,40 @@ def test_any_bytes_as_metadata_give_rows_or_a_message(tmp_path, suffix, content)
     write(tmp_path, "a.png", {f"metadata{suffix}": start + content})
     captions = captions_or_message(open_folder, tmp_path)
     assert isinstance(captions, str) or captions[0] == ("a",)
+
+
+GROUPS = {
+    "jsonl": ("0.png, 1.png", table({"text": "a", "group": "Ann"}, {"text": "b", "group": 7}), ["Ann", "7"], None),
+    "csv_in_other_letters": ("a.png", {"metadata.csv": "file_name,text,Group\na.png,x, Bob \n"}, ["Bob"], None),
+    "missing": (
+        "0.png, 1.png, 2.png",
+        table({"text": "a", "group": "Ann"}, {"text": "b", "group": None}, {"text": "c"}),
+        ["Ann", "(none)", "(none)"],
+        "2 of 3 images",
+    ),
+    "no_column": ("a/0.png, b/1.png", {"metadata.csv": "file_name,text\na/0.png,x\nb/1.png,y\n"}, None, None),
+    "subfolders": (
+        "0.png, 10_red hat/1.png, b/2.png, b/c/3.png",
+        {},
+        ["(none)", "red hat", "b", "b"],
+        "1 of 4 images",
+    ),
+    "one_subfolder": ("0.png, a/1.png", {}, None, None),
+}
+
+
+@pytest.mark.parametrize("case", GROUPS)
+def test_groups_to_ask_about_are_a_column_or_subfolders(tmp_path, caplog, case):
+    images, files, expected, warning = GROUPS[case]
+    write(tmp_path, images, files)
+    dataset = open_folder(tmp_path)
+    assert dataset.group_names == expected and dataset.groups is None
+    told = [record.message for record in caplog.records if "(none)" in record.message]
+    assert len(told) == (warning is not None) and all(warning in message for message in told)
+
+
+@pytest.mark.parametrize("value", [["Ann"], True, 1.5, {"artist": "Ann"}])
+def test_a_group_that_is_no_text_is_refused_with_its_line(tmp_path, value):
+    write(tmp_path, "0.png", table({"text": "a", "group": value}))
+    with pytest.raises(ValueError, match=r"metadata.jsonl, line 1: group is .*expected a text"):
+        open_folder(tmp_path)
