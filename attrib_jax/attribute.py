@@ -27,7 +27,7 @@ from attrib_jax.jobs.query import (
 )
 from attrib_jax.jobs.settings import RegionSettings
 from attrib_jax.methods import METHODS, check_method, method_config, method_inputs, queries_per_pass
-from attrib_jax.methods.base import Attribution, MethodConfig, QueryJob, Scored
+from attrib_jax.methods.base import Attribution, Method, MethodConfig, QueryJob, Scored
 from attrib_jax.parallel.hosts import num_hosts, run_on_host0
 from attrib_jax.storage.score_files import read_result, write_result
 from attrib_jax.storage.stage_root import StageRoot
@@ -70,7 +70,11 @@ def attribute(
 
 
 def attribute_queries(
-    run: Run, queries: Sequence[Query], config: MethodConfig, names: Sequence[str | None] | None = None
+    run: Run,
+    queries: Sequence[Query],
+    config: MethodConfig,
+    names: Sequence[str | None] | None = None,
+    method: Method | None = None,
 ) -> list[Attribution]:
     """Attributes queries together: the method scores all of them, in as few passes over the data set as it can.
 
@@ -83,11 +87,13 @@ def attribute_queries(
       queries: at least one.
       config: config of the method.
       names: names of their folders, None for one made from the query and the settings; None for that throughout.
+      method: the entry of a method that is not in the registry, such as that of an index.
 
     Raises:
       ValueError: there is no query, or two have one name; whatever is wrong with a query or the config.
     """
-    check_method(run, config)
+    check_method(run, config, method)
+    entry = method or METHODS[config.method]
     names = [None] * len(queries) if names is None else list(names)
     if not queries or len(names) != len(queries):
         raise ValueError(f"queries has {len(queries)} and names {len(names)}; expected at least one, and as many")
@@ -117,7 +123,7 @@ def attribute_queries(
 
     with contextlib.ExitStack() as stack:
         # A folder for each query, which holds what is stored of it so far.
-        inputs = method_inputs(run, config)
+        inputs = method_inputs(run, config, method)
         jobs, stages, results = [], {}, {}
         for name, own, each in zip(folders, settings, prepared):
             remedy = f"Give another --query_name than {name!r}, or delete {run.root.workdir / 'attribution' / name}."
@@ -141,7 +147,7 @@ def attribute_queries(
         size = queries_per_pass(run, config)
         for first in range(0, len(pending), size):
             group = pending[first : first + size]
-            for job, scored in zip(group, METHODS[config.method].score(run, group, config)):
+            for job, scored in zip(group, entry.score(run, group, config)):
                 run_on_host0(functools.partial(write_result, job.folder / "scores.npz", *scored))
                 stages[job.name].finish()
                 finish(job, scored)
@@ -162,6 +168,7 @@ def attribute_to_files(
     top_k: int = 24,
     flags: Mapping[str, Any] | None = None,
     began: float | None = None,
+    method: Method | None = None,
 ) -> list[Attribution]:
     """Attributes queries and writes their reports, see `attribute_queries` and `write_outputs`.
 
@@ -172,6 +179,7 @@ def attribute_to_files(
       model_name, model_credit, top_k: as in `write_outputs`.
       flags: the flags of the run, kept in manifest.json.
       began: `time.monotonic()` when the command began; now if None.
+      method: as in `attribute_queries`.
     """
     # Reports need libraries for pages and plots, which scores do not.
     from attrib_jax.report.outputs import write_outputs
@@ -179,7 +187,7 @@ def attribute_to_files(
     began = time.monotonic() if began is None else began
     with lock(root.workdir):
         run = Run(pipeline, dataset, root, encode_config)
-        results = attribute_queries(run, queries, config, names)
+        results = attribute_queries(run, queries, config, names, method)
         for query, result in zip(queries, results):
             record = {"flags": dict(flags or {}), "seconds": time.monotonic() - began}
             write_outputs(

@@ -36,7 +36,8 @@ FOLDERS = (
     "report",
     "attribute",
 )
-MAX_MODULES_PER_FOLDER = 16
+# `launch` has a file for each command.
+MAX_MODULES_PER_FOLDER = {"attrib_jax": 16, "launch": 20}
 MAX_MODULES_OF_ATTRIBUTE = 100
 MAX_FRAMES, MAX_FILES = 15, 8
 
@@ -113,7 +114,7 @@ def test_no_import_circle():
 def test_folders_are_small(package):
     folders = [ROOT / package, *(path for path in (ROOT / package).rglob("*") if path.is_dir())]
     sizes = {str(path.relative_to(ROOT)): len(list(path.glob("*.py"))) for path in folders}
-    assert {name: size for name, size in sizes.items() if size > MAX_MODULES_PER_FOLDER} == {}
+    assert {name: size for name, size in sizes.items() if size > MAX_MODULES_PER_FOLDER[package]} == {}
 
 
 def test_the_main_job_loads_few_modules():

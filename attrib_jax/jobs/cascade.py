@@ -45,11 +45,28 @@ def cascade_scores(
         # Positions, rising; equal scores go by row id, as in `Scores.top`.
         best = np.lexsort((scores.row_id, -scores.score))[: config.num_finalists(len(scores))]
         finalists.append(np.sort(best))
+    return finalist_scores(run, folders, config, finalists, values, base)
+
+
+def finalist_scores(
+    run: Run,
+    folders: Sequence[Path],
+    config: PassSettings,
+    finalists: Sequence[np.ndarray],
+    values: Values,
+    base: Base | None,
+) -> list[Scores]:
+    """Scores of some images for each query, as `cascade_scores` of those that its coarse scores chose.
+
+    Args:
+      run, folders, config, values, base: as in `cascade_scores`.
+      finalists: rising positions in the encoded data set, for each query.
+    """
     row_ids = run.data.row_ids
     if base is None:
         # One pass over the finalists of any query: another query costs little in it.
         rows = np.unique(np.concatenate(finalists))
-        found = values([_finals_folder(folder, rows) for folder in folders], config, rows, everyone, "")
+        found = values([_finals_folder(folder, rows) for folder in folders], config, rows, range(len(folders)), "")
         return [
             make_scores(row_ids[own], each[np.searchsorted(rows, own)], None, config.flips)
             for own, each in zip(finalists, found)

@@ -33,8 +33,17 @@ _log = logging.getLogger(__name__)
 _MAX_NAME_BYTES = 200
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class SamplerSettings(Settings):
+    """How the model draws a query."""
+
+    guidance_scale: float = setting(7.5, "Weight of classifier-free guidance of the generated query.", low=0)
+    sampler: str = setting("ddim", "Sampler of the generated query.", choices=tuple(SAMPLERS))
+    sampler_steps: int = setting(50, "Sampling steps of the generated query.", low=1)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
-class Query(Settings):
+class Query(SamplerSettings):
     """What to attribute.
 
     Attributes:
@@ -53,9 +62,6 @@ class Query(Settings):
     latents: np.ndarray | None = None
     text: np.ndarray | None = None
     seed: int = setting(0, "Seed of the generated query.", low=0, high=2**32 - 1)
-    guidance_scale: float = setting(7.5, "Weight of classifier-free guidance of the generated query.", low=0)
-    sampler: str = setting("ddim", "Sampler of the generated query.", choices=tuple(SAMPLERS))
-    sampler_steps: int = setting(50, "Sampling steps of the generated query.", low=1)
 
     def __post_init__(self):
         super().__post_init__()
@@ -112,7 +118,7 @@ def prepare_query(pipeline: Pipeline, predict: Predict, query: Query) -> Prepare
     if query.text is not None:
         text = _given("text", query.text, (None, pipeline.unet.config.cross_attention_dim))
     else:
-        text = _text_states(pipeline, [query.prompt])[0]
+        text = text_states(pipeline, [query.prompt])[0]
     return PreparedQuery(image, np.asarray(latents[0]), np.asarray(text), notes, query.prompt)
 
 
@@ -164,13 +170,15 @@ def prompt_notes(pipeline: Pipeline, prompt: str) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def generate(pipeline: Pipeline, predict: Predict, prompts: list[str], seeds: list[int], query: Query) -> np.ndarray:
+def generate(
+    pipeline: Pipeline, predict: Predict, prompts: list[str], seeds: list[int], query: SamplerSettings
+) -> np.ndarray:
     """Draws one latent for each prompt with the sampler settings of `query` -> (B, h, w, c), scaled.
 
     The initial noise of an image depends on its seed alone.
     """
     check_range("sampler_steps", query.sampler_steps, 1, pipeline.schedule.num_train_timesteps, integer=True)
-    text = _text_states(pipeline, list(prompts) + [""])
+    text = text_states(pipeline, list(prompts) + [""])
     initial = [initial_noise(pipeline, seed) for seed in seeds]
     if query.sampler == "ddim":
         return _sample(pipeline, predict, text[:-1], text[-1], jnp.stack(initial), None, query)
@@ -182,7 +190,7 @@ def generate(pipeline: Pipeline, predict: Predict, prompts: list[str], seeds: li
     return np.concatenate(images)
 
 
-def _sample(pipeline, predict, text, empty_text, initial, key, query: Query) -> np.ndarray:
+def _sample(pipeline, predict, text, empty_text, initial, key, query: SamplerSettings) -> np.ndarray:
     with jax.default_matmul_precision("highest"):
         latents = sample(
             predict,
@@ -224,7 +232,8 @@ def _encode_image(pipeline: Pipeline, image: Any) -> tuple[np.ndarray, np.ndarra
     return image, np.asarray(mean) * pipeline.vae.config.scaling_factor
 
 
-def _text_states(pipeline: Pipeline, prompts: list[str]) -> jax.Array:
+def text_states(pipeline: Pipeline, prompts: list[str]) -> jax.Array:
+    """Text states (B, L, d) of prompts."""
     with jax.default_matmul_precision("highest"):
         return _encode_prompts(pipeline.text_encoder, pipeline.params["text_encoder"], tokenize(pipeline, prompts))
 

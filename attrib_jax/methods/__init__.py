@@ -130,8 +130,11 @@ def method_config(method: str = "unlearn", **settings: Any) -> MethodConfig:
     return build(method, **({"parts": parts} if parts else {}))
 
 
-def check_method(run: Run, config: MethodConfig) -> None:
-    """Raises ValueError where a config does not fit the model's schedule or the method's own demands."""
+def check_method(run: Run, config: MethodConfig, method: Method | None = None) -> None:
+    """Raises ValueError where a config does not fit the model's schedule or the method's own demands.
+
+    `method` is the entry of a method that is not in the registry.
+    """
     for part in config.parts:
         check_method(run, part)
     steps = run.pipeline.schedule.num_train_timesteps
@@ -139,14 +142,14 @@ def check_method(run: Run, config: MethodConfig) -> None:
         strided_timesteps(config.stride, steps)
     if isinstance(config, PassSettings) and config.cascade:
         check_range("cascade_stride", config.cascade_stride, 1, steps, integer=True)
-    check = METHODS[config.method].check
+    check = (method or METHODS[config.method]).check
     if check is not None:
         check(run, config)
 
 
-def method_inputs(run: Run, config: MethodConfig) -> dict[str, str]:
+def method_inputs(run: Run, config: MethodConfig, method: Method | None = None) -> dict[str, str]:
     """Fingerprints of all that decides a method's scores, but for its settings and the query."""
-    own = METHODS[config.method].inputs
+    own = (method or METHODS[config.method]).inputs
     return run.inputs if own is None else {**run.inputs, **own(run)}
 
 

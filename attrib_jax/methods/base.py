@@ -22,6 +22,11 @@ class MethodConfig(Settings):
         """Configs of the methods that this one is made of; none for most."""
         return ()
 
+    @property
+    def partial(self) -> bool:
+        """Whether images that are less promising than others have no score."""
+        return bool(getattr(self, "cascade", 0))
+
 
 class QueryJob(NamedTuple):
     """A query that a method scores.

@@ -148,14 +148,20 @@ def score(run: Run, queries: Sequence[QueryJob], config: ResidualConfig) -> list
     A query's residual is that of the given image under the given prompt, whatever guidance it was drawn with. Several
     queries are one matrix product, whose last digits depend on how many there are.
     """
-    shared = prepare(run, config)
+    return score_prepared(run, queries, config, prepare(run, config), run.data.row_ids)
+
+
+def score_prepared(
+    run: Run, queries: Sequence[QueryJob], config: ResidualConfig, shared: Prepared, row_ids: np.ndarray
+) -> list[Scored]:
+    """As `score`, of the images `row_ids` (N,) whose residuals and captions are `shared`."""
     with run.timed("residuals of the queries"):
         own = _query_residuals(run, queries, config)
     with run.timed("scores"):
         values = residual_products(shared.residuals, own) / (len(_timesteps(run, config)) * math.prod(_shape(run)))
         values *= _text_kernel(run, queries, config, shared)[:, :, None]
         values = mean_over_captions(values, shared.captions.image)
-    return [Scored(make_scores(run.data.row_ids, each, None, config.flips)) for each in values]
+    return [Scored(make_scores(row_ids, each, None, config.flips)) for each in values]
 
 
 def _timesteps(run: Run, config: ResidualConfig) -> np.ndarray:

@@ -89,23 +89,14 @@ def prepare(run: Run, config: UnlearnConfig) -> Diagonal | EKFAC | None:
 
 def score(run: Run, queries: Sequence[QueryJob], config: UnlearnConfig) -> list[Scored]:
     """Each query is unlearned, then one pass over the data set gives the scores of all."""
-    # F of the weights that move, over the training set.
-    curvature = prepare(run, config)
-
-    # Gradient ascent on each query's loss, held near the old weights by F.
-    selected, _ = run.select(config.weights)
-    moved, query_losses = [], []
-    for query in queries:
-        with run.timed("unlearn"):
-            weights, losses = unlearn_query(run, query, config, curvature)
-        moved.append(weights)
-        query_losses.append(losses)
+    moved, query_losses = _unlearned(run, queries, config)
 
     # The scores, from losses under both weights and the same noise, or along the weight change.
     folders = [query.folder for query in queries]
     if config.cascade:
         scores = _cascade(run, folders, moved, config)
     elif config.score == "linear":
+        selected, _ = run.select(config.weights)
         changes = [weight_change(tree, selected) for tree in moved]
         with run.timed("linearised scores"):
             values = linear_pass(run, folders, changes, config.weights, config, "linearised scores")
@@ -121,10 +112,43 @@ def score(run: Run, queries: Sequence[QueryJob], config: UnlearnConfig) -> list[
     return [Scored(*result) for result in zip(scores, query_losses)]
 
 
+def score_rows(
+    run: Run, queries: Sequence[QueryJob], config: UnlearnConfig, rows: Sequence[np.ndarray]
+) -> list[Scored]:
+    """As `score`, of the images at the rising positions `rows` of the encoded data set alone, each query its own."""
+    from attrib_jax.jobs.cascade import finalist_scores
+
+    moved, query_losses = _unlearned(run, queries, config)
+    scores = finalist_scores(run, [query.folder for query in queries], config, rows, *_passes(run, moved, config))
+    return [Scored(*result) for result in zip(scores, query_losses)]
+
+
+def _unlearned(
+    run: Run, queries: Sequence[QueryJob], config: UnlearnConfig
+) -> tuple[list[Params], list[tuple[float, ...]]]:
+    """The weights after unlearning each query, and its losses before each step."""
+    # F of the weights that move, over the training set.
+    curvature = prepare(run, config)
+
+    # Gradient ascent on each query's loss, held near the old weights by F.
+    moved, query_losses = [], []
+    for query in queries:
+        with run.timed("unlearn"):
+            weights, losses = unlearn_query(run, query, config, curvature)
+        moved.append(weights)
+        query_losses.append(losses)
+    return moved, query_losses
+
+
 def _cascade(run: Run, folders: Sequence[Path], moved: Sequence[Params], config: UnlearnConfig) -> list:
     """All images by coarse scores, then the best at the full setting."""
     from attrib_jax.jobs.cascade import cascade_scores
 
+    return cascade_scores(run, folders, config, *_passes(run, moved, config))
+
+
+def _passes(run: Run, moved: Sequence[Params], config: UnlearnConfig) -> tuple[Any, Any]:
+    """What `cascade_scores` calls: losses after unlearning and before, or linearised scores and None."""
     selected, _ = run.select(config.weights)
     linear = config.score == "linear"
 
@@ -141,7 +165,7 @@ def _cascade(run: Run, folders: Sequence[Path], moved: Sequence[Params], config:
     def base(config, rows=None, path=None, passes=1):
         return base_losses(run, config, rows, path, passes)
 
-    return cascade_scores(run, folders, config, values, None if linear else base)
+    return values, None if linear else base
 
 
 def unlearn_query(

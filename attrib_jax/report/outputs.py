@@ -59,7 +59,7 @@ def write_outputs(
 
 def _write_outputs(result, dataset, query, config, model_name, model_credit, top_k, record) -> None:
     folder = result.folder
-    cascade = bool(getattr(config, "cascade", 0))
+    partial = config.partial
     linear = getattr(config, "score", None) == "linear"
     position = {int(row): index for index, row in enumerate(dataset.row_ids)}
     png = io.BytesIO()
@@ -73,7 +73,7 @@ def _write_outputs(result, dataset, query, config, model_name, model_credit, top
         (folder / "groups.csv").unlink(missing_ok=True)
 
     notes = list(result.query.notes)
-    unreadable = 0 if cascade else len(dataset) - len(result.scores)
+    unreadable = 0 if partial else len(dataset) - len(result.scores)
     if unreadable:
         notes.append(f"{unreadable} of {len(dataset)} training images could not be read and have no score.")
     groups = dataset.groups
@@ -97,8 +97,8 @@ def _write_outputs(result, dataset, query, config, model_name, model_credit, top
         loss_after=result.scores.loss_after,
         top_k=top_k,
         # The lowest finalists are not the least influential images.
-        least_k=0 if cascade else 6,
-        num_images=len(dataset) if cascade else None,
+        least_k=0 if partial else 6,
+        num_images=len(dataset) if partial else None,
         explanation=_LINEAR_EXPLANATION if linear else None,
         timings={stage: Timing(seconds, reused) for stage, (seconds, reused) in result.timings.items()},
         region=getattr(config, "region", None),

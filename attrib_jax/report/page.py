@@ -34,6 +34,11 @@ _EXPLANATIONS = {
         "it among themselves. A training image's score is its share, on average over patches of several sizes; what "
         "the model learned is not asked."
     ),
+    "index": (
+        "These scores were looked up in an index, in milliseconds: it holds what a slow method found for other "
+        "queries, condensed into one vector for each training image. Larger is more influential; the order of the "
+        "first images is what it was made for."
+    ),
     "random": "These scores are drawn at random. They are what a method that knows nothing would answer.",
 }
 _OTHER_EXPLANATION = (
