@@ -32,6 +32,7 @@ setup(
     package_dir={"launch.configs": "configs", "launch.configs.evaluation": "configs/evaluation"},
     package_data={
         "attrib_jax.report": ["templates/*"],
+        "attrib_jax.serving": ["static/*"],
         "launch.configs": ["*.cfg"],
         "launch.configs.evaluation": ["*.json", "*.jsonl"],
     },

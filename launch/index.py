@@ -15,7 +15,6 @@ from attrib_jax.core.checks import expand_path
 from attrib_jax.jobs.context import Run
 from attrib_jax.jobs.encode import image_resolution
 from attrib_jax.methods import METHODS, ensemble_parts, method_readers
-from attrib_jax.methods.base import MethodConfig
 from attrib_jax.retrieval.build import build_index
 from attrib_jax.retrieval.features import StudentFeatureConfig
 from attrib_jax.retrieval.index import SubsetDataset, open_index, update_index, write_residual_index
@@ -88,14 +87,14 @@ def _run(pipeline: Any, dataset: Any, name: str) -> Run:
     return Run(pipeline, dataset, StageRoot(f"{common.workdir()}/{name}/new-{digest}"), common.encode_config())
 
 
-def read_method(method: str) -> MethodConfig:
+def read_method(method: str) -> Any:
     """The config of the teacher, from the flags that it reads."""
     names = tuple(flags.FLAGS.ensemble_methods or ())
     own = method_readers(method, names)
     shared = (TeacherQueryConfig, StudentFeatureConfig, StudentConfig)
     check_unread(f"method {method!r}", {owner: (*configs, *shared) for owner, configs in own.items()})
 
-    def build(name: str, **values: Any) -> MethodConfig:
+    def build(name: str, **values: Any) -> Any:
         config = METHODS[name].config
         fields = {field.name for field in dataclasses.fields(config)}
         return read_config(config, method=name, **{key: value for key, value in values.items() if key in fields})

@@ -34,6 +34,7 @@ FOLDERS = (
     "evaluation",
     "retrieval",
     "report",
+    "serving",
     "attribute",
 )
 # `launch` has a file for each command.

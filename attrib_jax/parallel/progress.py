@@ -1,7 +1,9 @@
 """Progress of long loops on stderr: a bar on a terminal, an occasional line in a log."""
 
+import contextlib
+import contextvars
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import TextIO
 
 import tqdm
@@ -10,6 +12,44 @@ from attrib_jax.parallel.hosts import is_host0
 
 # Seconds between two lines where stderr is a file or a pipe: a log should not fill with redrawn bars.
 _LOG_INTERVAL = 10.0
+
+
+_observer: contextvars.ContextVar[Callable[[str, int, int], None] | None] = contextvars.ContextVar(
+    "observer", default=None
+)
+
+
+@contextlib.contextmanager
+def observed(observer: Callable[[str, int, int], None]) -> Iterator[None]:
+    """A context in which `observer(description, done, total)` is called as the loops of this thread go on.
+
+    It replaces what is shown on stderr. An exception that it raises ends the loop, which resumes as after a kill.
+    """
+    token = _observer.set(observer)
+    try:
+        yield
+    finally:
+        _observer.reset(token)
+
+
+class _Observed(tqdm.tqdm):
+    """A bar that an observer sees in the place of stderr."""
+
+    def __init__(self, *args, observer: Callable[[str, int, int], None], **kwargs):
+        super().__init__(*args, **kwargs, disable=True)
+        self._observer, self._done, self._description = observer, kwargs["initial"], kwargs["desc"]
+        # A bar that is disabled keeps no total.
+        self._total = kwargs["total"] or 0
+
+    def update(self, n=1):
+        self._done += n
+        self._observer(self._description, self._done, self._total)
+        return True
+
+    def __iter__(self):
+        for item in self.iterable:
+            yield item
+            self.update(1)
 
 
 class _Lines:
@@ -40,6 +80,11 @@ def progress(
         iterable, total = None, iterable_or_total
     else:
         iterable = iterable_or_total
+    observer = _observer.get()
+    if observer is not None:
+        if total is None and iterable is not None and hasattr(iterable, "__len__"):
+            total = len(iterable)  # type: ignore[arg-type]
+        return _Observed(iterable, desc=description, initial=initial, total=total, observer=observer)
     arguments = {"desc": description, "unit": unit, "initial": initial, "total": total, "disable": not is_host0()}
     if sys.stderr.isatty():
         return tqdm.tqdm(iterable, file=sys.stderr, dynamic_ncols=True, **arguments)

@@ -59,8 +59,6 @@ def write_outputs(
 
 def _write_outputs(result, dataset, query, config, model_name, model_credit, top_k, record) -> None:
     folder = result.folder
-    partial = config.partial
-    linear = getattr(config, "score", None) == "linear"
     position = {int(row): index for index, row in enumerate(dataset.row_ids)}
     png = io.BytesIO()
     Image.fromarray(result.query.image).save(png, format="png")
@@ -72,12 +70,49 @@ def _write_outputs(result, dataset, query, config, model_name, model_credit, top
     else:
         (folder / "groups.csv").unlink(missing_ok=True)
 
+    report = report_data(result, dataset, query, config, model_name, model_credit, top_k)
+    write_report(folder / "report.html", report)
+    write_contact_sheet(folder / "sheet.png", report)
+
+    stage = load_stage(folder.parent.parent, f"attribution/{result.name}")
+    write_json(
+        folder / "manifest.json",
+        {
+            "query": result.name,
+            "settings": stage.settings,
+            "fingerprints": stage.inputs,
+            "versions": stage.versions,
+            "created": stage.created,
+            "timings_seconds": {name: seconds for name, (seconds, _) in result.timings.items()},
+            "reused": [name for name, (_, reused) in result.timings.items() if reused],
+            "query_loss": list(result.query_loss),
+            "notes": list(report.warnings),
+            "scored": report.scored,
+            "queries_together": result.num_queries,
+            **record,
+        },
+    )
+
+
+def report_data(
+    result: Attribution,
+    dataset: Dataset,
+    query: Query,
+    config: MethodConfig,
+    model_name: str,
+    model_credit: str | None = None,
+    top_k: int = 24,
+) -> ReportData:
+    """What the report of a query shows; arguments as of `write_outputs`. No file is read or written."""
+    partial = config.partial
+    linear = getattr(config, "score", None) == "linear"
+    position = {int(row): index for index, row in enumerate(dataset.row_ids)}
     notes = list(result.query.notes)
     unreadable = 0 if partial else len(dataset) - len(result.scores)
     if unreadable:
         notes.append(f"{unreadable} of {len(dataset)} training images could not be read and have no score.")
     groups = dataset.groups
-    report = ReportData(
+    return ReportData(
         query_image=result.query.image,
         query_name=result.name,
         prompt=query.prompt,
@@ -107,27 +142,6 @@ def _write_outputs(result, dataset, query, config, model_name, model_credit, top
         warnings=tuple(notes),
         model_credit=None if model_credit is None else Credit(model_credit),
         dataset_credit=None if dataset.credit is None else Credit(dataset.credit, dataset.credit_url),
-    )
-    write_report(folder / "report.html", report)
-    write_contact_sheet(folder / "sheet.png", report)
-
-    stage = load_stage(folder.parent.parent, f"attribution/{result.name}")
-    write_json(
-        folder / "manifest.json",
-        {
-            "query": result.name,
-            "settings": stage.settings,
-            "fingerprints": stage.inputs,
-            "versions": stage.versions,
-            "created": stage.created,
-            "timings_seconds": {name: seconds for name, (seconds, _) in result.timings.items()},
-            "reused": [name for name, (_, reused) in result.timings.items() if reused],
-            "query_loss": list(result.query_loss),
-            "notes": notes,
-            "scored": report.scored,
-            "queries_together": result.num_queries,
-            **record,
-        },
     )
 
 

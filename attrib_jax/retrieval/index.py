@@ -89,7 +89,8 @@ class StudentIndex:
         self.row_ids = self.vectors.row_ids
         names = tuple(record["features"]["student_features"])
         self.feature_config = StudentFeatureConfig(tower=tower or record["tower_path"], student_features=names)
-        self._tower, self._given = None, tower
+        self._tower: Features | None = None
+        self._given = tower
 
     @property
     def features(self) -> Features:
@@ -168,7 +169,7 @@ class ResidualIndex:
 
     def __init__(self, folder: Path, record: Mapping[str, Any]):
         self.folder, self.record = Path(folder), record
-        settings = {
+        settings: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value for name, value in record["method"].items()
         }
         self.config = residual.ResidualConfig(**settings)

@@ -284,7 +284,7 @@ def _embed(params: Any, config: StudentConfig, method: str, features: np.ndarray
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _apply(config: StudentConfig, method: str, params: Any, features: jax.Array) -> jax.Array:
     with jax.default_matmul_precision("highest"):
-        return Student(config).apply({"params": params}, features, method=method)
+        return jnp.asarray(Student(config).apply({"params": params}, features, method=method))
 
 
 def save_student(file: Path, params: Any, config: StudentConfig, width: int) -> None:

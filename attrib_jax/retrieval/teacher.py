@@ -142,10 +142,10 @@ def teacher_scores(run: Run, queries: TeacherQueries, config: TeacherQueryConfig
     Raises ValueError where the method scores a part of the images, or does not fit the model.
     """
     check_method(run, method)
-    if getattr(method, "cascade", 0):
+    if method.partial:
         raise ValueError(
-            f"cascade is {method.cascade:g}: a teacher has to score all training images, and a cascade scores a part. "
-            "Leave out cascade."
+            f"cascade is {getattr(method, 'cascade', 0):g}: a teacher has to score all training images, and a cascade "
+            "scores a part. Leave out cascade."
         )
     settings = {"queries": config.describe(), "method": method.describe()}
     name = f"teacher/{method.method}-{json_digest(settings)[:8]}"
