@@ -12,6 +12,8 @@ DEMO = [
     "resvg-py==0.5.0",
 ]
 STUDIES = ["scikit-learn"]  # the digits, and benchmarks/regions.py
+# The page, and indexes of many images.
+SERVE = ["anyio", "starlette", "usearch", "uvicorn"]
 
 setup(
     name="attrib_jax",
@@ -67,14 +69,18 @@ setup(
         "tpu": ["jax[tpu]>=0.10"],
         "demo": DEMO,  # the data set of the model in models/openmoji
         "torch": ["torch"],  # to read .bin, .pt and .ckpt files
+        "serve": SERVE,  # launch.serve
         "studies": STUDIES,
         "docs": ["mkdocs-material", "mkdocstrings[python]"],
         "dev": [
             *DEMO,
+            *SERVE,
             *STUDIES,
             "diffusers",
+            "faiss-cpu",
             "hypothesis",
             "mypy",
+            "playwright",
             "pre-commit",
             "pytest",
             "pytest-xdist",

