@@ -13,6 +13,7 @@ import numpy as np
 
 from attrib_jax.core.fingerprint import json_digest
 from attrib_jax.core.settings import setting
+from attrib_jax.core.types import Scores
 from attrib_jax.data.sources import Dataset
 from attrib_jax.jobs.context import Run
 from attrib_jax.jobs.query import PreparedQuery, Query, SamplerSettings, generate, prepare_query, text_states
@@ -162,7 +163,7 @@ def teacher_scores(run: Run, queries: TeacherQueries, config: TeacherQueryConfig
                 folder = stage.path / "pass"
                 jobs = _jobs(run, queries, range(rows.start, rows.stop), folder)
                 found = np.stack(
-                    [_by_row(run, each.scores) for each in METHODS[method.method].score(run, jobs, method)]
+                    [scores_by_row(run, each.scores) for each in METHODS[method.method].score(run, jobs, method)]
                 )
                 run_on_host0(functools.partial(store.write, index, {"score": found.astype(np.float32)}))
                 # What the method kept for a resumed pass.
@@ -179,7 +180,7 @@ def _jobs(run: Run, queries: TeacherQueries, rows: range, folder: Path) -> list[
     return jobs
 
 
-def _by_row(run: Run, scores: Any) -> np.ndarray:
+def scores_by_row(run: Run, scores: Scores) -> np.ndarray:
     """Scores (N,) in the order of the encoded data set; images without one get the lowest."""
     found = np.full(len(run.data), np.min(scores.score))
     order = np.argsort(run.data.row_ids)

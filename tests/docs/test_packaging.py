@@ -80,7 +80,10 @@ def test_development_imports_what_is_declared(declared, folder):
 
 def test_what_is_declared_is_imported(declared):
     library = imported("attrib_jax") | imported("launch")
-    assert declared[None] | declared["demo"] | declared["torch"] | declared["studies"] | declared["serve"] <= library.keys() | NOT_IMPORTED
+    assert (
+        declared[None] | declared["demo"] | declared["torch"] | declared["studies"] | declared["serve"]
+        <= library.keys() | NOT_IMPORTED
+    )
     assert declared["dev"] <= library.keys() | imported("tests").keys() | imported("benchmarks").keys() | NOT_IMPORTED
     assert declared["demo"] | declared["serve"] | declared["studies"] | declared["torch"] <= declared["dev"]
 

@@ -298,7 +298,14 @@ async function begin() {
     panes.forEach((pane) => pane.ask());
   });
   at("close").addEventListener("click", () => at("reverse").close());
-  at("upload").addEventListener("change", () => say(""));
+  at("upload").addEventListener("change", () => {
+    say("");
+    at("clear").hidden = !at("upload").files.length;
+  });
+  at("clear").addEventListener("click", () => {
+    at("upload").value = "";
+    at("clear").hidden = true;
+  });
   dragBoxes();
 }
 
