@@ -10,6 +10,7 @@ Latency is that of single queries, one after another, k = 100. Needs usearch and
 import gc
 import json
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from absl import flags
 
+from attrib_jax.retrieval.vectors import VectorIndex, write_vectors
 from launch import common
 
 _SIZES = flags.DEFINE_list("sizes", ["4000", "118287", "1000000"], "Numbers of vectors.")
@@ -153,7 +155,20 @@ def _faiss(description: str, search_setting: dict[str, int]) -> Callable[[np.nda
     return build
 
 
+def _ours(vectors: np.ndarray) -> Built:
+    """What launch.search does: brute force below 20,000, beyond it usearch's graph, scores from the vectors."""
+    folder = tempfile.mkdtemp()
+    graph = write_vectors(folder, np.arange(len(vectors)), vectors)
+
+    def over(folder):
+        index = VectorIndex(folder, graph)
+        return lambda query, k: index.search(query, k).row_id
+
+    return Built(over(folder), lambda path: shutil.move(folder, path), over)
+
+
 KINDS: dict[str, Callable[[np.ndarray], Built]] = {
+    "attrib_jax": _ours,
     "numpy float32 exact": _numpy_float32,
     "usearch float16 exact": _usearch_exact("f16"),
     "usearch int8 exact": _usearch_exact("i8"),
@@ -176,7 +191,8 @@ def measure(kind: str, vectors: np.ndarray, queries: np.ndarray, truth: np.ndarr
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder) / "index")
         built.save(path)
-        size = os.path.getsize(path)
+        files = [path] if os.path.isfile(path) else [each.path for each in os.scandir(path)]
+        size = sum(map(os.path.getsize, files))
         search = built.load(path)
         del built
         gc.collect()

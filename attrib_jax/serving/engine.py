@@ -1,5 +1,6 @@
 """What the page asks of a model and its index: pictures, their attributions, and the reverse question."""
 
+import collections
 import dataclasses
 import io
 import tempfile
@@ -88,6 +89,8 @@ class Engine:
         if self.student is not None:
             _ = self.student.features
         self.position = {int(row): place for place, row in enumerate(run.dataset.row_ids)}
+        groups = run.dataset.groups
+        self._group_size = collections.Counter([] if groups is None else np.asarray(groups).tolist())
         self._pictures: OrderedDict[tuple[str, int], PreparedQuery] = OrderedDict()
         self._plain: tuple[np.ndarray, np.ndarray] | None = None
         self._lock = threading.Lock()
@@ -101,9 +104,11 @@ class Engine:
         return names
 
     def warm_up(self) -> None:
-        """Compiles what an instant answer needs."""
+        """Compiles what quick answers need."""
         caption = self.run.dataset.captions(0)[0]
         self.answer(Ask("instant", caption))
+        if self.student is not None:
+            self.reverse(int(self.index.row_ids[0]))
 
     def picture(self, ask: Ask) -> PreparedQuery:
         """The picture of a question: drawn, or as uploaded, at the size of the model.
@@ -174,7 +179,8 @@ class Engine:
         best = float(top.score[0]) if len(top) and top.score[0] > 0 else None
         for rank, (row, score) in enumerate(zip(top.row_id.tolist(), top.score.tolist()), start=1):
             place = self.position[row]
-            group = None if groups is None else int(groups[place])
+            # A group of one says nothing.
+            group = int(groups[place]) if groups is not None and self._group_size[int(groups[place])] > 1 else None
             same = None if group is None else first.setdefault(group, rank)
             cards.append(
                 {
