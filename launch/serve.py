@@ -6,7 +6,6 @@ Then open http://localhost:8000. Needs pip install -e '.[serve]'.
 """
 
 import logging
-import socket
 from collections.abc import Sequence
 
 from absl import app, flags
@@ -17,6 +16,7 @@ from attrib_jax.jobs.encode import image_resolution
 from attrib_jax.jobs.query import Query
 from attrib_jax.methods.unlearn import UnlearnConfig
 from attrib_jax.retrieval.index import open_index
+from attrib_jax.serving.address import listen
 from attrib_jax.storage.stage_root import StageRoot
 from attrib_jax.storage.stages import lock
 from launch import common
@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> None:
         from attrib_jax.serving.worker import Worker
 
         # Before the model is read.
-        listening = _listen(_HOST.value, _PORT.value)
+        listening = listen(_HOST.value, _PORT.value)
         index = open_index(expand_path(_INDEX.value or f"{common.workdir()}/index"), _TOWER.value)
         exact, sampler = read_config(UnlearnConfig, method="unlearn"), read_config(Query, prompt="")
         pipeline = common.load_model()
@@ -65,23 +65,6 @@ def main(argv: Sequence[str]) -> None:
             )
             print(f"http://{_HOST.value}:{listening.getsockname()[1]} (stop with Ctrl-C)", flush=True)
             server.run(sockets=[listening])
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    """A socket that listens; ValueError where the port is taken or the address is not this machine's."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listening = socket.socket(family, socket.SOCK_STREAM)
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listening.bind((host, port))
-        listening.listen(128)
-    except OSError as error:
-        listening.close()
-        raise ValueError(
-            f"port is {port} at host {host!r}, where the page cannot listen ({error.strerror}): expected a free port "
-            "of this machine. Give another --port or --host."
-        ) from error
-    return listening
 
 
 if __name__ == "__main__":

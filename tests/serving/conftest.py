@@ -13,6 +13,7 @@ from attrib_jax.retrieval.build import build_index
 from attrib_jax.retrieval.features import StudentFeatureConfig
 from attrib_jax.retrieval.student import StudentConfig
 from attrib_jax.retrieval.teacher import TeacherQueryConfig
+from attrib_jax.serving.address import listen
 from attrib_jax.storage.stage_root import StageRoot
 from tests.evaluation.conftest import make_dataset, make_model
 from tests.towers import save_torch_tower
@@ -42,9 +43,8 @@ def engine(tmp_path_factory):
 def serve(engine, worker):
     """The address of the page."""
     from attrib_jax.serving.app import make_app
-    from launch.serve import _listen
 
-    listening = _listen("127.0.0.1", 0)
+    listening = listen("127.0.0.1", 0)
     server = uvicorn.Server(uvicorn.Config(make_app(engine, worker, ["127.0.0.1"]), log_level="error"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()
