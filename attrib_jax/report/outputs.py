@@ -70,7 +70,7 @@ def _write_outputs(result, dataset, query, config, model_name, model_credit, top
     else:
         (folder / "groups.csv").unlink(missing_ok=True)
 
-    report = report_data(result, dataset, query, config, model_name, model_credit, top_k)
+    report = report_data(result, dataset, query, config, model_name, model_credit, top_k, _regions(folder))
     write_report(folder / "report.html", report)
     write_contact_sheet(folder / "sheet.png", report)
 
@@ -102,8 +102,12 @@ def report_data(
     model_name: str,
     model_credit: str | None = None,
     top_k: int = 24,
+    regions: tuple[Region, ...] = (),
 ) -> ReportData:
-    """What the report of a query shows; arguments as of `write_outputs`. No file is read or written."""
+    """What the report of a query shows; arguments as of `write_outputs`. No file of the query is read.
+
+    `regions` is the map that method `patches` keeps beside its scores.
+    """
     partial = config.partial
     linear = getattr(config, "score", None) == "linear"
     position = {int(row): index for index, row in enumerate(dataset.row_ids)}
@@ -138,7 +142,7 @@ def report_data(
         timings={stage: Timing(seconds, reused) for stage, (seconds, reused) in result.timings.items()},
         region=getattr(config, "region", None),
         region_mask=_region_mask(config, result.query.image),
-        regions=_regions(folder),
+        regions=regions,
         warnings=tuple(notes),
         model_credit=None if model_credit is None else Credit(model_credit),
         dataset_credit=None if dataset.credit is None else Credit(dataset.credit, dataset.credit_url),
