@@ -64,13 +64,12 @@ def _write_outputs(result, dataset, query, config, model_name, model_credit, top
     Image.fromarray(result.query.image).save(png, format="png")
     write_bytes(folder / "query.png", png.getvalue())
     write_bytes(folder / "top.csv", _top_csv(result.scores.top(top_k), dataset, position))
-    shares = _group_shares(result.scores, dataset, position)
-    if shares:
-        write_bytes(folder / "groups.csv", _groups_csv(shares))
-    else:
-        (folder / "groups.csv").unlink(missing_ok=True)
 
     report = report_data(result, dataset, query, config, model_name, model_credit, top_k, _regions(folder))
+    if report.group_shares:
+        write_bytes(folder / "groups.csv", _groups_csv(report.group_shares))
+    else:
+        (folder / "groups.csv").unlink(missing_ok=True)
     write_report(folder / "report.html", report)
     write_contact_sheet(folder / "sheet.png", report)
 
@@ -130,7 +129,7 @@ def report_data(
         captions=lambda row: dataset.captions(position[row]),
         image=lambda row: _image(dataset, position[row]),
         group=None if groups is None else lambda row: int(groups[position[row]]),
-        group_shares=shares,
+        group_shares=_group_shares(result.scores, dataset, position),
         flip=result.scores.flip,
         loss_before=result.scores.loss_before,
         loss_after=result.scores.loss_after,

@@ -16,6 +16,7 @@ import numpy as np
 from attrib_jax.attribution.similarity import TextStatistics
 from attrib_jax.core.durable import new_folder, remove_leftovers
 from attrib_jax.core.types import Scores
+from attrib_jax.data.protocol import named_groups
 from attrib_jax.jobs.context import Run, dataset_fingerprints
 from attrib_jax.jobs.encoded_dataset import CaptionRows
 from attrib_jax.jobs.query import PreparedQuery
@@ -451,6 +452,11 @@ class SubsetDataset:
     @property
     def groups(self) -> np.ndarray | None:
         return None if self.whole.groups is None else np.asarray(self.whole.groups)[self.positions]
+
+    @property
+    def group_names(self) -> list[str] | None:
+        names = named_groups(self.whole)
+        return None if names is None else [names[place] for place in self.positions.tolist()]
 
     @property
     def credit(self) -> str | None:

@@ -15,6 +15,7 @@ from PIL import Image, UnidentifiedImageError
 
 from attrib_jax.core.types import Scores
 from attrib_jax.data.images import decode_image, resize_and_crop
+from attrib_jax.data.protocol import NO_GROUP, named_groups
 from attrib_jax.jobs.context import Run
 from attrib_jax.jobs.encode import image_size
 from attrib_jax.jobs.query import PreparedQuery, Query, decode, prepare_query
@@ -189,12 +190,19 @@ class Engine:
                     "score": score,
                     "share": None if best is None else max(0.0, score / best),
                     "caption": self.run.dataset.captions(place)[0],
-                    "group": group,
+                    "group": self._group_label(place, group),
                     "variant_of": same if same != rank else None,
                     "mirrored": bool(top.flip is not None and top.flip[rank - 1] == 1),
                 }
             )
         return cards
+
+    def _group_label(self, place: int, group: int | None) -> str | None:
+        """What stands under an image: the name of its group, where the data set has names, or its near-duplicates'."""
+        names = named_groups(self.run.dataset)
+        if names is not None and names[place] != NO_GROUP:
+            return str(names[place])
+        return None if group is None else f"group {group}"
 
     def _plain_scores(self, query: PreparedQuery) -> Scores:
         assert self.student is not None

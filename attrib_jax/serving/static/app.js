@@ -157,7 +157,7 @@ function card(each) {
     element("span", { className: "score", textContent: number(each.score) }),
     element("span", { className: "caption", textContent: each.caption, title: each.caption }),
   );
-  const group = each.variant_of ? `variant of no. ${each.variant_of}` : each.group === null ? "" : `group ${each.group}`;
+  const group = each.variant_of ? `variant of no. ${each.variant_of}` : (each.group ?? "");
   if (group) words.append(element("span", { className: "group", textContent: group }));
   const button = element(
     "button",
