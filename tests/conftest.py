@@ -55,6 +55,24 @@ def pipeline(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def xl_folder(tmp_path_factory):
+    """A tiny random pipeline of Stable Diffusion XL, saved by diffusers; of one level, which compiles faster."""
+    from tests.tiny_pipeline import make_torch_xl_pipeline
+
+    path = str(tmp_path_factory.mktemp("models") / "xl")
+    make_torch_xl_pipeline(path, unet_channels=(64,))
+    return path
+
+
+@pytest.fixture(scope="session")
+def xl_pipeline(xl_folder):
+    """The same as ours."""
+    from attrib_jax.convert.load import load_pipeline
+
+    return load_pipeline(xl_folder)
+
+
+@pytest.fixture(scope="session")
 def dataset():
     """Its training set."""
     from tests.tiny_dataset import make_dataset

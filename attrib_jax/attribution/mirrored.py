@@ -19,6 +19,7 @@ from attrib_jax.core.types import Batch
 from attrib_jax.core.weights import Params, merge_weights
 from attrib_jax.diffusion.losses import Predict, batch_losses, denoising_losses
 from attrib_jax.diffusion.schedule import NoiseSchedule
+from attrib_jax.models.projected_text import text_rows
 from attrib_jax.ops.micro_batching import (
     even_group_size,
     forward_pixels,
@@ -163,7 +164,7 @@ def mirrored_gradient(
         count = len(batch.timestep)
         shares = jnp.zeros((count, 2)).at[:, column].set(1 / count)
         parts.append((batch, shares, jnp.full(count, bound)))
-    if retain.text.shape[1:] == forget.text.shape[1:]:
+    if jnp.shape(text_rows(retain.text))[1:] == jnp.shape(text_rows(forget.text))[1:]:
         # One program is compiled, and runs, faster than two.
         parts = [jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)]
     total, losses = jax.tree.map(lambda *leaves: sum(leaves[1:], leaves[0]), *map(gradient, parts))

@@ -152,7 +152,7 @@ def output_gradients(
             return gradients, jnp.zeros(count, batch.latents.dtype)
 
         def summed(weights):
-            found, residuals = values(weights.text(repeat(batch.text)))
+            found, residuals = values(weights.text(jax.tree.map(repeat, batch.text)))
             return jnp.sum(found), residuals
 
         cotangents, residuals = jax.grad(summed, has_aux=True)(jax.tree.map(repeat, weights))

@@ -1,7 +1,7 @@
 """Scores (METHOD.md section 4): strided losses before and after unlearning, and their difference for each image."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -177,7 +177,7 @@ def dataset_losses(
     key: jax.Array,
     row_id: np.ndarray,
     latents: np.ndarray,
-    text: np.ndarray,
+    text: Any,
     timesteps: np.ndarray,
     *,
     caption_mask: np.ndarray | None = None,
@@ -192,7 +192,7 @@ def dataset_losses(
         predict, schedule, params, key, timesteps: as in `example_loss`.
         row_id: (N,) the images' rows in the full data set.
         latents: (N, flips, h, w, c); flip 1 is the mirrored image's.
-        text: (N, captions, L, d).
+        text: (N, captions, L, d), or the pytree that the model is conditioned on, with leaves (N, captions, ...).
         caption_mask: (N, captions) 1 for a caption, 0 for padding of images with fewer; all count if None.
         batch_size: examples handed to the device before their losses are fetched, rounded up to whole tiles: it bounds
             the host's lead, and changes no digit.
@@ -207,7 +207,7 @@ def dataset_losses(
     timesteps = _checked_timesteps(timesteps, schedule)
     check_positive("batch_size", batch_size, integer=True)
     count, flips = latents.shape[:2]
-    captions = text.shape[1]
+    captions = jax.tree.leaves(text)[0].shape[1]
     present = np.ones((count, captions), bool) if caption_mask is None else np.asarray(caption_mask).astype(bool)
     if present.shape != (count, captions) or not present.any(axis=1).all():
         raise ValueError(
@@ -225,7 +225,7 @@ def dataset_losses(
             rows = np.pad(members, (0, tile - len(members)), constant_values=start)
             batch = Batch(
                 latents=latents[image[rows], flip[rows]],
-                text=text[image[rows], caption[rows]],
+                text=jax.tree.map(lambda leaf, rows=rows: leaf[image[rows], caption[rows]], text),
                 row_id=np.asarray(row_id)[image[rows]].astype(np.int32),
                 flip=flip[rows].astype(np.int32),
                 caption=caption[rows].astype(np.int32),
@@ -247,7 +247,7 @@ def score_dataset(
     key: jax.Array,
     row_id: np.ndarray,
     latents: np.ndarray,
-    text: np.ndarray,
+    text: Any,
     timesteps: np.ndarray,
     *,
     how: str = "max",
@@ -285,13 +285,21 @@ def score_dataset(
     return Scores(row_id, score, loss_before, loss_after, flip)
 
 
-def _check_data(row_id: np.ndarray, latents: np.ndarray, text: np.ndarray) -> None:
-    for name, array, axes in (("latents", latents, "(N, flips, h, w, c)"), ("text", text, "(N, captions, L, d)")):
+def _check_data(row_id: np.ndarray, latents: np.ndarray, text: Any) -> None:
+    leaves = jax.tree.leaves(text)
+    arrays = [("latents", latents, "(N, flips, h, w, c)")]
+    if not isinstance(text, Mapping):
+        arrays.append(("text", text, "(N, captions, L, d)"))
+    elif len({leaf.shape[:2] for leaf in leaves}) != 1 or leaves[0].ndim < 2:
+        shapes = {name: np.shape(leaf) for name, leaf in text.items()}
+        raise ValueError(f"text has the shapes {shapes}; expected leaves (N, captions, ...)")
+    for name, array, axes in arrays:
         if np.ndim(array) != axes.count(",") + 1 or 0 in np.shape(array)[1:]:
             raise ValueError(f"{name} has shape {np.shape(array)}; expected {axes}")
-    if np.shape(row_id) != (len(latents),) or len(text) != len(latents):
+    rows = len(leaves[0])
+    if np.shape(row_id) != (len(latents),) or rows != len(latents):
         raise ValueError(
-            f"row_id has shape {np.shape(row_id)}, latents has {len(latents)} rows and text {len(text)}; expected one "
+            f"row_id has shape {np.shape(row_id)}, latents has {len(latents)} rows and text {rows}; expected one "
             "of each for each image"
         )
     check_row_ids(row_id)

@@ -1,5 +1,6 @@
 """Model folders in the diffusers layout, read and written: which files they hold, and which of them to read."""
 
+import copy
 import logging
 import os
 import re
@@ -9,11 +10,11 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from attrib_jax.convert.config_files import read_config, read_json, write_json
-from attrib_jax.convert.families import PIPELINE, check_class, refusal
+from attrib_jax.convert.families import PIPELINE, XL_PIPELINE, check_class, refusal
 from attrib_jax.convert.ldm.target import TARGET_OPTIONS, Claim, merge_claims, read_claims
 from attrib_jax.convert.parts import PIXELS, build_module, build_schedule, load_part
 from attrib_jax.convert.pipeline import Pipeline, check_parts
-from attrib_jax.convert.tokenizer import check_padding, load_tokenizer, save_tokenizer
+from attrib_jax.convert.tokenizer import SECOND_PADDING, check_padding, load_tokenizer, save_tokenizer
 from attrib_jax.convert.weights.files import open_weights, write_weights
 from attrib_jax.convert.weights.state_dicts import state_dict_of
 from attrib_jax.core.durable import new_folder
@@ -23,8 +24,14 @@ from attrib_jax.models.vae import PixelAutoencoder
 
 INDEX = "model_index.json"
 SCHEDULER_CONFIG = "scheduler_config.json"
-# The parts with weights, and how their weight files' names start.
-STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+# The parts with weights, and how their weight files' names start; a model need not have the last.
+STEMS = {
+    "unet": "diffusion_pytorch_model",
+    "vae": "diffusion_pytorch_model",
+    "text_encoder": "model",
+    "text_encoder_2": "model",
+}
+_SECOND = "text_encoder_2"
 
 _log = logging.getLogger(__name__)
 
@@ -35,6 +42,10 @@ _SUPPORTED = {
     "vae": ("AutoencoderKL", "PixelAutoencoder"),
     "text_encoder": ("CLIPTextModel",),
     "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
+}
+_SUPPORTED_XL = _SUPPORTED | {
+    "text_encoder_2": ("CLIPTextModelWithProjection",),
+    "tokenizer_2": _SUPPORTED["tokenizer"],
 }
 # transformers names its PyTorch files otherwise than its safetensors; diffusers does not.
 _BIN_STEMS = {"model": "pytorch_model"}
@@ -136,7 +147,8 @@ def check_folder(
       ValueError: see `check_configs`.
     """
     modules = check_configs(path, replaced)
-    names = {part: _files(os.path.join(path, part)) for part in STEMS if part not in replaced}
+    parts = parts_of(read_json(os.path.join(path, INDEX)))
+    names = {part: _files(os.path.join(path, part)) for part in STEMS if part in parts and part not in replaced}
     chosen = choose_weights(names, variant, f"model folder {path!r}")
     missing = []
     for part, files in names.items():
@@ -144,8 +156,8 @@ def check_folder(
         missing += [] if chosen[part] else [f"{part}/{STEMS[part]}.safetensors"]
     if "scheduler" not in replaced and SCHEDULER_CONFIG not in _files(os.path.join(path, "scheduler")):
         missing.append(f"scheduler/{SCHEDULER_CONFIG}")
-    if "tokenizer" not in replaced and not os.path.isdir(os.path.join(path, "tokenizer")):
-        missing.append("tokenizer/")
+    tokenizers = [part for part in parts if part.startswith("tokenizer") and part not in replaced]
+    missing += [f"{part}/" for part in tokenizers if not os.path.isdir(os.path.join(path, part))]
     if missing:
         raise FileNotFoundError(f"model folder {path!r} is incomplete, it lacks: {', '.join(missing)}")
     return modules, {part: os.path.join(path, part, name) for part, name in chosen.items() if name}
@@ -156,6 +168,11 @@ def _files(folder: str) -> list[str]:
     if not os.path.isdir(folder):
         return []
     return [name for name in os.listdir(folder) if os.path.isfile(os.path.join(folder, name))]
+
+
+def parts_of(index: Mapping[str, Any]) -> tuple[str, ...]:
+    """The parts that a model with this model_index.json has, the scheduler left out."""
+    return tuple(_SUPPORTED_XL if index.get("_class_name") == XL_PIPELINE else _SUPPORTED)
 
 
 def check_configs(path: str, replaced: Collection[str] = ()) -> dict[str, Any]:
@@ -191,9 +208,12 @@ def check_configs(path: str, replaced: Collection[str] = ()) -> dict[str, Any]:
         [None, None],
     )
     if is_refiner:
-        raise refusal(f"model {path!r}", "the refiner of Stable Diffusion XL", "give a Stable Diffusion 1 or 2 model")
-    check_class(index.get("_class_name"), (PIPELINE,), f"model {path!r}")
-    for part, supported in _SUPPORTED.items():
+        raise refusal(f"model {path!r}", "the refiner of Stable Diffusion XL", "give the base model that it refines")
+    check_class(index.get("_class_name"), (PIPELINE, XL_PIPELINE), f"model {path!r}")
+    is_xl = index["_class_name"] == XL_PIPELINE
+    if is_xl and index.get("text_encoder") in (None, [None, None]):
+        raise refusal(f"model {path!r}", "Stable Diffusion XL without its first text encoder", "give the base model")
+    for part, supported in (_SUPPORTED_XL if is_xl else _SUPPORTED).items():
         entry = index.get(part)
         found = entry[1] if isinstance(entry, list) and len(entry) == 2 else entry
         if part not in replaced:
@@ -201,12 +221,14 @@ def check_configs(path: str, replaced: Collection[str] = ()) -> dict[str, Any]:
     modules = {}
     for part in STEMS:
         file = os.path.join(path, part, "config.json")
-        if part not in replaced and os.path.isfile(file):
+        if part in parts_of(index) and part not in replaced and os.path.isfile(file):
             modules[part] = build_module(part, read_json(file), file)
     file = os.path.join(path, "scheduler", SCHEDULER_CONFIG)
     if "scheduler" not in replaced and os.path.isfile(file):
         build_schedule(read_json(file), None, file)
-    check_parts(**modules)
+    # Of an incomplete folder, `check_folder` says what it lacks.
+    complete = {part for part in STEMS if part in parts_of(index)} == modules.keys()
+    check_parts(**modules, whole=complete)
     return modules
 
 
@@ -295,15 +317,62 @@ def load_folder(
         schedule = build_schedule({**config, **merge_claims(claims)}, None, file)
     if unet is not None:
         modules["unet"] = unet.module
-    length = modules["text_encoder"].config.max_position_embeddings
-    loaded_tokenizer = load_tokenizer(os.path.join(path, "tokenizer") if tokenizer is None else tokenizer, length)
-    check_parts(**modules, tokenizer=loaded_tokenizer)
-    if tokenizer is not None:
-        check_padding(loaded_tokenizer, modules["text_encoder"].config, tokenizer)
+    tokenizers = _load_tokenizers(path, modules, tokenizer)
+    check_parts(**modules, **tokenizers, whole=True)
     params = {part: load_part(part, modules[part], file, dtype) for part, file in weights.items()}
     if unet is not None:
         params["unet"] = unet.load(dtype)
-    return Pipeline(**modules, tokenizer=loaded_tokenizer, schedule=schedule, params=params)
+    index = read_json(os.path.join(path, INDEX))
+    # The class's own default, where an index does not say it.
+    zeros = bool(index.get("force_zeros_for_empty_prompt", True)) and _SECOND in modules
+    return Pipeline(**modules, **tokenizers, schedule=schedule, params=params, zeros_for_empty_prompt=zeros)
+
+
+def _load_tokenizers(path: str, modules: Mapping[str, Any], given: str | None) -> dict[str, Any]:
+    """The tokenizer, or both, of a folder or of the `given` one in their place."""
+    if given is not None:
+        return load_given_tokenizers(given, modules)
+    parts = [part for part in ("tokenizer", "tokenizer_2") if _encoder_of(part) in modules]
+    return {
+        part: load_tokenizer(os.path.join(path, part), modules[_encoder_of(part)].config.max_position_embeddings)
+        for part in parts
+    }
+
+
+def _encoder_of(tokenizer: str) -> str:
+    return tokenizer.replace("tokenizer", "text_encoder")
+
+
+def load_given_tokenizers(
+    path: str, modules: Mapping[str, Any], pad_tokens: Mapping[str, str | None] | None = None
+) -> dict[str, Any]:
+    """The tokenizer of a folder, or the two of a model with two text encoders, for a model that has none of its own.
+
+    Stable Diffusion XL's second one has the vocabulary of the first and pads with `!`: a folder with one tokenizer
+    gives both.
+
+    Args:
+      path: a tokenizer's folder, or a pipeline folder with tokenizer/ (and tokenizer_2/) in it.
+      modules: the text encoders, among others.
+      pad_tokens: tokenizer -> what it pads with, where the model's file says it.
+
+    Raises FileNotFoundError and ValueError as `load_tokenizer`; ValueError where a tokenizer pads otherwise than its
+    text encoder was trained.
+    """
+    said = pad_tokens or {}
+    encoder = modules["text_encoder"].config
+    first = load_tokenizer(path, encoder.max_position_embeddings)
+    check_padding(first, encoder, path, said.get("tokenizer"))
+    if _SECOND not in modules:
+        return {"tokenizer": first}
+    encoder, inner = modules[_SECOND].config, os.path.join(path, "tokenizer_2")
+    if os.path.isdir(inner):
+        second = load_tokenizer(inner, encoder.max_position_embeddings)
+        check_padding(second, encoder, inner, said.get("tokenizer_2"))
+    else:
+        second = copy.deepcopy(first)
+        second.pad_token = said.get("tokenizer_2") or SECOND_PADDING
+    return {"tokenizer": first, "tokenizer_2": second}
 
 
 def replaced_parts(unet: UNetFile | None, tokenizer: str | None) -> list[str]:
@@ -311,13 +380,14 @@ def replaced_parts(unet: UNetFile | None, tokenizer: str | None) -> list[str]:
     replaced = {
         "unet": unet is not None,
         "tokenizer": tokenizer is not None,
+        "tokenizer_2": tokenizer is not None,
         "scheduler": unet is not None and unet.scheduler is not None,
     }
     return [part for part, is_replaced in replaced.items() if is_replaced]
 
 
 def save_pipeline(pipeline: Pipeline, path: str | os.PathLike, dtype: Any = None, overwrite: bool = False) -> None:
-    """Writes a folder that `load_pipeline` and PyTorch diffusers' StableDiffusionPipeline open.
+    """Writes a folder that `load_pipeline` and PyTorch diffusers' Stable Diffusion pipelines open.
 
     One with a `PixelAutoencoder`, which diffusers does not have, is for `load_pipeline` alone.
 
@@ -345,27 +415,39 @@ def save_pipeline(pipeline: Pipeline, path: str | os.PathLike, dtype: Any = None
 
 def _write_parts(pipeline: Pipeline, folder: str, dtype: Any) -> None:
     for part, stem in STEMS.items():
-        config = getattr(pipeline, part).config.to_dict()
-        if part == "text_encoder":
+        module = getattr(pipeline, part)
+        if module is None:
+            continue
+        config = module.config.to_dict()
+        if part.startswith("text_encoder"):
             # Without it transformers 5 takes the dtype of the stored weights, while diffusers loads the other parts in
             # float32: a folder stored in half precision would then open only with an explicit dtype.
             config["dtype"] = "float32"
         write_json(config, os.path.join(folder, part, "config.json"))
         write_weights(state_dict_of(pipeline.params[part], dtype), os.path.join(folder, part, f"{stem}.safetensors"))
     save_tokenizer(pipeline.tokenizer, os.path.join(folder, "tokenizer"))
+    if pipeline.tokenizer_2 is not None:
+        save_tokenizer(pipeline.tokenizer_2, os.path.join(folder, "tokenizer_2"))
     scheduler = {"_class_name": "DDIMScheduler", **pipeline.schedule.to_config()}
     write_json(scheduler, os.path.join(folder, "scheduler", SCHEDULER_CONFIG))
     pixels = isinstance(pipeline.vae, PixelAutoencoder)
-    index = {
-        "_class_name": "StableDiffusionPipeline",
+    index: dict[str, Any] = {
+        "_class_name": PIPELINE,
         "feature_extractor": [None, None],
         "image_encoder": [None, None],
-        "requires_safety_checker": False,
-        "safety_checker": [None, None],
         "scheduler": ["diffusers", scheduler["_class_name"]],
         "text_encoder": ["transformers", "CLIPTextModel"],
         "tokenizer": ["transformers", "CLIPTokenizer"],
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["attrib_jax", PIXELS] if pixels else ["diffusers", "AutoencoderKL"],
     }
+    if pipeline.text_encoder_2 is None:
+        index |= {"requires_safety_checker": False, "safety_checker": [None, None]}
+    else:
+        index |= {
+            "_class_name": XL_PIPELINE,
+            "force_zeros_for_empty_prompt": pipeline.zeros_for_empty_prompt,
+            "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+            "tokenizer_2": ["transformers", "CLIPTokenizer"],
+        }
     write_json(index, os.path.join(folder, INDEX))

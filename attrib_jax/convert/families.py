@@ -7,10 +7,10 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
-PIPELINE = "StableDiffusionPipeline"
-_SUPPORTED = "supported are text-to-image models of the Stable Diffusion 1 and 2 family"
+PIPELINE, XL_PIPELINE = "StableDiffusionPipeline", "StableDiffusionXLPipeline"
+_SUPPORTED = "supported are text-to-image models of the Stable Diffusion 1, 2 and XL families"
 _ORIGIN = "give the text-to-image model that it was made from"
-_OTHER = "give a Stable Diffusion 1 or 2 model"
+_OTHER = "give a Stable Diffusion 1, 2 or XL model"
 _INPAINTING = "an inpainting model, whose UNet also takes a mask and the masked image"
 _EDITING = "an image-editing model (InstructPix2Pix), whose UNet also takes the image to edit"
 _DEPTH = "a depth-to-image model (depth2img), whose UNet also takes a depth map"
@@ -23,10 +23,18 @@ _LCM = "a latent consistency model, distilled with the guidance scale as an inpu
 _CLASSES: tuple[tuple[str, str, str], ...] = (
     (r"(Flax|Onnx)\w+|\w+Onnx\w*", "weights of another framework than PyTorch", "give the folder of its PyTorch form"),
     (r"AnimateDiff\w*|\w*(Video|3D|Motion|SpatioTemporal)\w*", "a video model", _OTHER),
-    (r"StableDiffusionXL\w*Inpaint\w*", "an inpainting model of Stable Diffusion XL", _OTHER),
-    (r"StableDiffusionXL\w*ControlNet\w*", "a ControlNet pipeline of Stable Diffusion XL", _OTHER),
-    (r"StableDiffusionXLInstructPix2Pix\w*", "an image-editing model of Stable Diffusion XL", _OTHER),
-    (r"StableDiffusionXL\w*", "Stable Diffusion XL", _OTHER),
+    (r"StableDiffusionXL\w*Inpaint\w*", "an inpainting model of Stable Diffusion XL", _ORIGIN),
+    (
+        r"StableDiffusionXL\w*ControlNet\w*",
+        "a ControlNet pipeline of Stable Diffusion XL",
+        "give the Stable Diffusion model that it steers",
+    ),
+    (r"StableDiffusionXLInstructPix2Pix\w*", "an image-editing model of Stable Diffusion XL", _ORIGIN),
+    (
+        r"StableDiffusionXL\w*",
+        "a pipeline of Stable Diffusion XL that does more than text to image",
+        f"if its parts are those of a text-to-image model, set _class_name to {XL_PIPELINE} in a copy of its index",
+    ),
     (r"StableDiffusion3\w*|SD3\w*", "Stable Diffusion 3", _OTHER),
     (r"Flux([23]?)\w*", r"FLUX.\1", _OTHER),
     (r"KandinskyV22\w*", "Kandinsky 2.2", _OTHER),
@@ -84,8 +92,9 @@ def check_unet_config(config: Mapping[str, Any], source: str) -> None:
     channels, out = config.get("in_channels", 4), config.get("out_channels", 4)
     embedding = config.get("class_embed_type")
     what, instead = None, _OTHER
-    if addition == "text_time":
-        what = _sdxl(channels, config.get("cross_attention_dim") == 1280)
+    if addition == "text_time" and (channels in _XL_KINDS or _is_refiner(config)):
+        what = "the refiner of Stable Diffusion XL" if channels not in _XL_KINDS else _XL_KINDS[channels]
+        instead = _ORIGIN if channels in _XL_KINDS else "give the base model that it refines"
     elif addition == "image" or hidden == "image_proj":
         what = "Kandinsky 2.2"
     elif addition in ("text_image", "image_hint") or hidden == "text_image_proj":
@@ -104,9 +113,16 @@ def check_unet_config(config: Mapping[str, Any], source: str) -> None:
         raise refusal(source, what, instead)
 
 
-def _sdxl(channels: Any, is_refiner: bool) -> str:
-    kind = {9: "an inpainting model of ", 8: "an image-editing model of "}.get(channels, "")
-    return f"{kind}Stable Diffusion XL" if not is_refiner else "the refiner of Stable Diffusion XL"
+# By in_channels.
+_XL_KINDS = {9: "an inpainting model of Stable Diffusion XL", 8: "an image-editing model of Stable Diffusion XL"}
+
+
+_XL_INPUT = "projection_class_embeddings_input_dim"
+
+
+def _is_refiner(config: Mapping[str, Any]) -> bool:
+    """Whether a UNet reads one text encoder alone: 1280 text states, and the pooled text beside five ids, not six."""
+    return config.get("cross_attention_dim") == 1280 and config.get(_XL_INPUT) in (None, 2560)
 
 
 def _more_channels(channels: int, out: int) -> tuple[str | None, str]:
@@ -161,8 +177,8 @@ _TENSORS: tuple[tuple[str, str, str], ...] = (
     (rf"({_UNET})?(double_layers|single_layers)\..*", "AuraFlow", _OTHER),
     (rf"({_UNET})?clf\..*|.*channelwise\..*", "Stable Cascade", _OTHER),
     (r"low_scale_model\..*", _UPSCALER, _OTHER),
-    (r"conditioner\.embedders\.(1|0\.transformer)\..*", "Stable Diffusion XL", _OTHER),
-    (r"conditioner\..*", "the refiner of Stable Diffusion XL", _OTHER),
+    (r"conditioner\.embedders\.0\.model\..*", "the refiner of Stable Diffusion XL",
+     "give the base model that it refines"),
     (r"(add_embedding|encoder_hid_proj)\.(image_\w+|text_\w+)\..*", "Kandinsky 2", _OTHER),
     (rf"({_UNET})?(adaln_single|caption_projection|y_embedder|x_embedder|pos_embed)\..*",
      "a diffusion transformer", _OTHER),
@@ -175,13 +191,15 @@ def check_tensors(shapes: Mapping[str, tuple[int, ...]], source: str) -> None:
     """Raises ValueError where the tensors of a single file are those of another family, which it names."""
     for pattern, what, instead in _TENSORS:
         if any(re.fullmatch(pattern, name) for name in shapes):
-            if what.endswith("Stable Diffusion XL"):
-                what = _sdxl(_channels(shapes)[0], what.startswith("the refiner"))
             raise refusal(source, what, instead)
     label = shapes.get(f"{_UNET}label_emb.0.0.weight")
-    if label is not None and len(label) == 2:
-        what = {2816: "Stable Diffusion XL", 2560: "the refiner of Stable Diffusion XL"}.get(label[1])
-        raise refusal(source, what or "a model with class embeddings (SDXL or unCLIP)", _OTHER)
+    is_xl = any(name.startswith("conditioner.embedders.") for name in shapes)
+    if is_xl and _channels(shapes)[0] in _XL_KINDS:
+        raise refusal(source, _XL_KINDS[_channels(shapes)[0]], _ORIGIN)
+    if label is not None and len(label) == 2 and not is_xl:
+        what = {2816: "Stable Diffusion XL without its text encoders", 2560: "the refiner of Stable Diffusion XL"}
+        instead = "give a file that holds all parts" if label[1] == 2816 else _OTHER
+        raise refusal(source, what.get(label[1], "a model with class embeddings (SDXL or unCLIP)"), instead)
     if f"{_UNET}label_emb.weight" in shapes:
         raise refusal(source, _UPSCALER, _OTHER)
     channels, out = _channels(shapes)
@@ -189,7 +207,7 @@ def check_tensors(shapes: Mapping[str, tuple[int, ...]], source: str) -> None:
         what, instead = _more_channels(channels, out)
         if what is not None:
             raise refusal(source, what, instead)
-    if any(name.startswith((_UNET, "first_stage_model.", "cond_stage_model.")) for name in shapes):
+    if any(name.startswith((_UNET, "first_stage_model.", "cond_stage_model.", "conditioner.")) for name in shapes):
         return
     for pattern, what, instead in _PARTS:
         if any(re.fullmatch(pattern, name) for name in shapes):
@@ -212,7 +230,6 @@ _ARCHITECTURES: tuple[tuple[str, str, str], ...] = (
     (r".*(upscal|x4).*", _UPSCALER, _OTHER),
     (r".*unclip.*", "an unCLIP model, which is conditioned on image embeddings", _ORIGIN),
     (r"stable-diffusion-xl.*refiner.*", "the refiner of Stable Diffusion XL", _OTHER),
-    (r"stable-diffusion-xl.*", "Stable Diffusion XL", _OTHER),
     (r"stable-diffusion-(3|v3).*", "Stable Diffusion 3", _OTHER),
     (r"flux.*", "FLUX", _OTHER),
 )

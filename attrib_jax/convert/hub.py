@@ -143,14 +143,21 @@ def _wanted_configs(names: Collection[str], source: str, replaced: Collection[st
         )
     wanted = [INDEX]
     wanted += [] if "scheduler" in replaced else [f"scheduler/{SCHEDULER_CONFIG}"]
-    wanted += [] if "tokenizer" in replaced else ["tokenizer/*.json", "tokenizer/*.txt"]
-    return wanted + [f"{part}/{_CONFIG}" for part in STEMS if part not in replaced]
+    folders = {posixpath.dirname(file) for file in names}
+    kept = [part for part in (*STEMS, "tokenizer", "tokenizer_2") if part not in replaced]
+    # Not every model has second ones.
+    kept = [part for part in kept if not part.endswith("_2") or part in folders]
+    for part in kept:
+        wanted += [f"{part}/*.json", f"{part}/*.txt"] if part.startswith("tokenizer") else [f"{part}/{_CONFIG}"]
+    return wanted
 
 
 def _wanted_weights(names: Collection[str], variant: str | None, source: str, replaced: Collection[str]) -> list[str]:
     """The weight files of a pipeline to download, as names and glob patterns."""
     kept = [part for part in STEMS if part not in replaced]
     parts = {part: [posixpath.basename(n) for n in names if posixpath.dirname(n) == part] for part in kept}
+    if not parts.get("text_encoder_2"):
+        parts.pop("text_encoder_2", None)
     chosen = choose_weights(parts, variant, f"Hugging Face model {source!r}")
     wanted = []
     for part, weights in chosen.items():

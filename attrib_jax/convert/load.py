@@ -133,7 +133,7 @@ def load_pipeline(
     unet: str | None = None,
     unet_config: str | Mapping[str, Any] | None = None,
 ) -> Pipeline:
-    """Reads a Stable Diffusion pipeline: a diffusers folder, a Hugging Face id, or a single-file checkpoint.
+    """Reads a Stable Diffusion 1, 2 or XL pipeline: a diffusers folder, a Hugging Face id, or a single-file checkpoint.
 
     Folders of every age are read as they are: weights as safetensors or `.bin`, whole or in shards, under today's names
     and those of the published files. Tensors are read one by one. A folder's parts that the arguments replace are
@@ -141,11 +141,13 @@ def load_pipeline(
 
     Args:
       path: the folder that holds model_index.json, unet/, vae/, text_encoder/, tokenizer/ and scheduler/; or
-        `owner/name[@revision]`, see `resolve_model`; or a file, see `load_single_file`.
+        `owner/name[@revision]`, see `resolve_model`; or a file, see `load_single_file`. Stable Diffusion XL also has
+        text_encoder_2/ and tokenizer_2/.
       dtype: dtype of the loaded parameters, whatever the files hold.
       variant: variant of the weight files, such as "fp16". None takes full precision, or `fp16` where nothing else is
         there.
-      tokenizer: a tokenizer folder, or a pipeline folder with one, in place of the model's own.
+      tokenizer: a tokenizer folder, or a pipeline folder with one, in place of the model's own; see
+        `load_given_tokenizers` for a model with two.
       prediction_type: "epsilon" or "v_prediction", in place of what the scheduler's config says, `unet_config`'s too;
         what a weight file's own header or marks say must agree.
       model_config: `config` of `load_single_file`, or the json file that holds it; for a single file.
@@ -228,6 +230,7 @@ def _with_unet(pipeline: Pipeline, unet: UNetFile, dtype: Any, prediction_type: 
     schedule = unet.schedule(pipeline.schedule.to_config(), prediction_type)
     if schedule.to_config() == pipeline.schedule.to_config():
         schedule = pipeline.schedule
-    check_parts(unet.module, pipeline.vae, pipeline.text_encoder, pipeline.tokenizer)
+    texts = pipeline.text_encoder, pipeline.tokenizer, pipeline.text_encoder_2, pipeline.tokenizer_2
+    check_parts(unet.module, pipeline.vae, *texts, whole=True)
     params = pipeline.params | {"unet": unet.load(dtype)}
     return dataclasses.replace(pipeline, unet=unet.module, schedule=schedule, params=params)

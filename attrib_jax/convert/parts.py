@@ -14,8 +14,13 @@ from attrib_jax.convert.weights.files import open_weights
 from attrib_jax.convert.weights.names import text_encoder_names, vae_names
 from attrib_jax.convert.weights.state_dicts import abstract_params, load_params
 from attrib_jax.diffusion.schedule import NoiseSchedule
-from attrib_jax.models.clip import CLIPTextConfig, CLIPTextModel
-from attrib_jax.models.unet import UNet2DConditionModel, UNetConfig
+from attrib_jax.models.clip import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTextProjectionConfig,
+)
+from attrib_jax.models.unet import UNet2DConditionModel, UNetConfig, empty_conditioning
 from attrib_jax.models.vae import PIXEL_CLASS_NAME as PIXELS
 from attrib_jax.models.vae import AutoencoderKL, AutoencoderKLConfig, PixelAutoencoder, PixelAutoencoderConfig
 
@@ -29,11 +34,12 @@ _MORE_OPTIONS: dict[type, dict[str, Any]] = {
     },
     PixelAutoencoderConfig: {"_class_name": str},
     CLIPTextConfig: {"model_type": str, "architectures": tuple[str, ...] | None},
+    CLIPTextProjectionConfig: {"model_type": str, "architectures": tuple[str, ...] | None},
 }
 
 
 def build_module(part: str, config: Mapping[str, Any], source: str) -> Any:
-    """The Flax module of a part's config.json: `unet`, `vae` or `text_encoder`.
+    """The Flax module of a part's config.json: `unet`, `vae`, `text_encoder` or `text_encoder_2`.
 
     Args:
       part: name of the part.
@@ -48,6 +54,8 @@ def build_module(part: str, config: Mapping[str, Any], source: str) -> Any:
         return UNet2DConditionModel(_read(UNetConfig, config, source))
     if part == "text_encoder":
         return CLIPTextModel(_read(CLIPTextConfig, config, source))
+    if part == "text_encoder_2":
+        return CLIPTextModelWithProjection(_read(CLIPTextProjectionConfig, config, source))
     if config.get("_class_name") == PIXELS:
         return PixelAutoencoder(_read(PixelAutoencoderConfig, config, source))
     vae = _read(AutoencoderKLConfig, config, source)
@@ -105,14 +113,15 @@ def load_part(part: str, module: Any, path: str, dtype: Any) -> Any:
     state = {name: tensor for name, tensor in open_weights(path).items() if not is_mark(name, tensor.shape)}
     if part == "vae":
         state = vae_names(state)
-    elif part == "text_encoder":
+    elif part in ("text_encoder", "text_encoder_2"):
         state = text_encoder_names(state)
     return load_params(state, abstract_part_params(part, module), dtype, source=path)
 
 
 def abstract_part_params(part: str, module: Any) -> Any:
-    """The shapes of the parameters of `unet`, `vae` or `text_encoder`; no array is made."""
-    functions = {"unet": abstract_unet_params, "vae": abstract_vae_params, "text_encoder": abstract_text_params}
+    """The shapes of the parameters of `unet`, `vae`, `text_encoder` or `text_encoder_2`; no array is made."""
+    functions = {"unet": abstract_unet_params, "vae": abstract_vae_params}
+    functions |= dict.fromkeys(("text_encoder", "text_encoder_2"), abstract_text_params)
     return functions[part](module)
 
 
@@ -122,8 +131,8 @@ def abstract_unet_params(unet: UNet2DConditionModel) -> Any:
     config = unet.config
     side = 2 ** len(config.block_out_channels)
     latents = jax.ShapeDtypeStruct((1, side, side, config.in_channels), jnp.float32)
-    text = jax.ShapeDtypeStruct((1, 1, config.cross_attention_dim), jnp.float32)
-    return abstract_params(unet, latents, jax.ShapeDtypeStruct((1,), jnp.int32), text)
+    conditioning = jax.eval_shape(functools.partial(empty_conditioning, config, 1, 1))
+    return abstract_params(unet, latents, jax.ShapeDtypeStruct((1,), jnp.int32), conditioning)
 
 
 @functools.cache
@@ -134,6 +143,6 @@ def abstract_vae_params(vae: AutoencoderKL | PixelAutoencoder) -> Any:
 
 
 @functools.cache
-def abstract_text_params(text_encoder: CLIPTextModel) -> Any:
+def abstract_text_params(text_encoder: CLIPTextModel | CLIPTextModelWithProjection) -> Any:
     """The shapes of a text encoder's parameters; no array is made."""
     return abstract_params(text_encoder, jax.ShapeDtypeStruct((1, 1), jnp.int32))

@@ -1,4 +1,4 @@
-"""Stable Diffusion checkpoints in one file, in the original latent-diffusion naming, both ways."""
+"""Stable Diffusion checkpoints in one file, in the naming of the original code, both ways."""
 
 import dataclasses
 import json
@@ -11,13 +11,24 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from attrib_jax.convert.diffusers_folder import load_given_tokenizers
 from attrib_jax.convert.families import check_tensors
 from attrib_jax.convert.ldm import configs as ldm_configs
-from attrib_jax.convert.ldm.names import CLIP, OPEN_CLIP, UNET, VAE, check_names, pack, part_tables, unpack
+from attrib_jax.convert.ldm.names import (
+    CLIP,
+    OPEN_CLIP,
+    UNET,
+    VAE,
+    XL_CLIP,
+    XL_OPEN_CLIP,
+    check_names,
+    pack,
+    part_tables,
+    unpack,
+)
 from attrib_jax.convert.ldm.target import TARGET_OPTIONS, Claim, is_mark, merge_claims, read_claims, read_metadata
 from attrib_jax.convert.parts import PIXELS, abstract_part_params, build_module, build_schedule
 from attrib_jax.convert.pipeline import Pipeline, check_parts
-from attrib_jax.convert.tokenizer import check_padding, load_tokenizer
 from attrib_jax.convert.weights.files import open_weights, write_weights
 from attrib_jax.convert.weights.state_dicts import load_params, state_dict_of
 from attrib_jax.convert.weights.tensors import Tensor
@@ -27,7 +38,7 @@ from attrib_jax.models.vae import PixelAutoencoder
 
 _log = logging.getLogger(__name__)
 
-_PARTS = ("unet", "vae", "text_encoder")
+_PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 # The key of the header of our files with the entries that tensor shapes cannot determine.
 _METADATA_KEY = "attrib_jax_config"
 _SCHEDULER = {
@@ -53,6 +64,7 @@ _INERT = {
     "unet": (),
     "vae": ("sample_size",),
     "text_encoder": ("projection_dim", "pad_token_id", "bos_token_id", "eos_token_id"),
+    "text_encoder_2": ("pad_token_id", "bos_token_id", "eos_token_id"),
 }
 
 
@@ -63,14 +75,15 @@ def load_single_file(
     dtype: Any = jnp.float32,
     config: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Pipeline:
-    """Reads a Stable Diffusion 1 or 2 checkpoint in the original naming, `.ckpt` or `.safetensors`.
+    """Reads a Stable Diffusion 1, 2 or XL checkpoint in the original naming, `.ckpt` or `.safetensors`.
 
     The architecture is read off the tensors' shapes. The weights are the plain ones: averaged copies (`model_ema.`),
     buffers and training state are left out with a line in the log.
 
     Args:
       path: the file.
-      tokenizer: a tokenizer's folder, or a pipeline folder with tokenizer/ in it; the file itself has none.
+      tokenizer: a tokenizer's folder, or a pipeline folder with tokenizer/ in it; the file itself has none. The second
+        one of Stable Diffusion XL is read from tokenizer_2/ there, or made of the first, see `load_given_tokenizers`.
       prediction_type: "epsilon" or "v_prediction". None takes what the file says: its header, marks, or a yaml beside
         it; else "epsilon" for Stable Diffusion 1, and for 2 what follows from the training step in the file.
       dtype: dtype of the loaded parameters, whatever the file holds.
@@ -92,7 +105,8 @@ def load_single_file(
     for name in [name for name, shape in shapes.items() if is_mark(name, shape)]:
         del state[name], shapes[name]
     stored = (_stored_config(path) if config is None else None) or {}
-    pad_token = stored.pop("tokenizer", {}).get("pad_token")
+    pad_tokens = {part: stored.pop(part, {}).get("pad_token") for part in ("tokenizer", "tokenizer_2")}
+    zeros = stored.pop("pipeline", {}).get("force_zeros_for_empty_prompt", True)
     given = _check_config(stored if config is None else config)
     _check_family(shapes, path)
     if prediction_type is not None:
@@ -104,19 +118,23 @@ def load_single_file(
     claims += [Claim(option, value, where) for option, value in given["scheduler"].items() if option in TARGET_OPTIONS]
     said = merge_claims(claims)
 
-    tokenizer_folder = _tokenizer_folder(tokenizer, path)
+    if tokenizer is None:
+        raise ValueError(
+            f"{path} holds no tokenizer: give tokenizer=FOLDER, a tokenizer's folder or a pipeline folder of the same "
+            "family with tokenizer/ in it"
+        )
     schedule = _schedule(state, said, given["scheduler"], path)
     configs = ldm_configs.infer_configs(shapes, schedule.prediction_type, path)
-    positions = (configs["text_encoder"] | given["text_encoder"])["max_position_embeddings"]
-    tokenizer = load_tokenizer(tokenizer_folder, positions)
-    configs["text_encoder"] |= {
-        f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")
-    }
     if "scaling_factor" in said:
         configs["vae"]["scaling_factor"] = said["scaling_factor"]
     modules = _build_modules({part: configs[part] | given[part] for part in configs}, path)
-    check_parts(**modules, tokenizer=tokenizer)
-    check_padding(tokenizer, modules["text_encoder"].config, tokenizer_folder, pad_token)
+    tokenizers = load_given_tokenizers(os.fspath(tokenizer), modules, pad_tokens)
+    for part, tokens in tokenizers.items():
+        encoder = part.replace("tokenizer", "text_encoder")
+        ids = {f"{kind}_token_id": getattr(tokens, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
+        ids |= {name: given[encoder][name] for name in ids.keys() & given[encoder].keys()}
+        modules[encoder] = modules[encoder].clone(config=dataclasses.replace(modules[encoder].config, **ids))
+    check_parts(**modules, **tokenizers, whole=True)
     tables = part_tables(modules)
     check_names(shapes, tables, modules["text_encoder"].config.num_hidden_layers, path)
     params = {
@@ -125,7 +143,8 @@ def load_single_file(
         )
         for part, table in tables.items()
     }
-    return Pipeline(**modules, tokenizer=tokenizer, schedule=schedule, params=params)
+    zeros = bool(zeros) and "text_encoder_2" in modules
+    return Pipeline(**modules, **tokenizers, schedule=schedule, params=params, zeros_for_empty_prompt=zeros)
 
 
 def save_single_file(pipeline: Pipeline, path: str | os.PathLike, dtype: Any = None) -> None:
@@ -152,6 +171,9 @@ def save_single_file(pipeline: Pipeline, path: str | os.PathLike, dtype: Any = N
     prediction = {"prediction_type": pipeline.schedule.prediction_type}
     config = entries | {"scheduler": prediction | entries.get("scheduler", {})}
     config["tokenizer"] = {"pad_token": pipeline.tokenizer.pad_token}
+    if pipeline.tokenizer_2 is not None:
+        config["tokenizer_2"] = {"pad_token": pipeline.tokenizer_2.pad_token}
+        config["pipeline"] = {"force_zeros_for_empty_prompt": pipeline.zeros_for_empty_prompt}
     # ModelSpec's name of the target, for other programs.
     short = {"v_prediction": "v"}.get(pipeline.schedule.prediction_type, pipeline.schedule.prediction_type)
     metadata = {_METADATA_KEY: json.dumps(config), "modelspec.prediction_type": short}
@@ -180,10 +202,10 @@ def uninferable_config(pipeline: Pipeline) -> dict[str, dict[str, Any]]:
         actual = module.config.to_dict()
         told = {key: list(x) if isinstance(x, tuple) else x for key, x in (defaults | inferred[part]).items()}
         # Null, as older files have it, means false or 0.
-        differ = [key for key in told if told[key] != actual[key] and (told[key] or actual[key])]
+        differ = [key for key in told if told[key] != actual.get(key) and (told[key] or actual.get(key))]
         keys = [key for key in differ if key not in _INERT[part]]
         if keys:
-            entries[part] = {key: actual[key] for key in keys}
+            entries[part] = {key: actual.get(key) for key in keys}
     usual = NoiseSchedule.from_config(_SCHEDULER | {"prediction_type": schedule.prediction_type})
     may_predict_v = ldm_configs.has_open_clip(shapes)
     if not _same_schedule(schedule, usual) or (schedule.prediction_type != "epsilon" and not may_predict_v):
@@ -225,15 +247,20 @@ def _check_config(config: Mapping[str, Mapping[str, Any]] | None) -> dict[str, d
 
 
 def _with_text_model(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Gives Stable Diffusion 1's text encoder the `text_model.` level that files of transformers 5 leave out."""
-    bare = tuple(f"{CLIP}{part}." for part in ("embeddings", "encoder", "final_layer_norm"))
-    prefix = f"{CLIP}text_model."
-    return {prefix + name.removeprefix(CLIP) if name.startswith(bare) else name: x for name, x in state.items()}
+    """Gives a CLIP text encoder the `text_model.` level that files of transformers 5 leave out."""
+    renamed = dict(state)
+    for encoder in (CLIP, XL_CLIP):
+        bare = tuple(f"{encoder}{part}." for part in ("embeddings", "encoder", "final_layer_norm"))
+        prefix = f"{encoder}text_model."
+        renamed = {prefix + n.removeprefix(encoder) if n.startswith(bare) else n: x for n, x in renamed.items()}
+    return renamed
 
 
 def _check_family(shapes: ldm_configs.Shapes, source: str) -> None:
     check_tensors(shapes, source)
     parts = {"UNet": (UNET,), "autoencoder": (VAE,), "text encoder": (f"{CLIP}text_model.", OPEN_CLIP)}
+    if any(name.startswith("conditioner.") for name in shapes):
+        parts |= {"text encoder": (f"{XL_CLIP}text_model.",), "second text encoder": (XL_OPEN_CLIP,)}
     absent = [
         f"{part} ({' or '.join(names)}*)"
         for part, names in parts.items()
@@ -242,20 +269,9 @@ def _check_family(shapes: ldm_configs.Shapes, source: str) -> None:
     if absent:
         names = ", ".join(sorted(shapes)[:3]) or "none"
         raise ValueError(
-            f"{source} has no {', no '.join(absent)}; supported: Stable Diffusion 1 and 2 checkpoints in the original "
-            f"latent-diffusion naming. Its first tensors: {names}"
+            f"{source} has no {', no '.join(absent)}; supported: Stable Diffusion 1, 2 and XL checkpoints in the "
+            f"original naming. Its first tensors: {names}"
         )
-
-
-def _tokenizer_folder(tokenizer: str | None, source: str) -> str:
-    if tokenizer is None:
-        raise ValueError(
-            f"{source} holds no tokenizer: give tokenizer=FOLDER, a tokenizer's folder or a pipeline folder of the "
-            "same family with tokenizer/ in it"
-        )
-    folder = os.fspath(tokenizer)
-    inner = os.path.join(folder, "tokenizer")
-    return inner if os.path.isdir(inner) else folder
 
 
 def _schedule(
@@ -334,8 +350,11 @@ def _same_schedule(left: NoiseSchedule, right: NoiseSchedule) -> bool:
 
 def _build_modules(configs: Mapping[str, Mapping[str, Any]], source: str) -> dict[str, Any]:
     try:
-        for part, key in (("unet", "attention_head_dim"), ("text_encoder", "num_attention_heads")):
-            if configs[part][key] is None and configs[part].get("num_attention_heads") is None:
+        heads = {"unet": "attention_head_dim"} | dict.fromkeys(
+            ("text_encoder", "text_encoder_2"), "num_attention_heads"
+        )
+        for part, key in heads.items():
+            if part in configs and configs[part][key] is None and configs[part].get("num_attention_heads") is None:
                 raise ValueError(f"the shapes of the {part} cannot determine its {key}, the number of heads")
         return {part: build_module(part, config, f"{source} ({part})") for part, config in configs.items()}
     except ValueError as error:
@@ -348,4 +367,4 @@ def _modules_of(pipeline: Pipeline) -> dict[str, Any]:
             f"the pipeline's vae is a {PIXELS}: a model that works on pixels cannot be a single file; give a folder as "
             "output"
         )
-    return {part: getattr(pipeline, part) for part in _PARTS}
+    return {part: getattr(pipeline, part) for part in _PARTS if getattr(pipeline, part) is not None}

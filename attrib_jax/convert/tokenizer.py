@@ -15,11 +15,13 @@ import numpy as np
 from attrib_jax.convert.config_files import read_json, write_json
 from attrib_jax.core.fingerprint import json_digest
 from attrib_jax.core.text import replace_surrogates
-from attrib_jax.models.clip import CLIPTextConfig
+from attrib_jax.models.clip import CLIPTextConfig, CLIPTextProjectionConfig
 
 _log = logging.getLogger(__name__)
 
 START, END, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
+# What Stable Diffusion 2, and the second text encoder of Stable Diffusion XL, were trained to see after a text.
+SECOND_PADDING = "!"
 _CONFIG, _SPECIAL, _ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
 _TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 _CLIP_END = 49407  # id of the end token in CLIP's own vocabulary
@@ -222,7 +224,7 @@ def check_padding(tokenizer: Any, config: CLIPTextConfig, source: str, expected:
     Raises ValueError that names the tokenizer that belongs.
     """
     is_second = config.hidden_act == "gelu"
-    usual, other = ("!", END) if is_second else (END, "!")
+    usual, other = (SECOND_PADDING, END) if is_second else (END, SECOND_PADDING)
     found = tokenizer.pad_token
     if found == expected or (expected is None and found != other):
         return
@@ -233,6 +235,8 @@ def check_padding(tokenizer: Any, config: CLIPTextConfig, source: str, expected:
         )
     family = "Stable Diffusion 2" if is_second else "Stable Diffusion 1"
     folder = "stabilityai/stable-diffusion-2-1" if is_second else "CompVis/stable-diffusion-v1-4"
+    if isinstance(config, CLIPTextProjectionConfig):
+        family, folder = "Stable Diffusion XL (tokenizer_2)", "stabilityai/stable-diffusion-xl-base-1.0"
     message = (
         f"tokenizer {source} pads with {found!r}, but the text encoder is that of {family}, which pads with {usual!r}: "
         f"give the tokenizer of {family} (--tokenizer; tokenizer/ of {folder}), or set pad_token in its {_SPECIAL}"

@@ -13,7 +13,9 @@ class Batch(NamedTuple):
 
     Attributes:
       latents: (B, h, w, c) float32, multiplied by the autoencoder's scaling factor; of the mirror image if flipped.
-      text: (B, L, d) float32 text states of the example's caption.
+      text: what the model is conditioned on, a pytree of leaves (B, ...): for Stable Diffusion 1 and 2 the float32 text
+        states (B, L, d) of the example's caption; for Stable Diffusion XL a dict of these as `text`, of the `pooled`
+        text (B, p), and of the size `ids` (B, 6).
       row_id: (B,) int32, the image's row in the data set, whatever the order of the batch.
       flip: (B,) int32, 1 for the mirror image.
       caption: (B,) int32, index of the caption among the image's captions.

@@ -11,12 +11,10 @@ value projections of the text do, share its A. Every other leaf (biases, norms, 
 Fisher information.
 """
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,7 +22,14 @@ import numpy as np
 from attrib_jax.core.checks import check_range, example_mask
 from attrib_jax.core.weights import flatten_names, unflatten_names
 from attrib_jax.curvature.diagonal import GRADIENT_SCALE, Diagonal
-from attrib_jax.curvature.fisher import FisherSum, fisher_diagonal
+from attrib_jax.curvature.fisher import (
+    FisherSum,
+    TokenProduct,
+    factored_gradients,
+    fisher_diagonal,
+    intercept_dense,
+    sum_squares,
+)
 from attrib_jax.ops.matmul_precision import full_precision_matmuls
 
 RELATIVE_DAMPING = 0.1
@@ -135,7 +140,7 @@ def linear_layers(loss_fn: LossFn, selected: Any, rest: Any, example: Any) -> tu
         return y
 
     def run(selected, rest, example):
-        with _intercepted(flatten_names(selected), visit):
+        with intercept_dense(flatten_names(selected), visit):
             return loss_fn(selected, rest, example)
 
     jax.eval_shape(run, selected, rest, example)
@@ -176,7 +181,7 @@ def factor_sums(
                 inputs.setdefault(sources[name], x)
                 return y + offsets[name]
 
-            with _intercepted(sources, visit):
+            with intercept_dense(sources, visit):
                 return loss_fn(selected, rest, example), inputs
 
         offsets = {layer.name: jnp.zeros(layer.shape, layer.dtype) for layer in layers}
@@ -219,6 +224,7 @@ def eigenvalue_sums(
     batch: Any,
     mask: jax.Array | None = None,
     microbatch: int | None = None,
+    factored: bool = False,
 ) -> FisherSum:
     """Sums the squares of per-example gradients, those of kernels in their eigenbases, over a batch.
 
@@ -226,11 +232,28 @@ def eigenvalue_sums(
       bases: from `eigenbases`, in the dtype to compute in.
       loss_fn, layers, selected, rest, batch, mask: as in `factor_sums`.
       microbatch: per-example gradients held at once, see `fisher_diagonal`.
+      factored: whether gradients are held as factors where these are smaller, see `factored_gradients`.
 
     Returns:
       Sums in the layout of `selected`.
     """
     sources = {layer.name: layer.input for layer in layers}
+    if factored:
+
+        def gradients(selected, fixed, examples):
+            rest, bases = fixed
+            found = flatten_names(factored_gradients(loss_fn, selected, rest, examples))
+            return unflatten_names({name: rotate(name, each, bases) for name, each in found.items()})
+
+        def rotate(name, gradient, bases):
+            if name not in sources:
+                return gradient
+            left, right = bases.inputs[sources[name]].T, bases.outputs[name]
+            if isinstance(gradient, TokenProduct):
+                return TokenProduct(left @ gradient.columns, gradient.cotangents @ right)
+            return left @ gradient @ right
+
+        return sum_squares(gradients, selected, (rest, bases), batch, mask, microbatch)
 
     def loss(weights, fixed, example):
         # A kernel K + Q_A W Q_S^T at W = 0: the gradient by W is Q_A^T G Q_S, and takes tokens x in x out products.
@@ -242,7 +265,7 @@ def eigenvalue_sums(
             rotated = jax.lax.stop_gradient(x) @ bases.inputs[sources[name]]
             return y + rotated @ moved[name] @ bases.outputs[name].T
 
-        with _intercepted(sources, visit):
+        with intercept_dense(sources, visit):
             return loss_fn(unflatten_names({**flatten_names(selected), **kept}), rest, example)
 
     weights = {name: jnp.zeros_like(x) if name in sources else x for name, x in flatten_names(selected).items()}
@@ -283,20 +306,3 @@ def make_ekfac(
     """The curvature from its parts."""
     inputs = tuple((layer.name, layer.input) for layer in layers)
     return EKFAC(eigenvalues, dict(bases.inputs), dict(bases.outputs), inputs, relative_damping)
-
-
-@contextlib.contextmanager
-def _intercepted(kernels: Collection[str], visit: Callable[[str, Any, Any], Any]) -> Iterator[None]:
-    """Within it, a Dense module whose kernel is among `kernels` returns `visit(kernel name, its input, its output)`."""
-
-    def intercept(call, args, kwargs, context):
-        result = call(*args, **kwargs)
-        if not isinstance(context.module, nn.Dense) or context.method_name != "__call__":
-            return result
-        name = "/".join((*context.module.path, "kernel"))
-        if name not in kernels:
-            return result
-        return visit(name, args[0] if args else kwargs["inputs"], result)
-
-    with nn.intercept_methods(intercept):
-        yield

@@ -1,20 +1,50 @@
 """Diagonal Fisher information from per-example gradients (METHOD.md section 3)."""
 
+import contextlib
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from attrib_jax.core.checks import example_mask
 from attrib_jax.core.compensated import CompensatedSum
+from attrib_jax.core.weights import flatten_names, unflatten_names
 from attrib_jax.curvature.diagonal import GRADIENT_SCALE, Diagonal
 from attrib_jax.ops.matmul_precision import full_precision_matmuls
 
 # Microbatches that are added plainly before the compensated sum, which reads and writes twice as much. Of so few
 # positive numbers rounding takes no more than it takes from each square.
 _PLAIN_ADDITIONS = 8
+
+
+class TokenProduct(NamedTuple):
+    """Gradients of B examples by one kernel (in, out), as factors: sum_t x_t g_t^T = columns @ cotangents.
+
+    One of them has T (in + out) numbers, and the gradient itself in x out: 1.4 GB in float32 for all key and value
+    projections of Stable Diffusion XL, beside 51 MB.
+
+    Attributes:
+      columns: (B, in, T) inputs of the layer.
+      cotangents: (B, T, out) derivatives of each example's loss by the layer's outputs.
+    """
+
+    columns: jax.Array
+    cotangents: jax.Array
+
+    def add_squares(self, total: jax.Array, keep: jax.Array) -> jax.Array:
+        """`total` (in, out) plus the squares of each gradient times GRADIENT_SCALE, of those that `keep` (B,) names."""
+
+        def add(total, example):
+            columns, cotangents, keep = example
+            # Complete before it is squared, and the only one in memory.
+            square = jnp.square((columns @ cotangents).astype(total.dtype) * GRADIENT_SCALE)
+            return total + jnp.where(keep, square, 0), None
+
+        return jax.lax.scan(add, total, (self.columns, self.cotangents, keep))[0]
 
 
 class FisherSum(NamedTuple):
@@ -95,7 +125,8 @@ def sum_squares(
 
     Args:
       gradients: `gradients(selected, rest, examples)`, the gradient of each of several examples, in the layout of
-        `selected` with a leading axis; one example's must not depend on the others.
+        `selected` with a leading axis; one example's must not depend on the others. A kernel's may be a
+        `TokenProduct`.
       selected, rest, batch, mask, microbatch: as in `fisher_diagonal`; so are result and errors.
     """
     mask = example_mask(mask, batch)
@@ -115,6 +146,8 @@ def sum_squares(
         examples, keep = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, 1, keepdims=False), split)
 
         def add(total, gradient):
+            if isinstance(gradient, TokenProduct):
+                return gradient.add_squares(total, keep)
             squares = jnp.square(gradient.astype(total.dtype) * GRADIENT_SCALE)
             # One after the other: on a CPU a reduction over the first axis of large arrays runs at a tenth of that, and
             # a choice by a mask of the whole array at a quarter.
@@ -134,3 +167,80 @@ def sum_squares(
     empty = FisherSum(zeros, jnp.zeros((), jnp.int32), zeros)
     with full_precision_matmuls():
         return jax.lax.scan(add_few, empty, jnp.arange(number).reshape(-1, few))[0]
+
+
+def factored_gradients(loss_fn: Callable[[Any, Any, Any], jax.Array], selected: Any, rest: Any, batch: Any) -> Any:
+    """The gradients of a batch's examples, for `sum_squares`, as factors where these are smaller.
+
+    A linear layer (flax `nn.Dense`) with T tokens an example, whose kernel is among `selected`, gives a `TokenProduct`
+    where T (in + out) < in x out and it runs once; the gradients of all other leaves are dense. No gradient by such a
+    kernel is ever computed: the layers' inputs and the derivatives by their outputs are taken by intercepting calls.
+
+    Args:
+      loss_fn: `loss_fn(selected, rest, example) -> ()`, the loss of one example, which calls its modules without `jit`.
+      selected, rest: the two halves of the parameters.
+      batch: pytree of arrays with a leading axis B.
+    """
+    flat, layers = flatten_names(selected), _few_tokens(loss_fn, selected, rest, batch)
+    others = {name: leaf for name, leaf in flat.items() if name not in layers}
+
+    def of_example(example):
+        def loss(others, offsets):
+            inputs = {}
+
+            def visit(name, x, y):
+                inputs[name] = x
+                return y + offsets[name]
+
+            with intercept_dense(layers, visit):
+                return loss_fn(unflatten_names({**flat, **others}), rest, example), inputs
+
+        offsets = {name: jnp.zeros(shape.shape, shape.dtype) for name, shape in layers.items()}
+        (dense, outputs), inputs = jax.grad(loss, argnums=(0, 1), has_aux=True)(others, offsets)
+        products = {
+            name: TokenProduct(
+                inputs[name].reshape(-1, inputs[name].shape[-1]).T, outputs[name].reshape(-1, outputs[name].shape[-1])
+            )
+            for name in layers
+        }
+        return {**dense, **products}
+
+    found = jax.vmap(of_example)(batch)
+    return unflatten_names({name: found[name] for name in flat})
+
+
+def _few_tokens(loss_fn, selected, rest, batch) -> dict[str, jax.ShapeDtypeStruct]:
+    """Kernel name -> an example's output of the linear layers whose gradients are smaller in factors."""
+    found: dict[str, jax.ShapeDtypeStruct] = {}
+    repeated = set()
+
+    def visit(name, x, y):
+        repeated.update({name} & found.keys())
+        tokens = math.prod(y.shape[:-1])
+        if tokens * (x.shape[-1] + y.shape[-1]) < x.shape[-1] * y.shape[-1]:
+            found[name] = jax.ShapeDtypeStruct(y.shape, y.dtype)
+        return y
+
+    def run(selected, rest, batch):
+        with intercept_dense(flatten_names(selected), visit):
+            return loss_fn(selected, rest, jax.tree.map(lambda leaf: leaf[0], batch))
+
+    jax.eval_shape(run, selected, rest, batch)
+    return {name: shape for name, shape in found.items() if name not in repeated}
+
+
+@contextlib.contextmanager
+def intercept_dense(kernels: Collection[str], visit: Callable[[str, Any, Any], Any]) -> Iterator[None]:
+    """Within it, a Dense module whose kernel is among `kernels` returns `visit(kernel name, its input, its output)`."""
+
+    def intercept(call, args, kwargs, context):
+        result = call(*args, **kwargs)
+        if not isinstance(context.module, nn.Dense) or context.method_name != "__call__":
+            return result
+        name = "/".join((*context.module.path, "kernel"))
+        if name not in kernels:
+            return result
+        return visit(name, args[0] if args else kwargs["inputs"], result)
+
+    with nn.intercept_methods(intercept):
+        yield

@@ -45,8 +45,9 @@ class ImageFiles:
         return len(self.row_ids)
 
     def __getitem__(self, index: int) -> Row:
-        image = fit_image(decode_image(self._path(index)), self._resolution)
-        return Row(image, self._captions[index], int(self.row_ids[index]))
+        image = decode_image(self._path(index))
+        fitted = fit_image(image, self._resolution)
+        return Row(fitted, self._captions[index], int(self.row_ids[index]), image.shape[:2])
 
     def captions(self, index: int) -> tuple[str, ...]:
         return self._captions[index]

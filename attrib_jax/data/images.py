@@ -96,18 +96,24 @@ def resize_and_crop(image: np.ndarray, height: int, width: int) -> np.ndarray:
     old_height, old_width = image.shape[:2]
     if (old_height, old_width) == (height, width):
         return image
-    if height * old_width >= width * old_height:
-        new_height, new_width = height, int(height * old_width / old_height)
-    else:
-        new_height, new_width = int(width * old_height / old_width), width
+    (new_height, new_width), (top, left) = cover((old_height, old_width), (height, width))
     if new_height * new_width > (Image.MAX_IMAGE_PIXELS or math.inf):
         raise UnreadableRowError(
             f"image of {old_width} x {old_height} pixels is too narrow: filling {width} x {height} makes it "
             f"{new_width} x {new_height}"
         )
     resized = Image.fromarray(image).resize((new_width, new_height), Image.Resampling.BILINEAR)
-    top, left = round((new_height - height) / 2.0), round((new_width - width) / 2.0)
     return np.asarray(resized.crop((left, top, left + width, top + height)))
+
+
+def cover(original: tuple[int, int], size: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
+    """What `resize_and_crop` resizes an image to, (height, width), and the crop of `size` in that, (top, left)."""
+    (old_height, old_width), (height, width) = original, size
+    if height * old_width >= width * old_height:
+        new_height, new_width = height, int(height * old_width / old_height)
+    else:
+        new_height, new_width = int(width * old_height / old_width), width
+    return (new_height, new_width), (round((new_height - height) / 2.0), round((new_width - width) / 2.0))
 
 
 def read_image(path: str | os.PathLike, height: int, width: int) -> np.ndarray:

@@ -46,6 +46,7 @@ class LatentsDataset(abc.ABC):
       scaled: True if the latents are multiplied by the autoencoder's scaling factor.
       encoders: fingerprints of the autoencoder and text encoder that made them, where known.
       images: the data set whose images and captions are shown, stored image by image, or None.
+      by_caption, by_image: further leaves of the conditioning, see `EncodedDataset`.
     """
 
     scaled: bool
@@ -60,6 +61,8 @@ class LatentsDataset(abc.ABC):
             raise ValueError(f"images {images.name!r} has {len(images)} images; expected the {stored} stored ones")
         self.name = f"latents:{os.fspath(path)}"
         self.row_ids, self.images = row_ids, images
+        self.by_caption: dict[str, Any] = {}
+        self.by_image: dict[str, Any] = {}
         self.groups = self.group_names = self.credit = self.credit_url = None
         if images is not None:
             names = named_groups(images)
@@ -110,16 +113,18 @@ class StoredLatents(LatentsDataset):
         self.encoders = header["encoders"]
         self.first_caption, self.positions = arrays["first_caption"], arrays["positions"]
         super().__init__(workdir, images, arrays["row_ids"], len(self.first_caption) - 1)
-        self.latents = self._open("latents", len(self.first_caption) - 1, header)
-        self.text = self._open("text", int(self.first_caption[-1]), header)
+        self.by_image = self._open("latents", len(self.first_caption) - 1, header, "by_image")
+        self.by_caption = self._open("text", int(self.first_caption[-1]), header, "by_caption")
+        self.latents, self.text = self.by_image.pop("latents"), self.by_caption.pop("text")
 
-    def _open(self, name: str, count: int, header: dict[str, Any]) -> JoinedArray:
+    def _open(self, name: str, count: int, header: dict[str, Any], more: str) -> dict[str, JoinedArray]:
         (stage,) = (stage for stage in self._stages if stage.name == name)
-        shape, dtype = header[name]
-        store = ChunkStore(stage.path, {name: (tuple(shape), dtype)}, count, count, name=name)
+        fields = {name: header[name], **header.get(more, {})}
+        layout = {field: (tuple(shape), dtype) for field, (shape, dtype) in fields.items()}
+        store = ChunkStore(stage.path, layout, count, count, name=name)
         if absent := store.pending_chunks(checked_bytes=0):
             raise StorageError(f"{store.path} lacks {len(absent)} chunks; start the command that fills it again")
-        return store.array(name)
+        return {field: store.array(field) for field in fields}
 
     def fingerprint(self) -> str:
         """sha256 over the fingerprints of what was encoded, by which model, and how."""

@@ -25,11 +25,15 @@ _BATCH = 256
 
 
 class Row(NamedTuple):
-    """One captioned image: image (H, W, 3) uint8, its captions (at least one), and its row id."""
+    """One captioned image: image (H, W, 3) uint8, its captions (at least one), and its row id.
+
+    `original` is its (height, width) before it was resized and cropped; None where that is not known.
+    """
 
     image: np.ndarray
     captions: tuple[str, ...]
     row_id: int
+    original: tuple[int, int] | None = None
 
 
 class Dataset(Protocol):

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from attrib_jax.data.images import UnreadableRowError
+from attrib_jax.data.images import UnreadableRowError, cover
 from attrib_jax.data.sources import Dataset
 
 _log = logging.getLogger(__name__)
@@ -17,21 +17,27 @@ _log = logging.getLogger(__name__)
 class ImageReader:
     """Rows -> (images, row ids) and the reasons of those that cannot be read; picklable, for worker processes.
 
+    With `size_ids` the images come with (B, 6) float32: their height and width before they were resized and cropped,
+    top and left of the crop, height and width now.
+
     Attributes:
       dataset: data set that is read.
       size: (height, width) of the images, after `fit` where that is given.
+      size_ids: whether the images' size ids come beside them.
       fit: makes an image (H, W, 3) uint8 one of that size; None where the data set's have it, others are an error.
     """
 
     dataset: Dataset
     size: tuple[int, int]
     fit: Callable[[np.ndarray], np.ndarray] | None = None
+    size_ids: bool = False
 
-    def __call__(self, rows: np.ndarray) -> tuple[tuple[np.ndarray, np.ndarray], dict[int, str]]:
+    def __call__(self, rows: np.ndarray) -> tuple[tuple[np.ndarray, ...], dict[int, str]]:
         images, reasons = np.zeros((len(rows), *self.size, 3), np.uint8), {}
+        ids = np.zeros((len(rows), 6), np.float32)
         for place, row in enumerate(rows.tolist()):
             try:
-                image = self.dataset[row].image
+                image, _, _, original = self.dataset[row]
             except UnreadableRowError as error:
                 reasons[row] = str(error)
                 continue
@@ -44,7 +50,10 @@ class ImageReader:
                     f"resolution={self.size[0]}."
                 )
             images[place] = image
-        return (images, self.dataset.row_ids[rows]), reasons
+            original = original or self.size
+            ids[place] = (*original, *cover(original, self.size)[1], *self.size)
+        row_ids = self.dataset.row_ids[rows]
+        return ((images, row_ids, ids) if self.size_ids else (images, row_ids)), reasons
 
 
 def image_side(dataset: Dataset) -> int:

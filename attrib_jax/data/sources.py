@@ -158,7 +158,8 @@ class OpenmojiDataset:
                 f"row {index} of the prepared OpenMoji is {stored['code'].decode()}, expected {self._codes[index]}: it "
                 "was prepared from other packages. Delete its folder, or give another --data_dir."
             )
-        return Row(fit_image(stored["image"], self._resolution), self._captions[index], int(self.row_ids[index]))
+        image = fit_image(stored["image"], self._resolution)
+        return Row(image, self._captions[index], int(self.row_ids[index]), stored["image"].shape[:2])
 
     def captions(self, index: int) -> tuple[str, ...]:
         return self._captions[index]

@@ -93,8 +93,9 @@ class TfdsDataset:
         self._ensure_open()
         record = self._records[int(self.row_ids[index])]
         content = self._parse(record, self._image, skip_decoding=True)
-        image = fit_image(decode_image(content, f"row {index} of {self.name}"), self._resolution)
-        return Row(image, self._parse_captions(record), int(self.row_ids[index]))
+        image = decode_image(content, f"row {index} of {self.name}")
+        fitted = fit_image(image, self._resolution)
+        return Row(fitted, self._parse_captions(record), int(self.row_ids[index]), image.shape[:2])
 
     def captions(self, index: int) -> tuple[str, ...]:
         self._ensure_open()

@@ -122,9 +122,9 @@ class WebDataset:
             content = file.read(part.size)
         if len(content) != part.size:
             raise UnreadableRowError(f"{name}: the file is shorter than when it was opened")
-        return Row(
-            fit_image(decode_image(content, name), self._resolution), self.captions(index), int(self.row_ids[index])
-        )
+        image = decode_image(content, name)
+        fitted = fit_image(image, self._resolution)
+        return Row(fitted, self.captions(index), int(self.row_ids[index]), image.shape[:2])
 
     def captions(self, index: int) -> tuple[str, ...]:
         return self._captions[index]

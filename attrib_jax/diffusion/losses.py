@@ -12,7 +12,7 @@ from attrib_jax.ops.matmul_precision import full_precision_matmuls
 from attrib_jax.ops.micro_batching import FORWARD_PIXELS, group_size, map_groups, num_pixels
 
 # predict(params, noisy_latents (h, w, c), timestep (), text) -> model output (h, w, c): an `attrib_jax.Predictor` or a
-# plain function. `text` is what the model is conditioned on, a pytree; for Stable Diffusion text states (L, d).
+# plain function. `text` is what the model is conditioned on, a pytree; for Stable Diffusion 1 and 2 text states (L, d).
 Predict = Callable[[Any, jax.Array, jax.Array, Any], jax.Array]
 
 

@@ -22,8 +22,8 @@ def sample(
     predict: Predict,
     params: Any,
     schedule: NoiseSchedule,
-    text: jax.Array,
-    negative_text: jax.Array | None,
+    text: Any,
+    negative_text: Any,
     initial_latents: jax.Array,
     num_steps: int,
     guidance_scale: float,
@@ -43,8 +43,9 @@ def sample(
         predict: the model, unbatched: (params, latents (h, w, c), timestep (), text (L, d)) -> (h, w, c).
         params: its parameters.
         schedule: noise levels, prediction type, timestep spacing and clipping.
-        text: (B, L, d) text states.
-        negative_text: (L, d) or (B, L, d), states of the empty prompt; may be None if `guidance_scale` is 1.0.
+        text: (B, L, d) text states, or the pytree that the model is conditioned on, with leaves (B, ...).
+        negative_text: (L, d) or (B, L, d), states of the empty prompt, or a pytree in the layout of `text`, each leaf
+            with or without its axis B; may be None if `guidance_scale` is 1.0.
         initial_latents: (B, h, w, c).
         num_steps: sampling steps, from 1 to T.
         guidance_scale: weight of classifier-free guidance (arXiv 2207.12598; 1.0 is none).
@@ -176,7 +177,11 @@ def _sample(
     alphas, alphas_previous = (x.astype(wide) for x in _step_alphas(schedule, timesteps, sampler))
     guided = negative_text is not None
     if guided:
-        text = jnp.concatenate([jnp.broadcast_to(negative_text, text.shape).astype(text.dtype), text])
+        text = jax.tree.map(
+            lambda negative, leaf: jnp.concatenate([jnp.broadcast_to(negative, leaf.shape).astype(leaf.dtype), leaf]),
+            negative_text,
+            text,
+        )
     batched = jax.vmap(predict, in_axes=(None, 0, None, 0))
     image_keys = None if key is None else jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(count))
 
@@ -250,11 +255,20 @@ def _check_schedule(schedule, sampler) -> None:
 def _check_shapes(text, negative_text, initial_latents) -> None:
     if initial_latents.ndim != 4:
         raise ValueError(f"initial_latents has shape {initial_latents.shape}; expected (B, h, w, c)")
-    if text.ndim != 3 or text.shape[0] != initial_latents.shape[0]:
-        raise ValueError(
-            f"text has shape {text.shape}; expected (B, L, d) with B = {initial_latents.shape[0]}, as initial_latents"
-        )
-    if negative_text is not None and negative_text.shape not in (text.shape, text.shape[1:]):
-        raise ValueError(
-            f"negative_text has shape {negative_text.shape}; expected {text.shape[1:]} or {text.shape}, as text"
-        )
+    leaves, layout = jax.tree.flatten_with_path(text)
+    count = initial_latents.shape[0]
+    for path, leaf in leaves:
+        if leaf.ndim < 1 or (not path and leaf.ndim != 3) or leaf.shape[0] != count:
+            expected = f"({'B, L, d' if not path else 'B, ...'}) with B = {count}, as initial_latents"
+            raise ValueError(f"text{jax.tree_util.keystr(path)} has shape {leaf.shape}; expected {expected}")
+    if negative_text is None:
+        return
+    found: Any = jax.tree.structure(negative_text)
+    if found != layout:
+        raise ValueError(f"negative_text has the layout {found}; expected {layout}, as text")
+    for (path, leaf), negative in zip(leaves, jax.tree.leaves(negative_text)):
+        if negative.shape not in (leaf.shape, leaf.shape[1:]):
+            raise ValueError(
+                f"negative_text{jax.tree_util.keystr(path)} has shape {negative.shape}; expected {leaf.shape[1:]} or "
+                f"{leaf.shape}, as text"
+            )

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attrib_jax.convert.pipeline import Pipeline, encode_text, tokenize
+from attrib_jax.convert.pipeline import Pipeline, unconditional, with_size_ids
 from attrib_jax.core.fingerprint import json_digest
 from attrib_jax.core.keys import example_noise, loss_key
 from attrib_jax.core.settings import Settings, setting
@@ -215,11 +215,11 @@ class Counterfactuals:
                     )
 
     def _inputs(self, pipeline: Pipeline) -> tuple:
-        empty = encode_text(pipeline.text_encoder, pipeline.params["text_encoder"], tokenize(pipeline, [""]))[0]
+        empty = with_size_ids(pipeline, unconditional(pipeline))
         return (
             np.stack([query.latents for query in self.prepared]),
-            np.stack([query.text for query in self.prepared]),
-            np.asarray(empty),
+            jax.tree.map(lambda *leaves: np.stack(leaves), *(query.text for query in self.prepared)),
+            jax.tree.map(np.asarray, empty),
             np.stack([initial_noise(pipeline, query.seed) for query in self.queries]),
             jax.random.key_data(loss_key(self.measure.seed)),
             self._timesteps,

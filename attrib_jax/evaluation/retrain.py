@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from attrib_jax.convert.pipeline import Pipeline, encode_text, initial_unet, tokenize
+from attrib_jax.convert.pipeline import Pipeline, initial_unet, unconditional
 from attrib_jax.core.checks import check_positive, check_range
 from attrib_jax.core.keys import purpose_key
 from attrib_jax.core.settings import Settings, setting
@@ -209,11 +209,14 @@ class Retrainer:
 
     def _on_devices(self) -> Any:
         if self._shared is None:
-            empty = encode_text(
-                self.pipeline.text_encoder, self.pipeline.params["text_encoder"], tokenize(self.pipeline, [""])
+            data = self.data
+            by_caption = {name: np.asarray(array) for name, array in data.by_caption.items()}
+            text = {"text": np.asarray(data.text), **by_caption} if by_caption else np.asarray(data.text)
+            by_image = {name: np.asarray(array) for name, array in data.by_image.items()}
+            empty = jax.tree.map(np.asarray, unconditional(self.pipeline))
+            self._shared = replicate(
+                self.mesh, (np.asarray(data.latents), text, empty, by_image, self.pipeline.schedule)
             )
-            arrays = (np.asarray(self.data.latents), np.asarray(self.data.text), np.asarray(empty[0]))
-            self._shared = replicate(self.mesh, (*arrays, self.pipeline.schedule))
         return self._shared
 
 
@@ -233,9 +236,16 @@ def _steps(unet, optimizer, ema_decay, shared, batch):
 
 
 def _step(predict: Predict, optimizer, ema_decay: float, shared, state, draws: Draws, key_data):
-    latents, text, empty, schedule = shared
-    chosen = jnp.where((draws.caption < 0)[:, None, None], empty, text[jnp.maximum(draws.caption, 0)])
-    batch = (latents[draws.row, draws.flip].astype(jnp.float32), chosen.astype(jnp.float32))
+    latents, text, empty, by_image, schedule = shared
+
+    def choose(empty, states):
+        is_empty = (draws.caption < 0).reshape(-1, *(1,) * empty.ndim)
+        return jnp.where(is_empty, empty, states[jnp.maximum(draws.caption, 0)]).astype(jnp.float32)
+
+    chosen = jax.tree.map(choose, empty, text)
+    if by_image:
+        chosen |= {name: array[draws.row] for name, array in by_image.items()}
+    batch = (latents[draws.row, draws.flip].astype(jnp.float32), chosen)
     loss_fn = functools.partial(_loss, predict, schedule)
     key = jax.random.wrap_key_data(key_data, impl="threefry2x32")
     state, metrics = train_step(loss_fn, optimizer, ema_decay, state, batch, key)

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 
+import jax
 import numpy as np
 
 from attrib_jax.core.settings import setting
@@ -49,7 +50,7 @@ def run_self(run: Run, methods: Mapping[str, MethodConfig], config: SelfConfig) 
         latents, text = data.inputs(place, 0, 0)
         caption = dataset.captions(int(places[place]))[0]
         # Of latents without images nobody knows the captions, which are empty then, but their text states are there.
-        given = {} if caption else {"text": text[0]}
+        given = {} if caption else {"text": jax.tree.map(lambda leaf: leaf[0], text)}
         queries.append(Query(caption, latents=np.asarray(latents[0]), **given))
     groups = None if dataset.groups is None else np.asarray(dataset.groups)[places]
     rows = []

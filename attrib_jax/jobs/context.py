@@ -84,6 +84,12 @@ def model_fingerprint(pipeline: Pipeline) -> str:
         "max_tokens": pipeline.tokenizer.model_max_length,
         **tokenizer_parts(pipeline.tokenizer),
     }
+    if pipeline.text_encoder_2 is not None:
+        configs |= {
+            "text_encoder_2": pipeline.text_encoder_2.config.to_dict(),
+            "tokenizer_2": tokenizer_parts(pipeline.tokenizer_2),
+            "zeros_for_empty_prompt": pipeline.zeros_for_empty_prompt,
+        }
     return digest([params_fingerprint(pipeline.params), json.dumps(configs, sort_keys=True)])
 
 

@@ -17,11 +17,12 @@ from attrib_jax.diffusion.losses import Predict
 from attrib_jax.diffusion.schedule import NoiseSchedule
 from attrib_jax.jobs.context import Run
 from attrib_jax.jobs.draws import (
+    GradientForm,
     Sample,
     as_fisher_sum,
     as_pair,
     fisher_draws,
-    gradients_at_once,
+    gradient_form,
     sample_gradients,
     sum_over_draws,
     sums_like,
@@ -92,7 +93,7 @@ def _fit(path, predict, schedule, selected, rest, data, samples, seed, mesh) -> 
     draws = fisher_draws(seed, samples, data.num_captions, schedule.num_train_timesteps)
     prepared = prepare_kernels(rest, mesh_platform(mesh))
     shared = replicate(mesh, (selected, prepared, schedule, purpose_key(seed, "fisher")))
-    program = _program(predict, mesh, gradients_at_once(selected, mesh, data.latent_shape))
+    program = _program(predict, mesh, gradient_form(selected, mesh, data.latent_shape))
     like = (sums_like(selected), np.zeros((), np.int32))
     total, state = sum_over_draws(path, _PARTIAL, program, shared, like, draws, data, "Fisher information")
 
@@ -104,17 +105,17 @@ def _fit(path, predict, schedule, selected, rest, data, samples, seed, mesh) -> 
 
 
 @functools.lru_cache(maxsize=4)
-def _program(predict: Predict, mesh: Mesh, microbatch: int) -> DeviceSums:
+def _program(predict: Predict, mesh: Mesh, form: GradientForm) -> DeviceSums:
     """The compiled sum over tiles, made once: fitting again with the same model compiles nothing."""
-    return DeviceSums(mesh, functools.partial(_tile_sum, predict, microbatch))
+    return DeviceSums(mesh, functools.partial(_tile_sum, predict, form))
 
 
-def _tile_sum(predict: Predict, microbatch: int, shared: Any, batch: Sample) -> CompensatedSum:
+def _tile_sum(predict: Predict, form: GradientForm, shared: Any, batch: Sample) -> CompensatedSum:
     """The sum over one device's tile."""
     selected, rest, schedule, key = shared
-    gradients = sample_gradients(predict, schedule, key)
+    gradients = sample_gradients(predict, schedule, key, form.factored)
     inputs = batch, text_columns(batch.text)
-    return as_pair(sum_squares(gradients, selected, rest, inputs, mask=batch.mask, microbatch=microbatch))
+    return as_pair(sum_squares(gradients, selected, rest, inputs, mask=batch.mask, microbatch=form.microbatch))
 
 
 def _is_fitted(file: Path, selected: Any) -> bool:

@@ -11,13 +11,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from attrib_jax.core.compensated import CompensatedSum
-from attrib_jax.core.weights import count_weights, merge_weights
-from attrib_jax.curvature.fisher import FisherSum
+from attrib_jax.core.weights import count_weights, flatten_names, merge_weights
+from attrib_jax.curvature.fisher import FisherSum, TokenProduct, factored_gradients
 from attrib_jax.diffusion.losses import Predict, batch_losses, denoising_losses
 from attrib_jax.diffusion.schedule import NoiseSchedule
 from attrib_jax.jobs.encoded_dataset import EncodedDataset
 from attrib_jax.models.predictor import as_predictor
 from attrib_jax.models.projected_text import kernel_gradient
+from attrib_jax.models.unet import TEXT_KERNELS
 from attrib_jax.ops.micro_batching import even_group_size, gradient_pixels, num_pixels
 from attrib_jax.parallel.hosts import is_host0, run_on_host0
 from attrib_jax.parallel.mesh import host_share, mesh_platform, shard_batch
@@ -26,7 +27,7 @@ from attrib_jax.parallel.sums import DeviceSums
 from attrib_jax.storage.state import StateStore
 
 # Samples that one call of the program takes on each device. A core runs them in groups that follow each other
-# (`gradients_at_once`) in the same memory, which is mapped anew at every call; an accelerator has to be filled.
+# (`gradient_form`) in the same memory, which is mapped anew at every call; an accelerator has to be filled.
 _SAMPLES_PER_CPU, _SAMPLES_PER_ACCELERATOR = 32, 64
 # The memory that the gradients of a tile may fill.
 _GRADIENT_BYTES = 2**30
@@ -82,19 +83,23 @@ def sample_loss(predict: Predict, schedule: NoiseSchedule, key: jax.Array) -> Ca
 
 
 def sample_gradients(
-    predict: Predict, schedule: NoiseSchedule, key: jax.Array
+    predict: Predict, schedule: NoiseSchedule, key: jax.Array, factored: bool = False
 ) -> Callable[[Any, Any, tuple[Sample, jax.Array]], Any]:
     """`gradients(selected, rest, (samples, columns))`, the gradient of `sample_loss` of each of several, in one tree.
 
     `columns` (B, D, L) are the samples' text states, transposed (`kernel_gradient`). Where the selected weights all
-    project the text, the model runs once on the batch, and not under `vmap`, whose additional axes cost copies.
+    project the text, the model runs once on the batch, and not under `vmap`, whose additional axes cost copies. With
+    `factored`, gradients by kernels are `TokenProduct`s where the layer has few tokens.
     """
 
     def gradients(selected, rest, inputs):
         samples, columns = inputs
         weights = as_predictor(predict).project_text(selected, samples.text)
         if weights.others or not weights.projections:
-            return jax.vmap(jax.grad(sample_loss(predict, schedule, key)), (None, None, 0))(selected, rest, samples)
+            loss_fn = sample_loss(predict, schedule, key)
+            if factored:
+                return factored_gradients(loss_fn, selected, rest, samples)
+            return jax.vmap(jax.grad(loss_fn), (None, None, 0))(selected, rest, samples)
         noise = jax.vmap(functools.partial(_noise, key))(samples)
 
         def loss_sum(weights):
@@ -102,7 +107,10 @@ def sample_gradients(
             losses = batch_losses(predict, rest, schedule, samples.latents, text, noise, samples.timestep)
             return jnp.sum(losses)
 
-        return kernel_gradient(jax.grad(loss_sum)(weights), selected, columns)
+        gradient = jax.grad(loss_sum)(weights)
+        if not factored:
+            return kernel_gradient(gradient, selected, columns)
+        return jax.tree.map(lambda cotangents: TokenProduct(columns, cotangents), gradient.projections)
 
     return gradients
 
@@ -214,13 +222,28 @@ def _on_cpu(mesh: Mesh) -> bool:
     return mesh_platform(mesh) == "cpu"
 
 
-def gradients_at_once(selected: Any, mesh: Mesh, latent_shape: tuple[int, ...]) -> int:
-    """Per-sample gradients that one device of `mesh` holds at once, a divisor of its tile."""
+class GradientForm(NamedTuple):
+    """How per-sample gradients are held.
+
+    Attributes:
+      microbatch: how many one device holds at once, a divisor of its tile.
+      factored: whether those by kernels are factors where these are smaller, see `factored_gradients`.
+    """
+
+    microbatch: int
+    factored: bool
+
+
+def gradient_form(selected: Any, mesh: Mesh, latent_shape: tuple[int, ...]) -> GradientForm:
+    """How a device of `mesh` holds gradients by the selected weights: dense if those of a micro-batch have room."""
     limit = gradient_pixels(mesh_platform(mesh))
     microbatch = even_group_size(samples_per_tile(mesh), num_pixels(latent_shape), limit)
-    while microbatch > 1 and microbatch * 4 * count_weights(selected).values > _GRADIENT_BYTES:
+    factored = microbatch * 4 * count_weights(selected).values > _GRADIENT_BYTES
+    # What projects the text has few tokens; what else is selected may stay dense.
+    rest = {name: x for name, x in flatten_names(selected).items() if not name.endswith(TEXT_KERNELS)}
+    while microbatch > 1 and microbatch * 4 * count_weights(rest).values > _GRADIENT_BYTES:
         microbatch //= 2
-    return microbatch
+    return GradientForm(microbatch, factored)
 
 
 def sums_like(selected: Any) -> Any:

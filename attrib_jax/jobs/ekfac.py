@@ -32,11 +32,12 @@ from attrib_jax.diffusion.losses import Predict
 from attrib_jax.diffusion.schedule import NoiseSchedule
 from attrib_jax.jobs.draws import (
     FisherDraws,
+    GradientForm,
     Sample,
     as_fisher_sum,
     as_pair,
     fisher_draws,
-    gradients_at_once,
+    gradient_form,
     sample_loss,
     sum_over_draws,
     sums_like,
@@ -101,7 +102,8 @@ def fit_ekfac(
 
 def _layers(predict, schedule, selected, rest, data: EncodedDataset) -> tuple[LinearLayer, ...]:
     first, number = np.zeros(1, np.int64), jax.ShapeDtypeStruct((), np.int32)
-    latents, text = (jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in data.inputs(first, first, first))
+    inputs = data.inputs(first, first, first)
+    latents, text = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), inputs)
     sample = Sample(latents, text, number, number, None)
     return linear_layers(sample_loss(predict, schedule, purpose_key(0, "fisher")), selected, rest, sample)
 
@@ -128,8 +130,8 @@ def _fit_bases(path: Path, predict, layers, shared, draws: FisherDraws, data, me
 
 def _fit_eigenvalues(path: Path, predict, layers, shared, draws: FisherDraws, data, mesh: Mesh) -> None:
     selected = shared[0]
-    microbatch = gradients_at_once(selected, mesh, data.latent_shape)
-    program = _eigenvalue_program(predict, layers, mesh, microbatch)
+    form = gradient_form(selected, mesh, data.latent_shape)
+    program = _eigenvalue_program(predict, layers, mesh, form)
     like = (sums_like(selected), np.zeros((), np.int32))
     placed = replicate(mesh, (*shared, _bases(path, selected)))
     total, state = sum_over_draws(path, _PARTIAL, program, placed, like, draws, data, "EKFAC eigenvalues")
@@ -158,11 +160,14 @@ def _factor_program(predict: Predict, layers: tuple[LinearLayer, ...], mesh: Mes
 
 
 @functools.lru_cache(maxsize=4)
-def _eigenvalue_program(predict: Predict, layers: tuple[LinearLayer, ...], mesh: Mesh, microbatch: int) -> DeviceSums:
+def _eigenvalue_program(
+    predict: Predict, layers: tuple[LinearLayer, ...], mesh: Mesh, form: GradientForm
+) -> DeviceSums:
     def tile_sum(shared, batch):
         selected, rest, schedule, key, bases = shared
         loss_fn = sample_loss(predict, schedule, key)
-        return as_pair(eigenvalue_sums(loss_fn, layers, bases, selected, rest, batch, batch.mask, microbatch))
+        fixed = (layers, bases, selected, rest, batch, batch.mask)
+        return as_pair(eigenvalue_sums(loss_fn, *fixed, form.microbatch, form.factored))
 
     return DeviceSums(mesh, tile_sum)
 

@@ -1,4 +1,9 @@
-"""Stage 1: images and captions -> latents and text states, encoded once and stored in chunks."""
+"""Stage 1: images and captions -> latents and conditioning, encoded once and stored in chunks.
+
+The conditioning is what the denoiser takes beside noisy latents and timestep. Of Stable Diffusion 1 and 2 it is the
+text states. Others have more leaves: those that a caption decides are stored beside the text states, those that an
+image decides (size ids) beside the latents.
+"""
 
 import dataclasses
 import functools
@@ -13,7 +18,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attrib_jax.convert.pipeline import Pipeline, encode_text, latent_size, tokenize
+from attrib_jax.convert.pipeline import (
+    Pipeline,
+    encode_text,
+    image_size,
+    latent_size,
+    takes_size_ids,
+    tokenize,
+)
 from attrib_jax.convert.tokenizer import tokenizer_fingerprint
 from attrib_jax.core.fingerprint import digest, params_fingerprint
 from attrib_jax.core.keys import purpose_key
@@ -102,12 +114,6 @@ def encode(
     return data
 
 
-def image_size(pipeline: Pipeline) -> tuple[int, int]:
-    """Height and width in pixels of the images that a pipeline was trained on."""
-    height, width = (size * pipeline.vae.config.downscale for size in latent_size(pipeline))
-    return height, width
-
-
 def image_resolution(pipeline: Pipeline) -> int:
     """Side in pixels of the square images that a pipeline was trained on; ValueError where they are not square."""
     height, width = image_size(pipeline)
@@ -140,7 +146,16 @@ def _encode_part(root, prefix: str, pipeline, inputs, dataset, config) -> Encode
 
     latents_name, text_name = stage_names(dataset, prefix)
     with root.stage(latents_name, {}, inputs) as stage:
-        latents = encode_images(stage.path, dataset, pipeline.vae, pipeline.params["vae"], config, image_size(pipeline))
+        by_image = _encode_images(
+            stage.path,
+            dataset,
+            pipeline.vae,
+            pipeline.params["vae"],
+            config,
+            image_size(pipeline),
+            takes_size_ids(pipeline),
+        )
+        latents = by_image.pop("latents")
         skipped = dict(run_on_host0(lambda: list(read_skipped(stage.path).items())))
     kept = np.setdiff1d(np.arange(len(dataset)), list(skipped))
     with root.stage(text_name, {}, inputs) as stage:
@@ -149,7 +164,8 @@ def _encode_part(root, prefix: str, pipeline, inputs, dataset, config) -> Encode
             first_caption = np.concatenate([[0], np.cumsum([len(row) for row in captions()])])
         else:
             first_caption = stored
-        text = _encode_captions(stage.path, pipeline, first_caption, captions, config, dataset.row_ids)
+        by_caption = _encode_captions(stage.path, pipeline, first_caption, captions, config, dataset.row_ids)
+        text = by_caption.pop("text")
 
         def describe() -> None:
             if stored is not None:
@@ -160,6 +176,12 @@ def _encode_part(root, prefix: str, pipeline, inputs, dataset, config) -> Encode
                 "latents": [latents.shape[1:], latents.dtype.name],
                 "text": [text.shape[1:], text.dtype.name],
                 "encoders": encoder_fingerprints(pipeline, pipeline.text_encoder.config.vocab_size),
+            }
+            more = {"by_image": by_image, "by_caption": by_caption}
+            header |= {
+                kind: {name: [array.shape[1:], array.dtype.name] for name, array in arrays.items()}
+                for kind, arrays in more.items()
+                if arrays
             }
             write_arrays(stage.path / ROWS_FILE, rows, header)
 
@@ -173,7 +195,17 @@ def _encode_part(root, prefix: str, pipeline, inputs, dataset, config) -> Encode
             "; ".join(list(skipped.values())[:_SKIPPED_SHOWN]),
             root.workdir / latents_name / SKIPPED,
         )
-    return EncodedDataset(dataset.row_ids[kept], latents, text, first_caption, kept, skipped, source=dataset.name)
+    return EncodedDataset(
+        dataset.row_ids[kept],
+        latents,
+        text,
+        first_caption,
+        kept,
+        skipped,
+        source=dataset.name,
+        by_image=by_image,
+        by_caption=by_caption,
+    )
 
 
 def _stored_first_caption(stage: Stage) -> np.ndarray | None:
@@ -203,6 +235,12 @@ def _stored_latents(pipeline: Pipeline, dataset: LatentsDataset) -> EncodedDatas
             f"dataset {dataset.name!r} has text states of width {dataset.text.shape[-1]}; the model reads {width}. "
             "Encode the captions with the model's own text encoder."
         )
+    if takes_size_ids(pipeline) != bool(dataset.by_image):
+        has, takes = ("pooled text and size ids", "text states alone")[:: 1 if dataset.by_image else -1]
+        raise ValueError(
+            f"dataset {dataset.name!r} has {has}; the model reads {takes}. Encode the data set with this model "
+            "(launch.encode)."
+        )
     if dataset.encoders is not None:
         found = encoder_fingerprints(pipeline, dataset.encoders["vocab_size"])
         # A store of before the tokenizer was noted has nothing to compare.
@@ -216,7 +254,14 @@ def _stored_latents(pipeline: Pipeline, dataset: LatentsDataset) -> EncodedDatas
     if not dataset.scaled:
         latents = ScaledArray(latents, pipeline.vae.config.scaling_factor)
     return EncodedDataset(
-        dataset.row_ids, latents, dataset.text, dataset.first_caption, dataset.positions, source=dataset.name
+        dataset.row_ids,
+        latents,
+        dataset.text,
+        dataset.first_caption,
+        dataset.positions,
+        source=dataset.name,
+        by_image=dataset.by_image,
+        by_caption=dataset.by_caption,
     )
 
 
@@ -229,7 +274,14 @@ def encoder_fingerprints(pipeline: Pipeline, vocab_size: int) -> dict[str, Any]:
     (embedding,) = (name for name in text if name.endswith("token_embedding/embedding"))
     text[embedding] = text[embedding][:vocab_size]
     config = dataclasses.replace(pipeline.text_encoder.config, vocab_size=vocab_size)
-    return {
+    second = {}
+    if pipeline.text_encoder_2 is not None:
+        options = pipeline.text_encoder_2.config.to_dict() | {"max_tokens": pipeline.tokenizer_2.model_max_length}
+        second = {
+            "text_encoder_2": _digest(pipeline.params["text_encoder_2"], options),
+            "tokenizer_2": tokenizer_fingerprint(pipeline.tokenizer_2, added=False),
+        }
+    return second | {
         "vae": _digest(pipeline.params["vae"], pipeline.vae.config.to_dict()),
         "text_encoder": _digest(text, config.to_dict() | {"max_tokens": pipeline.tokenizer.model_max_length}),
         "tokenizer": tokenizer_fingerprint(pipeline.tokenizer, added=False),
@@ -255,15 +307,23 @@ def encode_images(
     `size` is (height, width) of the images, that of the first one if None. Raises ValueError for an image of another
     size.
     """
+    return _encode_images(path, dataset, vae, params, config, size)["latents"]
+
+
+def _encode_images(path, dataset, vae, params, config, size=None, size_ids: bool = False) -> dict[str, JoinedArray]:
+    """`encode_images` -> {"latents": ...}, and with `size_ids` {"ids": (N, 6)} float32, see `ImageReader`."""
     size = size or dataset[0].image.shape[:2]
     scale = vae.config.downscale
     shape = (2, size[0] // scale, size[1] // scale, vae.config.latent_channels)
     skipped = SkippedRows(path)
     stored = encode_to_store(
-        make_store(path, "latents", shape, config.dtype, len(dataset)),
+        # Never in half precision, which counts by twos from 2048 on.
+        make_store(
+            path, "latents", shape, config.dtype, len(dataset), {"ids": ((6,), "float32")} if size_ids else None
+        ),
         _latents,
         (params, purpose_key(config.seed, "posterior")),
-        ImageReader(dataset, size),
+        ImageReader(dataset, size, size_ids=size_ids),
         IMAGE_TILE,
         "encode images",
         "image",
@@ -276,10 +336,13 @@ def encode_images(
     return stored
 
 
-def _latents(vae: Any, posterior: str, shared: Any, batch: Any) -> jax.Array:
-    """Images (B, H, W, 3) uint8 and their row ids (B,) -> (B, 2, h, w, c), as they are and mirrored."""
+def _latents(vae: Any, posterior: str, shared: Any, batch: Any) -> Any:
+    """Images (B, H, W, 3) uint8 and their row ids (B,) -> (B, 2, h, w, c), as they are and mirrored.
+
+    Size ids that come with them are passed through beside the latents.
+    """
     params, key = shared
-    images, row_ids = batch
+    images, row_ids, *ids = batch
     images = images.astype(jnp.float32) / 127.5 - 1.0
 
     def latents(flip: int, views):
@@ -294,7 +357,8 @@ def _latents(vae: Any, posterior: str, shared: Any, batch: Any) -> jax.Array:
         return distribution.mean + jnp.exp(0.5 * distribution.logvar) * jax.vmap(noise)(row_ids)
 
     both = [latents(0, images), latents(1, images[:, :, ::-1])]
-    return jnp.stack(both, axis=1) * vae.config.scaling_factor
+    stacked = jnp.stack(both, axis=1) * vae.config.scaling_factor
+    return {"latents": stacked, "ids": ids[0]} if ids else stacked
 
 
 def _encode_captions(
@@ -304,8 +368,13 @@ def _encode_captions(
     captions: Callable[[], Sequence[Sequence[str]]],
     config: EncodeConfig,
     row_ids: np.ndarray,
-) -> JoinedArray:
-    shape = (pipeline.tokenizer.model_max_length, pipeline.text_encoder.config.hidden_size)
+) -> dict[str, JoinedArray]:
+    """Field -> (M, ...) of all captions: "text", and what else they decide of the conditioning."""
+    ids = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), tokenize(pipeline, [""]))
+    encode_one = functools.partial(encode_text, pipeline.conditioner)
+    layout = jax.eval_shape(encode_one, pipeline.conditioner_params, ids)
+    shapes = {name: leaf.shape[1:] for name, leaf in (layout if isinstance(layout, dict) else {"text": layout}).items()}
+    more = {name: (shape, config.dtype) for name, shape in shapes.items() if name != "text"}
     lock = threading.Lock()
 
     def read(rows):
@@ -321,13 +390,13 @@ def _encode_captions(
         return f"caption {number} of row {int(row_ids[image])} ({captions()[image][number]!r})"
 
     return encode_to_store(
-        make_store(path, "text", shape, config.dtype, int(first_caption[-1])),
+        make_store(path, "text", shapes["text"], config.dtype, int(first_caption[-1]), more),
         encode_text,
-        pipeline.params["text_encoder"],
+        pipeline.conditioner_params,
         read,
         TEXT_TILE,
         "encode captions",
         "caption",
-        static=(pipeline.text_encoder,),
+        static=(pipeline.conditioner,),
         name_row=name,
     )

@@ -1,4 +1,4 @@
-"""Filling a store of one array: batches are read ahead, encoded on all devices, and written chunk by chunk.
+"""Filling a store of arrays: batches are read ahead, encoded on all devices, and written chunk by chunk.
 
 Of several hosts, each fills chunks of its own with its own devices: they share nothing but the folder.
 """
@@ -7,7 +7,7 @@ import contextlib
 import functools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import grain
@@ -27,11 +27,23 @@ _MAX_ROWS_PER_CHUNK = 1024
 _CHUNK_BYTES = 2**26
 
 
-def make_store(path: str | os.PathLike, field: str, shape: tuple[int, ...], dtype: str, num_rows: int) -> ChunkStore:
-    """A store of one field in `<path>/<field>/`, `shape` the shape of a row; its chunks have at most 64 MiB."""
+def make_store(
+    path: str | os.PathLike,
+    field: str,
+    shape: tuple[int, ...],
+    dtype: str,
+    num_rows: int,
+    more: Mapping[str, tuple[tuple[int, ...], str]] | None = None,
+) -> ChunkStore:
+    """A store in `<path>/<field>/`, `shape` the shape of a row; its chunks have at most 64 MiB of `field`.
+
+    `more` are further fields that are written with it, each its row's shape and its dtype.
+    """
     row_bytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
     rows = min(_MAX_ROWS_PER_CHUNK, max(1, _CHUNK_BYTES // row_bytes))
-    return host0_first(lambda: ChunkStore(path, {field: (shape, np.dtype(dtype))}, num_rows, rows, name=field))
+    fields = {field: (shape, np.dtype(dtype))}
+    fields |= {name: (shape, np.dtype(dtype)) for name, (shape, dtype) in (more or {}).items()}
+    return host0_first(lambda: ChunkStore(path, fields, num_rows, rows, name=field))
 
 
 def encode_to_store(
@@ -46,15 +58,16 @@ def encode_to_store(
     store_skipped: Callable[[slice, dict[int, str]], None] | None = None,
     static: tuple = (),
     name_row: Callable[[int, np.ndarray], str] | None = None,
-) -> JoinedArray:
-    """Computes the missing chunks of a store of one field and returns the whole, on disk.
+) -> dict[str, JoinedArray]:
+    """Computes the missing chunks of a store and returns the whole of each field, on disk.
 
     With several hosts, host 0 decides what is missing, the chunks are dealt out in turn, and all wait for all; an error
     of one is then raised on every host.
 
     Args:
       store: from `make_store`.
-      encode_tile: `(*static, shared, batch) -> (rows, ...)`, run on one tile on every device.
+      encode_tile: `(*static, shared, batch) -> (rows, ...)`, or a dict of these by field where the store has several;
+        run on one tile on every device.
       shared: what every device holds whole, such as parameters.
       read: rows (R,) of a tile on all devices -> the batch, leaves (R, ...), and the reasons of rows that could not be
         read, which are stored as zeros. Called from several threads or, with `workers`, processes.
@@ -68,7 +81,6 @@ def encode_to_store(
     Raises:
       ValueError: values of a row are NaN or infinite in the store's dtype.
     """
-    (field,) = store.fields
     missing = store.pending_chunks()
     mine = missing[host_index() :: num_hosts()]
     with independent_hosts():
@@ -76,12 +88,11 @@ def encode_to_store(
             done = store.num_rows - sum(store.rows(chunk).stop - store.rows(chunk).start for chunk in missing)
             run = _compiled(encode_tile, static, data_mesh(jax.local_devices()))
             _fill(store, mine, done, run, shared, read, tile, description, unit, workers, store_skipped, name_row)
-    return store.array(field)
+    return {field: store.array(field) for field in store.fields}
 
 
 def _fill(store, chunks, done, run, shared, read, tile, description, unit, workers, store_skipped, name_row) -> None:
     """Computes `chunks` on this host's devices; `done` counts the rows that are stored already."""
-    ((field, (_, dtype)),) = store.fields.items()
     mesh = data_mesh(jax.local_devices())
     shared = replicate(mesh, shared)
     # Tiles never reach over the end of a chunk, so that a resumed run has the tiles of an uninterrupted one.
@@ -113,14 +124,17 @@ def _fill(store, chunks, done, run, shared, read, tile, description, unit, worke
                 results.append(run(shared, shard_batch(mesh, batch)))
                 reasons |= unreadable
                 bar.update(min(tile * mesh.size, size - number * tile * mesh.size))
-            values = np.concatenate([np.asarray(result) for result in results])[:size].astype(dtype)
-            for row in reasons:
-                values[row - rows.start] = 0
-            _check_finite(values, rows, description, unit, name_row)
+            values = {}
+            for field, (_, dtype) in store.fields.items():
+                parts = [result[field] if isinstance(result, dict) else result for result in results]
+                values[field] = np.concatenate([np.asarray(part) for part in parts])[:size].astype(dtype)
+                for row in reasons:
+                    values[field][row - rows.start] = 0
+                _check_finite(values[field], rows, description, unit, name_row)
             if store_skipped is not None:
                 # Before the chunk: once that is there, nobody reads its images again.
                 store_skipped(rows, reasons)
-            store.write(chunk, {field: values})
+            store.write(chunk, values)
 
 
 @functools.lru_cache(maxsize=4)

@@ -1,6 +1,7 @@
-"""A data set as the UNet sees it: latents and text states, in memory or on disk."""
+"""A data set as the denoiser sees it: latents and conditioning, in memory or on disk."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +14,10 @@ from attrib_jax.storage.joined import JoinedArray
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class EncodedDataset:
-    """Latents and text states of N training images; the arrays may be numpy's, memory-mapped, or `JoinedArray`s.
+    """Latents and conditioning of N training images; the arrays may be numpy's, memory-mapped, or `JoinedArray`s.
+
+    An example's conditioning is its text states alone, or, where there is more, a dict of these as "text" and of the
+    leaves of `by_caption` and `by_image` under their names.
 
     Attributes:
       row_ids: (N,) int32.
@@ -23,6 +27,8 @@ class EncodedDataset:
       positions: (N,) where the images lie among the R stored ones, of which some may be left out; None for all.
       skipped: image -> why it was left out.
       source: name of the data set, for messages.
+      by_caption: further leaves that a caption decides, such as "pooled" (M, p) or "mask" (M, L); ordered as `text`.
+      by_image: further leaves that an image decides, such as "ids" (R, 6); ordered as `latents`.
     """
 
     row_ids: np.ndarray
@@ -32,6 +38,8 @@ class EncodedDataset:
     positions: np.ndarray = None  # type: ignore[assignment]  # an array once it is made
     skipped: dict[int, str] = dataclasses.field(default_factory=dict)
     source: str = "the data set"
+    by_caption: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    by_image: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         if self.positions is None:
@@ -55,10 +63,10 @@ class EncodedDataset:
         """(L, d) of a caption's states."""
         return tuple(self.text.shape[1:])
 
-    def inputs(self, row: Any, flip: Any, caption: Any) -> tuple[np.ndarray, np.ndarray]:
-        """The UNet's inputs for examples (image, flip, caption), each index (n,) or an integer for all.
+    def inputs(self, row: Any, flip: Any, caption: Any) -> tuple[np.ndarray, Any]:
+        """The denoiser's inputs for examples (image, flip, caption), each index (n,) or an integer for all.
 
-        `row` counts from 0 to N - 1. Returns latents (n, h, w, c) and text states (n, L, d), float32.
+        `row` counts from 0 to N - 1. Returns latents (n, h, w, c) and the conditioning, leaves (n, ...), in float32.
 
         Raises:
           ValueError: one holds NaN or infinity; it names the row, since later only the model could be blamed.
@@ -67,10 +75,14 @@ class EncodedDataset:
         latents = self.views(asked, flip)
         row = self.positions[asked]
         caption = np.broadcast_to(np.asarray(caption, np.int64), row.shape)
-        text = np.asarray(self.text[self.first_caption[row] + caption], np.float32)
-        for place in nonfinite_rows(text)[:1]:
-            self._refuse(asked[place], f"text states (caption {int(caption[place])})")
-        return latents, text
+        captions = self.first_caption[row] + caption
+        text = np.asarray(self.text[captions], np.float32)
+        more = {name: np.asarray(array[captions], np.float32) for name, array in self.by_caption.items()}
+        for what, values in {"text states": text, **more}.items():
+            for place in nonfinite_rows(values)[:1]:
+                self._refuse(asked[place], f"{what} (caption {int(caption[place])})")
+        more |= {name: np.asarray(array[row], np.float32) for name, array in self.by_image.items()}
+        return latents, {"text": text, **more} if more else text
 
     def views(self, row: Any, flip: Any) -> np.ndarray:
         """The latents (n, h, w, c) of images and mirror images, as in `inputs`, without reading any text."""
@@ -86,6 +98,21 @@ class EncodedDataset:
             f"row {int(self.row_ids[row])} of {self.source} has {what} that are NaN or infinite: encode that row "
             "again, or take it out of the data set"
         )
+
+
+def encoded_queries(row_ids: np.ndarray, latents: np.ndarray, conditioning: Any, source: str) -> EncodedDataset:
+    """Queries as a data set of images without mirror images, each with one caption.
+
+    Args:
+      row_ids: (Q,).
+      latents: (Q, h, w, c).
+      conditioning: its leaves (Q, ...).
+      source: name, for messages.
+    """
+    by_caption = dict(conditioning) if isinstance(conditioning, Mapping) else {"text": conditioning}
+    text = by_caption.pop("text")
+    first_caption = np.arange(len(latents) + 1)
+    return EncodedDataset(row_ids, latents[:, None], text, first_caption, source=source, by_caption=by_caption)
 
 
 class CaptionRows(NamedTuple):
@@ -123,6 +150,10 @@ def join(first: EncodedDataset, second: EncodedDataset, row_ids: np.ndarray) -> 
     Raises ValueError where the shapes of their latents or text states differ.
     """
     parts = [first, second]
+    for name in ("by_caption", "by_image"):
+        kinds = [sorted(getattr(part, name)) for part in parts]
+        if kinds[0] != kinds[1]:
+            raise ValueError(f"the two data sets have conditioning {kinds[0]} and {kinds[1]} {name.replace('_', ' ')}")
     for name in ("latents", "text"):
         shapes = [tuple(getattr(part, name).shape[1:]) for part in parts]
         if shapes[0] != shapes[1]:
@@ -136,4 +167,6 @@ def join(first: EncodedDataset, second: EncodedDataset, row_ids: np.ndarray) -> 
         positions=np.concatenate([first.positions, second.positions + stored]),
         source=f"{first.source}+{second.source}",
         skipped=first.skipped | {stored + row: reason for row, reason in second.skipped.items()},
+        by_caption={name: JoinedArray.of([part.by_caption[name] for part in parts]) for name in first.by_caption},
+        by_image={name: JoinedArray.of([part.by_image[name] for part in parts]) for name in first.by_image},
     )

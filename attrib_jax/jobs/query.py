@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import unicodedata
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,16 @@ import numpy as np
 from PIL import Image
 
 from attrib_jax.attribution.regions import region_mask, shape_mask
-from attrib_jax.convert.pipeline import Pipeline, encode_text, latent_size, prompt_report, tokenize
+from attrib_jax.convert.pipeline import (
+    Pipeline,
+    encode_text,
+    image_size,
+    latent_size,
+    prompt_report,
+    takes_size_ids,
+    tokenize,
+    with_size_ids,
+)
 from attrib_jax.core.checks import check_finite, check_range, expand_path
 from attrib_jax.core.fingerprint import array_digest, file_digest, json_digest
 from attrib_jax.core.keys import purpose_key
@@ -25,7 +35,6 @@ from attrib_jax.data.images import read_image
 from attrib_jax.data.latents import open_npy
 from attrib_jax.diffusion.losses import Predict
 from attrib_jax.diffusion.samplers import SAMPLERS, sample
-from attrib_jax.jobs.encode import image_size
 from attrib_jax.jobs.settings import RegionSettings
 
 _log = logging.getLogger(__name__)
@@ -50,7 +59,8 @@ class Query(SamplerSettings):
       prompt: its caption; half a surrogate pair, which JSON can escape, becomes '?'.
       image: path of an image, or (H, W, 3) uint8; None generates one from the prompt.
       latents: (h, w, c), multiplied by the scaling factor, instead of an image; None otherwise.
-      text: (L, d) text states instead of those of the prompt; None encodes the prompt.
+      text: (L, d) text states instead of those of the prompt; None encodes the prompt. For Stable Diffusion XL a dict
+        of these as "text" and of the "pooled" text (p,); size "ids" (6,) in it stand in place of the image's own size.
       seed: seed of the initial noise of a generated image.
       guidance_scale: weight of classifier-free guidance.
       sampler: `ddim` or `ddpm`.
@@ -60,7 +70,7 @@ class Query(SamplerSettings):
     prompt: str
     image: str | os.PathLike | np.ndarray | None = None
     latents: np.ndarray | None = None
-    text: np.ndarray | None = None
+    text: Any = None
     seed: int = setting(0, "Seed of the generated query.", low=0, high=2**32 - 1)
 
     def __post_init__(self):
@@ -83,14 +93,14 @@ class PreparedQuery:
     Attributes:
       image: (H, W, 3) uint8.
       latents: (h, w, c) float32, multiplied by the scaling factor.
-      text: (L, d) float32.
+      text: the model's conditioning, float32: text states (L, d), or a dict of these and others.
       notes: what a user should know of how the prompt or image was read.
       prompt: its caption.
     """
 
     image: np.ndarray
     latents: np.ndarray
-    text: np.ndarray
+    text: Any
     notes: tuple[str, ...]
     prompt: str = ""
 
@@ -116,10 +126,32 @@ def prepare_query(pipeline: Pipeline, predict: Predict, query: Query) -> Prepare
         image, latents = _encode_image(pipeline, query.image)
     text: Any
     if query.text is not None:
-        text = _given("text", query.text, (None, pipeline.unet.config.cross_attention_dim))
+        text = _given_conditioning(pipeline, query.text)
     else:
-        text = text_states(pipeline, [query.prompt])[0]
-    return PreparedQuery(image, np.asarray(latents[0]), np.asarray(text), notes, query.prompt)
+        text = jax.tree.map(lambda leaf: leaf[0], text_states(pipeline, [query.prompt]))
+    return PreparedQuery(image, np.asarray(latents[0]), jax.tree.map(np.asarray, text), notes, query.prompt)
+
+
+def _given_conditioning(pipeline: Pipeline, text: Any) -> Any:
+    """A query's own text states, checked; as a dict with pooled text and size ids for a model that takes these."""
+    config = pipeline.unet.config
+    states = (None, config.cross_attention_dim)
+    if not takes_size_ids(pipeline):
+        if isinstance(text, Mapping):
+            raise ValueError(f"the query's text is a dict of {sorted(text)}; the model takes an array of text states")
+        return _given("text", text, states)
+    if not isinstance(text, Mapping) or not {"text", "pooled"} <= {*text} <= {"text", "pooled", "ids"}:
+        found = f"a dict of {sorted(text)}" if isinstance(text, Mapping) else "an array"
+        raise ValueError(
+            f"the query's text is {found}; the model takes a dict of text and pooled (and ids). Leave it out, and the "
+            "prompt is encoded"
+        )
+    given = {
+        "text": _given("text", text["text"], states),
+        "pooled": _given("pooled", text["pooled"], (config.pooled_width,)),
+    }
+    ids = _given("ids", text["ids"], (6,)) if "ids" in text else None
+    return with_size_ids(pipeline, given, ids)
 
 
 def _given(name: str, array: Any, shape: tuple[int | None, ...]) -> np.ndarray:
@@ -178,14 +210,25 @@ def generate(
     The initial noise of an image depends on its seed alone.
     """
     check_range("sampler_steps", query.sampler_steps, 1, pipeline.schedule.num_train_timesteps, integer=True)
-    text = text_states(pipeline, list(prompts) + [""])
+    both = text_states(pipeline, list(prompts) + [""])
+    text, empty = (jax.tree.map(lambda leaf, part=part: leaf[part], both) for part in (slice(-1), -1))
+    if pipeline.zeros_for_empty_prompt:
+        empty = with_size_ids(pipeline, jax.tree.map(jnp.zeros_like, empty))
     initial = [initial_noise(pipeline, seed) for seed in seeds]
     if query.sampler == "ddim":
-        return _sample(pipeline, predict, text[:-1], text[-1], jnp.stack(initial), None, query)
+        return _sample(pipeline, predict, text, empty, jnp.stack(initial), None, query)
     # Fresh noise at every step, so one by one: an image's noise must not depend on its place in a batch.
     images = [
-        _sample(pipeline, predict, row[None], text[-1], noise[None], purpose_key(seed, "sampler noise"), query)
-        for row, noise, seed in zip(text, initial, seeds)
+        _sample(
+            pipeline,
+            predict,
+            jax.tree.map(lambda leaf, place=place: leaf[place, None], text),
+            empty,
+            noise[None],
+            purpose_key(seed, "sampler noise"),
+            query,
+        )
+        for place, (noise, seed) in enumerate(zip(initial, seeds))
     ]
     return np.concatenate(images)
 
@@ -232,10 +275,11 @@ def _encode_image(pipeline: Pipeline, image: Any) -> tuple[np.ndarray, np.ndarra
     return image, np.asarray(mean) * pipeline.vae.config.scaling_factor
 
 
-def text_states(pipeline: Pipeline, prompts: list[str]) -> jax.Array:
-    """Text states (B, L, d) of prompts."""
+def text_states(pipeline: Pipeline, prompts: list[str]) -> Any:
+    """The conditioning of prompts, for images of the model's own size; leaves (B, ...)."""
     with jax.default_matmul_precision("highest"):
-        return _encode_prompts(pipeline.text_encoder, pipeline.params["text_encoder"], tokenize(pipeline, prompts))
+        states = _encode_prompts(pipeline.conditioner, pipeline.conditioner_params, tokenize(pipeline, prompts))
+        return with_size_ids(pipeline, states)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -287,6 +331,8 @@ def query_settings(query: Query) -> dict[str, Any]:
     given = {name: value for name in ("image", "latents", "text") if (value := settings.pop(name)) is not None}
     if not {"image", "latents"} & given.keys():
         return settings
+    if isinstance(given.get("text"), Mapping):
+        given |= {f"text.{name}": np.asarray(value) for name, value in given.pop("text").items()}
     content = {
         name: array_digest(value) if isinstance(value, np.ndarray) else file_digest(Path(value))
         for name, value in given.items()

@@ -32,26 +32,27 @@ class GradientProgram:
         self._sums, self._project, self._by_selected = _programs(predict, self.mesh)
 
     def bind(
-        self, rest: Any, latents: np.ndarray, text: np.ndarray, draws: int, mask: np.ndarray | None = None
+        self, rest: Any, latents: np.ndarray, text: Any, draws: int, mask: np.ndarray | None = None
     ) -> Callable[[Any, jax.Array, Callable[[int], None]], QueryGradient]:
         """`(selected, key, advance) -> sums over the draws` for one query: arguments as in `query_gradient`."""
         count, fixed = self.mesh.size, None
         tiles = np.arange(-(-draws // (DRAWS_PER_TILE * count)) * count, dtype=np.int32).reshape(-1, count)
         share = host_share(self.mesh, count)
+        text = jax.tree.map(jnp.asarray, text)
 
         def sum_draws(selected, key, advance):
             nonlocal fixed
             if fixed is None:
                 prepared = prepare_kernels(rest, mesh_platform(self.mesh))
-                fixed = replicate(self.mesh, (prepared, self._schedule, jnp.asarray(latents), jnp.asarray(text), mask))
-            weights = self._project(selected, jnp.asarray(text))
+                fixed = replicate(self.mesh, (prepared, self._schedule, jnp.asarray(latents), text, mask))
+            weights = self._project(selected, text)
             shared = (fixed, replicate(self.mesh, (weights, key, np.int32(draws))))
             sums = self._sums.zero(jax.eval_shape(zero_gradient, weights))
             for number, row in enumerate(tiles, start=1):
                 sums = self._sums.add(sums, shared, shard_batch(self.mesh, row[share]))
                 jax.block_until_ready(sums.high.loss)
                 advance(min(number * count * DRAWS_PER_TILE, draws))
-            return self._by_selected(self._sums.total(sums).value(), selected, jnp.asarray(text))
+            return self._by_selected(self._sums.total(sums).value(), selected, text)
 
         return sum_draws
 

@@ -42,6 +42,7 @@ from attrib_jax.jobs.losses import ExampleProgram, dataset_pass, loss_weights, n
 from attrib_jax.jobs.settings import ExampleSettings, QueriesSettings, WeightSettings
 from attrib_jax.methods.base import MethodConfig, QueryJob, Scored
 from attrib_jax.models.predictor import cast_params, predictor
+from attrib_jax.models.projected_text import text_rows
 from attrib_jax.ops.micro_batching import forward_pixels, group_size, map_groups, num_pixels
 from attrib_jax.parallel.hosts import fetch, host0_first, run_on_host0
 from attrib_jax.parallel.mesh import data_mesh, host_share, mesh_platform, replicate, shard_batch, tile_map
@@ -211,12 +212,12 @@ def unlearn_queries(
     # Queries of one program have text states of one length.
     pending = sorted(
         (place for place, result in enumerate(results) if result is None),
-        key=lambda place: len(queries[place].prepared.text),
+        key=lambda place: len(text_rows(queries[place].prepared.text)),
     )
     program = _StepProgram(run, config, mesh)
     while pending:
-        length = len(queries[pending[0]].prepared.text)
-        together = [place for place in pending[:slots] if len(queries[place].prepared.text) == length]
+        length = len(text_rows(queries[pending[0]].prepared.text))
+        together = [place for place in pending[:slots] if len(text_rows(queries[place].prepared.text)) == length]
         pending = pending[len(together) :]
         _unlearn_together(run, program, [queries[place] for place in together], config, null)
         for place in together:
@@ -271,12 +272,13 @@ class _StepProgram:
         latents, text = self.data.inputs(draws.row[places], flip, draws.caption[places])
         keys, parts = [], []
         count = self.config.query_batch
-        own = [np.repeat(array[None], count, axis=0) for array in (query.prepared.latents, query.prepared.text)]
+        prepared = query.prepared.latents, query.prepared.text
+        own = jax.tree.map(lambda array: np.repeat(array[None], count, axis=0), prepared)
         for name, number, batch in (("retain", size, (latents, text)), ("forget", count, own)):
             key = jax.random.fold_in(purpose_key(self.config.loss_seed, f"mirrored {name}"), step)
             keys.append(np.asarray(jax.random.key_data(key)))
             timestep = stratified_timesteps(self.config.loss_seed, name, step, number, self._num_timesteps)
-            parts.append((*(np.asarray(array, np.float32) for array in batch), timestep))
+            parts.append((*jax.tree.map(lambda array: np.asarray(array, np.float32), batch), timestep))
         return (*parts, np.stack(keys))
 
     def __call__(self, state: MirroredState, limits: Limits, inputs: Sequence[Any]) -> Any:

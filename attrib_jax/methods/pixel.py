@@ -62,7 +62,7 @@ def score(run: Run, queries: Sequence[QueryJob], config: PixelConfig) -> list[Sc
             skipped.join()
             left_out = dict(run_on_host0(lambda: list(read_skipped(stage.path).items())))
     kept = np.setdiff1d(np.arange(len(dataset)), list(left_out))
-    values, row_ids = np.asarray(values)[kept], dataset.row_ids[kept]
+    values, row_ids = np.asarray(values["similarity"])[kept], dataset.row_ids[kept]
     return [Scored(make_scores(row_ids, values[:, place], None, config.flips)) for place in range(len(queries))]
 
 

@@ -39,7 +39,7 @@ from attrib_jax.core.types import Batch, Scores
 from attrib_jax.core.weights import Params, count_weights, merge_weights, select_weights
 from attrib_jax.diffusion.schedule import strided_timesteps
 from attrib_jax.jobs.context import Run, model_fingerprint
-from attrib_jax.jobs.encoded_dataset import EncodedDataset
+from attrib_jax.jobs.encoded_dataset import EncodedDataset, encoded_queries
 from attrib_jax.jobs.losses import ExampleProgram, num_captions
 from attrib_jax.jobs.query import PreparedQuery
 from attrib_jax.jobs.settings import LossSettings, QueryDrawSettings, WeightSettings
@@ -327,13 +327,14 @@ def _query_features(program, weights, queries: Sequence[PreparedQuery], config: 
     result = []
     with progress(len(queries) * rounds * program.num_timesteps, "query gradients", "draw") as bar:
         for query in queries:
-            data = EncodedDataset(
-                row_ids=np.arange(_LAST_ROW_ID, _LAST_ROW_ID - rounds, -1, dtype=np.int32),
-                latents=query.latents[None, None],
-                text=query.text[None],
-                first_caption=np.array([0, 1]),
-                positions=np.zeros(rounds, np.int64),
+            one = encoded_queries(
+                np.zeros(1, np.int32),
+                query.latents[None],
+                jax.tree.map(lambda leaf: leaf[None], query.text),
+                "the query",
             )
+            row_ids = np.arange(_LAST_ROW_ID, _LAST_ROW_ID - rounds, -1, dtype=np.int32)
+            data = dataclasses.replace(one, row_ids=row_ids, positions=np.zeros(rounds, np.int64))
             values = program(weights, data, np.arange(rounds), bar.update)
             result.append(values.mean(axis=(0, 1))[: config.projection_dim])
     return np.stack(result)
@@ -373,8 +374,10 @@ def _load_unet(path: str, pipeline) -> Any:
     folder = unet_folder(path)
     if folder != Path(path):
         other = load_pipeline(path)
-        for part in ("vae", "text_encoder"):
-            if params_fingerprint(other.params[part]) != params_fingerprint(pipeline.params[part]):
+        for part in pipeline.params.keys() - {"unet"}:
+            if part not in other.params or params_fingerprint(other.params[part]) != params_fingerprint(
+                pipeline.params[part]
+            ):
                 raise ValueError(
                     f"ensemble holds {path!r}, whose {part} has other weights than the model's: expected models that "
                     "differ in their UNet alone, since they share the encoded data set. Attribute it by itself."

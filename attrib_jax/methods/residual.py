@@ -31,11 +31,12 @@ from attrib_jax.core.settings import setting
 from attrib_jax.core.types import Batch
 from attrib_jax.diffusion.schedule import strided_timesteps
 from attrib_jax.jobs.context import Run, check_images
-from attrib_jax.jobs.encoded_dataset import CaptionRows, EncodedDataset, caption_rows, caption_texts
+from attrib_jax.jobs.encoded_dataset import CaptionRows, caption_rows, caption_texts, encoded_queries
 from attrib_jax.jobs.losses import ExampleProgram
 from attrib_jax.jobs.settings import SHARED_NOISE_HELP, LossSettings
 from attrib_jax.methods.base import MethodConfig, QueryJob, Scored
 from attrib_jax.models.predictor import cast_params, predictor
+from attrib_jax.models.projected_text import text_rows
 from attrib_jax.parallel.hosts import host0_first, run_on_host0
 from attrib_jax.parallel.progress import progress
 from attrib_jax.storage.chunks import ChunkStore
@@ -240,16 +241,13 @@ def _query_residuals(run: Run, queries: Sequence[QueryJob], config: ResidualConf
     """(Q, k) float64, of each query's image as it is under its own prompt."""
     program = _program(run, config)
     weights, found = _place(run, program, config), np.empty((len(queries), *program.result_shape))
-    lengths = [len(query.prepared.text) for query in queries]
+    lengths = [len(text_rows(query.prepared.text)) for query in queries]
     for length in sorted(set(lengths)):
         members = np.flatnonzero(np.equal(lengths, length)).tolist()
-        data = EncodedDataset(
-            row_ids=np.full(len(members), _LAST_ROW_ID, np.int32),
-            latents=np.stack([queries[place].prepared.latents for place in members])[:, None],
-            text=np.stack([queries[place].prepared.text for place in members]),
-            first_caption=np.arange(len(members) + 1),
-            source="the queries",
-        )
+        stacked = [(queries[place].prepared.latents, queries[place].prepared.text) for place in members]
+        latents, conditioning = jax.tree.map(lambda *leaves: np.stack(leaves), *stacked)
+        row_ids = np.full(len(members), _LAST_ROW_ID, np.int32)
+        data = encoded_queries(row_ids, latents, conditioning, "the queries")
         rows, zeros = np.arange(len(members)), np.zeros(len(members), np.int64)
         found[members] = program.examples(weights, data, rows, zeros, zeros)
     return found
@@ -267,9 +265,9 @@ def _text_kernel(run: Run, queries: Sequence[QueryJob], config: ResidualConfig, 
                 )
     if "gaussian" in config.text_kernel:
         for query, row in zip(queries, kernel):
-            row *= gaussian_kernel(query.prepared.text, shared.statistics, config.text_width)
+            row *= gaussian_kernel(text_rows(query.prepared.text), shared.statistics, config.text_width)
     if "tokens" in config.text_kernel:
-        states, rows = [query.prepared.text for query in queries], shared.captions.text
+        states, rows = [text_rows(query.prepared.text) for query in queries], shared.captions.text
         kernel *= token_kernels(states, run.data.text, rows, shared.statistics, config.text_damping)
     return kernel
 

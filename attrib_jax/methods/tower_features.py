@@ -123,7 +123,7 @@ def dataset_image_features(
         )
         skipped.join()
         left_out = dict(run_on_host0(lambda: list(read_skipped(stage.path).items())))
-    return features, np.setdiff1d(np.arange(len(dataset)), list(left_out))
+    return features["features"], np.setdiff1d(np.arange(len(dataset)), list(left_out))
 
 
 def dataset_caption_features(
@@ -147,7 +147,7 @@ def dataset_caption_features(
             "features of captions",
             "caption",
             static=(module,),
-        )
+        )["features"]
 
 
 def _both_views(module: Any, processor: Any, params: Any, batch: Any) -> jax.Array:

@@ -1,6 +1,6 @@
-"""The CLIP text encoder of Stable Diffusion: transformers' CLIPTextModel as a Flax module.
+"""The CLIP text encoders of Stable Diffusion: transformers' CLIPTextModel and CLIPTextModelWithProjection in Flax.
 
-Its encoder is the vision tower's too (clip_towers.py), whose config has the same names for the same things.
+Their encoder is the vision tower's too (clip_towers.py), whose config has the same names for the same things.
 
 Parameter names follow transformers' with the `text_model` level that published checkpoints carry, and initial values
 its standard deviations, so that an encoder can be trained from scratch.
@@ -8,7 +8,7 @@ its standard deviations, so that an encoder can be trained from scratch.
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -22,6 +22,8 @@ def _quick_gelu(x):
     return x * nn.sigmoid(1.702 * x)
 
 
+# The end token's id in configs from before it was stored rightly: then the largest id of a text is its end.
+_OLD_EOS = 2
 ACTIVATIONS = {"quick_gelu": _quick_gelu, "gelu": functools.partial(nn.gelu, approximate=False)}
 
 
@@ -29,8 +31,11 @@ ACTIVATIONS = {"quick_gelu": _quick_gelu, "gelu": functools.partial(nn.gelu, app
 class CLIPTextConfig:
     """The options of a transformers CLIPTextModel config.json that this port reads, with transformers' defaults.
 
-    The last four do not enter the forward pass; they are kept for the readers of the written config.json.
+    The last four do not enter the forward pass of a model without projection; they are kept for the readers of the
+    written config.json.
     """
+
+    ARCHITECTURE: ClassVar[str] = "CLIPTextModel"
 
     vocab_size: int = 49408
     hidden_size: int = 512
@@ -62,9 +67,11 @@ class CLIPTextConfig:
         model_type = config.get("model_type", "clip_text_model")
         if model_type != "clip_text_model":
             raise ValueError(f"text encoder config has model_type={model_type!r}; supported: 'clip_text_model'")
-        architectures = config.get("architectures") or ["CLIPTextModel"]
-        if "CLIPTextModelWithProjection" in architectures:
-            raise ValueError(f"text encoder config has architectures={architectures!r}; supported: ['CLIPTextModel']")
+        architectures = config.get("architectures") or [cls.ARCHITECTURE]
+        if cls.ARCHITECTURE not in architectures and {"CLIPTextModel", "CLIPTextModelWithProjection"} & {
+            *architectures
+        }:
+            raise ValueError(f"text encoder config has architectures={architectures!r}; expected {[cls.ARCHITECTURE]}")
         # diffusers' pipelines then mask the padding.
         if config.get("use_attention_mask"):
             raise ValueError(
@@ -74,8 +81,25 @@ class CLIPTextConfig:
         return cls(**{key: value for key, value in config.items() if key in known})
 
     def to_dict(self) -> dict[str, Any]:
-        """The config.json that transformers' CLIPTextModel reads."""
-        return {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", **vars(self)}
+        """The config.json that transformers' class reads."""
+        return {"architectures": [self.ARCHITECTURE], "model_type": "clip_text_model", **vars(self)}
+
+    def end_positions(self, input_ids: jax.Array) -> jax.Array:
+        """input_ids (B, L) -> (B,) position of the first end token of each."""
+        is_end = input_ids if self.eos_token_id == _OLD_EOS else input_ids == self.eos_token_id
+        return jnp.argmax(is_end, axis=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class CLIPTextProjectionConfig(CLIPTextConfig):
+    """The same of a transformers CLIPTextModelWithProjection, whose `projection_dim` and `eos_token_id` take part."""
+
+    ARCHITECTURE: ClassVar[str] = "CLIPTextModelWithProjection"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.projection_dim:
+            raise ValueError(f"text encoder config has projection_dim={self.projection_dim!r}; expected its width")
 
 
 class CLIPAttention(nn.Module):
@@ -117,14 +141,22 @@ class CLIPEncoderLayer(nn.Module):
         return x + CLIPMLP(self.config, name="mlp")(LayerNorm(epsilon, name="layer_norm2")(x))
 
 
+class EncoderStates(NamedTuple):
+    """(B, L, d) after the last layer of an encoder, and before it."""
+
+    last: jax.Array
+    penultimate: jax.Array
+
+
 class CLIPEncoder(nn.Module):
     config: CLIPTextConfig
 
     @nn.compact
-    def __call__(self, x, mask):
+    def __call__(self, x, mask) -> EncoderStates:
+        penultimate = x
         for i in range(self.config.num_hidden_layers):
-            x = CLIPEncoderLayer(self.config, name=f"layers_{i}")(x, mask)
-        return x
+            penultimate, x = x, CLIPEncoderLayer(self.config, name=f"layers_{i}")(x, mask)
+        return EncoderStates(x, penultimate)
 
 
 class CLIPTextEmbeddings(nn.Module):
@@ -143,12 +175,18 @@ class CLIPTextTransformer(nn.Module):
     config: CLIPTextConfig
 
     @nn.compact
-    def __call__(self, input_ids):
+    def __call__(self, input_ids) -> EncoderStates:
+        """The last state is normed by `final_layer_norm`, the penultimate one is not."""
+        length, limit = input_ids.shape[-1], self.config.max_position_embeddings
+        if length > limit:
+            raise ValueError(f"input_ids has {length} tokens a prompt; the text encoder has {limit} positions")
+        if not jnp.issubdtype(input_ids.dtype, jnp.integer):
+            raise ValueError(f"input_ids has dtype {input_ids.dtype}; expected int32")
         x = CLIPTextEmbeddings(self.config, name="embeddings")(input_ids)
-        length = input_ids.shape[-1]
         mask = jnp.where(jnp.tril(jnp.ones((length, length), bool)), 0, jnp.finfo(x.dtype).min).astype(x.dtype)
-        x = CLIPEncoder(self.config, name="encoder")(x, mask)
-        return LayerNorm(self.config.layer_norm_eps, name="final_layer_norm")(x)
+        states = CLIPEncoder(self.config, name="encoder")(x, mask)
+        last = LayerNorm(self.config.layer_norm_eps, name="final_layer_norm")(states.last)
+        return states._replace(last=last)
 
 
 class CLIPTextModel(nn.Module):
@@ -160,11 +198,33 @@ class CLIPTextModel(nn.Module):
     config: CLIPTextConfig
 
     @nn.compact
-    def __call__(self, input_ids) -> jax.Array:
-        """Raises ValueError for more tokens than `config.max_position_embeddings`, or ids that are no integers."""
-        length, limit = input_ids.shape[-1], self.config.max_position_embeddings
-        if length > limit:
-            raise ValueError(f"input_ids has {length} tokens a prompt; the text encoder has {limit} positions")
-        if not jnp.issubdtype(input_ids.dtype, jnp.integer):
-            raise ValueError(f"input_ids has dtype {input_ids.dtype}; expected int32")
-        return CLIPTextTransformer(self.config, name="text_model")(input_ids)
+    def __call__(self, input_ids, penultimate: bool = False) -> jax.Array:
+        """The text states; with `penultimate` those before the last layer, without a norm, as SDXL uses them.
+
+        Raises ValueError for more tokens than `config.max_position_embeddings`, or ids that are no integers.
+        """
+        states = CLIPTextTransformer(self.config, name="text_model")(input_ids)
+        return states.penultimate if penultimate else states.last
+
+
+class ProjectedStates(NamedTuple):
+    """Text states before the last layer (B, L, hidden_size), and the projected state of each text's end (B, p)."""
+
+    penultimate: jax.Array
+    pooled: jax.Array
+
+
+class CLIPTextModelWithProjection(nn.Module):
+    """input_ids (B, L) int32 -> `ProjectedStates`, as Stable Diffusion XL uses its second text encoder."""
+
+    config: CLIPTextProjectionConfig
+
+    @nn.compact
+    def __call__(self, input_ids) -> ProjectedStates:
+        """Raises ValueError as `CLIPTextModel`."""
+        config = self.config
+        states = CLIPTextTransformer(config, name="text_model")(input_ids)
+        ends = states.last[jnp.arange(len(input_ids)), config.end_positions(input_ids)]
+        init = nn.initializers.normal(config.hidden_size**-0.5)
+        project = nn.Dense(config.projection_dim, use_bias=False, kernel_init=init, name="text_projection")
+        return ProjectedStates(states.penultimate, project(ends))

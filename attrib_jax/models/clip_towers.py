@@ -17,8 +17,6 @@ from attrib_jax.models.layers import LayerNorm
 from attrib_jax.models.vit import PatchEmbedding, check_vision_config, known_fields
 
 _FIRST_LOGIT_SCALE = 2.6592  # log(1 / 0.07), CLIP's
-# The end token's id in configs from before it was stored rightly: then the largest id of a text is its end.
-_OLD_EOS = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +124,7 @@ class CLIPVisionTransformer(nn.Module):
     def __call__(self, pixels):
         epsilon = self.config.layer_norm_eps
         x = _VisionEmbeddings(self.config, name="embeddings")(pixels)
-        x = CLIPEncoder(self.config, name="encoder")(LayerNorm(epsilon, name="pre_layrnorm")(x), None)
+        x = CLIPEncoder(self.config, name="encoder")(LayerNorm(epsilon, name="pre_layrnorm")(x), None).last
         return LayerNorm(epsilon, name="post_layernorm")(x[:, 0])
 
 
@@ -178,7 +176,5 @@ class CLIPModel(nn.Module):
         """
         if self.config.text is None:
             raise ValueError("this CLIP model has a vision tower alone; load one with a text tower")
-        states = self.text_model(input_ids)
-        eos = self.config.text.eos_token_id
-        end = jnp.argmax(input_ids if eos == _OLD_EOS else input_ids == eos, axis=-1)
-        return self.text_projection(states[jnp.arange(len(states)), end])
+        states = self.text_model(input_ids).last
+        return self.text_projection(states[jnp.arange(len(states)), self.config.text.end_positions(input_ids)])

@@ -6,6 +6,7 @@ cotangents are summed over all losses of one text and multiplied once, or those 
 batched product outside the model.
 """
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -44,12 +45,17 @@ class ProjectedWeights(NamedTuple):
 
     def text(self, conditioning: Any) -> Any:
         """The model's conditioning: that of the text with its projections, where there are any."""
-        return ProjectedText(conditioning, self.projections) if self.projections else conditioning
+        if not self.projections:
+            return conditioning
+        if isinstance(conditioning, Mapping):
+            return {**conditioning, "text": ProjectedText(conditioning["text"], self.projections)}
+        return ProjectedText(conditioning, self.projections)
 
 
-def text_rows(conditioning: Any) -> jax.Array:
-    """The text states (..., L, D) in a model's conditioning."""
-    return conditioning.rows if isinstance(conditioning, ProjectedText) else conditioning
+def text_rows(conditioning: Any) -> Any:
+    """The text states (..., L, D) in a model's conditioning: the whole of it, or its leaf "text"."""
+    text = conditioning["text"] if isinstance(conditioning, Mapping) else conditioning
+    return text.rows if isinstance(text, ProjectedText) else text
 
 
 def text_columns(conditioning: Any) -> jax.Array:

@@ -53,7 +53,6 @@ _FIXED_OPTIONS = {
     "class_embed_type": None,
     "num_class_embeds": None,
     "class_embeddings_concat": False,
-    "addition_embed_type": None,
     "encoder_hid_dim": None,
     "encoder_hid_dim_type": None,
     "reverse_transformer_layers_per_block": None,
@@ -61,6 +60,10 @@ _FIXED_OPTIONS = {
     "dual_cross_attention": False,
     "attention_type": "default",
 }
+
+# Of SDXL: height and width of the original image, top and left of the crop, height and width of the target.
+SIZE_IDS = 6
+_ADDITIONS = ("addition_embed_type", "addition_time_embed_dim", "projection_class_embeddings_input_dim")
 
 # The spatial transformer's GroupNorm has its own epsilon in diffusers, whatever `norm_eps` says.
 _TRANSFORMER_NORM_EPS = 1e-6
@@ -88,6 +91,9 @@ class UNetConfig:
       upcast_attention: asks half-precision runs to compute attention logits in float32. Kept for export; float32 and
         float64 are not affected by it.
       time_embedding_dim: width of the time embedding; None for four times the outermost channels.
+      addition_embed_type: "text_time" for SDXL, whose time embedding is joined by pooled text and size ids; or None.
+      addition_time_embed_dim: width of the sinusoids of each size id.
+      projection_class_embeddings_input_dim: width of the pooled text and of all size ids' sinusoids together.
     """
 
     sample_size: int | tuple[int, int] | None = None
@@ -108,6 +114,9 @@ class UNetConfig:
     use_linear_projection: bool = False
     upcast_attention: bool = False
     time_embedding_dim: int | None = None
+    addition_embed_type: str | None = None
+    addition_time_embed_dim: int | None = None
+    projection_class_embeddings_input_dim: int | None = None
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "UNetConfig":
@@ -120,7 +129,7 @@ class UNetConfig:
             if config.get(key, supported) != supported:
                 raise ValueError(
                     f"UNet config: {key}={config[key]!r} is not supported, only {supported!r}. Use a checkpoint of the "
-                    "Stable Diffusion 1 or 2 family."
+                    "Stable Diffusion 1, 2 or XL family."
                 )
         names = {field.name for field in dataclasses.fields(cls)}
         given = {key: value for key, value in config.items() if key in names}
@@ -133,6 +142,9 @@ class UNetConfig:
     def to_dict(self) -> dict[str, Any]:
         """Returns the config.json contents from which diffusers builds the same model."""
         values = dataclasses.asdict(self)
+        if self.addition_embed_type is None:
+            # A model without them has the config, and so the fingerprint, that it had before they were known.
+            values = {key: value for key, value in values.items() if key not in _ADDITIONS}
         fixed = {"_class_name": _FIXED_OPTIONS["_class_name"]}
         return fixed | {key: list(v) if isinstance(v, tuple) else v for key, v in values.items()}
 
@@ -140,6 +152,14 @@ class UNetConfig:
         """The field `name` as one number for each level, outermost first."""
         value = getattr(self, name)
         return value if isinstance(value, tuple) else (value,) * len(self.block_out_channels)
+
+    @property
+    def pooled_width(self) -> int | None:
+        """Width of the pooled text that the model takes; None for one that takes none."""
+        if self.addition_embed_type is None:
+            return None
+        assert self.projection_class_embeddings_input_dim and self.addition_time_embed_dim  # checked when it was made
+        return self.projection_class_embeddings_input_dim - SIZE_IDS * self.addition_time_embed_dim
 
     def __post_init__(self):
         for name, known in (("down_block_types", _DOWN_BLOCKS), ("up_block_types", _UP_BLOCKS)):
@@ -160,6 +180,20 @@ class UNetConfig:
                 raise ValueError(
                     f"UNet config: {name} has {len(value)} entries {value}, expected {levels}, one for each entry of "
                     f"block_out_channels={self.block_out_channels}."
+                )
+        if self.addition_embed_type not in (None, "text_time"):
+            raise ValueError(
+                f"UNet config: addition_embed_type={self.addition_embed_type!r} is not supported, only None and "
+                "'text_time'. Use a checkpoint of the Stable Diffusion 1, 2 or XL family."
+            )
+        if self.addition_embed_type is not None:
+            for name in _ADDITIONS[1:]:
+                _check_counts(name, getattr(self, name))
+            if not self.pooled_width or self.pooled_width < 1:
+                raise ValueError(
+                    f"UNet config: projection_class_embeddings_input_dim={self.projection_class_embeddings_input_dim} "
+                    f"leaves no room for pooled text beside {SIZE_IDS} size ids of "
+                    f"addition_time_embed_dim={self.addition_time_embed_dim}."
                 )
         for channels, heads in zip(self.block_out_channels, self.per_level("attention_head_dim")):
             if channels % self.norm_num_groups or channels % heads:
@@ -348,6 +382,14 @@ class UpBlock(nn.Module):
         return x
 
 
+def empty_conditioning(config: UNetConfig, batch: int, tokens: int) -> Any:
+    """Zeros in the layout of the conditioning of a UNet, see `UNet2DConditionModel`."""
+    text = jnp.zeros((batch, tokens, config.cross_attention_dim))
+    if config.pooled_width is None:
+        return text
+    return {"text": text, "pooled": jnp.zeros((batch, config.pooled_width)), "ids": jnp.zeros((batch, SIZE_IDS))}
+
+
 class UNet2DConditionModel(nn.Module):
     """The text-conditioned denoiser: `module.apply({"params": params}, latents, timesteps, text)`.
 
@@ -357,14 +399,17 @@ class UNet2DConditionModel(nn.Module):
     config: UNetConfig
 
     @nn.compact
-    def __call__(self, latents, timesteps, text):
+    def __call__(self, latents, timesteps, conditioning):
         """Predicts noise or velocity, whichever the model was trained for.
 
         Args:
           latents: (B, h, w, in_channels) noisy latents of any size, float32; float64 latents or parameters give a
             float64 forward, timestep sinusoids included.
           timesteps: (B,) or (), integers or floats.
-          text: (B, L, cross_attention_dim) text states or `ProjectedText` of them; (1, L, ...) is that of all latents.
+          conditioning: (B, L, cross_attention_dim) text states or `ProjectedText` of them; (1, L, ...) is that of all
+            latents. For SDXL (`addition_embed_type` "text_time") a dict of these as "text", of the "pooled" text
+            (B or 1, p), and of the size "ids" (B or 1, 6): height and width of the original image, top and left of the
+            crop, height and width of the target, in pixels.
 
         Returns:
           (B, h, w, out_channels).
@@ -372,6 +417,12 @@ class UNet2DConditionModel(nn.Module):
         config = self.config
         if latents.ndim != 4 or latents.shape[-1] != config.in_channels:
             raise ValueError(f"latents has shape {latents.shape}: expected (B, h, w, {config.in_channels}).")
+        is_dict = isinstance(conditioning, Mapping)
+        if is_dict != (config.pooled_width is not None) or (is_dict and {*conditioning} != {"text", "pooled", "ids"}):
+            found = sorted(conditioning) if is_dict else "text states alone"
+            expected = "text states alone" if config.pooled_width is None else "a dict of text, pooled and ids"
+            raise ValueError(f"conditioning is {found}: expected {expected}.")
+        text = conditioning["text"] if is_dict else conditioning
         text = text if isinstance(text, ProjectedText) else ProjectedText(text, {})
         shape, size = text.rows.shape, len(latents)
         if len(shape) != 3 or shape[-1] != config.cross_attention_dim or shape[0] not in (1, size):
@@ -387,6 +438,19 @@ class UNet2DConditionModel(nn.Module):
         sinusoids = timestep_sinusoids(timesteps, channels[0], config.flip_sin_to_cos, config.freq_shift, dtype)
         embedding_width = config.time_embedding_dim or 4 * channels[0]
         time_embedding = TimestepEmbedding(embedding_width, name="time_embedding")(sinusoids.astype(x.dtype))
+        if is_dict:
+            pooled, ids = conditioning["pooled"], conditioning["ids"]
+            for name, array, width in (("pooled", pooled, config.pooled_width), ("ids", ids, SIZE_IDS)):
+                if array.ndim != 2 or array.shape[0] not in (1, size) or array.shape[1] != width:
+                    expected = f"(B, {width}) with B = 1 or, as the latents, {size}"
+                    raise ValueError(f"{name} has shape {array.shape}: expected {expected}.")
+            options = config.addition_time_embed_dim, config.flip_sin_to_cos, config.freq_shift, dtype
+            sizes = timestep_sinusoids(ids.reshape(-1), *options).reshape(len(ids), -1)
+            sizes, pooled = (
+                jnp.broadcast_to(part, (max(len(ids), len(pooled)), part.shape[1])) for part in (sizes, pooled)
+            )
+            additions = jnp.concatenate([pooled.astype(x.dtype), sizes.astype(x.dtype)], axis=-1)
+            time_embedding = time_embedding + TimestepEmbedding(embedding_width, name="add_embedding")(additions)
 
         skips = [x]
         for level in range(len(channels)):

@@ -23,7 +23,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from attrib_jax.convert.adapters.custom_diffusion import save_custom_diffusion
 from attrib_jax.convert.adapters.textual_inversion import add_tokens
-from attrib_jax.convert.pipeline import Pipeline, encode_text, tokenize
+from attrib_jax.convert.pipeline import Pipeline, encode_text, require_one_text_encoder, tokenize
 from attrib_jax.convert.tokenizer import tokenize_captions
 from attrib_jax.core.checks import check_finite
 from attrib_jax.core.keys import purpose_key
@@ -126,6 +126,11 @@ def customize(
         it, images have another size than the model's, or the loss is not finite.
       StageMismatchError: `workdir` holds a run with other settings, model or images.
     """
+    require_one_text_encoder(
+        pipeline,
+        "Custom Diffusion, which learns the embedding of a new word,",
+        "attribute a fine-tuned model of that family, or customise a Stable Diffusion 1 or 2 model",
+    )
     check_finite("model", pipeline.params)
     start = _with_new_token(pipeline, config)
     token_id = int(start.tokenizer.convert_tokens_to_ids(config.token))

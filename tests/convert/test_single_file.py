@@ -258,8 +258,7 @@ def test_missing_unexpected_and_misshaped_tensors_are_listed(sd1, tmp_path, chan
 
 
 FAMILIES = {
-    "conditioner.embedders.0.transformer.text_model.x.bias": "Stable Diffusion XL",
-    "conditioner.embedders.1.model.ln_final.weight": "Stable Diffusion XL",
+    "conditioner.embedders.0.transformer.text_model.x.bias": "no second text encoder",
     "conditioner.embedders.0.model.ln_final.weight": "refiner of Stable Diffusion XL",
     f"{UNET}joint_blocks.0.x_block.attn.qkv.weight": "Stable Diffusion 3",
     f"{UNET}double_blocks.0.img_attn.qkv.weight": "FLUX",

@@ -138,7 +138,7 @@ def test_two_places_that_disagree_are_both_named(sd2, tmp_path, said, both):
     ("said", "message"),
     [
         ({"header": {PREDICTION: "x0"}}, f"{PREDICTION}='x0'"),
-        ({"header": {ARCHITECTURE: "stable-diffusion-xl-v1-base"}}, "Stable Diffusion XL"),
+        ({"header": {ARCHITECTURE: "stable-diffusion-xl-v1-refiner"}}, "the refiner of Stable Diffusion XL"),
         ({"header": {ARCHITECTURE: "stable-diffusion-v1-inpainting"}}, "an inpainting model"),
         ({"header": {ARCHITECTURE: "stable-diffusion-v1/lora"}}, "a LoRA"),
         ({"header": {ARCHITECTURE: "flux-1-dev"}}, "FLUX"),

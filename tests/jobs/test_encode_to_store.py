@@ -51,7 +51,7 @@ def test_an_unreadable_row_is_zero_whatever_the_model_makes_of_it(tmp_path):
     stored = encode_to_store(
         store, encode_tile, np.nan, lambda rows: (np.ones((len(rows), 1)), {0: "", 1: ""}), 2, "encode", "x"
     )
-    assert np.asarray(stored).tolist() == [[0], [0]]
+    assert np.asarray(stored["values"]).tolist() == [[0], [0]]
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def encode_tile(shared, batch):
 
 store = make_store(sys.argv[1], "values", (100,), "float32", 9)
 stored = encode_to_store(store, encode_tile, (), read, 2, "encode", "image", workers=2)
-print(np.asarray(stored)[:, 0].astype(int).tolist())
+print(np.asarray(stored["values"])[:, 0].astype(int).tolist())
 """
 
 

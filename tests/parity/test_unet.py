@@ -12,7 +12,8 @@ import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor
 
-from attrib_jax.core.weights import merge_weights, select_weights
+from attrib_jax.convert.parts import abstract_unet_params
+from attrib_jax.core.weights import count_weights, merge_weights, select_weights
 from attrib_jax.models.predictor import predictor
 from attrib_jax.models.unet import UNet2DConditionModel, UNetConfig
 from tests.parity.torch_weights import flax_tree, randomise
@@ -70,7 +71,18 @@ OTHER = SD1 | {
     "transformer_layers_per_block": [2, 1, 1],
     "up_block_types": ["UpBlock2D", "UpBlock2D", "CrossAttnUpBlock2D"],
 }
+# Depth and heads by level, pooled text and size ids.
+SDXL = SD2 | {
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 6,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+    "projection_class_embeddings_input_dim": 10 + 6 * 6,
+    "transformer_layers_per_block": [1, 2],
+    "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+    "upcast_attention": None,
+}
 CASES = {
+    "sdxl": (SDXL, (8, 8)),
     "sd1": (SD1, (8, 8)),
     "sd2": (SD2, (8, 8)),
     "mscoco": (MSCOCO, (16, 16)),
@@ -78,9 +90,8 @@ CASES = {
 }
 
 
-def sinusoids_float64(config: dict, timesteps: torch.Tensor) -> torch.Tensor:
+def sinusoids_float64(config: dict, width: int, timesteps: torch.Tensor) -> torch.Tensor:
     """The timestep features in float64, one element at a time; diffusers itself has them in float32 only."""
-    width = config["block_out_channels"][0]
     half = width // 2
     rows = []
     for timestep in timesteps.tolist():
@@ -95,7 +106,10 @@ def torch_model(config: dict, dtype: torch.dtype) -> torch.nn.Module:
     randomise(model, seed=1)
     if dtype == torch.float64:
         model.set_attn_processor(AttnProcessor())
-        model.time_proj.forward = functools.partial(sinusoids_float64, config)
+        model.time_proj.forward = functools.partial(sinusoids_float64, config, config["block_out_channels"][0])
+        if "addition_embed_type" in config:
+            width = config["addition_time_embed_dim"]
+            model.add_time_proj.forward = functools.partial(sinusoids_float64, config, width)
     return model
 
 
@@ -116,8 +130,17 @@ def compare(case: str, dtype: np.dtype) -> tuple[float, dict[str, float]]:
     text = rng.normal(size=(2, TEXT_LENGTH, module.config.cross_attention_dim)).astype(dtype)
     timesteps = np.array([981, 3], np.int32)
 
+    conditioning, added = text, None
+    if module.config.pooled_width is not None:
+        pooled = rng.normal(size=(2, module.config.pooled_width)).astype(dtype)
+        ids = np.array([[600, 1024, 0, 37, 1024, 1024], [1024, 1024, 0, 0, 1024, 1024]], dtype)
+        conditioning = {"text": text, "pooled": pooled, "ids": ids}
+        added = {"text_embeds": torch.from_numpy(pooled), "time_ids": torch.from_numpy(ids)}
     expected = model(
-        torch.from_numpy(latents.transpose(0, 3, 1, 2)), torch.from_numpy(timesteps), torch.from_numpy(text)
+        torch.from_numpy(latents.transpose(0, 3, 1, 2)),
+        torch.from_numpy(timesteps),
+        torch.from_numpy(text),
+        added_cond_kwargs=added,
     ).sample.permute(0, 2, 3, 1)
     ((expected - torch.from_numpy(target)) ** 2).mean().backward()
     reference_gradients = named_leaves(flax_tree({n: p.grad for n, p in model.named_parameters() if is_kv(n)}))
@@ -125,11 +148,11 @@ def compare(case: str, dtype: np.dtype) -> tuple[float, dict[str, float]]:
     params = flax_tree(model.state_dict())
 
     def loss(selected, rest):
-        prediction = module.apply({"params": merge_weights(selected, rest)}, latents, timesteps, text)
+        prediction = module.apply({"params": merge_weights(selected, rest)}, latents, timesteps, conditioning)
         return jnp.mean((prediction - target) ** 2), prediction
 
     with jax.enable_x64(dtype == np.float64):
-        shapes = jax.eval_shape(module.init, jax.random.key(0), latents, timesteps, text)["params"]
+        shapes = jax.eval_shape(module.init, jax.random.key(0), latents, timesteps, conditioning)["params"]
         assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(np.shape, params)
         gradients, prediction = jax.jit(jax.grad(loss, has_aux=True))(*select_weights(params, "cross-attn-kv"))
         gradients = named_leaves(gradients)
@@ -165,7 +188,27 @@ def test_the_published_sd_1_4_unet_has_860_million_values():
     assert sum(map(is_kv, named_leaves(params))) == 32
 
 
-@pytest.mark.parametrize("config", [SD1, SD2, MSCOCO, OTHER, {}], ids=["sd1", "sd2", "mscoco", "other", "defaults"])
+def test_the_published_sdxl_unet_has_2_6_billion_values_and_140_key_and_value_matrices():
+    config = {
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "attention_head_dim": [5, 10, 20],
+        "block_out_channels": [320, 640, 1280],
+        "cross_attention_dim": 2048,
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+        "projection_class_embeddings_input_dim": 2816,
+        "transformer_layers_per_block": [1, 2, 10],
+        "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+        "use_linear_projection": True,
+    }
+    params = abstract_unet_params(UNet2DConditionModel(UNetConfig.from_dict(config)))
+    assert count_weights(params).values == 2_567_463_684
+    assert count_weights(select_weights(params, "cross-attn-kv")[0]) == (140, 340_787_200)
+
+
+@pytest.mark.parametrize(
+    "config", [SD1, SD2, SDXL, MSCOCO, OTHER, {}], ids=["sd1", "sd2", "sdxl", "mscoco", "other", "defaults"]
+)
 def test_exported_config_is_read_back_by_both(config):
     exported = UNetConfig.from_dict(config).to_dict()
     assert UNetConfig.from_dict(exported) == UNetConfig.from_dict(config)
@@ -190,7 +233,13 @@ def test_num_attention_heads_takes_precedence():
     [
         ({"_class_name": "UNet2DModel"}, "_class_name='UNet2DModel'"),
         ({"class_embed_type": "timestep"}, "class_embed_type='timestep'"),
-        ({"addition_embed_type": "text_time"}, "addition_embed_type='text_time'"),
+        ({"addition_embed_type": "image"}, "addition_embed_type='image'"),
+        ({"addition_embed_type": "text_time"}, "addition_time_embed_dim .* None"),
+        (
+            {"addition_embed_type": "text_time"}
+            | {"addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 48},
+            "projection_class_embeddings_input_dim=48",
+        ),
         ({"mid_block_type": "UNetMidBlock2DSimpleCrossAttn"}, "mid_block_type="),
         ({"only_cross_attention": True}, "only_cross_attention=True"),
         ({"time_embedding_type": "fourier"}, "time_embedding_type='fourier'"),
@@ -209,6 +258,19 @@ def test_num_attention_heads_takes_precedence():
 def test_unsupported_config_is_named(change, named):
     with pytest.raises(ValueError, match=named):
         UNetConfig.from_dict(SD1 | change)
+
+
+def test_conditioning_of_another_architecture_is_named():
+    text, latents = jnp.zeros((1, 5, 24)), jnp.zeros((1, 8, 8, 4))
+    xl = {"text": text, "pooled": jnp.zeros((1, 10)), "ids": jnp.zeros((1, 6))}
+    for config, conditioning, named in (
+        (SDXL, text, "text states alone: expected a dict of text, pooled and ids"),
+        (SD2, xl, r"\['ids', 'pooled', 'text'\]: expected text states alone"),
+        (SDXL, xl | {"pooled": jnp.zeros((1, 9))}, r"pooled has shape \(1, 9\): expected \(B, 10\)"),
+    ):
+        module = UNet2DConditionModel(UNetConfig.from_dict(config))
+        with pytest.raises(ValueError, match=named):
+            jax.eval_shape(module.init, jax.random.key(0), latents, 0, conditioning)
 
 
 @pytest.mark.parametrize(

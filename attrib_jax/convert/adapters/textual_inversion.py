@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attrib_jax.convert.adapters.files import check_finite_as, open_adapter, read_floats, write_adapter
-from attrib_jax.convert.pipeline import Pipeline
+from attrib_jax.convert.pipeline import Pipeline, require_one_text_encoder
 from attrib_jax.convert.weights.tensors import LazyTensor
 from attrib_jax.core.weights import flatten_names, unflatten_names
 
@@ -99,6 +99,7 @@ def add_tokens(pipeline: Pipeline, tokens: Mapping[str, Any]) -> Pipeline:
     """
     if not tokens:
         return pipeline
+    require_one_text_encoder(pipeline, "a learnt token (textual inversion)", "leave it out (--tokens)")
     config = pipeline.text_encoder.config
     flat = flatten_names(pipeline.params["text_encoder"])
     table = flat[_EMBEDDING]

@@ -8,18 +8,41 @@ widths do not allow the published number of heads, it is None.
 from collections.abc import Mapping
 from typing import Any
 
-from attrib_jax.convert.ldm.names import CLIP, OPEN_CLIP, UNET, VAE
+from attrib_jax.convert.ldm.names import CLIP, OPEN_CLIP, UNET, VAE, XL_CLIP, XL_OPEN_CLIP
+from attrib_jax.models.unet import SIZE_IDS
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 _UNET_HEADS = 8  # of Stable Diffusion 1, at every level
-_HEAD_WIDTH = 64  # of both text encoders, and of Stable Diffusion 2's UNet
+_HEAD_WIDTH = 64  # of all text encoders, and of the UNets of Stable Diffusion 2 and XL
+_XL_SCALING_FACTOR = 0.13025  # of Stable Diffusion XL's autoencoder
 # open_clip's text tower has 24 layers, of which Stable Diffusion 2 was trained on the last but one's output.
 _OPEN_CLIP_LAYERS = 24
 
 
 def infer_configs(shapes: Shapes, prediction_type: str, source: str) -> dict[str, dict[str, Any]]:
-    """The config.json of `unet`, `vae` and `text_encoder`; arguments and errors as `unet_config`."""
+    """The config.json of `unet`, `vae` and the text encoders; arguments and errors as `unet_config`."""
+    if has_two_encoders(shapes):
+        size = 128  # Stable Diffusion XL was trained on 1024 pixels
+        projection = _shape(shapes, f"{XL_OPEN_CLIP}text_projection", 2, source)[1]
+        label = f"{UNET}label_emb.0.0.weight"
+        width = _shape(shapes, label, 2, source)[1]
+        if width <= projection or (width - projection) % SIZE_IDS:
+            raise ValueError(
+                f"{source}: tensor {label} takes {width} numbers, which are not {projection} of the pooled text and "
+                f"{SIZE_IDS} times as many of each size id"
+            )
+        addition = {
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": (width - projection) // SIZE_IDS,
+            "projection_class_embeddings_input_dim": width,
+        }
+        return {
+            "unet": unet_config(shapes, size, source) | addition,
+            "vae": vae_config(shapes, size, source) | {"scaling_factor": _XL_SCALING_FACTOR},
+            "text_encoder": _clip_config(shapes, f"{XL_CLIP}text_model.", source),
+            "text_encoder_2": _open_clip_config(shapes, XL_OPEN_CLIP, source) | {"projection_dim": projection},
+        }
     # Stable Diffusion 2 with v prediction was trained on 768 pixels, all else on 512.
     size = 96 if prediction_type == "v_prediction" and has_open_clip(shapes) else 64
     return {
@@ -27,6 +50,11 @@ def infer_configs(shapes: Shapes, prediction_type: str, source: str) -> dict[str
         "vae": vae_config(shapes, size, source),
         "text_encoder": text_config(shapes, source),
     }
+
+
+def has_two_encoders(shapes: Mapping[str, Any]) -> bool:
+    """Whether the text encoders are Stable Diffusion XL's."""
+    return any(name.startswith((XL_CLIP, XL_OPEN_CLIP)) for name in shapes)
 
 
 def has_open_clip(shapes: Mapping[str, Any]) -> bool:
@@ -67,7 +95,12 @@ def unet_config(shapes: Shapes, sample_size: int, source: str) -> dict[str, Any]
         block += count + 1
     middle = f"{UNET}middle_block.1"
     # A level without attention has no depth of its own; the innermost shares its number with the middle block.
-    depths = [depth or _count(prefixes, f"{middle}.transformer_blocks") for depth in depths]
+    inner = _count(prefixes, f"{middle}.transformer_blocks")
+    if has_two_encoders(shapes):
+        # As Stable Diffusion XL's config has it.
+        depths = [*(depth or 1 for depth in depths[:-1]), depths[-1] or inner]
+    else:
+        depths = [depth or inner for depth in depths]
     time_width = _shape(shapes, f"{UNET}time_embed.0.weight", 2, source)[0]
     is_linear = len(_shape(shapes, f"{middle}.proj_in.weight", None, source)) == 2
     return {
@@ -110,25 +143,36 @@ def vae_config(shapes: Shapes, sample_size: int, source: str) -> dict[str, Any]:
 
 def text_config(shapes: Shapes, source: str) -> dict[str, Any]:
     """The text_encoder/config.json of a file without its token ids; arguments and errors as `unet_config`."""
-    if has_open_clip(shapes):
-        tokens, positions = f"{OPEN_CLIP}token_embedding.weight", f"{OPEN_CLIP}positional_embedding"
-        layers, widest = f"{OPEN_CLIP}transformer.resblocks", "mlp.c_fc.weight"
-    else:
-        embeddings = f"{CLIP}text_model.embeddings"
-        tokens, positions = f"{embeddings}.token_embedding.weight", f"{embeddings}.position_embedding.weight"
-        layers, widest = f"{CLIP}text_model.encoder.layers", "mlp.fc1.weight"
+    if not has_open_clip(shapes):
+        return _clip_config(shapes, f"{CLIP}text_model.", source)
+    config = _open_clip_config(shapes, OPEN_CLIP, source)
+    if config["num_hidden_layers"] == _OPEN_CLIP_LAYERS:
+        config["num_hidden_layers"] -= 1
+    return config
+
+
+# The published `projection_dim` of each; text states do not depend on it.
+def _clip_config(shapes: Shapes, prefix: str, source: str) -> dict[str, Any]:
+    tokens, positions = (f"{prefix}embeddings.{kind}_embedding.weight" for kind in ("token", "position"))
+    config = _text_config(shapes, tokens, positions, f"{prefix}encoder.layers", "mlp.fc1.weight", source)
+    return config | {"hidden_act": "quick_gelu", "projection_dim": 768}
+
+
+def _open_clip_config(shapes: Shapes, prefix: str, source: str) -> dict[str, Any]:
+    tokens, positions = f"{prefix}token_embedding.weight", f"{prefix}positional_embedding"
+    config = _text_config(shapes, tokens, positions, f"{prefix}transformer.resblocks", "mlp.c_fc.weight", source)
+    return config | {"hidden_act": "gelu", "projection_dim": 512}
+
+
+def _text_config(shapes: Shapes, tokens: str, positions: str, layers: str, widest: str, source: str) -> dict[str, Any]:
     vocab_size, width = _shape(shapes, tokens, 2, source)
-    count = _count(_prefixes(shapes, layers), layers)
     return {
         "vocab_size": vocab_size,
         "hidden_size": width,
         "intermediate_size": _shape(shapes, f"{layers}.0.{widest}", 2, source)[0],
-        "num_hidden_layers": count - 1 if has_open_clip(shapes) and count == _OPEN_CLIP_LAYERS else count,
+        "num_hidden_layers": _count(_prefixes(shapes, layers), layers),
         "num_attention_heads": width // _HEAD_WIDTH if width % _HEAD_WIDTH == 0 else None,
         "max_position_embeddings": _shape(shapes, positions, 2, source)[0],
-        "hidden_act": "gelu" if has_open_clip(shapes) else "quick_gelu",
-        # The published config of each; the text states do not depend on it.
-        "projection_dim": 512 if has_open_clip(shapes) else 768,
     }
 
 

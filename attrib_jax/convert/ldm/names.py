@@ -8,6 +8,7 @@ The naming is that of the modules in CompVis/latent-diffusion (`openaimodel.UNet
 """
 
 import collections
+import functools
 import logging
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -27,10 +28,14 @@ _log = logging.getLogger(__name__)
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 CLIP, OPEN_CLIP = "cond_stage_model.transformer.", "cond_stage_model.model."
+# Of Stable Diffusion XL.
+XL_CLIP, XL_OPEN_CLIP = "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
 
 _UNET_ENDS = {
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
     "conv_in": "input_blocks.0.0",
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
@@ -50,6 +55,7 @@ _OPEN_CLIP_ENDS = {
     "text_model.embeddings.position_embedding.weight": "positional_embedding",
     "text_model.final_layer_norm.weight": "ln_final.weight",
     "text_model.final_layer_norm.bias": "ln_final.bias",
+    "text_projection.weight": "text_projection",
 }
 _OPEN_CLIP_LAYER = {
     "layer_norm1": "ln_1",
@@ -71,7 +77,9 @@ _UNUSED = {
     "learnt tokens beside the text encoder": r"embedding_manager\..+",
     "unused tensors of the text encoder": (
         r"cond_stage_model\.(model\.|transformer\.)?(text_projection(\.weight)?|logit_scale|attn_mask|visual\..+)"
-        r"|cond_stage_model\.transformer\.text_model\.embeddings\.position_ids"
+        r"|conditioner\.embedders\.[01]\.(model|transformer)\.(logit_scale|attn_mask|visual\..+)"
+        r"|conditioner\.embedders\.0\.(logit_scale|transformer\.text_projection(\.weight)?)"
+        r"|(cond_stage_model|conditioner\.embedders\.0)\.transformer\.text_model\.embeddings\.position_ids"
     ),
 }
 
@@ -82,19 +90,24 @@ class Stored(NamedTuple):
     Attributes:
       names: the diffusers names of the tensors in it, in their order along axis 0.
       is_pointwise: whether the file keeps the matrix (out, in) as a 1x1 convolution (out, in, 1, 1).
+      is_transposed: whether the file keeps it as (in, out).
     """
 
     names: tuple[str, ...]
     is_pointwise: bool = False
+    is_transposed: bool = False
 
 
 def part_tables(modules: Mapping[str, Any]) -> dict[str, dict[str, Stored]]:
-    """Part -> file name -> content, for the modules of a pipeline: `unet`, `vae` and `text_encoder`."""
+    """Part -> file name -> content, for the modules of a pipeline: `unet`, `vae`, and one or two text encoders."""
     functions: dict[str, Callable[..., dict[str, Stored]]] = {
         "unet": unet_table,
         "vae": vae_table,
         "text_encoder": text_table,
     }
+    if "text_encoder_2" in modules:
+        functions["text_encoder"] = functools.partial(text_table, prefix=XL_CLIP)
+        functions["text_encoder_2"] = functools.partial(text_table, prefix=XL_OPEN_CLIP)
     return {
         part: functions[part](module.config, name_table(abstract_part_params(part, module)))
         for part, module in modules.items()
@@ -162,23 +175,29 @@ def vae_table(config: AutoencoderKLConfig, names: Iterable[str]) -> dict[str, St
     return {VAE + _rename(name, modules): Stored((name,), name in pointwise) for name in names}
 
 
-def text_table(config: CLIPTextConfig, names: Iterable[str]) -> dict[str, Stored]:
+def text_table(config: CLIPTextConfig, names: Iterable[str], prefix: str | None = None) -> dict[str, Stored]:
     """File name -> content, for a text encoder whose tensors have these `text_model.` names.
 
     `hidden_act` tells the two namings apart: Stable Diffusion 2's open_clip encoder has the exact GELU, and keeps the
-    query, key and value projections of a layer as one `in_proj`.
+    query, key and value projections of a layer as one `in_proj`. So does the second encoder of Stable Diffusion XL,
+    whose tensors have another `prefix`, and whose projection of the pooled text is stored as (in, out).
     """
-    if config.hidden_act != "gelu":
-        return {CLIP + name: Stored((name,)) for name in names}
+    if prefix == XL_CLIP or (prefix is None and config.hidden_act != "gelu"):
+        return {(prefix or CLIP) + name: Stored((name,)) for name in names}
+    prefix = prefix or OPEN_CLIP
     modules, table = dict(_OPEN_CLIP_ENDS), {}
     for layer in range(config.num_hidden_layers):
         ours, theirs = f"text_model.encoder.layers.{layer}", f"transformer.resblocks.{layer}"
         modules.update({f"{ours}.{part}": f"{theirs}.{name}" for part, name in _OPEN_CLIP_LAYER.items()})
         for leaf in ("weight", "bias"):
             fused = tuple(f"{ours}.self_attn.{part}_proj.{leaf}" for part in "qkv")
-            table[f"{OPEN_CLIP}{theirs}.attn.in_proj_{leaf}"] = Stored(fused)
+            table[f"{prefix}{theirs}.attn.in_proj_{leaf}"] = Stored(fused)
     joined = {name for stored in table.values() for name in stored.names}
-    return table | {OPEN_CLIP + _rename(name, modules): Stored((name,)) for name in names if name not in joined}
+    return table | {
+        prefix + _rename(name, modules): Stored((name,), is_transposed=name == "text_projection.weight")
+        for name in names
+        if name not in joined
+    }
 
 
 def check_names(
@@ -199,7 +218,7 @@ def check_names(
     for kind, count in sorted(unused.items()):
         _log.info("%s: left out %d tensors: %s", source, count, kind)
     raise_problems(
-        f"{source} does not hold a Stable Diffusion 1 or 2 model:",
+        f"{source} does not hold a Stable Diffusion 1, 2 or XL model:",
         {"missing": wanted - shapes.keys(), "unexpected": unexpected},
     )
 
@@ -211,6 +230,8 @@ def unpack(state: Mapping[str, Tensor], table: Mapping[str, Stored], source: str
         tensor, count = LazyTensor.of(state[name]), len(stored.names)
         if stored.is_pointwise and tensor.shape[2:] == (1, 1):
             tensor = tensor.map(lambda x: x[:, :, 0, 0], tensor.shape[:2])
+        if stored.is_transposed:
+            tensor = tensor.map(np.transpose, tensor.shape[::-1])
         if count > 1 and (not tensor.shape or tensor.shape[0] % count):
             raise ValueError(f"{source}: tensor {name} of shape {tensor.shape} does not hold {count} of equal size")
         tensors |= zip(stored.names, tensor.split(count) if count > 1 else (tensor,))
@@ -219,17 +240,17 @@ def unpack(state: Mapping[str, Tensor], table: Mapping[str, Stored], source: str
 
 def pack(tensors: Mapping[str, LazyTensor], table: Mapping[str, Stored]) -> dict[str, LazyTensor]:
     """The inverse of `unpack`."""
-    return {
-        name: _join([tensors[part] for part in stored.names], stored.is_pointwise) for name, stored in table.items()
-    }
+    return {name: _join([tensors[part] for part in stored.names], stored) for name, stored in table.items()}
 
 
-def _join(parts: list[LazyTensor], is_pointwise: bool) -> LazyTensor:
+def _join(parts: list[LazyTensor], stored: Stored) -> LazyTensor:
     joined = parts[0]
     if len(parts) > 1:
         shape = (sum(part.shape[0] for part in parts), *joined.shape[1:])
         joined = LazyTensor(shape, joined.dtype, lambda: np.concatenate([part.read() for part in parts]))
-    return joined.map(lambda x: x[:, :, None, None], (*joined.shape, 1, 1)) if is_pointwise else joined
+    if stored.is_transposed:
+        joined = joined.map(lambda x: np.ascontiguousarray(x.T), joined.shape[::-1])
+    return joined.map(lambda x: x[:, :, None, None], (*joined.shape, 1, 1)) if stored.is_pointwise else joined
 
 
 def _rename(name: str, modules: Mapping[str, str]) -> str:

@@ -60,7 +60,8 @@ def text_encoder_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     transformers 5 saves without the `text_model.` level, older versions with it and with a `position_ids` buffer.
     """
-    renamed = {name if name.startswith("text_model.") else f"text_model.{name}": x for name, x in state_dict.items()}
+    complete = ("text_model.", "text_projection.")
+    renamed = {name if name.startswith(complete) else f"text_model.{name}": x for name, x in state_dict.items()}
     renamed.pop("text_model.embeddings.position_ids", None)
     return renamed
 
