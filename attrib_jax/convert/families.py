@@ -85,6 +85,17 @@ def check_class(name: Any, supported: Collection[str], source: str) -> None:
     raise refusal(f"{source}, of class {name!r},", what, f"{instead} (class {' or '.join(supported)})")
 
 
+def check_quantization(config: Mapping[str, Any], source: str) -> None:
+    """Raises ValueError where a part's config.json says that its weights are quantised."""
+    found = config.get("quantization_config")
+    if found:
+        method = found.get("quant_method") if isinstance(found, Mapping) else found
+        raise ValueError(
+            f"{source}: quantization_config is given ({method!r}), and quantised weights are not supported; give the "
+            "model in full or half precision"
+        )
+
+
 def check_unet_config(config: Mapping[str, Any], source: str) -> None:
     """Raises ValueError where a UNet's config.json is that of another family, which it names."""
     check_class(config.get("_class_name", "UNet2DConditionModel"), ("UNet2DConditionModel",), source)
@@ -169,6 +180,8 @@ _PARTS: tuple[tuple[str, str, str], ...] = (
 # Patterns of tensor names in a single file, the first of which one name matches counts: what the model is, and what to
 # give.
 _TENSORS: tuple[tuple[str, str, str], ...] = (
+    (r".*\.(absmax|nested_absmax|quant_map|quant_state\..*|SCB|scale_weight|weight_scale)|scaled_fp8",
+     "a model with quantised weights", "give it in full or half precision"),
     (r".*\.(time_stack|time_mixer|temporal_\w+|motion_modules)\..*|motion_modules\..*", "a video model", _OTHER),
     (r"(control_model|controlnet_\w+)\..*|(.*\.)?(input_hint_block|zero_convs|controlnet_cond_embedding)\..*",
      "a ControlNet", "give the Stable Diffusion model that it steers"),

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from attrib_jax.convert.config_files import check_values
-from attrib_jax.convert.families import check_unet_config
+from attrib_jax.convert.families import check_quantization, check_unet_config
 from attrib_jax.convert.ldm.target import is_mark
 from attrib_jax.convert.weights.files import open_weights
 from attrib_jax.convert.weights.names import text_encoder_names, vae_names
@@ -49,6 +49,7 @@ def build_module(part: str, config: Mapping[str, Any], source: str) -> Any:
     Raises ValueError, naming the source, the key and its value, for another family of models, a value of a wrong type
     or out of bounds, and anything that the module would compute wrongly.
     """
+    check_quantization(config, source)
     if part == "unet":
         check_unet_config(config, source)
         return UNet2DConditionModel(_read(UNetConfig, config, source))

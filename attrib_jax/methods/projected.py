@@ -374,7 +374,7 @@ def _load_unet(path: str, pipeline) -> Any:
     folder = unet_folder(path)
     if folder != Path(path):
         other = load_pipeline(path)
-        for part in pipeline.params.keys() - {"unet"}:
+        for part in (part for part in pipeline.params if part != "unet"):
             if part not in other.params or params_fingerprint(other.params[part]) != params_fingerprint(
                 pipeline.params[part]
             ):

@@ -144,6 +144,11 @@ def edit(path, changes):
         ("unet/config.json", {"encoder_hid_dim_type": "image_proj"}, "Kandinsky 2.2|not supported"),
         ("text_encoder_2/config.json", {"architectures": ["CLIPTextModel"]}, "architectures=.*WithProjection"),
         ("text_encoder_2/config.json", {"projection_dim": 0}, "projection_dim"),
+        (
+            "unet/config.json",
+            {"quantization_config": {"quant_method": "nf4"}},
+            "quantization_config .*'nf4'.*half precision",
+        ),
     ],
 )
 def test_what_is_no_base_model_is_refused_before_a_weight_is_read(xl_folder, tmp_path, file, changes, message):

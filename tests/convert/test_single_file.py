@@ -266,6 +266,7 @@ FAMILIES = {
     "control_model.input_blocks.0.0.weight": "ControlNet",
     f"{UNET}input_blocks.1.0.time_stack.emb_layers.1.weight": "video model",
     "low_scale_model.x": "upscaler",
+    f"{UNET}input_blocks.4.1.proj_in.weight.quant_state.nf4": "quantised weights",
     "down_blocks.0.resnets.0.conv1.weight": "UNet alone.*--unet_config",
     "encoder.conv_in.weight": "autoencoder alone",
     f"{UNET}out.2.bias": r"first_stage_model.*no text encoder",
