@@ -8,10 +8,12 @@ import pytest
 from PIL import Image
 
 from attrib_jax.attribute import attribute_queries
+from attrib_jax.attribution.outputs import output_gradient, output_gradients
 from attrib_jax.attribution.scores import dataset_losses
 from attrib_jax.convert.pipeline import encode_text, tokenize
 from attrib_jax.core.keys import loss_key
-from attrib_jax.core.weights import flatten_names
+from attrib_jax.core.types import Batch
+from attrib_jax.core.weights import flatten_names, merge_weights
 from attrib_jax.curvature import ekfac, fisher
 from attrib_jax.data.latents import open_latents
 from attrib_jax.data.sources import open_dataset
@@ -155,3 +157,20 @@ def test_squares_in_factors_are_those_of_dense_gradients(run, monkeypatch, tmp_p
     assert calls
     for name, leaf in whole.items():
         np.testing.assert_allclose(factored[name], leaf, rtol=1e-4, atol=1e-6 * np.abs(leaf).max(), err_msg=name)
+
+
+def test_projected_methods_take_each_examples_gradient(run):
+    rows = np.array([0, 2])
+    latents, conditioning = run.data.inputs(rows, 0, 0)
+    batch = Batch(latents, conditioning, rows.astype(np.int32), *np.zeros((2, 2), np.int32), np.ones(2))
+    selected, rest = run.select("cross-attn-kv")
+    timesteps = strided_timesteps(500, 1000)
+    model = "mean", run.predict, run.pipeline.schedule, lambda weights: merge_weights(weights, rest), selected
+
+    @jax.jit
+    def both():
+        one = jax.vmap(lambda example: output_gradient(*model, loss_key(0), example, timesteps))
+        return output_gradients(*model, rest, loss_key(0), batch, timesteps), one(batch)
+
+    for found, expected in zip(*map(jax.tree.leaves, both()), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
