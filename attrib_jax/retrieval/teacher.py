@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from attrib_jax.core.fingerprint import json_digest
@@ -129,7 +130,7 @@ def prepare_teacher_queries(run: Run, queries: TeacherQueries, rows: Any) -> lis
     for row in rows:
         prompt = queries.prompts[row]
         # Given text states say nothing of what a tokenizer makes of each prompt.
-        text = np.asarray(text_states(run.pipeline, [prompt]))[0]
+        text = jax.tree.map(lambda leaf: np.asarray(leaf)[0], text_states(run.pipeline, [prompt]))
         query = Query(prompt=prompt, latents=np.asarray(queries.latents[row : row + 1])[0], text=text)
         prepared.append(prepare_query(run.pipeline, run.predict, query))
     return prepared
