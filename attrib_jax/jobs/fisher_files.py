@@ -16,7 +16,7 @@ from attrib_jax.convert.weights.files import open_weights, write_weights
 from attrib_jax.convert.weights.names import from_torch, name_table, to_torch, torch_axes, torch_name, torch_shape
 from attrib_jax.convert.weights.tensors import LazyTensor, Tensor
 from attrib_jax.core.checks import check_choice
-from attrib_jax.core.weights import WEIGHT_SUBSETS, flatten_names
+from attrib_jax.core.weights import flatten_names, subset_patterns
 from attrib_jax.curvature.diagonal import GRADIENT_SCALE, Diagonal
 from attrib_jax.storage.files import atomic_write, read_arrays
 
@@ -165,8 +165,7 @@ def _check_values(name: str, values: np.ndarray) -> None:
 def _subset_pattern(selected: Any) -> re.Pattern:
     """The narrowest weight subset that holds all names of `selected`."""
     names = list(flatten_names(selected))
-    patterns = map(re.compile, WEIGHT_SUBSETS.values())
-    return next(pattern for pattern in patterns if all(map(pattern.fullmatch, names)))
+    return next(pattern for pattern in subset_patterns(names).values() if all(map(pattern.fullmatch, names)))
 
 
 def _flax_like(name: str) -> str:

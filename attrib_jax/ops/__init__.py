@@ -7,7 +7,7 @@ here, so that a program lowered for another platform holds none of them, whereve
 from attrib_jax.ops.attention import attention
 from attrib_jax.ops.conv import TransformedKernel, conv2d, prepare_kernels, upsample_conv2d
 from attrib_jax.ops.matmul_precision import full_precision_matmuls
-from attrib_jax.ops.norms import group_norm, layer_norm
+from attrib_jax.ops.norms import group_norm, layer_norm, rms_norm
 
 __all__ = [
     "TransformedKernel",
@@ -17,5 +17,6 @@ __all__ = [
     "group_norm",
     "layer_norm",
     "prepare_kernels",
+    "rms_norm",
     "upsample_conv2d",
 ]

@@ -1,4 +1,4 @@
-"""Group and layer normalisation with a two-pass variance, which keeps its digits when the mean is large."""
+"""Group, layer and root-mean-square normalisation; a two-pass variance keeps its digits when the mean is large."""
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +40,12 @@ def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) 
     variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
     factor = _materialise_cotangent(jnp.broadcast_to(jax.lax.rsqrt(variance + epsilon), x.shape))
     return (centred * factor * scale + bias).astype(dtype)
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
+    """Divides by the root of the mean square over the last axis of (..., C), as torch.nn.RMSNorm."""
+    dtype, x = x.dtype, at_least_float32(x)
+    return (x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + epsilon) * scale).astype(dtype)
 
 
 def at_least_float32(x: jax.Array) -> jax.Array:

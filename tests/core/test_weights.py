@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attrib_jax.core.weights import count_weights, flatten_names, merge_weights, select_weights
+from attrib_jax.core.weights import count_weights, flatten_names, merge_weights, select_weights, unflatten_names
 from attrib_jax.models.unet import UNet2DConditionModel, UNetConfig
 
 BLOCK = "down_blocks_0/attentions_0/transformer_blocks_0"
@@ -59,6 +59,50 @@ def test_subset_holds_exactly_its_leaves(subset):
     assert all(a is b for a, b in zip(jax.tree.leaves(merged), jax.tree.leaves(params), strict=True))
 
 
+def named_tree(*names):
+    return unflatten_names({name: np.zeros((2, 2), np.float32) for name in names})
+
+
+TEXT_KV = ("attn/add_k_proj/kernel", "attn/add_k_proj/bias", "attn/add_v_proj/kernel", "attn/add_v_proj/bias")
+JOINT = (*TEXT_KV, "attn/add_q_proj/kernel", "attn/norm_added_q/scale", "attn/to_q/kernel", "attn/to_k/kernel")
+
+
+def test_subsets_of_stable_diffusion_3_take_no_self_attention_and_nothing_without_effect():
+    first = [f"transformer_blocks_0/{name}" for name in (*JOINT, "attn/to_add_out/kernel")]
+    image = [f"transformer_blocks_0/attn2/{name}" for name in ("to_k/kernel", "to_k/bias", "to_v/kernel")]
+    last = [f"transformer_blocks_1/{name}" for name in JOINT]
+    unused = {f"transformer_blocks_1/attn/{name}" for name in ("add_q_proj/kernel", "norm_added_q/scale")}
+    others = [f"transformer_blocks_0/{name}/net_2/kernel" for name in ("ff", "ff_context")]
+    params = named_tree(*first, *image, *last, *others, "pos_embed/pos_embed")
+    chosen = {subset: {*flatten_names(select_weights(params, subset)[0])} for subset in EXPECTED}
+    assert chosen["cross-attn-kv"] == {f"transformer_blocks_{block}/{name}" for block in (0, 1) for name in TEXT_KV}
+    assert chosen["cross-attn"] == {*first, *last} - unused
+    assert chosen["attn"] == {*first, *image, *last} - unused
+    assert chosen["mlp"] == {*others}
+    assert chosen["all"] == {*first, *image, *last, *others} - unused
+
+
+def test_subsets_of_flux_take_shared_matrices_as_attention_alone():
+    double = [f"transformer_blocks_0/{name}" for name in (*JOINT, "attn/to_add_out/kernel")]
+    single = [f"single_transformer_blocks_{block}/attn/to_{name}/kernel" for block in (0, 1) for name in "qkv"]
+    params = named_tree(*double, *single, "single_transformer_blocks_1/proj_out/kernel")
+    assert {*flatten_names(select_weights(params, "cross-attn-kv")[0])} == {
+        *(n for n in double if "add_k" in n or "add_v" in n)
+    }
+    assert {*flatten_names(select_weights(params, "cross-attn")[0])} == {*double}
+    assert {*flatten_names(select_weights(params, "attn")[0])} == {*double, *single}
+    assert not flatten_names(select_weights(params, "all")[1])
+
+
+def test_a_bias_of_all_keys_of_a_softmax_is_in_no_subset():
+    leaves = ("to_k/kernel", "to_k/bias", "to_v/kernel", "to_v/bias")
+    params = named_tree(*(f"transformer_blocks_0/attn{layer}/{leaf}" for layer in (1, 2) for leaf in leaves))
+    for subset in EXPECTED.keys() - {"mlp"}:
+        selected, rest = (flatten_names(half) for half in select_weights(params, subset))
+        assert not any("to_k/bias" in name for name in selected)
+        assert "transformer_blocks_0/attn2/to_v/bias" in selected
+
+
 def test_merge_works_under_jit_and_grad():
     selected, rest = select_weights(small_tree(), "cross-attn-kv")
 
@@ -76,6 +120,7 @@ def test_merge_works_under_jit_and_grad():
     [
         (small_tree(), "cross-attn-vk", "weights 'cross-attn-vk'.*'cross-attn-kv'"),
         ({"conv_in": {"kernel": np.zeros((2, 2))}}, "attn", "weights='attn'.*conv_in/kernel"),
+        ({"attn2": {"to_k": {"kernel": np.zeros((2, 2))}}}, "cross-attn-kv", "keys without values.*attn2/to_k/kernel"),
     ],
 )
 def test_a_subset_of_nothing_is_refused(params, subset, named):

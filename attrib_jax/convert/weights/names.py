@@ -16,7 +16,7 @@ from attrib_jax.convert.weights.tensors import Tensor
 
 _WEIGHT_LEAVES = ("kernel", "scale", "embedding")
 # PyTorch modules whose own names end in a number, unlike the members of a list (`resnets.0`), which Flax joins by `_`.
-_NUMBERED_MODULES = frozenset({"linear_1", "linear_2"})
+_NUMBERED_MODULES = frozenset({"linear_1", "linear_2", "wi_0", "wi_1"})
 # Kernels by rank: HWIO -> OIHW for convolutions, (in, out) -> (out, in) for linear layers.
 _KERNEL_AXES = {2: (1, 0), 4: (3, 2, 0, 1)}
 
@@ -88,3 +88,10 @@ def vae_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return f"{name[: match.end(1)]}{renames[match[2]]}.{match[3]}" if match else name
 
     return {rename(name): array for name, array in state_dict.items()}
+
+
+def t5_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A T5 encoder's state dict without the second name of its embeddings, which older files hold."""
+    renamed = dict(state_dict)
+    tied = renamed.pop("encoder.embed_tokens.weight", None)
+    return renamed if tied is None else {"shared.weight": tied, **renamed}
