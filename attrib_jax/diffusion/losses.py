@@ -35,7 +35,7 @@ def denoising_losses(
     Args:
         predict: model, see `Predict`.
         params: its parameters, the argument to differentiate by.
-        schedule: noise levels and prediction type.
+        schedule: noise levels, prediction type and weights of the losses: a `NoiseSchedule` or a `FlowSchedule`.
         latents: (h, w, c), clean, multiplied by the autoencoder's scaling factor.
         text: (L, d) text states, or the pytree that the model is conditioned on, without a batch axis.
         noise: (S, h, w, c) standard normal, see `example_noise`.
@@ -50,7 +50,7 @@ def denoising_losses(
         ValueError: shapes that do not fit each other.
     """
     prediction, target = predictions(predict, params, schedule, latents, text, noise, timesteps)
-    errors = _squared_errors(prediction, target)
+    errors = _weighted_errors(schedule, prediction, target, timesteps)
     latent_axes = tuple(range(1, errors.ndim))
     if mask is None:
         return jnp.mean(errors, axis=latent_axes)
@@ -83,6 +83,7 @@ def predictions(
         )
     noisy = schedule.add_noise(latents, noise, timesteps)
     target = schedule.target(latents, noise, timesteps)
+    timesteps = schedule.model_timesteps(timesteps)
     text = jax.tree.map(lambda leaf: leaf[None], text)
     at_once = group_size(len(timesteps), num_pixels(latents.shape), FORWARD_PIXELS)
     predict = as_predictor(predict)
@@ -120,14 +121,16 @@ def batch_losses(
     """
     noisy = schedule.add_noise(latents, noise, timesteps)
     with full_precision_matmuls():
-        prediction = as_predictor(predict).batched(params, noisy, timesteps, text)
-    errors = _squared_errors(prediction, schedule.target(latents, noise, timesteps))
+        prediction = as_predictor(predict).batched(params, noisy, schedule.model_timesteps(timesteps), text)
+    errors = _weighted_errors(schedule, prediction, schedule.target(latents, noise, timesteps), timesteps)
     return jnp.mean(errors, axis=tuple(range(1, errors.ndim)))
 
 
-def _squared_errors(prediction, target):
+def _weighted_errors(schedule, prediction, target, timesteps):
     dtype = jnp.promote_types(jnp.result_type(prediction, target), jnp.float32)
-    return jnp.square(prediction.astype(dtype) - target.astype(dtype))
+    errors = jnp.square(prediction.astype(dtype) - target.astype(dtype))
+    weights = schedule.loss_weights(jnp.asarray(timesteps))
+    return errors if weights is None else errors * weights.reshape(-1, 1, 1, 1).astype(dtype)
 
 
 def denoising_loss(

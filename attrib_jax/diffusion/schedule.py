@@ -156,6 +156,14 @@ class NoiseSchedule:
         signal, spread = self._coefficients(latents, noise, timesteps)
         return signal * noise - spread * latents
 
+    def model_timesteps(self, timesteps: jax.Array) -> jax.Array:
+        """What the model is told at these timesteps: they themselves."""
+        return timesteps
+
+    def loss_weights(self, timesteps: jax.Array) -> jax.Array | None:
+        """Weight of the loss at each timestep: None, as all are 1."""
+        return None
+
     def _coefficients(self, latents, noise, timesteps):
         timesteps = jnp.asarray(timesteps)
         if timesteps.shape != noise.shape[: timesteps.ndim]:

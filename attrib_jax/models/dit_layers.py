@@ -302,7 +302,8 @@ class PatchEmbed(nn.Module):
 
     def _positions(self, rows, columns):
         def table(*size):
-            return jnp.asarray(position_table(*size, self.features, self.base, self.interpolation))
+            positions = position_table(*size, self.features, self.base, self.interpolation)
+            return positions.reshape(-1, self.features)
 
         side = self.stored
         if side is None:
@@ -330,19 +331,20 @@ def check_latents(family: str, latents: jax.Array, channels: int, patch: int) ->
         raise ValueError(f"latents has shape {latents.shape}: expected sides that are multiples of {patch}")
 
 
-def position_table(height: int, width: int, features: int, base: int, interpolation: float = 1.0) -> np.ndarray:
-    """Sinusoids of a grid of patches, (height * width, features) float32: diffusers' `get_2d_sincos_pos_embed`.
+def position_table(rows: int, columns: int, features: int, base: int, interpolation: float = 1.0) -> jax.Array:
+    """Sinusoids of a grid of patches, (rows, columns, features) float32: diffusers' `get_2d_sincos_pos_embed`.
 
     The first half of the features is that of the column, the second that of the row. Positions are scaled such that a
-    side of `base` patches is `base / interpolation` long, whatever the side.
+    side of `base` patches is `base / interpolation` long, whatever the side. Sinusoids are float64 before they are
+    rounded; a program holds those of one row and one column.
     """
-    rows, columns = (
-        np.arange(side, dtype=np.float32) / np.float32(side / base) / np.float32(interpolation)
-        for side in (height, width)
-    )
     frequencies = 1.0 / 10000 ** (np.arange(features // 4, dtype=np.float64) / (features / 4))
-    halves = []
-    for positions in np.meshgrid(columns, rows):
-        angles = np.outer(positions.reshape(-1), frequencies)
-        halves += [np.sin(angles), np.cos(angles)]
-    return np.concatenate(halves, axis=1).astype(np.float32)
+
+    def sinusoids(side):
+        positions = np.arange(side, dtype=np.float32) / np.float32(side / base) / np.float32(interpolation)
+        angles = np.outer(positions, frequencies)
+        return jnp.asarray(np.concatenate([np.sin(angles), np.cos(angles)], axis=1).astype(np.float32))
+
+    half = (rows, columns, features // 2)
+    of_columns, of_rows = (jnp.broadcast_to(part, half) for part in (sinusoids(columns), sinusoids(rows)[:, None]))
+    return jnp.concatenate([of_columns, of_rows], axis=-1)

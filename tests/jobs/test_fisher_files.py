@@ -123,7 +123,7 @@ def test_other_weights_are_an_error_that_lists_both_sides(tmp_path):
         load_fisher(tmp_path / "y.pt", selected("cross-attn-kv"))
     # A bias that the model does not have is of another model.
     torch.save(published(with_kv_biases=True), tmp_path / "z.pt")
-    with pytest.raises(ValueError, match=r"2 unexpected: down\.0\.attn2\.to_k\.bias, down\.0\.attn2\.to_v\.bias"):
+    with pytest.raises(ValueError, match=r"1 unexpected: down\.0\.attn2\.to_v\.bias"):
         load_fisher(tmp_path / "z.pt", selected("cross-attn-kv"))
 
 
