@@ -124,8 +124,8 @@ class FlowSchedule:
         return noise - latents
 
     def model_timesteps(self, timesteps: jax.Array) -> jax.Array:
-        """What the model is told at these timesteps, 1000 sigma, float."""
-        return 1000 * self._sigmas(timesteps)
+        """What the model is told at these timesteps, 1000 sigma, float32."""
+        return self._levels(timesteps, 1000)
 
     def loss_weights(self, timesteps: jax.Array) -> jax.Array | None:
         """Weight of the loss at each timestep, float; None where all are 1."""
@@ -141,9 +141,14 @@ class FlowSchedule:
         return None if self.loss_weighting == "uniform" else sigmas**-2
 
     def _sigmas(self, timesteps):
+        return self._levels(timesteps, 1)
+
+    def _levels(self, timesteps, scale):
+        # Read from a table, so that no two programs round the division otherwise.
+        levels = scale * np.arange(1, self.num_train_timesteps + 1) / self.num_train_timesteps
+        table = jnp.asarray(levels.astype(np.float32))
         timesteps = jnp.asarray(timesteps)
-        inside = (timesteps >= 0) & (timesteps < self.num_train_timesteps)
-        return jnp.where(inside, (timesteps + 1) / self.num_train_timesteps, jnp.nan)
+        return table.at[timesteps].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 
 
 def flow_sigmas(schedule: FlowSchedule, num_steps: int, image_tokens: int) -> np.ndarray:

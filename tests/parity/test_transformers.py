@@ -160,8 +160,13 @@ def relative_error(value, reference) -> float:
     return np.abs(np.asarray(value) - reference).max() / np.abs(reference).max()
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(np.float32, 1e-4), (np.float64, 1e-9)])
-@pytest.mark.parametrize("case", CASES)
+FLOAT32 = ("sd3", "sd3.5_medium", "flux_dev", "pixart_sigma")
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype", "tolerance"),
+    [*((case, np.float32, 1e-4) for case in FLOAT32), *((case, np.float64, 1e-9) for case in CASES)],
+)
 def test_forward_and_gradients_match_diffusers(case, dtype, tolerance, monkeypatch):
     config, (height, width) = CASES[case]
     if dtype == np.float64:
