@@ -131,11 +131,11 @@ def output_gradients(
     noise = jax.vmap(draw)(batch.row_id, batch.flip, batch.caption).astype(batch.latents.dtype).reshape(-1, *shape)
     latents, timestep = repeat(batch.latents), jnp.tile(jnp.asarray(timesteps), count)
     noisy, target = schedule.add_noise(latents, noise, timestep), schedule.target(latents, noise, timestep)
-    target, columns = _widened(target), text_columns(batch.text)
+    told, target, columns = schedule.model_timesteps(timestep), _widened(target), text_columns(batch.text)
 
     def values(text):
         """Each forward's output and residual, (B S,)."""
-        prediction = _widened(predict.batched(rest, noisy, timestep, text))
+        prediction = _widened(predict.batched(rest, noisy, told, text))
         axes = tuple(range(1, prediction.ndim))
         errors = jnp.mean(jnp.square(prediction - target), axis=axes)
         if output == "mean":
