@@ -41,7 +41,9 @@ def write_json(content: Mapping[str, Any], path: str) -> None:
 _LOWEST = {
     **dict.fromkeys(("image_mean", "shift_factor"), -math.inf),
     **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0),
-    **dict.fromkeys(("freq_shift", "num_register_tokens", "resample", "steps_offset", "trained_betas"), 0),
+    **dict.fromkeys(
+        ("dual_attention_layers", "freq_shift", "num_register_tokens", "resample", "steps_offset", "trained_betas"), 0
+    ),
 }
 # Highest: more would take the machine's memory or time before anything else is noticed.
 _HIGHEST = {

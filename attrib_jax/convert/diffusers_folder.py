@@ -1,21 +1,19 @@
 """Model folders in the diffusers layout, read and written: which files they hold, and which of them to read."""
 
 import copy
-import logging
 import os
-import re
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
 from attrib_jax.convert.config_files import read_config, read_json, write_json
-from attrib_jax.convert.families import PIPELINE, XL_PIPELINE, check_class, refusal
+from attrib_jax.convert.families import PIPELINE, TRANSFORMER_PIPELINES, XL_PIPELINE, check_class, refusal
 from attrib_jax.convert.ldm.target import TARGET_OPTIONS, Claim, merge_claims, read_claims
 from attrib_jax.convert.parts import PIXELS, build_module, build_schedule, load_part
 from attrib_jax.convert.pipeline import Pipeline, check_parts
 from attrib_jax.convert.tokenizer import SECOND_PADDING, check_padding, load_tokenizer, save_tokenizer
-from attrib_jax.convert.weights.files import open_weights, write_weights
+from attrib_jax.convert.weights.files import choose_weights, find_weights, list_files, open_weights, write_weights
 from attrib_jax.convert.weights.state_dicts import state_dict_of
 from attrib_jax.core.durable import new_folder
 from attrib_jax.diffusion.schedule import NoiseSchedule
@@ -33,7 +31,6 @@ STEMS = {
 }
 _SECOND = "text_encoder_2"
 
-_log = logging.getLogger(__name__)
 
 # The class names of each part in model_index.json. A scheduler of any class is read for its noise schedule; a safety
 # checker, feature extractor and image encoder do not take part in training or attribution.
@@ -47,89 +44,6 @@ _SUPPORTED_XL = _SUPPORTED | {
     "text_encoder_2": ("CLIPTextModelWithProjection",),
     "tokenizer_2": _SUPPORTED["tokenizer"],
 }
-# transformers names its PyTorch files otherwise than its safetensors; diffusers does not.
-_BIN_STEMS = {"model": "pytorch_model"}
-_VARIANT = r"(?P<variant>(?![\w-]*-\d{5}-of-\d{5})[\w-]+)"
-_FULL = "full precision"
-
-
-def weight_choices(names: Collection[str], stem: str) -> dict[str | None, str]:
-    """Variant -> the file of it to open, among the file names of one part's folder; None is full precision.
-
-    A variant is there as safetensors or `.bin`, in one file or as the index of shards; the first of these is taken. The
-    names are those of diffusers and transformers, with both places where they have put a variant into an index's name:
-    `S.safetensors`, `S.fp16.safetensors`, `S.safetensors.index.json`, `S.safetensors.index.fp16.json`,
-    `S.safetensors.fp16.index.json`.
-
-    Args:
-      names: file names.
-      stem: S in the names: "diffusion_pytorch_model", or "model" for a part of transformers, whose `.bin` files are
-        called `pytorch_model`.
-    """
-    found: dict[str | None, str] = {}
-    for start, suffix in ((stem, "safetensors"), (_BIN_STEMS.get(stem, stem), "bin")):
-        single = rf"{start}(\.{_VARIANT})?\.{suffix}"
-        index = rf"{start}\.{suffix}\.index(\.{_VARIANT})?\.json"
-        early_index = rf"{start}\.{suffix}\.{_VARIANT}\.index\.json"
-        for pattern in (single, index, early_index):
-            for name in sorted(names):
-                match = re.fullmatch(pattern, name)
-                if match:
-                    found.setdefault(match["variant"], name)
-    return found
-
-
-def choose_weights(names: Mapping[str, Collection[str]], variant: str | None, source: str) -> dict[str, str | None]:
-    """Part -> the weight file to open (None where the part has none), among the file names of each part's folder.
-
-    With a `variant`, a part that lacks it takes full precision, as in diffusers: `non_ema` is a UNet's alone. Without
-    one, a part that has nothing but `fp16` takes that. Either is logged.
-
-    Raises FileNotFoundError where no part has `variant`, or a part has only other variants; lists what is there.
-    """
-    choices = {part: weight_choices(files, STEMS[part]) for part, files in names.items()}
-    if variant is not None and not any(variant in found for found in choices.values()):
-        raise FileNotFoundError(f"{source} has no variant {variant!r}; it holds {_describe(choices)}")
-    chosen: dict[str, str | None] = {}
-    for part, found in choices.items():
-        kind = next((kind for kind in (variant, None, "fp16") if kind in found), None)
-        if found and kind not in found:
-            raise FileNotFoundError(f"{source} has no {_FULL} weights; name a variant. It holds {_describe(choices)}")
-        chosen[part] = found.get(kind)
-        if found and kind != variant:
-            _log.warning("%s: %s weights of %s: %s", source, kind or _FULL, part, found[kind])
-    return chosen
-
-
-def _describe(choices: Mapping[str, Mapping[str | None, str]]) -> str:
-    kinds = {part: ", ".join(kind or _FULL for kind in found) or "no weights" for part, found in choices.items()}
-    return "; ".join(f"{part}: {text}" for part, text in kinds.items())
-
-
-def find_weights(folder: str, stem: str, variant: str | None = None) -> str:
-    """The path for `open_weights` of the weights in one part's folder.
-
-    Args:
-      folder: such as a pipeline's unet/.
-      stem: "diffusion_pytorch_model", or "model" (also "pytorch_model") for a part of transformers.
-      variant: such as "fp16"; None takes full precision, or `fp16` where nothing else is there, which is logged.
-
-    Raises FileNotFoundError where there are no such weights; lists the variants that are there.
-    """
-    stem = next((safe for safe, other in _BIN_STEMS.items() if stem == other), stem)
-    found = weight_choices(_files(folder), stem)
-    if not found:
-        raise FileNotFoundError(
-            f"{folder!r} has no weights: expected {stem}.safetensors, {_BIN_STEMS.get(stem, stem)}.bin, a variant such "
-            "as fp16, or an index of shards"
-        )
-    if variant is None and None not in found and "fp16" in found:
-        _log.warning("%s: fp16 weights: %s", folder, found["fp16"])
-        variant = "fp16"
-    if variant not in found:
-        held = ", ".join(kind or _FULL for kind in found)
-        raise FileNotFoundError(f"{folder!r} has no {variant or _FULL} weights; it holds {held}; name one as variant")
-    return os.path.join(folder, found[variant])
 
 
 def check_folder(
@@ -148,26 +62,19 @@ def check_folder(
     """
     modules = check_configs(path, replaced)
     parts = parts_of(read_json(os.path.join(path, INDEX)))
-    names = {part: _files(os.path.join(path, part)) for part in STEMS if part in parts and part not in replaced}
+    names = {part: list_files(os.path.join(path, part)) for part in STEMS if part in parts and part not in replaced}
     chosen = choose_weights(names, variant, f"model folder {path!r}")
     missing = []
     for part, files in names.items():
         missing += [] if "config.json" in files else [f"{part}/config.json"]
         missing += [] if chosen[part] else [f"{part}/{STEMS[part]}.safetensors"]
-    if "scheduler" not in replaced and SCHEDULER_CONFIG not in _files(os.path.join(path, "scheduler")):
+    if "scheduler" not in replaced and SCHEDULER_CONFIG not in list_files(os.path.join(path, "scheduler")):
         missing.append(f"scheduler/{SCHEDULER_CONFIG}")
     tokenizers = [part for part in parts if part.startswith("tokenizer") and part not in replaced]
     missing += [f"{part}/" for part in tokenizers if not os.path.isdir(os.path.join(path, part))]
     if missing:
         raise FileNotFoundError(f"model folder {path!r} is incomplete, it lacks: {', '.join(missing)}")
     return modules, {part: os.path.join(path, part, name) for part, name in chosen.items() if name}
-
-
-def _files(folder: str) -> list[str]:
-    """The names of a folder's files; a link to nothing, as an interrupted download leaves it, is none."""
-    if not os.path.isdir(folder):
-        return []
-    return [name for name in os.listdir(folder) if os.path.isfile(os.path.join(folder, name))]
 
 
 def parts_of(index: Mapping[str, Any]) -> tuple[str, ...]:
@@ -209,6 +116,10 @@ def check_configs(path: str, replaced: Collection[str] = ()) -> dict[str, Any]:
     )
     if is_refiner:
         raise refusal(f"model {path!r}", "the refiner of Stable Diffusion XL", "give the base model that it refines")
+    if index.get("_class_name") in TRANSFORMER_PIPELINES:
+        from attrib_jax.convert.transformer_folder import check_transformer_folder  # no other model needs it
+
+        return check_transformer_folder(path, index)[0]
     check_class(index.get("_class_name"), (PIPELINE, XL_PIPELINE), f"model {path!r}")
     is_xl = index["_class_name"] == XL_PIPELINE
     if is_xl and index.get("text_encoder") in (None, [None, None]):
@@ -307,6 +218,17 @@ def load_folder(
 
     All configs are read and checked before the first tensor.
     """
+    index_file = os.path.join(path, INDEX)
+    if os.path.isfile(index_file) and read_json(index_file).get("_class_name") in TRANSFORMER_PIPELINES:
+        from attrib_jax.convert.transformer_folder import load_transformer_folder  # no other model needs it
+
+        given = {"tokenizer": tokenizer, "prediction_type": prediction_type, "unet": unet}
+        for name, value in given.items():
+            if value is not None:
+                raise ValueError(
+                    f"{name} is given, but {path!r} is a model with a transformer, of which no part is replaced"
+                )
+        return load_transformer_folder(path, read_json(index_file), dtype, variant)
     modules, weights = check_folder(path, variant, replaced_parts(unet, tokenizer))
     file = os.path.join(path, "scheduler", SCHEDULER_CONFIG)
     if unet is not None:
@@ -413,7 +335,12 @@ def save_pipeline(pipeline: Pipeline, path: str | os.PathLike, dtype: Any = None
         _write_parts(pipeline, str(fresh), dtype)
 
 
-def _write_parts(pipeline: Pipeline, folder: str, dtype: Any) -> None:
+def _write_parts(pipeline: Any, folder: str, dtype: Any) -> None:
+    if type(pipeline) is not Pipeline:
+        from attrib_jax.convert.transformer_folder import write_transformer_parts
+
+        write_transformer_parts(pipeline, folder, dtype)
+        return
     for part, stem in STEMS.items():
         module = getattr(pipeline, part)
         if module is None:

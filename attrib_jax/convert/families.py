@@ -8,9 +8,20 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 PIPELINE, XL_PIPELINE = "StableDiffusionPipeline", "StableDiffusionXLPipeline"
-_SUPPORTED = "supported are text-to-image models of the Stable Diffusion 1, 2 and XL families"
+# Of models whose denoiser is a diffusion transformer, read from folders alone.
+TRANSFORMER_PIPELINES = (
+    "StableDiffusion3Pipeline",
+    "FluxPipeline",
+    "PixArtSigmaPipeline",
+    "PixArtAlphaPipeline",
+)
+_SUPPORTED = (
+    "supported are text-to-image models of the Stable Diffusion 1, 2 and XL families, and folders of Stable "
+    "Diffusion 3, FLUX.1 and PixArt"
+)
 _ORIGIN = "give the text-to-image model that it was made from"
 _OTHER = "give a Stable Diffusion 1, 2 or XL model"
+_FOLDER = "give the folder of its text-to-image pipeline in the diffusers layout"
 _INPAINTING = "an inpainting model, whose UNet also takes a mask and the masked image"
 _EDITING = "an image-editing model (InstructPix2Pix), whose UNet also takes the image to edit"
 _DEPTH = "a depth-to-image model (depth2img), whose UNet also takes a depth map"
@@ -35,12 +46,13 @@ _CLASSES: tuple[tuple[str, str, str], ...] = (
         "a pipeline of Stable Diffusion XL that does more than text to image",
         f"if its parts are those of a text-to-image model, set _class_name to {XL_PIPELINE} in a copy of its index",
     ),
-    (r"StableDiffusion3\w*|SD3\w*", "Stable Diffusion 3", _OTHER),
-    (r"Flux([23]?)\w*", r"FLUX.\1", _OTHER),
+    (r"StableDiffusion3\w*|SD3\w*", "Stable Diffusion 3, but not its text-to-image pipeline", _FOLDER),
+    (r"Flux([23])\w*", r"FLUX.\1", _OTHER),
+    (r"Flux\w*", "FLUX, but not its text-to-image pipeline", _FOLDER),
     (r"KandinskyV22\w*", "Kandinsky 2.2", _OTHER),
     (r"Kandinsky([3-9])\w*", r"Kandinsky \1", _OTHER),
     (r"Kandinsky\w*", "Kandinsky 2.1", _OTHER),
-    (r"PixArt\w*", "PixArt", _OTHER),
+    (r"PixArt\w*", "PixArt, but not its text-to-image pipeline", _FOLDER),
     (r"Sana\w*", "Sana", _OTHER),
     (r"(StableCascade|Wuerstchen)\w*", "Stable Cascade or Wuerstchen", _OTHER),
     (r"HunyuanDiT\w*", "Hunyuan-DiT", _OTHER),
@@ -185,8 +197,9 @@ _TENSORS: tuple[tuple[str, str, str], ...] = (
     (r".*\.(time_stack|time_mixer|temporal_\w+|motion_modules)\..*|motion_modules\..*", "a video model", _OTHER),
     (r"(control_model|controlnet_\w+)\..*|(.*\.)?(input_hint_block|zero_convs|controlnet_cond_embedding)\..*",
      "a ControlNet", "give the Stable Diffusion model that it steers"),
-    (rf"({_UNET})?(double_blocks|single_blocks)\..*|({_UNET})?single_transformer_blocks\..*", "FLUX", _OTHER),
-    (rf"({_UNET})?joint_blocks\..*|text_encoders\..*", "Stable Diffusion 3", _OTHER),
+    (rf"({_UNET})?(double_blocks|single_blocks)\..*|({_UNET})?single_transformer_blocks\..*",
+     "FLUX as a single file", _FOLDER),
+    (rf"({_UNET})?joint_blocks\..*|text_encoders\..*", "Stable Diffusion 3 as a single file", _FOLDER),
     (rf"({_UNET})?(double_layers|single_layers)\..*", "AuraFlow", _OTHER),
     (rf"({_UNET})?clf\..*|.*channelwise\..*", "Stable Cascade", _OTHER),
     (r"low_scale_model\..*", _UPSCALER, _OTHER),
@@ -243,8 +256,8 @@ _ARCHITECTURES: tuple[tuple[str, str, str], ...] = (
     (r".*(upscal|x4).*", _UPSCALER, _OTHER),
     (r".*unclip.*", "an unCLIP model, which is conditioned on image embeddings", _ORIGIN),
     (r"stable-diffusion-xl.*refiner.*", "the refiner of Stable Diffusion XL", _OTHER),
-    (r"stable-diffusion-(3|v3).*", "Stable Diffusion 3", _OTHER),
-    (r"flux.*", "FLUX", _OTHER),
+    (r"stable-diffusion-(3|v3).*", "Stable Diffusion 3 as a single file", _FOLDER),
+    (r"flux.*", "FLUX as a single file", _FOLDER),
 )
 
 

@@ -7,7 +7,8 @@ import re
 from collections.abc import Callable, Collection
 from typing import Any
 
-from attrib_jax.convert.diffusers_folder import INDEX, SCHEDULER_CONFIG, STEMS, check_configs, choose_weights
+from attrib_jax.convert.diffusers_folder import INDEX, SCHEDULER_CONFIG, STEMS, check_configs
+from attrib_jax.convert.weights.files import choose_weights
 
 _log = logging.getLogger(__name__)
 

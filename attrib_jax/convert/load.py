@@ -81,6 +81,10 @@ def load_model(source: ModelSource, dtype: Any = jnp.float32) -> Pipeline:
         unet=source.unet,
         unet_config=source.unet_config,
     )
+    adapters = {"custom_diffusion": source.custom_diffusion, "tokens": source.tokens, "lora": source.lora}
+    for name, value in adapters.items():
+        if value and type(pipeline) is not Pipeline:
+            raise ValueError(f"{name} is {value!r}, but the model has a transformer, for which it is not supported")
     # Imported where they are used, as most models come without: a command starts faster.
     if source.custom_diffusion is not None:
         from attrib_jax.convert.adapters.custom_diffusion import apply_custom_diffusion

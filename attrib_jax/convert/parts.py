@@ -96,11 +96,35 @@ _SCHEDULE_OPTIONS: dict[str, Any] = {
 }
 
 
-def build_schedule(config: Mapping[str, Any], prediction_type: str | None, source: str) -> NoiseSchedule:
+_FLOW_OPTIONS: dict[str, Any] = {
+    "num_train_timesteps": int,
+    "shift": float,
+    "use_dynamic_shifting": bool,
+    "base_shift": float | None,
+    "max_shift": float | None,
+    "base_image_seq_len": int,
+    "max_image_seq_len": int,
+    "shift_terminal": float | None,
+    "time_shift_type": str,
+    "loss_weighting": str,
+}
+
+
+def build_schedule(config: Mapping[str, Any], prediction_type: str | None, source: str) -> Any:
     """The noise schedule of a scheduler_config.json, with another `prediction_type` unless None.
+
+    A `NoiseSchedule`, or the `FlowSchedule` of a flow-matching model, which predicts nothing else.
 
     Raises ValueError, naming the source, the key and its value, for what is not supported.
     """
+    if config.get("_class_name") == "FlowMatchEulerDiscreteScheduler":
+        from attrib_jax.diffusion.flow import FlowSchedule  # no other model needs it
+
+        check_values(config, _FLOW_OPTIONS, source)
+        try:
+            return FlowSchedule.from_config(config)
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from error
     check_values(config, _SCHEDULE_OPTIONS, source)
     given = {} if prediction_type is None else {"prediction_type": prediction_type}
     try:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attrib_jax.convert.tokenizer import PromptReport, inspect_prompt, tokenize_prompts
+from attrib_jax.convert.tokenizer import PromptReport, inspect_prompt, tokenize_prompts, tokenizer_parts
 from attrib_jax.diffusion.schedule import NoiseSchedule
 from attrib_jax.models.clip import CLIPTextModel, CLIPTextModelWithProjection
 from attrib_jax.models.unet import UNet2DConditionModel, empty_conditioning
@@ -25,6 +25,13 @@ class TextEncoderPair:
 
     first: CLIPTextModel
     second: CLIPTextModelWithProjection
+
+    def encode(self, params: Any, ids: Any) -> dict[str, jax.Array]:
+        """Tokens of both, by the name of their encoder -> "text" (B, L, d1 + d2) and "pooled" (B, p)."""
+        first, second = TEXT_PARTS
+        states: Any = self.first.apply({"params": params[first]}, ids[first], penultimate=True)
+        projected: Any = self.second.apply({"params": params[second]}, ids[second])
+        return {"text": jnp.concatenate([states, projected.penultimate], axis=-1), "pooled": projected.pooled}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -69,6 +76,50 @@ class Pipeline:
         if self.text_encoder_2 is None:
             return self.params["text_encoder"]
         return {part: self.params[part] for part in TEXT_PARTS}
+
+    @property
+    def encoders(self) -> dict[str, Any]:
+        """Part -> text encoder, those that the model has."""
+        second = {} if self.text_encoder_2 is None else {"text_encoder_2": self.text_encoder_2}
+        return {"text_encoder": self.text_encoder, **second}
+
+    @property
+    def latent_size(self) -> tuple[int, int]:
+        """See the function `latent_size`."""
+        size = self.unet.config.sample_size
+        if size is None:
+            raise ValueError("unet/config.json has no sample_size; add the height and width of the model's latents")
+        height, width = (size, size) if isinstance(size, int) else size
+        return height, width
+
+    def tokenize(self, prompts: Sequence[str]) -> Any:
+        """See the function `tokenize`."""
+        first = tokenize_prompts(self.tokenizer, prompts)
+        if self.tokenizer_2 is None:
+            return first
+        return dict(zip(TEXT_PARTS, (first, tokenize_prompts(self.tokenizer_2, prompts))))
+
+    def prompt_report(self, prompt: str) -> PromptReport:
+        """See the function `prompt_report`."""
+        return inspect_prompt(self.tokenizer, prompt)
+
+    def configs(self) -> dict[str, Any]:
+        """All that decides what the model computes but for its weights, as JSON values."""
+        configs: dict[str, Any] = {
+            "unet": self.unet.config.to_dict(),
+            "vae": self.vae.config.to_dict(),
+            "text_encoder": self.text_encoder.config.to_dict(),
+            "schedule": self.schedule.to_config(),
+            "max_tokens": self.tokenizer.model_max_length,
+            **tokenizer_parts(self.tokenizer),
+        }
+        if self.text_encoder_2 is not None:
+            configs |= {
+                "text_encoder_2": self.text_encoder_2.config.to_dict(),
+                "tokenizer_2": tokenizer_parts(self.tokenizer_2),
+                "zeros_for_empty_prompt": self.zeros_for_empty_prompt,
+            }
+        return configs
 
 
 def check_parts(
@@ -138,15 +189,12 @@ def tokenize(pipeline: Pipeline, prompts: Sequence[str]) -> Any:
 
     For a model with two tokenizers a dict of both, by the name of their text encoder.
     """
-    first = tokenize_prompts(pipeline.tokenizer, prompts)
-    if pipeline.tokenizer_2 is None:
-        return first
-    return dict(zip(TEXT_PARTS, (first, tokenize_prompts(pipeline.tokenizer_2, prompts))))
+    return pipeline.tokenize(prompts)
 
 
 def prompt_report(pipeline: Pipeline, prompt: str) -> PromptReport:
     """Says what the tokenizer keeps of `prompt`, what it cuts, and which words it does not know whole."""
-    return inspect_prompt(pipeline.tokenizer, prompt)
+    return pipeline.prompt_report(prompt)
 
 
 def latent_size(pipeline: Pipeline) -> tuple[int, int]:
@@ -154,15 +202,22 @@ def latent_size(pipeline: Pipeline) -> tuple[int, int]:
 
     Raises ValueError where the UNet's config does not give a `sample_size`.
     """
-    size = pipeline.unet.config.sample_size
-    if size is None:
-        raise ValueError("unet/config.json has no sample_size; add the height and width of the model's latents")
-    height, width = (size, size) if isinstance(size, int) else size
-    return height, width
+    return pipeline.latent_size
+
+
+def text_width(pipeline: Pipeline) -> int:
+    """Width of the text states that the denoiser reads."""
+    config: Any = pipeline.unet.config
+    return (
+        config.cross_attention_dim
+        if isinstance(pipeline.unet, UNet2DConditionModel)
+        else config.conditioning["text"][-1]
+    )
 
 
 def initial_unet(pipeline: Pipeline, key: jax.Array) -> Any:
-    """Untrained parameters of the pipeline's denoiser, a nested dict; `key` is a scalar random key."""
+    """Untrained parameters of the pipeline's UNet, a nested dict; `key` is a scalar random key."""
+    require_unet(pipeline, "a model from scratch (retraining, mirrored unlearning)")
     latents = (1, *latent_size(pipeline), pipeline.unet.config.in_channels)
     return _initialise(pipeline.unet, key, latents, pipeline.tokenizer.model_max_length)
 
@@ -186,18 +241,14 @@ def encode_text(text_encoder: CLIPTextModel | TextEncoderPair, params: Any, inpu
       joined along the width, "text" (B, L, d1 + d2), and of the "pooled" text (B, p).
     """
     ids = jax.tree.map(lambda each: jnp.asarray(each, jnp.int32), input_ids)
-    if not isinstance(text_encoder, TextEncoderPair):
-        states: Any = text_encoder.apply({"params": params}, ids)
-        return states
-    first, second = TEXT_PARTS
-    states = text_encoder.first.apply({"params": params[first]}, ids[first], penultimate=True)
-    projected: Any = text_encoder.second.apply({"params": params[second]}, ids[second])
-    return {"text": jnp.concatenate([states, projected.penultimate], axis=-1), "pooled": projected.pooled}
+    if isinstance(text_encoder, CLIPTextModel):
+        return text_encoder.apply({"params": params}, ids)
+    return text_encoder.encode(params, ids)
 
 
 def takes_size_ids(pipeline: Pipeline) -> bool:
     """Whether the denoiser is conditioned on the sizes and the crop of an image, see `size_ids`."""
-    return pipeline.unet.config.pooled_width is not None
+    return isinstance(pipeline.unet, UNet2DConditionModel) and pipeline.unet.config.pooled_width is not None
 
 
 def size_ids(original: tuple[int, int], crop: tuple[int, int], target: tuple[int, int]) -> np.ndarray:
@@ -238,7 +289,15 @@ def image_size(pipeline: Pipeline) -> tuple[int, int]:
     return height, width
 
 
+def require_unet(pipeline: Pipeline, what: str) -> None:
+    """Raises ValueError where the model has a diffusion transformer, which `what` does not support."""
+    if not isinstance(pipeline.unet, UNet2DConditionModel):
+        name = type(pipeline.unet).__name__
+        raise ValueError(f"{what} is not supported for a model with a transformer ({name}); give one with a UNet")
+
+
 def require_one_text_encoder(pipeline: Pipeline, what: str, instead: str) -> None:
     """Raises ValueError where the model has two text encoders, which `what` does not support; says what to do."""
+    require_unet(pipeline, what)
     if pipeline.text_encoder_2 is not None:
         raise ValueError(f"{what} is not supported for a model with two text encoders (Stable Diffusion XL); {instead}")

@@ -28,7 +28,7 @@ from attrib_jax.convert.ldm.names import (
 )
 from attrib_jax.convert.ldm.target import TARGET_OPTIONS, Claim, is_mark, merge_claims, read_claims, read_metadata
 from attrib_jax.convert.parts import PIXELS, abstract_part_params, build_module, build_schedule
-from attrib_jax.convert.pipeline import Pipeline, check_parts
+from attrib_jax.convert.pipeline import Pipeline, check_parts, require_unet
 from attrib_jax.convert.weights.files import open_weights, write_weights
 from attrib_jax.convert.weights.state_dicts import load_params, state_dict_of
 from attrib_jax.convert.weights.tensors import Tensor
@@ -164,6 +164,7 @@ def save_single_file(pipeline: Pipeline, path: str | os.PathLike, dtype: Any = N
       ValueError: a weight holds a NaN or an infinity, or overflows `dtype`; or the model works on pixels, which these
         files have no place for.
     """
+    require_unet(pipeline, "a single file in the original naming")
     tensors = {}
     for part, table in part_tables(_modules_of(pipeline)).items():
         tensors |= pack(state_dict_of(pipeline.params[part]), table)

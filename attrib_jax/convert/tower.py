@@ -11,11 +11,10 @@ import jax
 import jax.numpy as jnp
 
 from attrib_jax.convert.config_files import check_values, read_config, write_json
-from attrib_jax.convert.diffusers_folder import find_weights
 from attrib_jax.convert.hub import resolve_tower
 from attrib_jax.convert.image_processor import ImageProcessor, load_image_processor, save_image_processor
 from attrib_jax.convert.tokenizer import load_tokenizer, save_tokenizer
-from attrib_jax.convert.weights.files import open_weights, write_weights
+from attrib_jax.convert.weights.files import find_weights, open_weights, write_weights
 from attrib_jax.convert.weights.names import tower_names
 from attrib_jax.convert.weights.state_dicts import abstract_params, load_params, state_dict_of
 from attrib_jax.convert.weights.tensors import Tensor

@@ -4,10 +4,8 @@ import contextlib
 import json
 import time
 from collections.abc import Iterator
-from typing import Any
 
 from attrib_jax.convert.pipeline import Pipeline
-from attrib_jax.convert.tokenizer import tokenizer_parts
 from attrib_jax.core.checks import check_finite
 from attrib_jax.core.fingerprint import digest, params_fingerprint
 from attrib_jax.core.weights import Params, select_weights
@@ -76,21 +74,7 @@ class Run:
 
 def model_fingerprint(pipeline: Pipeline) -> str:
     """SHA-256 of all that decides what a model computes: weights, configs, schedule and tokenizer."""
-    configs: dict[str, Any] = {
-        "unet": pipeline.unet.config.to_dict(),
-        "vae": pipeline.vae.config.to_dict(),
-        "text_encoder": pipeline.text_encoder.config.to_dict(),
-        "schedule": pipeline.schedule.to_config(),
-        "max_tokens": pipeline.tokenizer.model_max_length,
-        **tokenizer_parts(pipeline.tokenizer),
-    }
-    if pipeline.text_encoder_2 is not None:
-        configs |= {
-            "text_encoder_2": pipeline.text_encoder_2.config.to_dict(),
-            "tokenizer_2": tokenizer_parts(pipeline.tokenizer_2),
-            "zeros_for_empty_prompt": pipeline.zeros_for_empty_prompt,
-        }
-    return digest([params_fingerprint(pipeline.params), json.dumps(configs, sort_keys=True)])
+    return digest([params_fingerprint(pipeline.params), json.dumps(pipeline.configs(), sort_keys=True)])
 
 
 def check_images(dataset: Dataset, method: str) -> None:

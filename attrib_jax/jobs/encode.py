@@ -24,6 +24,7 @@ from attrib_jax.convert.pipeline import (
     image_size,
     latent_size,
     takes_size_ids,
+    text_width,
     tokenize,
 )
 from attrib_jax.convert.tokenizer import tokenizer_fingerprint
@@ -37,6 +38,7 @@ from attrib_jax.data.readers import ImageReader
 from attrib_jax.data.sources import Dataset
 from attrib_jax.jobs.encode_to_store import encode_to_store, make_store
 from attrib_jax.jobs.encoded_dataset import EncodedDataset, join
+from attrib_jax.models.unet import UNet2DConditionModel
 from attrib_jax.parallel.hosts import is_host0, run_on_host0
 from attrib_jax.storage.files import DamagedFileError, read_arrays, write_arrays
 from attrib_jax.storage.joined import JoinedArray, ScaledArray
@@ -223,18 +225,19 @@ def _stored_first_caption(stage: Stage) -> np.ndarray | None:
 
 
 def _stored_latents(pipeline: Pipeline, dataset: LatentsDataset) -> EncodedDataset:
-    size = (*latent_size(pipeline), pipeline.unet.config.in_channels)
+    size = (*latent_size(pipeline), pipeline.vae.config.latent_channels)
     if dataset.latents.shape[2:] != size:
         raise ValueError(
             f"dataset {dataset.name!r} has latents (height, width, channels) {dataset.latents.shape[2:]}; the model "
             f"was trained on {size}. Give the latents of the model's own training set."
         )
-    width = pipeline.unet.config.cross_attention_dim
+    width = text_width(pipeline)
     if dataset.text.shape[-1] != width:
         raise ValueError(
             f"dataset {dataset.name!r} has text states of width {dataset.text.shape[-1]}; the model reads {width}. "
             "Encode the captions with the model's own text encoder."
         )
+    _check_conditioning(pipeline, dataset)
     if takes_size_ids(pipeline) != bool(dataset.by_image):
         has, takes = ("pooled text and size ids", "text states alone")[:: 1 if dataset.by_image else -1]
         raise ValueError(
@@ -252,6 +255,11 @@ def _stored_latents(pipeline: Pipeline, dataset: LatentsDataset) -> EncodedDatas
             )
     latents = dataset.latents
     if not dataset.scaled:
+        if getattr(pipeline.vae.config, "shift_factor", None):
+            raise ValueError(
+                f"dataset {dataset.name!r} has the autoencoder's own latents, and the model shifts them; give latents "
+                "that are shifted and scaled"
+            )
         latents = ScaledArray(latents, pipeline.vae.config.scaling_factor)
     return EncodedDataset(
         dataset.row_ids,
@@ -265,23 +273,41 @@ def _stored_latents(pipeline: Pipeline, dataset: LatentsDataset) -> EncodedDatas
     )
 
 
+def _check_conditioning(pipeline: Pipeline, dataset: LatentsDataset) -> None:
+    """Raises ValueError unless a diffusion transformer's conditioning is all there; others are checked by its kind."""
+    if isinstance(pipeline.unet, UNet2DConditionModel):
+        return
+    found = {"text": tuple(dataset.text.shape[1:])}
+    found |= {name: tuple(array.shape[1:]) for name, array in {**dataset.by_image, **dataset.by_caption}.items()}
+    tokens = dataset.text.shape[1]
+    expected = {
+        name: tuple(tokens if size is None else size for size in shape)
+        for name, shape in pipeline.unet.config.conditioning.items()
+    }
+    if found != expected:
+        raise ValueError(
+            f"dataset {dataset.name!r} has conditioning of the shapes {found}; the model reads {expected}. Encode the "
+            "data set with this model (launch.encode)."
+        )
+
+
 def encoder_fingerprints(pipeline: Pipeline, vocab_size: int) -> dict[str, Any]:
     """What decides latents and text states: autoencoder, tokenizer, text encoder with its first `vocab_size` tokens.
 
     A customised model whose new tokens stand after those reads the captions of its base model as the base does.
     """
     text = flatten_names(pipeline.params["text_encoder"])
-    (embedding,) = (name for name in text if name.endswith("token_embedding/embedding"))
+    (embedding,) = (name for name in text if name.endswith(("token_embedding/embedding", "shared/embedding")))
     text[embedding] = text[embedding][:vocab_size]
     config = dataclasses.replace(pipeline.text_encoder.config, vocab_size=vocab_size)
-    second = {}
-    if pipeline.text_encoder_2 is not None:
-        options = pipeline.text_encoder_2.config.to_dict() | {"max_tokens": pipeline.tokenizer_2.model_max_length}
-        second = {
-            "text_encoder_2": _digest(pipeline.params["text_encoder_2"], options),
-            "tokenizer_2": tokenizer_fingerprint(pipeline.tokenizer_2, added=False),
-        }
-    return second | {
+    further = {}
+    for part, module in list(pipeline.encoders.items())[1:]:
+        name = part.replace("text_encoder", "tokenizer")
+        tokenizer = getattr(pipeline, name)
+        options = module.config.to_dict() | {"max_tokens": tokenizer.model_max_length}
+        further[part] = _digest(pipeline.params[part], options)
+        further[name] = tokenizer_fingerprint(tokenizer, added=False)
+    return further | {
         "vae": _digest(pipeline.params["vae"], pipeline.vae.config.to_dict()),
         "text_encoder": _digest(text, config.to_dict() | {"max_tokens": pipeline.tokenizer.model_max_length}),
         "tokenizer": tokenizer_fingerprint(pipeline.tokenizer, added=False),
@@ -357,7 +383,7 @@ def _latents(vae: Any, posterior: str, shared: Any, batch: Any) -> Any:
         return distribution.mean + jnp.exp(0.5 * distribution.logvar) * jax.vmap(noise)(row_ids)
 
     both = [latents(0, images), latents(1, images[:, :, ::-1])]
-    stacked = jnp.stack(both, axis=1) * vae.config.scaling_factor
+    stacked = vae.config.scaled(jnp.stack(both, axis=1))
     return {"latents": stacked, "ids": ids[0]} if ids else stacked
 
 

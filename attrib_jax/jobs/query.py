@@ -36,6 +36,7 @@ from attrib_jax.data.latents import open_npy
 from attrib_jax.diffusion.losses import Predict
 from attrib_jax.diffusion.samplers import SAMPLERS, sample
 from attrib_jax.jobs.settings import RegionSettings
+from attrib_jax.models.unet import UNet2DConditionModel
 
 _log = logging.getLogger(__name__)
 
@@ -47,7 +48,9 @@ class SamplerSettings(Settings):
     """How the model draws a query."""
 
     guidance_scale: float = setting(7.5, "Weight of classifier-free guidance of the generated query.", low=0)
-    sampler: str = setting("ddim", "Sampler of the generated query.", choices=tuple(SAMPLERS))
+    sampler: str = setting(
+        "ddim", "Sampler of the generated query; flow-matching models take Euler steps.", choices=tuple(SAMPLERS)
+    )
     sampler_steps: int = setting(50, "Sampling steps of the generated query.", low=1)
 
 
@@ -63,7 +66,7 @@ class Query(SamplerSettings):
         of these as "text" and of the "pooled" text (p,); size "ids" (6,) in it stand in place of the image's own size.
       seed: seed of the initial noise of a generated image.
       guidance_scale: weight of classifier-free guidance.
-      sampler: `ddim` or `ddpm`.
+      sampler: `ddim` or `ddpm`; flow-matching models take Euler steps whatever it says.
       sampler_steps: steps of the sampler.
     """
 
@@ -117,7 +120,7 @@ def prepare_query(pipeline: Pipeline, predict: Predict, query: Query) -> Prepare
     """
     notes = () if query.text is not None else prompt_notes(pipeline, query.prompt)
     if query.latents is not None:
-        latents = _given("latents", query.latents, (*latent_size(pipeline), pipeline.unet.config.in_channels))[None]
+        latents = _given("latents", query.latents, (*latent_size(pipeline), pipeline.vae.config.latent_channels))[None]
         image = decode(pipeline, latents)[0]
     elif query.image is None:
         latents = generate(pipeline, predict, [query.prompt], [query.seed], query)
@@ -135,6 +138,11 @@ def prepare_query(pipeline: Pipeline, predict: Predict, query: Query) -> Prepare
 def _given_conditioning(pipeline: Pipeline, text: Any) -> Any:
     """A query's own text states, checked; as a dict with pooled text and size ids for a model that takes these."""
     config = pipeline.unet.config
+    if not isinstance(pipeline.unet, UNet2DConditionModel):
+        wanted = config.conditioning
+        if not isinstance(text, Mapping) or text.keys() != wanted.keys():
+            raise ValueError(f"the query's text must be a dict of {sorted(wanted)}. Leave it out to encode the prompt")
+        return {name: _given(name, text[name], shape) for name, shape in wanted.items()}
     states = (None, config.cross_attention_dim)
     if not takes_size_ids(pipeline):
         if isinstance(text, Mapping):
@@ -210,6 +218,8 @@ def generate(
     The initial noise of an image depends on its seed alone.
     """
     check_range("sampler_steps", query.sampler_steps, 1, pipeline.schedule.num_train_timesteps, integer=True)
+    if pipeline.schedule.prediction_type == "flow":
+        return _generate_by_flow(pipeline, predict, prompts, seeds, query)
     both = text_states(pipeline, list(prompts) + [""])
     text, empty = (jax.tree.map(lambda leaf, part=part: leaf[part], both) for part in (slice(-1), -1))
     if pipeline.zeros_for_empty_prompt:
@@ -233,6 +243,25 @@ def generate(
     return np.concatenate(images)
 
 
+def _generate_by_flow(pipeline, predict, prompts, seeds, query: SamplerSettings) -> np.ndarray:
+    """`generate` for a flow-matching model, whose sampler takes Euler steps, whatever `query.sampler` says."""
+    from attrib_jax.diffusion.flow import sample_flow  # no other model needs it
+
+    both = text_states(pipeline, [*prompts, ""])
+    text, empty = (jax.tree.map(lambda leaf, part=part: leaf[part], both) for part in (slice(-1), -1))
+    scale = query.guidance_scale
+    if pipeline.schedule.uniform_sigmas:
+        # FLUX was distilled with guidance: dev is told its scale, schnell has none.
+        if "guidance" in text:
+            text = {**text, "guidance": jnp.full_like(text["guidance"], scale)}
+        empty, scale = None, 1.0
+    initial = jnp.stack([initial_noise(pipeline, seed) for seed in seeds])
+    with jax.default_matmul_precision("highest"):
+        steps = query.sampler_steps
+        params, schedule = pipeline.params["unet"], pipeline.schedule
+        return np.asarray(sample_flow(predict, params, schedule, text, empty, initial, steps, scale))
+
+
 def _sample(pipeline, predict, text, empty_text, initial, key, query: SamplerSettings) -> np.ndarray:
     with jax.default_matmul_precision("highest"):
         latents = sample(
@@ -252,8 +281,8 @@ def _sample(pipeline, predict, text, empty_text, initial, key, query: SamplerSet
 
 def initial_noise(pipeline: Pipeline, seed: int) -> np.ndarray:
     """The noise (h, w, c) that an image with this seed starts from."""
-    config = pipeline.unet.config
-    shape = (*latent_size(pipeline), config.in_channels)
+    config = pipeline.vae.config
+    shape = (*latent_size(pipeline), config.latent_channels)
     return np.asarray(jax.random.normal(purpose_key(seed, "sample"), shape))
 
 
@@ -272,7 +301,7 @@ def _encode_image(pipeline: Pipeline, image: Any) -> tuple[np.ndarray, np.ndarra
         raise ValueError(f"query image has shape {image.shape} {image.dtype}; expected {(height, width, 3)} uint8")
     with jax.default_matmul_precision("highest"):
         mean = _encode(pipeline.vae, pipeline.params["vae"], image[None].astype(np.float32) / 127.5 - 1.0)
-    return image, np.asarray(mean) * pipeline.vae.config.scaling_factor
+    return image, pipeline.vae.config.scaled(np.asarray(mean))
 
 
 def text_states(pipeline: Pipeline, prompts: list[str]) -> Any:
@@ -289,7 +318,7 @@ def _encode_prompts(text_encoder, params, input_ids):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _decode(vae, params, latents):
-    return vae.apply({"params": params}, latents / vae.config.scaling_factor, method=vae.decode)
+    return vae.apply({"params": params}, vae.config.unscaled(latents), method=vae.decode)
 
 
 @functools.partial(jax.jit, static_argnums=0)

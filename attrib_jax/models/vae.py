@@ -67,6 +67,15 @@ class AutoencoderKLConfig:
         """Pixels per latent pixel along one side."""
         return 2 ** (len(self.block_out_channels) - 1)
 
+    def scaled(self, latents: Any) -> Any:
+        """The autoencoder's own latents as the denoiser takes them: (latents - shift_factor) scaling_factor."""
+        return (latents if self.shift_factor is None else latents - self.shift_factor) * self.scaling_factor
+
+    def unscaled(self, latents: Any) -> Any:
+        """The inverse of `scaled`."""
+        own = latents / self.scaling_factor
+        return own if self.shift_factor is None else own + self.shift_factor
+
 
 class LatentDistribution(NamedTuple):
     """Mean and log-variance (clipped to [-30, 20] as in diffusers) of the latents, each (B, h, w, latent_channels)."""
@@ -162,8 +171,8 @@ class Decoder(nn.Module):
 class AutoencoderKL(nn.Module):
     """Images (B, H, W, 3) in [-1, 1] <-> latents (B, H/f, W/f, c), f = `config.downscale`.
 
-    Latents here are the autoencoder's own: multiply by `config.scaling_factor` before they meet the UNet, and divide
-    before `decode`.
+    Latents here are the autoencoder's own: `config.scaled` gives those that a denoiser takes, and `config.unscaled`
+    those for `decode`.
     """
 
     config: AutoencoderKLConfig
@@ -245,6 +254,14 @@ class PixelAutoencoderConfig:
     def downscale(self) -> int:
         """Pixels per latent pixel along one side."""
         return self.patch
+
+    def scaled(self, latents: Any) -> Any:
+        """The autoencoder's own latents as the denoiser takes them."""
+        return latents * self.scaling_factor
+
+    def unscaled(self, latents: Any) -> Any:
+        """The inverse of `scaled`."""
+        return latents / self.scaling_factor
 
 
 class PixelAutoencoder(nn.Module):

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
 from attrib_jax.convert.config_files import read_json
-from attrib_jax.convert.diffusers_folder import check_folder, choose_weights, find_weights, weight_choices
+from attrib_jax.convert.diffusers_folder import check_folder
+from attrib_jax.convert.weights.files import choose_weights, find_weights, weight_choices
 
 UNET = "diffusion_pytorch_model"
 

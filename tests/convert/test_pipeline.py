@@ -137,7 +137,7 @@ TO_K = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight"
 @pytest.mark.parametrize(
     ("file", "change", "message"),
     [
-        ("model_index.json", {"_class_name": "FluxPipeline"}, "'FluxPipeline'.* FLUX"),
+        ("model_index.json", {"_class_name": "FluxFillPipeline"}, "'FluxFillPipeline'.* FLUX"),
         ("model_index.json", {"unet": ["diffusers", "UNet3D"]}, "unet of .* 'UNet3D'"),
         ("model_index.json", {"vae": ["diffusers", "VQModel"]}, "vae of .* 'VQModel'"),
         ("unet/config.json", {"_class_name": "UNet2DModel"}, "unet/config.json, .*'UNet2DModel'"),

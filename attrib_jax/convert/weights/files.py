@@ -1,13 +1,16 @@
 """Weight files of every kind, opened as named tensors that are read one by one; writing streams too.
 
-The kinds: safetensors, PyTorch files (torch_files.py) and the json index of a sharded model of either kind.
+The kinds: safetensors, PyTorch files (torch_files.py) and the json index of a sharded model of either kind. And which
+files a part of a model is in, by their names.
 """
 
 import json
+import logging
 import math
 import os
+import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -35,6 +38,12 @@ _HEADER_LIMIT = 100_000_000  # bytes; safetensors' own limit
 _MAX_AXES = 32  # of an array in numpy 1
 _LISTED = 20  # names shown in an error message
 _LFS_POINTER = b"version https://git-lfs"
+# transformers names its PyTorch files otherwise than its safetensors; diffusers does not.
+_BIN_STEMS = {"model": "pytorch_model"}
+_VARIANT = r"(?P<variant>(?![\w-]*-\d{5}-of-\d{5})[\w-]+)"
+_FULL = "full precision"
+
+_log = logging.getLogger(__name__)
 
 
 def open_weights(path: str | os.PathLike) -> dict[str, LazyTensor]:
@@ -264,3 +273,94 @@ def _header(tensors: dict[str, LazyTensor], order: list[str], metadata: Mapping[
     content = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     content += b" " * (-len(content) % 8)
     return len(content).to_bytes(8, "little") + content
+
+
+def stem_of(part: str) -> str:
+    """How the names of a part's weight files start."""
+    return "model" if part.startswith("text_encoder") else "diffusion_pytorch_model"
+
+
+def weight_choices(names: Collection[str], stem: str) -> dict[str | None, str]:
+    """Variant -> the file of it to open, among the file names of one part's folder; None is full precision.
+
+    A variant is there as safetensors or `.bin`, in one file or as the index of shards; the first of these is taken. The
+    names are those of diffusers and transformers, with both places where they have put a variant into an index's name:
+    `S.safetensors`, `S.fp16.safetensors`, `S.safetensors.index.json`, `S.safetensors.index.fp16.json`,
+    `S.safetensors.fp16.index.json`.
+
+    Args:
+      names: file names.
+      stem: S in the names: "diffusion_pytorch_model", or "model" for a part of transformers, whose `.bin` files are
+        called `pytorch_model`.
+    """
+    found: dict[str | None, str] = {}
+    for start, suffix in ((stem, "safetensors"), (_BIN_STEMS.get(stem, stem), "bin")):
+        single = rf"{start}(\.{_VARIANT})?\.{suffix}"
+        index = rf"{start}\.{suffix}\.index(\.{_VARIANT})?\.json"
+        early_index = rf"{start}\.{suffix}\.{_VARIANT}\.index\.json"
+        for pattern in (single, index, early_index):
+            for name in sorted(names):
+                match = re.fullmatch(pattern, name)
+                if match:
+                    found.setdefault(match["variant"], name)
+    return found
+
+
+def choose_weights(names: Mapping[str, Collection[str]], variant: str | None, source: str) -> dict[str, str | None]:
+    """Part -> the weight file to open (None where the part has none), among the file names of each part's folder.
+
+    With a `variant`, a part that lacks it takes full precision, as in diffusers: `non_ema` is a UNet's alone. Without
+    one, a part that has nothing but `fp16` takes that. Either is logged.
+
+    Raises FileNotFoundError where no part has `variant`, or a part has only other variants; lists what is there.
+    """
+    choices = {part: weight_choices(files, stem_of(part)) for part, files in names.items()}
+    if variant is not None and not any(variant in found for found in choices.values()):
+        raise FileNotFoundError(f"{source} has no variant {variant!r}; it holds {_describe(choices)}")
+    chosen: dict[str, str | None] = {}
+    for part, found in choices.items():
+        kind = next((kind for kind in (variant, None, "fp16") if kind in found), None)
+        if found and kind not in found:
+            raise FileNotFoundError(f"{source} has no {_FULL} weights; name a variant. It holds {_describe(choices)}")
+        chosen[part] = found.get(kind)
+        if found and kind != variant:
+            _log.warning("%s: %s weights of %s: %s", source, kind or _FULL, part, found[kind])
+    return chosen
+
+
+def _describe(choices: Mapping[str, Mapping[str | None, str]]) -> str:
+    kinds = {part: ", ".join(kind or _FULL for kind in found) or "no weights" for part, found in choices.items()}
+    return "; ".join(f"{part}: {text}" for part, text in kinds.items())
+
+
+def find_weights(folder: str, stem: str, variant: str | None = None) -> str:
+    """The path for `open_weights` of the weights in one part's folder.
+
+    Args:
+      folder: such as a pipeline's unet/.
+      stem: "diffusion_pytorch_model", or "model" (also "pytorch_model") for a part of transformers.
+      variant: such as "fp16"; None takes full precision, or `fp16` where nothing else is there, which is logged.
+
+    Raises FileNotFoundError where there are no such weights; lists the variants that are there.
+    """
+    stem = next((safe for safe, other in _BIN_STEMS.items() if stem == other), stem)
+    found = weight_choices(list_files(folder), stem)
+    if not found:
+        raise FileNotFoundError(
+            f"{folder!r} has no weights: expected {stem}.safetensors, {_BIN_STEMS.get(stem, stem)}.bin, a variant such "
+            "as fp16, or an index of shards"
+        )
+    if variant is None and None not in found and "fp16" in found:
+        _log.warning("%s: fp16 weights: %s", folder, found["fp16"])
+        variant = "fp16"
+    if variant not in found:
+        held = ", ".join(kind or _FULL for kind in found)
+        raise FileNotFoundError(f"{folder!r} has no {variant or _FULL} weights; it holds {held}; name one as variant")
+    return os.path.join(folder, found[variant])
+
+
+def list_files(folder: str) -> list[str]:
+    """The names of a folder's files; a link to nothing, as an interrupted download leaves it, is none."""
+    if not os.path.isdir(folder):
+        return []
+    return [name for name in os.listdir(folder) if os.path.isfile(os.path.join(folder, name))]
