@@ -57,9 +57,9 @@ def main(argv: Sequence[str]) -> None:
         config = _read_config()
         pipeline = common.load_model()
         if not common.LATENTS_SCALED.value:
-            scale = pipeline.vae.config.scaling_factor
+            scaled = pipeline.vae.config.scaled
             queries = [
-                query if query.latents is None else dataclasses.replace(query, latents=query.latents * scale)
+                query if query.latents is None else dataclasses.replace(query, latents=scaled(query.latents))
                 for query in queries
             ]
         dataset = common.load_dataset(image_resolution(pipeline))
