@@ -76,10 +76,12 @@ setup(
             *DEMO,
             *SERVE,
             *STUDIES,
+            "accelerate",  # what PEFT needs to be imported
             "diffusers",
             "faiss-cpu",
             "hypothesis",
             "mypy",
+            "peft",
             "playwright",
             "pre-commit",
             "pytest",

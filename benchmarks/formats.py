@@ -124,7 +124,7 @@ FORMATS = {
     ),
     "LoRA": Format(
         torch_formats.write_lora,
-        lambda base, target, model: ModelSource(str(base), lora=str(target), lora_scale=torch_formats.LORA_SCALE),
+        lambda base, target, model: ModelSource(str(base), lora=(str(target),), lora_scale=(torch_formats.LORA_SCALE,)),
         "lora",
     ),
 }

@@ -60,8 +60,12 @@ class ModelSource(Settings):
         None, "Custom Diffusion weights, or the folder with them and their <token> files.", path=True
     )
     tokens: tuple[str, ...] = setting((), "Textual-inversion files, separated by commas.", path=True)
-    lora: str | None = setting(None, "LoRA weights, merged into the model.", path=True)
-    lora_scale: float = setting(1.0, "Factor of the LoRA weights.", only_if="lora")
+    lora: tuple[str, ...] = setting(
+        (), "LoRA files (LoHa, LoKr and DoRA too), separated by commas, merged into the model.", path=True
+    )
+    lora_scale: tuple[float, ...] = setting(
+        (1.0,), "Factor of the LoRA weights; one for all files, or one for each.", only_if="lora"
+    )
 
 
 def load_model(source: ModelSource, dtype: Any = jnp.float32) -> Pipeline:
@@ -94,10 +98,10 @@ def load_model(source: ModelSource, dtype: Any = jnp.float32) -> Pipeline:
         from attrib_jax.convert.adapters.textual_inversion import add_tokens, read_token_file
 
         pipeline = add_tokens(pipeline, read_token_file(expand_path(file)))
-    if source.lora is not None:
+    if source.lora:
         from attrib_jax.convert.adapters.lora import merge_lora
 
-        pipeline = merge_lora(pipeline, expand_path(source.lora), source.lora_scale)
+        pipeline = merge_lora(pipeline, [expand_path(file) for file in _rejoin(source.lora)], source.lora_scale)
     return pipeline
 
 

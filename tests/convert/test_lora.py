@@ -258,12 +258,9 @@ def test_files_that_do_not_fit(ours, tmp_path, content, message):
 KOHYA = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
 XL, FLUX = "Stable Diffusion XL", "FLUX"
 KINDS = {
-    f"unet.{UNET[0]}.lora_magnitude_vector": "is a DoRA",
-    f"{KOHYA}.dora_scale": "is a DoRA",
-    f"{KOHYA}.hada_w1_a": "is a LoHa",
-    f"{KOHYA}.lokr_w1": "is a LoKr",
     f"{KOHYA}.oft_blocks": "is an OFT",
-    f"{KOHYA}.lora_mid.weight": "lora_mid",
+    f"{KOHYA}.on_input": "is an IA3",
+    f"{KOHYA}.b1.weight": "is a GLoRA",
     f"{KOHYA}.diff": "full differences",
     "down_blocks.0.attentions.0.transformer_blocks.0.attn2.processor.to_k_ip.weight": "IP-Adapter",
     f"{UNET[4]}.processor.to_k_custom_diffusion.weight": "--custom_diffusion",
@@ -271,6 +268,7 @@ KINDS = {
     "lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": XL,
     "lora_unet_input_blocks_4_1_transformer_blocks_1_attn1_to_k.alpha": XL,
     "lora_unet_label_emb_0_0.lora_down.weight": XL,
+    "lora_unet_label_emb_0_0.dora_scale": f"DoRA made for {XL}",
     "unet.down_blocks.2.attentions.0.transformer_blocks.7.attn2.to_k.lora_A.weight": XL,
     "lora_unet_input_blocks_4_1_transformer_blocks_1_attn1_to_k.hada_w1_a": f"LoHa made for {XL}",
     "lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight": FLUX,
