@@ -76,7 +76,6 @@ setup(
             *DEMO,
             *SERVE,
             *STUDIES,
-            "accelerate",  # what PEFT needs to be imported
             "diffusers",
             "faiss-cpu",
             "hypothesis",

@@ -17,7 +17,7 @@ from attrib_jax.data.sources import Dataset
 from attrib_jax.jobs.encode import image_resolution
 from attrib_jax.jobs.query import Query, read_stored_query
 from attrib_jax.methods import METHODS, ensemble_parts, method_readers
-from attrib_jax.methods.base import Attribution, MethodConfig
+from attrib_jax.methods.base import Attribution, MethodConfig, moved_weights
 from attrib_jax.methods.features import default_tower
 from attrib_jax.parallel.hosts import is_host0
 from attrib_jax.storage.stage_root import StageRoot
@@ -55,7 +55,7 @@ def main(argv: Sequence[str]) -> None:
         common.require(model=common.MODEL.value, workdir=common.workdir())
         queries, names = _read_queries()
         config = _read_config()
-        pipeline = common.load_model()
+        pipeline = common.load_model(moved_weights(config))
         if not common.LATENTS_SCALED.value:
             scaled = pipeline.vae.config.scaled
             queries = [

@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -176,8 +176,8 @@ def require(**values: object) -> None:
         raise ValueError(f"{', '.join(missing)} not given; see --help, or start from a flagfile under configs/")
 
 
-def load_model() -> Pipeline:
-    """The pipeline of --model and the flags that change it."""
+def load_model(weights: Collection[str] = ()) -> Pipeline:
+    """The pipeline of --model and the flags that change it; `weights` are the subsets that will be selected."""
     require(model=flags.FLAGS.model)
     check_model_folder(flags.FLAGS.model)
     # Before gigabytes are read.
@@ -185,7 +185,7 @@ def load_model() -> Pipeline:
     for name in (data.dataset, data.exemplars, data.images):
         if folder is not None and name is not None:
             check_separate(folder, name)
-    return assemble.load_model(read_config(ModelSource))
+    return assemble.load_model(read_config(ModelSource), weights=weights)
 
 
 def open_source(name: str, resolution: int | None = None, **keys: str | None) -> Dataset:

@@ -7,7 +7,7 @@ python -m launch.evaluate --flagfile=configs/evaluate_self.cfg
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from absl import app, flags
@@ -26,7 +26,7 @@ from attrib_jax.evaluation.similarity import check_sees_images
 from attrib_jax.jobs.context import Run
 from attrib_jax.jobs.encode import image_resolution
 from attrib_jax.jobs.query import Query, prepare_query
-from attrib_jax.methods.base import MethodConfig
+from attrib_jax.methods.base import MethodConfig, moved_weights
 from attrib_jax.storage.files import write_json
 from attrib_jax.storage.stage_root import StageRoot
 from attrib_jax.storage.stages import lock
@@ -117,7 +117,8 @@ def _customized(workdir: str, methods: Mapping[str, MethodConfig], config: Custo
 
 
 def _self(workdir: str, methods: Mapping[str, MethodConfig], config: SelfConfig) -> str:
-    with _open_run(workdir) as run:
+    moved = set().union(*map(moved_weights, methods.values()))
+    with _open_run(workdir, moved) as run:
         return run_self(run, methods, config)
 
 
@@ -148,9 +149,9 @@ def _retraining(
 
 
 @contextlib.contextmanager
-def _open_run(workdir: str) -> Iterator[Run]:
-    """The run of the flags' model, data set and workdir, which is locked."""
-    pipeline = common.load_model()
+def _open_run(workdir: str, weights: Collection[str] = ()) -> Iterator[Run]:
+    """The run of the flags' model, of which `weights` are selected, data set and workdir, which is locked."""
+    pipeline = common.load_model(weights)
     dataset = common.load_dataset(image_resolution(pipeline))
     shipped = common.shipped_stages() if read_config(StageSettings).use_shipped_stages else None
     with lock(workdir):

@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> None:
     with common.command(argv, many_hosts=True):
         common.require(model=common.MODEL.value, workdir=common.workdir())
         config = read_config(CurvatureSettings)
-        pipeline = common.load_model()
+        pipeline = common.load_model([config.weights])
         dataset = common.load_dataset(image_resolution(pipeline))
         with lock(common.workdir()):
             run = Run(pipeline, dataset, StageRoot(common.workdir()), common.encode_config())

@@ -1,8 +1,9 @@
-"""Trains a small text-to-image pipeline, a UNet alone or a tower, or teaches a pipeline a new word from a few images.
+"""Trains a small text-to-image pipeline, a UNet alone or a tower, a LoRA, or teaches a pipeline a new word.
 
 python -m launch.train --flagfile=configs/train_openmoji.cfg
 python -m launch.train --flagfile=configs/train_digits.cfg
 python -m launch.train --flagfile=configs/customize_openmoji.cfg
+python -m launch.train --flagfile=configs/train_lora_openmoji.cfg
 python -m launch.train --flagfile=configs/train_tower.cfg
 """
 
@@ -17,9 +18,12 @@ from attrib_jax.convert.tokenizer import load_tokenizer
 from attrib_jax.core.settings import Settings, setting
 from attrib_jax.evaluation.retrain import Recipe
 from attrib_jax.evaluation.small_models import SmallUNet, pixel_pipeline, replace_unet_architecture, train_small
+from attrib_jax.jobs.context import Run
 from attrib_jax.jobs.encode import image_resolution
+from attrib_jax.storage.stage_root import StageRoot
 from attrib_jax.storage.stages import lock
 from attrib_jax.training.customize import CustomizeConfig, customize
+from attrib_jax.training.lora import LoraConfig, train_lora
 from attrib_jax.training.pipeline import TrainConfig, train
 from attrib_jax.training.tower import TowerConfig, train_tower
 from launch import common
@@ -67,19 +71,26 @@ class _Customize(CustomizeConfig):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class _Lora(LoraConfig):
+    model: str | None = setting(None, "")
+    tokenizer: str | None = setting(None, "")
+    dataset: str = setting("openmoji", "")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class _Tower(TowerConfig, _Data, _Weights):
     tokenizer: str | None = setting(None, "")
 
 
-_MODES = {"scratch": _Scratch, "unet": _UNet, "customize": _Customize, "tower": _Tower}
+_MODES = {"scratch": _Scratch, "unet": _UNet, "customize": _Customize, "lora": _Lora, "tower": _Tower}
 
 _MODE = define_choice(
     "mode",
     "scratch",
     _MODES,
     "What is trained. scratch: a pipeline on --dataset; unet: a UNet alone, on the fixed encoders of --model or on "
-    "pixels, as launch.evaluate trains it; customize: --model on --exemplars, to learn a new word; tower: a small CLIP "
-    "for the methods that compare features.",
+    "pixels, as launch.evaluate trains it; customize: --model on --exemplars, to learn a new word; lora: low-rank "
+    "factors beside the weights of --model, on --dataset; tower: a small CLIP for the methods that compare features.",
 )
 define_mode_flags(_MODES, skip=["weight_decay"])
 
@@ -88,7 +99,7 @@ def main():
     common.require(workdir=common.workdir())
     mode = _MODE.value
     check_unread(f"mode {mode!r}", {f"mode {name!r}": config for name, config in _MODES.items()}, flagfiles=True)
-    {"scratch": _scratch, "unet": _unet, "customize": _customize, "tower": _tower}[mode]()
+    {"scratch": _scratch, "unet": _unet, "customize": _customize, "lora": _lora, "tower": _tower}[mode]()
 
 
 def _scratch():
@@ -127,6 +138,17 @@ def _tower():
     for name, value in results.items():
         print(f"{name}: {value:g}")
     print(f"tower: {folder}")
+
+
+def _lora():
+    common.require(model=flags.FLAGS.model)
+    config = read_config(LoraConfig)
+    pipeline = common.load_model()
+    dataset = common.load_dataset(image_resolution(pipeline))
+    with lock(common.workdir()):
+        run = Run(pipeline, dataset, StageRoot(common.workdir()), common.encode_config())
+        folder = train_lora(common.workdir(), run, config)
+    print(f"lora: {folder}")
 
 
 def _customize():

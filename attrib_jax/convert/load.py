@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -68,13 +68,20 @@ class ModelSource(Settings):
     )
 
 
-def load_model(source: ModelSource, dtype: Any = jnp.float32) -> Pipeline:
+def load_model(source: ModelSource, dtype: Any = jnp.float32, weights: Collection[str] = ()) -> Pipeline:
     """Loads a pipeline and applies what `source` adds to it.
+
+    Args:
+      source: where it is.
+      dtype: dtype of the parameters.
+      weights: subsets that will be selected; for "lora" the LoRA's factors are kept apart and not merged.
 
     Raises:
       FileNotFoundError: a file or folder is missing.
       ValueError: a file is damaged, or does not fit the model; see the functions that read it.
     """
+    if "lora" in weights and not source.lora:
+        raise ValueError("weights is 'lora', but lora is not given; give the LoRA file with --lora, or other weights")
     pipeline = load_pipeline(
         source.model,
         dtype,
@@ -99,9 +106,10 @@ def load_model(source: ModelSource, dtype: Any = jnp.float32) -> Pipeline:
 
         pipeline = add_tokens(pipeline, read_token_file(expand_path(file)))
     if source.lora:
-        from attrib_jax.convert.adapters.lora import merge_lora
+        from attrib_jax.convert.adapters.lora import attach_lora, merge_lora
 
-        pipeline = merge_lora(pipeline, [expand_path(file) for file in _rejoin(source.lora)], source.lora_scale)
+        apply = attach_lora if "lora" in weights else merge_lora
+        pipeline = apply(pipeline, [expand_path(file) for file in _rejoin(source.lora)], source.lora_scale)
     return pipeline
 
 

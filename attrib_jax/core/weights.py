@@ -14,11 +14,14 @@ from attrib_jax.core.checks import check_choice
 # feed-forward layers lie beside them, not below. A bias of all keys of a softmax (PixArt has them) changes no output:
 # its gradient is rounding noise, and so is what divides it.
 _NO_EFFECT = r"(?!.*\battn[12]/to_k/bias$)"
+_LOW_RANK = r"(.+/)?lora_[AB]/kernel"
 WEIGHT_SUBSETS = {
     "cross-attn-kv": _NO_EFFECT + r"(.+/)?attn2/to_[kv]/(kernel|bias)",
     "cross-attn": _NO_EFFECT + r"(.+/)?attn2/.+",
     "attn": _NO_EFFECT + r"(.+/)?attn[12]/.+",
     "mlp": r"(.+/)?ff/.+",
+    # The low-rank factors of a LoRA that is kept apart from the kernels.
+    "lora": _LOW_RANK,
     "all": _NO_EFFECT + r".+",
 }
 # In SD 3 and FLUX text and image attend to both in `attn`: the text's keys and values have projections of their own,
@@ -29,6 +32,7 @@ _JOINT_SUBSETS = {
     "cross-attn": r"transformer_blocks_\d+/attn/.+",
     "attn": r"(single_)?transformer_blocks_\d+/attn2?/.+",
     "mlp": r"(single_)?transformer_blocks_\d+/(ff|ff_context|proj_mlp)/.+",
+    "lora": _LOW_RANK,
     "all": r"(?!pos_embed/pos_embed$).+",
 }
 _JOINT_MARK = re.compile(r"(?:single_)?(transformer_blocks_\d+)/attn/(.+)")
@@ -73,8 +77,9 @@ def select_weights(params: Params, subset: str) -> tuple[Params, Params]:
       params: nested dict of arrays with diffusers' module names.
       subset: `cross-attn-kv` (projections to the keys and values of the text), `cross-attn` (every leaf of the layers
         that have them), `attn` (every leaf of all attention layers), `mlp` (every leaf of the feed-forward layers
-        beside them), or `all`. Of SD 3 and FLUX the first two are those of blocks in which the text has projections of
-        its own, and `all` leaves out the table of positions.
+        beside them), `lora` (the factors of a LoRA that is kept apart, see `attach_lora`), or `all`. Of SD 3 and FLUX
+        the first two are those of blocks in which the text has projections of its own, and `all` leaves out the table
+        of positions.
 
     Returns:
       `(selected, rest)`: nested dicts, each with its own leaves only.
@@ -91,7 +96,12 @@ def select_weights(params: Params, subset: str) -> tuple[Params, Params]:
         some = ", ".join(list(rest)[:3]) or "none at all"
         raise ValueError(
             f"weights={subset!r} selects no parameter: none of the {len(rest)} names matches {pattern.pattern!r} "
-            f"(names seen: {some}). Give the denoiser's own parameter tree, or another subset."
+            f"(names seen: {some}). "
+            + (
+                "Give a model whose LoRA is kept apart (--lora)."
+                if subset == "lora"
+                else "Give the denoiser's own parameter tree, or another subset."
+            )
         )
     single = sorted(name for name in selected if _other_projection(name) not in flat)
     if subset == "cross-attn-kv" and single:

@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,7 @@ from attrib_jax.models.predictor import predictor
 from attrib_jax.parallel.mesh import data_mesh, replicate, shard_batch, tile_map
 from attrib_jax.parallel.progress import progress
 from attrib_jax.storage.state import StateStore
+from attrib_jax.training.draws import Draws, Training, check_removed, draw_batches
 
 # Steps whose batches are drawn on the host and sent to the devices together.
 _STEPS_PER_DRAW = 100
@@ -69,53 +70,6 @@ class Recipe(Settings):
     def settings(self) -> dict[str, Any]:
         """The settings that decide the result, as JSON values."""
         return dataclasses.asdict(self)
-
-
-class Training(NamedTuple):
-    """One model to train: removed (R,), positions in the data set of the images it goes without; and its seed."""
-
-    removed: np.ndarray
-    seed: int = 0
-
-
-class Draws(NamedTuple):
-    """What S steps train on; int32 (S, B).
-
-    Attributes:
-      row: positions in the data set.
-      flip: 1 for the mirror image.
-      caption: positions in the data set's text states; -1 for the empty caption.
-    """
-
-    row: np.ndarray
-    flip: np.ndarray
-    caption: np.ndarray
-
-
-def draw_batches(data: EncodedDataset, training: Training, recipe: Recipe, start: int, stop: int) -> Draws:
-    """The batches of steps `start` to `stop`.
-
-    Places in the batches go through the data set epoch by epoch, each a permutation of its own; where a removed image
-    comes up, one of the remaining stands in, drawn by a number that belongs to the place.
-    """
-    size, batch = len(data), recipe.batch_size
-    kept = np.setdiff1d(np.arange(size), training.removed)
-    places = np.arange(start * batch, stop * batch)
-    order = np.empty(len(places), np.int64)
-    uniform = np.empty((4, len(places)))
-    for epoch in range(places[0] // size, places[-1] // size + 1):
-        here = places // size == epoch
-        rng = np.random.default_rng([training.seed, epoch])
-        permutation, numbers = rng.permutation(size), rng.random((4, size))
-        order[here], uniform[:, here] = permutation[places[here] % size], numbers[:, places[here] % size]
-    removed = np.zeros(size, bool)
-    removed[training.removed] = True
-    row = np.where(removed[order], kept[(uniform[0] * len(kept)).astype(np.int64)], order)
-    flip = (uniform[1] < 0.5) if recipe.random_flips else np.zeros(len(places), bool)
-    stored = data.positions[row]
-    caption = data.first_caption[stored] + (uniform[2] * data.num_captions[row]).astype(np.int64)
-    caption = np.where(uniform[3] < recipe.caption_dropout, -1, caption)
-    return Draws(*(array.astype(np.int32).reshape(stop - start, batch) for array in (stored, flip, caption)))
 
 
 class Retrainer:
@@ -167,7 +121,7 @@ class Retrainer:
         if not 1 <= count <= self.models_at_once:
             raise ValueError(f"trainings has {count} entries; expected 1 to {self.models_at_once}")
         for training in trainings:
-            _check_removed(training.removed, len(self.data))
+            check_removed(training.removed, len(self.data))
         # Places without a model train the last one again, so that the program keeps its shape.
         padded = [*trainings, *[trainings[-1]] * (self.models_at_once - count)]
         keys = np.stack([_key_data(training.seed) for training in padded])
@@ -262,11 +216,3 @@ def _key_data(seed: int) -> np.ndarray:
 
 def _stack(trees: Sequence[Any]) -> Any:
     return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
-
-
-def _check_removed(removed: np.ndarray, size: int) -> None:
-    removed = np.asarray(removed)
-    if removed.size and (removed.min() < 0 or removed.max() >= size or len(np.unique(removed)) != len(removed)):
-        raise ValueError(f"removed has positions outside the data set of {size} images, or one twice")
-    if len(removed) >= size:
-        raise ValueError(f"{len(removed)} of {size} images removed: expected at least one to be left to train on")

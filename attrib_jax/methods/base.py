@@ -28,6 +28,11 @@ class MethodConfig(Settings):
         return bool(getattr(self, "cascade", 0))
 
 
+def moved_weights(config: MethodConfig) -> set[str]:
+    """The subsets of weights that a method selects, and the methods that it is made of."""
+    return {each.weights for each in (config, *config.parts) if hasattr(each, "weights")}
+
+
 class QueryJob(NamedTuple):
     """A query that a method scores.
 

@@ -1,6 +1,7 @@
 """The denoiser as one object: a Flax module with its compute precision, or a plain function behind the same methods."""
 
 import dataclasses
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -8,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from attrib_jax.core.checks import check_choice
-from attrib_jax.core.weights import Params, flatten_names, merge_weights, select_weights, unflatten_names
+from attrib_jax.core.weights import WEIGHT_SUBSETS, Params, flatten_names, unflatten_names
 from attrib_jax.models.projected_text import ProjectedWeights, text_rows
 from attrib_jax.models.unet import TEXT_KERNELS, UNet2DConditionModel
 
@@ -16,9 +17,10 @@ from attrib_jax.models.unet import TEXT_KERNELS, UNet2DConditionModel
 # tensorfloat32 and bfloat16-products: float32 arrays, of which the device rounds the factors of products, to 10 and 7
 # bits of mantissa, where that is faster: a TPU takes the first as three products of bfloat16 numbers and the second as
 # one, a GPU takes both in TensorFloat-32, and a CPU in float32 (`jax.lax.Precision`).
-# bfloat16: every weight but the cross-attention keys and values, which unlearning moves by less than a bfloat16 step;
-# these and the text that they project stay float32.
+# bfloat16: every weight but the cross-attention keys and values and the factors of a LoRA, which unlearning moves by
+# less than a bfloat16 step; these, and the text that the former project, stay float32.
 PRECISIONS = ("float32", "tensorfloat32", "bfloat16-products", "bfloat16")
+_KEPT_FLOAT32 = re.compile("|".join(WEIGHT_SUBSETS[subset] for subset in ("cross-attn-kv", "lora")))
 _PRODUCTS = {"tensorfloat32": "tensorfloat32", "bfloat16-products": "bfloat16"}
 
 
@@ -39,8 +41,10 @@ def cast_params(params: Any, precision: str) -> Any:
     dtype = compute_dtype(precision)
     if dtype is None:
         return params
-    kept, rest = select_weights(params, "cross-attn-kv")
-    return merge_weights(kept, jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), rest))
+    flat = flatten_names(params)
+    return unflatten_names(
+        {name: leaf if _KEPT_FLOAT32.fullmatch(name) else jnp.asarray(leaf, dtype) for name, leaf in flat.items()}
+    )
 
 
 @dataclasses.dataclass(frozen=True)

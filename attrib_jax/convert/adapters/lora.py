@@ -1,4 +1,4 @@
-"""LoRA, LoHa, LoKr and DoRA files, merged into a pipeline's weights.
+"""LoRA, LoHa, LoKr and DoRA files, merged into a pipeline's weights, or a LoRA's factors kept apart.
 
 A LoRA adds scale * (alpha / rank) * up @ down to a weight W (Hu et al. 2021, eq. 3, with the scaling of PEFT and
 diffusers). Without an alpha, alpha is the rank. The other forms are those of `lora_forms`.
@@ -8,18 +8,21 @@ import collections
 import dataclasses
 import logging
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from attrib_jax.convert.adapters import lora_forms
-from attrib_jax.convert.adapters.files import check_finite_as, read_floats
-from attrib_jax.convert.adapters.lora_files import WeightChange, read_lora
+from attrib_jax.convert.adapters.files import check_finite_as, read_floats, write_adapter
+from attrib_jax.convert.adapters.lora_files import LORA_FILE, WeightChange, read_lora
 from attrib_jax.convert.pipeline import Pipeline
-from attrib_jax.convert.weights.names import from_torch, to_torch
+from attrib_jax.convert.weights.names import from_torch, to_torch, torch_name
 from attrib_jax.core.weights import flatten_names, unflatten_names
+from attrib_jax.models.low_rank import DOWN, UP, LowRank
 
 _log = logging.getLogger(__name__)
 
@@ -51,24 +54,98 @@ def merge_lora(pipeline: Pipeline, path: str | Sequence[str], scale: float | Seq
       ValueError: `scale` is not finite or not one for each file; a file is damaged, or has keys that are no LoRA of
         this model, parts of a change, or factors of other shapes: all are listed.
     """
-    files = scaled_files(path, scale)
+    found = [(*read_lora(file, pipeline), strength) for file, strength in scaled_files(path, scale)]
+    return _merged(pipeline, found)
+
+
+def attach_lora(pipeline: Pipeline, path: str | Sequence[str], scale: float | Sequence[float] = 1.0) -> Pipeline:
+    """A pipeline that computes as that of `merge_lora`, with the UNet's LoRA factors beside the weights: what
+    `select_weights(params, "lora")` selects and `--weights=lora` moves.
+
+    A layer's factors are `lora_A/kernel` and `lora_B/kernel`, see `LowRank`; B holds scale * alpha / rank. Factors of
+    several files for one layer lie side by side, so that their products add up. What files change in the text encoder
+    is merged: it decides the conditioning, and is not moved.
+
+    Args:
+      pipeline: the base model; it stays as it is.
+      path, scale: as in `merge_lora`.
+
+    Raises as `merge_lora`, and ValueError where a scale is 0, or a file has no factors of the UNet or such of another
+    form than `down` and `up`, which do not make a LoRA that can be moved.
+    """
+    found = [(*read_lora(file, pipeline), strength) for file, strength in scaled_files(path, scale)]
+    flat = flatten_names(pipeline.params["unet"])
+    parts: dict[str, list[tuple[np.ndarray, np.ndarray]]] = collections.defaultdict(list)
+    for file, changes, strength in found:
+        own = {module: change for (part, module), change in changes.items() if part == "unet"}
+        if strength == 0 or not own:
+            what = "its scale is 0" if strength == 0 else "it has none for the UNet"
+            raise ValueError(f"the factors of {file} cannot be kept apart to be moved: {what}. Leave the file out.")
+        for module, change in own.items():
+            if change.tensors.keys() != {"down", "up"}:
+                roles = ", ".join(sorted(change.tensors))
+                raise ValueError(
+                    f"{file} keeps the change of unet.{module} as {roles}; only the two factors of a plain LoRA can be "
+                    "moved. Choose other weights than 'lora', and the file is merged."
+                )
+            parts[change.leaf].append(_factors(file, module, change, strength, flat[change.leaf].ndim))
+    for leaf, pairs in parts.items():
+        layer = leaf.removesuffix("/kernel")
+        flat[f"{layer}/{DOWN}/kernel"] = jnp.concatenate([down for down, _ in pairs], axis=-1)
+        flat[f"{layer}/{UP}/kernel"] = jnp.concatenate([up for _, up in pairs], axis=-2)
+    texts = [(file, {at: x for at, x in changes.items() if at[0] != "unet"}, scale) for file, changes, scale in found]
+    unet: Any = LowRank(pipeline.unet)
+    params = _merged(pipeline, texts).params | {"unet": unflatten_names(flat)}
+    _log.info("%d layers with LoRA factors of their own", len(parts))
+    return dataclasses.replace(pipeline, unet=unet, params=params)
+
+
+def _factors(file: str, module: str, change: WeightChange, scale: float, ndim: int) -> tuple[np.ndarray, np.ndarray]:
+    """The two factors of a layer in our layout, float32, with their strength in the second."""
+    down, up = (read_floats(change.tensors[role], file, f"unet.{module} {role}") for role in ("down", "up"))
+    # Those of a 1x1 convolution may be written as those of a linear layer, and the reverse.
+    down = down.reshape(*down.shape[:2], *down.shape[2:ndim] or [1] * (ndim - 2))
+    up = up.reshape(*up.shape[:2], *[1] * (ndim - 2)) * (scale * change.strength)
+    return from_torch("kernel", down.astype(np.float32)), from_torch("kernel", up.astype(np.float32))
+
+
+def _merged(pipeline: Pipeline, found: Sequence[tuple[str, Mapping[tuple[str, str], WeightChange], float]]) -> Pipeline:
+    """The pipeline with the changes of files, which go with a scale each."""
     trees = {part: flatten_names(tree) for part, tree in pipeline.params.items()}
     # The change of a DoRA depends on the weight: all are taken of the base's, so that their order plays no role.
-    changes: dict[tuple[str, str], list[Any]] = collections.defaultdict(list)
-    for name, strength in files:
-        file, found = read_lora(name, pipeline)
-        for (part, module), change in found.items():
-            changes[part, change.leaf].append((file, f"{part}.{module}", change, strength))
-        ranks = sorted({rank for change in found.values() if (rank := lora_forms.rank(change.shapes)) is not None})
-        _log.info("%s merged into %d weights, scale %g, rank %s", file, len(found), strength, ranks)
-    for (part, leaf), entries in changes.items():
+    entries: dict[tuple[str, str], list[Any]] = collections.defaultdict(list)
+    for file, changes, strength in found:
+        for (part, module), change in changes.items():
+            entries[part, change.leaf].append((file, f"{part}.{module}", change, strength))
+        ranks = sorted({rank for change in changes.values() if (rank := lora_forms.rank(change.shapes)) is not None})
+        _log.info("%s merged into %d weights, scale %g, rank %s", file, len(changes), strength, ranks)
+    for (part, leaf), all_changes in entries.items():
         weight = trees[part][leaf]
         base = to_torch(leaf, np.asarray(weight, np.float64))
-        merged = base + sum(_change(base, *entry) for entry in entries)
-        file, module, _, strength = entries[-1]
+        merged = base + sum(_change(base, *entry) for entry in all_changes)
+        file, module, _, strength = all_changes[-1]
         check_finite_as(merged, weight.dtype, file, f"{module} merged with scale={strength}")
         trees[part][leaf] = jax.device_put(from_torch(leaf, merged).astype(weight.dtype))
     return dataclasses.replace(pipeline, params={part: unflatten_names(tree) for part, tree in trees.items()})
+
+
+def save_lora(factors: Mapping[str, Any], folder: str | os.PathLike) -> str:
+    """Writes factors as `<folder>/pytorch_lora_weights.safetensors` -> path; diffusers' `load_lora_weights` reads it.
+
+    Args:
+      factors: part (`unet`, `text_encoder`) -> tree of `lora_A/kernel` and `lora_B/kernel` by layer. B holds the
+        strength, so the file needs no alpha: every reader takes the rank for it. The names are PEFT's.
+      folder: made if need be; a file that is there is replaced.
+    """
+    tensors = {
+        f"{part}.{torch_name(path)}": to_torch(path, np.asarray(leaf, np.float32))
+        for part, tree in factors.items()
+        for path, leaf in flatten_names(tree).items()
+    }
+    os.makedirs(folder, exist_ok=True)
+    path = os.path.join(folder, LORA_FILE)
+    write_adapter(tensors, path)
+    return path
 
 
 def scaled_files(path: str | Sequence[str], scale: float | Sequence[float]) -> list[tuple[str, float]]:
