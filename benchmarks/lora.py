@@ -5,8 +5,9 @@
 Writes 60 emoji to `<workdir>/images`, each contributor's ten in a style of their own (`group` in metadata.jsonl),
 trains a LoRA on them, draws two queries in each style of things that the contributor did not draw, and attributes these
 by the LoRA's factors, by the base's keys and values, and by similarity. Prints precision at 10 (a contributor has ten
-images), average precision, the rank of the right contributor among six by mean score, and how often it is first; with the
-standard error over queries. `--images_only` writes the images for configs/train_lora_openmoji.cfg and stops. Resumable.
+images), average precision, the rank of the right contributor among six by mean score, and how often it is first; with
+the standard error over queries. `--images_only` writes the images for configs/train_lora_openmoji.cfg and stops.
+Resumable.
 """
 
 import io

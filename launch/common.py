@@ -176,8 +176,11 @@ def require(**values: object) -> None:
         raise ValueError(f"{', '.join(missing)} not given; see --help, or start from a flagfile under configs/")
 
 
-def load_model(weights: Collection[str] = ()) -> Pipeline:
-    """The pipeline of --model and the flags that change it; `weights` are the subsets that will be selected."""
+def load_model(weights: Collection[str] = (), with_lora: bool = True) -> Pipeline:
+    """The pipeline of --model and the flags that change it, but for --lora where `with_lora` is off.
+
+    `weights` are the subsets of weights that will be selected.
+    """
     require(model=flags.FLAGS.model)
     check_model_folder(flags.FLAGS.model)
     # Before gigabytes are read.
@@ -185,7 +188,8 @@ def load_model(weights: Collection[str] = ()) -> Pipeline:
     for name in (data.dataset, data.exemplars, data.images):
         if folder is not None and name is not None:
             check_separate(folder, name)
-    return assemble.load_model(read_config(ModelSource), weights=weights)
+    left_out = {} if with_lora else {"lora": (), "lora_scale": (1.0,)}
+    return assemble.load_model(read_config(ModelSource, **left_out), weights=weights)
 
 
 def open_source(name: str, resolution: int | None = None, **keys: str | None) -> Dataset:

@@ -150,7 +150,7 @@ def test_few_frames_lie_between_the_command_and_the_unet(pipeline, dataset, tmp_
         return dataset_pass(run, paths, program, weights, description, *args, **kwargs)
 
     monkeypatch.setattr("attrib_jax.methods.unlearn.dataset_pass", traced_anew)
-    monkeypatch.setattr(common, "load_model", lambda: pipeline)
+    monkeypatch.setattr(common, "load_model", lambda weights: pipeline)
     monkeypatch.setattr(common, "load_dataset", lambda resolution: dataset)
     size = ("--sampler_steps=1", "--query_draws=16", "--fisher_samples=16", "--stride=500", "--flips=none")
     with pytest.raises(Traced) as outcome:

@@ -30,7 +30,8 @@ class WeightSettings(Settings):
     weights: str = setting(
         "cross-attn-kv",
         "Weights that move: the key and value projections of cross-attention, all weights of cross-attention, those of "
-        "all attention layers, those of the feed-forward layers (mlp), the factors of the LoRA of --lora, or all weights.",
+        "all attention layers, those of the feed-forward layers (mlp), the factors of the LoRA of --lora, or all "
+        "weights.",
         choices=tuple(WEIGHT_SUBSETS),
     )
 

@@ -63,7 +63,7 @@ def render_report(report: ReportData) -> str:
     scale = score_scale(scores)
     top = top_cards(report)
     num_duplicates = sum(card.duplicate_of is not None for card in top)
-    template = _environment().get_template("report.html.j2")
+    template = environment().get_template("report.html.j2")
     return template.render(
         report=report,
         scale=scale,
@@ -82,7 +82,8 @@ def render_report(report: ReportData) -> str:
 
 
 @functools.cache
-def _environment() -> jinja2.Environment:
+def environment() -> jinja2.Environment:
+    """The templates of pages, with the filters that they use."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("attrib_jax.report"),
         autoescape=True,

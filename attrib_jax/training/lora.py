@@ -9,6 +9,7 @@ place of a batch. A training may go without some of the images, and otherwise se
 import dataclasses
 import functools
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -154,6 +155,40 @@ def train_factors(
       training: images that it goes without, and its seed.
       description: text of the progress bar.
     """
+    state, step, batches = _program(run, config, training)
+    fit = FitConfig(
+        steps=config.steps,
+        batch_size=config.batch_size,
+        learning_rate=config.learning_rate,
+        checkpoint_every=config.checkpoint_every,
+        log_every=config.log_every,
+    )
+    trained = run_steps(path, step, state, batches, fit, description).params
+    return jax.tree.map(np.asarray, {part: _scaled(tree, config.strength) for part, tree in trained.items()})
+
+
+def seconds_per_step(run: Run, config: LoraConfig, steps: int = 5) -> float:
+    """Measured seconds of an optimiser step, without compiling."""
+    state, step, batches = _program(run, dataclasses.replace(config, steps=steps + 1), Training(np.zeros(0, np.int64)))
+    reader = batches(0)
+    state, metrics = step(state, next(reader))
+    jax.block_until_ready(metrics)
+    began = time.monotonic()
+    for batch in reader:
+        state, metrics = step(state, batch)
+    jax.block_until_ready(metrics)
+    return (time.monotonic() - began) / steps
+
+
+def with_factors(pipeline: Pipeline, factors: dict[str, Any]) -> Pipeline:
+    """The base with factors by part kept apart in it, as `attach_lora` has those of a UNet; a text encoder's too."""
+    parts: dict[str, Any] = {part: LowRank(getattr(pipeline, part)) for part in factors}
+    params = {part: merge_weights(tree, pipeline.params[part]) for part, tree in factors.items()}
+    return dataclasses.replace(pipeline, **parts, params=pipeline.params | params)
+
+
+def _program(run: Run, config: LoraConfig, training: Training) -> tuple[TrainState, Any, Any]:
+    """The state before the first step, `(state, batch) -> (state, metrics)`, and `start -> iterator of batches`."""
     pipeline, data = run.pipeline, run.data
     check_removed(training.removed, len(data))
     mesh = data_mesh(jax.local_devices()[: usable_devices(config.batch_size, jax.local_device_count())])
@@ -167,8 +202,8 @@ def train_factors(
         pipeline.params["text_encoder"] if with_text else {},
         pipeline.schedule,
     )
-    optimizer = _optimizer(config.learning_rate, config.weight_decay)
-    state = replicate(mesh, jax.tree.map(np.array, init_state(factors, optimizer)))
+    state = init_state(factors, _optimizer(config.learning_rate, config.weight_decay))
+    state = replicate(mesh, jax.tree.map(np.array, state))
     frozen, key = replicate(mesh, (frozen, purpose_key(training.seed, "train lora")))
     texts = _token_ids(run) if with_text else data.text
     empty = tokenize(pipeline, [""])
@@ -186,19 +221,16 @@ def train_factors(
     def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         return _step(LowRank(pipeline.unet), LowRank(pipeline.text_encoder), state, frozen, batch, key)
 
-    fit = FitConfig(
-        steps=config.steps,
-        batch_size=config.batch_size,
-        learning_rate=config.learning_rate,
-        checkpoint_every=config.checkpoint_every,
-        log_every=config.log_every,
-    )
-    trained = run_steps(path, step, state, batches, fit, description).params
-    return jax.tree.map(np.asarray, {part: _scaled(tree, config.strength) for part, tree in trained.items()})
+    return state, step, batches
 
 
 def _token_ids(run: Run) -> np.ndarray:
     """The token ids of all captions, in the order of the encoded text states."""
+    if run.dataset.name.startswith("latents:"):
+        raise ValueError(
+            f"train_text_encoder is True, but {run.dataset.name!r} holds the text states that a text encoder made; "
+            "give the data set with its captions, or leave train_text_encoder out"
+        )
     stored = len(run.data.first_caption) - 1
     return tokenize(run.pipeline, [text for row in range(stored) for text in run.dataset.captions(row)])
 

@@ -100,6 +100,18 @@ def attach_lora(pipeline: Pipeline, path: str | Sequence[str], scale: float | Se
     return dataclasses.replace(pipeline, unet=unet, params=params)
 
 
+def read_factors(path: str, pipeline: Pipeline) -> dict[str, Any]:
+    """The factors of a file that `save_lora` wrote, by part as it takes them; raises as `merge_lora`."""
+    file, changes = read_lora(path, pipeline)
+    flat: dict[str, dict[str, np.ndarray]] = collections.defaultdict(dict)
+    for (part, module), change in changes.items():
+        ndim = flatten_names(pipeline.params[part])[change.leaf].ndim
+        layer = change.leaf.removesuffix("/kernel")
+        pair = _factors(file, module, change, 1.0, ndim)
+        flat[part] |= {f"{layer}/{side}/kernel": factor for side, factor in zip((DOWN, UP), pair, strict=True)}
+    return {part: unflatten_names(tree) for part, tree in flat.items()}
+
+
 def _factors(file: str, module: str, change: WeightChange, scale: float, ndim: int) -> tuple[np.ndarray, np.ndarray]:
     """The two factors of a layer in our layout, float32, with their strength in the second."""
     down, up = (read_floats(change.tensors[role], file, f"unet.{module} {role}") for role in ("down", "up"))
