@@ -5,6 +5,7 @@ Commands define flags of the same names, so each needs a process of its own; imp
 
 import contextlib
 import importlib
+import inspect
 import io
 import json
 import subprocess
@@ -55,15 +56,15 @@ def _use_tiny_model() -> None:
     from launch import common
     from tests.evaluation.conftest import make_dataset, make_model
 
-    common.load_model, common.load_dataset = make_model, lambda resolution: make_dataset()
+    common.load_model, common.load_dataset = lambda weights=(): make_model(), lambda resolution: make_dataset()
 
 
 def _main_of(name: str):
-    """`main(argv)` of a command; benchmarks have one without arguments, which `common.run` starts."""
+    """`main(argv)` of a command; where it takes no arguments, it is started as `common.run` does."""
     from launch import common
 
     main = importlib.import_module(name).main
-    if name.startswith("launch."):
+    if inspect.signature(main).parameters:
         return main
 
     def started(argv):

@@ -109,6 +109,7 @@ NAMED = [
     "--queries_per_pass=-1",
     "--workers=-1",
     "--lora=nowhere --lora_scale=inf",
+    ("--weights=lora", "weights is 'lora', but lora is not given"),
     "--curvature=ekfac --ekfac_damping=inf",
     "--cascade=0.1 --cascade_stride=499",
     "--cascade=0.1 --cascade_stride=2000",
