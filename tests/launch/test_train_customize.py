@@ -61,7 +61,7 @@ def test_writes_the_files_the_metrics_and_the_pipeline(command, model, tmp_path)
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["--dataset=digits"], "dataset is 'digits'.* mode 'scratch', 'unet', 'tower'"),
+        (["--dataset=digits"], "dataset is 'digits'.* mode 'scratch', 'unet', 'lora', 'tower'"),
         (["--vae_steps=5"], "vae_steps is 5.* mode 'scratch'"),
         (["--latent_channels=5"], "latent_channels is 5.* mode 'scratch'"),
         (["--holdout=0.1"], "holdout is 0.1.* mode 'tower'"),
