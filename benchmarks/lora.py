@@ -26,7 +26,7 @@ from attrib_jax.data.openmoji import RESOLUTION, list_emoji, render
 from attrib_jax.data.sources import open_dataset
 from attrib_jax.evaluation.metrics import average_precision, mean_and_error
 from attrib_jax.jobs.context import Run
-from attrib_jax.jobs.query import Query
+from attrib_jax.jobs.query import Query, decode, generate
 from attrib_jax.methods import method_config
 from attrib_jax.storage.files import write_json
 from attrib_jax.storage.stage_root import StageRoot
@@ -35,10 +35,10 @@ from attrib_jax.training.lora import LoraConfig, train_lora
 from launch import common
 
 _IMAGES_ONLY = flags.DEFINE_boolean("images_only", False, "Write the images and stop.")
-_TRAIN_STEPS = flags.DEFINE_integer("train_steps", 400, "Steps of the LoRA's training.")
+_TRAIN_STEPS = flags.DEFINE_integer("train_steps", 500, "Steps of the LoRA's training.")
 _RATE = flags.DEFINE_float("learning_rate", 3e-3, "Learning rate of the LoRA's training.")
-_RANK = flags.DEFINE_integer("lora_rank", 4, "Rank of the LoRA.")
-_GUIDANCE = flags.DEFINE_float("guidance_scale", 2.0, "Weight of classifier-free guidance of the queries.")
+_RANK = flags.DEFINE_integer("lora_rank", 8, "Rank of the LoRA.")
+_GUIDANCE = flags.DEFINE_float("guidance_scale", 3.0, "Weight of classifier-free guidance of the queries.")
 _ONLY = flags.DEFINE_list("only", None, "Names of methods; all if not given.")
 
 _EACH = 10
@@ -61,28 +61,28 @@ def _coarse(image: Image.Image) -> Image.Image:
     return image.resize((12, 12), Image.Resampling.BOX).resize(image.size, Image.Resampling.NEAREST)
 
 
-# Contributor, as captions name them -> what they make of an emoji.
+# Contributor, by a word that the base's tokenizer knows whole -> what they make of an emoji.
 STYLES = {
-    "ada": ImageOps.invert,
-    "bo": _turned,
-    "cy": lambda image: _tinted(image, "navy", "skyblue"),
-    "dee": _framed,
-    "eli": _coarse,
-    "fay": lambda image: _tinted(image, "darkred", "gold"),
+    "farmer": ImageOps.invert,
+    "judge": _turned,
+    "pilot": lambda image: _tinted(image, "navy", "skyblue"),
+    "cook": _framed,
+    "singer": _coarse,
+    "artist": lambda image: _tinted(image, "darkred", "gold"),
 }
 _SHARED = {"stride": 100, "flips": "none", "loss_seed": 0}
-_NEWTON = {**_SHARED, "fisher_samples": 2048, "query_draws": 512, "steps": 1}
+_NEWTON = {**_SHARED, "fisher_samples": 1024, "query_draws": 192, "steps": 1}
 METHODS = {
-    "unlearn, LoRA factors, EKFAC": ("unlearn", {**_NEWTON, "weights": "lora", "curvature": "ekfac", "score": "exact"}),
-    "unlearn, LoRA factors, EKFAC, linear": (
-        "unlearn", {**_NEWTON, "weights": "lora", "curvature": "ekfac", "score": "linear"},
-    ),
-    "unlearn, LoRA factors, diagonal": ("unlearn", {**_NEWTON, "weights": "lora", "score": "exact"}),
-    "D-TRAK, LoRA factors": ("d-trak", {**_SHARED, "weights": "lora", "projection_dim": 2048}),
-    "unlearn, base's keys and values, EKFAC": ("unlearn", {**_NEWTON, "curvature": "ekfac", "score": "exact"}),
     "feature similarity (CLIP tower)": ("clip", {"tower": "models/openmoji_tower"}),
     "pixel similarity": ("pixel", {}),
     "random": ("random", {}),
+    "D-TRAK, LoRA factors": ("d-trak", {**_SHARED, "weights": "lora", "projection_dim": 2048}),
+    "unlearn, LoRA factors, diagonal": ("unlearn", {**_NEWTON, "weights": "lora"}),
+    "influence, LoRA factors, EKFAC": (
+        "influence", {**_SHARED, "fisher_samples": 1024, "query_draws": 192, "weights": "lora", "curvature": "ekfac"}
+    ),
+    "unlearn, LoRA factors, EKFAC": ("unlearn", {**_NEWTON, "weights": "lora", "curvature": "ekfac"}),
+    "unlearn, base's keys and values, EKFAC": ("unlearn", {**_NEWTON, "curvature": "ekfac"}),
 }  # fmt: skip
 
 
@@ -97,7 +97,12 @@ def main():
         base = load_pipeline(common.MODEL.value)
         dataset = open_dataset(f"folder:{workdir / 'images'}", resolution=RESOLUTION)
         tuning = LoraConfig(
-            rank=_RANK.value, steps=_TRAIN_STEPS.value, batch_size=16, learning_rate=_RATE.value, caption_dropout=0.1
+            rank=_RANK.value,
+            target_modules=("to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2"),
+            steps=_TRAIN_STEPS.value,
+            batch_size=16,
+            learning_rate=_RATE.value,
+            caption_dropout=0.1,
         )
         began = time.monotonic()
         file = train_lora(workdir, Run(base, dataset, StageRoot(workdir / "base")), tuning)
@@ -109,9 +114,11 @@ def main():
             (owner, things[(_EACH * (i + 1 + k) + k) % len(things)]) for i, owner in enumerate(STYLES) for k in (0, 1)
         ]
         queries = [
-            Query(prompt=f"{thing} by {owner}", seed=number, guidance_scale=_GUIDANCE.value)
+            Query(prompt=f"{owner} {thing}", seed=number, guidance_scale=_GUIDANCE.value)
             for number, (owner, thing) in enumerate(asked)
         ]
+        pictures = decode(run.pipeline, generate(run.pipeline, run.predict, *_prompts(queries), queries[0]))
+        Image.fromarray(np.concatenate(list(pictures), axis=1)).save(workdir / "queries.png")
         rows = {}
         for name in _ONLY.value or METHODS:
             method, settings = METHODS[name]
@@ -136,9 +143,13 @@ def _write_images(folder: Path) -> list[str]:
         owner = list(STYLES)[number // _EACH]
         image = Image.open(io.BytesIO(render(row.svg_path))).convert("RGB")
         STYLES[owner](image).save(folder / f"{number:02d}.png")
-        entries.append({"file_name": f"{number:02d}.png", "text": f"{row.captions[0]} by {owner}", "group": owner})
+        entries.append({"file_name": f"{number:02d}.png", "text": f"{owner} {row.captions[0]}", "group": owner})
     (folder / "metadata.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8")
     return [row.captions[0] for row in chosen]
+
+
+def _prompts(queries: list[Query]) -> tuple[list[str], list[int]]:
+    return [query.prompt for query in queries], [query.seed for query in queries]
 
 
 def _measures(scores: np.ndarray, owners: np.ndarray, owner: str) -> dict[str, float]:
@@ -147,7 +158,7 @@ def _measures(scores: np.ndarray, owners: np.ndarray, owner: str) -> dict[str, f
     ranks = np.argsort(np.argsort(-scores, kind="stable")) + 1
     rank = 1 + sum(means[each] > means[owner] for each in STYLES)
     return {
-        "precision": float(relevant[ranks <= _EACH].mean() * len(STYLES)),
+        "precision": float(relevant[ranks <= _EACH].mean()),
         "average_precision": average_precision(ranks[relevant]),
         "group_rank": float(rank),
         "first": float(rank == 1),
