@@ -35,7 +35,7 @@ from attrib_jax.training.lora import LoraConfig, train_lora
 from launch import common
 
 _IMAGES_ONLY = flags.DEFINE_boolean("images_only", False, "Write the images and stop.")
-_TRAIN_STEPS = flags.DEFINE_integer("train_steps", 500, "Steps of the LoRA's training.")
+_TRAIN_STEPS = flags.DEFINE_integer("train_steps", 400, "Steps of the LoRA's training.")
 _RATE = flags.DEFINE_float("learning_rate", 3e-3, "Learning rate of the LoRA's training.")
 _RANK = flags.DEFINE_integer("lora_rank", 8, "Rank of the LoRA.")
 _GUIDANCE = flags.DEFINE_float("guidance_scale", 3.0, "Weight of classifier-free guidance of the queries.")
@@ -71,7 +71,7 @@ STYLES = {
     "artist": lambda image: _tinted(image, "darkred", "gold"),
 }
 _SHARED = {"stride": 100, "flips": "none", "loss_seed": 0}
-_NEWTON = {**_SHARED, "fisher_samples": 1024, "query_draws": 192, "steps": 1}
+_NEWTON = {**_SHARED, "fisher_samples": 512, "query_draws": 64, "steps": 1}
 METHODS = {
     "feature similarity (CLIP tower)": ("clip", {"tower": "models/openmoji_tower"}),
     "pixel similarity": ("pixel", {}),
@@ -79,7 +79,7 @@ METHODS = {
     "D-TRAK, LoRA factors": ("d-trak", {**_SHARED, "weights": "lora", "projection_dim": 2048}),
     "unlearn, LoRA factors, diagonal": ("unlearn", {**_NEWTON, "weights": "lora"}),
     "influence, LoRA factors, EKFAC": (
-        "influence", {**_SHARED, "fisher_samples": 1024, "query_draws": 192, "weights": "lora", "curvature": "ekfac"}
+        "influence", {**_SHARED, "fisher_samples": 512, "query_draws": 64, "weights": "lora", "curvature": "ekfac"}
     ),
     "unlearn, LoRA factors, EKFAC": ("unlearn", {**_NEWTON, "weights": "lora", "curvature": "ekfac"}),
     "unlearn, base's keys and values, EKFAC": ("unlearn", {**_NEWTON, "curvature": "ekfac"}),
