@@ -76,13 +76,13 @@ METHODS = {
     "feature similarity (CLIP tower)": ("clip", {"tower": "models/openmoji_tower"}),
     "pixel similarity": ("pixel", {}),
     "random": ("random", {}),
-    "D-TRAK, LoRA factors": ("d-trak", {**_SHARED, "weights": "lora", "projection_dim": 2048}),
-    "unlearn, LoRA factors, diagonal": ("unlearn", {**_NEWTON, "weights": "lora"}),
-    "influence, LoRA factors, EKFAC": (
+    "D-TRAK (LoRA factors)": ("d-trak", {**_SHARED, "weights": "lora", "projection_dim": 2048}),
+    "unlearn (LoRA factors; diagonal)": ("unlearn", {**_NEWTON, "weights": "lora"}),
+    "influence (LoRA factors; EKFAC)": (
         "influence", {**_SHARED, "fisher_samples": 512, "query_draws": 64, "weights": "lora", "curvature": "ekfac"}
     ),
-    "unlearn, LoRA factors, EKFAC": ("unlearn", {**_NEWTON, "weights": "lora", "curvature": "ekfac"}),
-    "unlearn, base's keys and values, EKFAC": ("unlearn", {**_NEWTON, "curvature": "ekfac"}),
+    "unlearn (LoRA factors; EKFAC)": ("unlearn", {**_NEWTON, "weights": "lora", "curvature": "ekfac"}),
+    "unlearn (base's keys and values; EKFAC)": ("unlearn", {**_NEWTON, "curvature": "ekfac"}),
 }  # fmt: skip
 
 
