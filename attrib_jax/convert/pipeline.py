@@ -12,7 +12,7 @@ import numpy as np
 from attrib_jax.convert.tokenizer import PromptReport, inspect_prompt, tokenize_prompts, tokenizer_parts
 from attrib_jax.diffusion.schedule import NoiseSchedule
 from attrib_jax.models.clip import CLIPTextModel, CLIPTextModelWithProjection
-from attrib_jax.models.unet import UNet2DConditionModel, empty_conditioning
+from attrib_jax.models.unet import UNet2DConditionModel, UNetConfig, empty_conditioning
 from attrib_jax.models.vae import AutoencoderKL, PixelAutoencoder
 
 # The text encoders of a model with two, as `Pipeline.params` and folders name them.
@@ -291,7 +291,7 @@ def image_size(pipeline: Pipeline) -> tuple[int, int]:
 
 def require_unet(pipeline: Pipeline, what: str) -> None:
     """Raises ValueError where the model has a diffusion transformer, which `what` does not support."""
-    if not isinstance(pipeline.unet, UNet2DConditionModel):
+    if not isinstance(pipeline.unet.config, UNetConfig):
         name = type(pipeline.unet).__name__
         raise ValueError(f"{what} is not supported for a model with a transformer ({name}); give one with a UNet")
 
