@@ -210,7 +210,7 @@ def text_width(pipeline: Pipeline) -> int:
     config: Any = pipeline.unet.config
     return (
         config.cross_attention_dim
-        if isinstance(pipeline.unet, UNet2DConditionModel)
+        if isinstance(config, UNetConfig)
         else config.conditioning["text"][-1]
     )
 
@@ -248,7 +248,7 @@ def encode_text(text_encoder: CLIPTextModel | TextEncoderPair, params: Any, inpu
 
 def takes_size_ids(pipeline: Pipeline) -> bool:
     """Whether the denoiser is conditioned on the sizes and the crop of an image, see `size_ids`."""
-    return isinstance(pipeline.unet, UNet2DConditionModel) and pipeline.unet.config.pooled_width is not None
+    return isinstance(pipeline.unet.config, UNetConfig) and pipeline.unet.config.pooled_width is not None
 
 
 def size_ids(original: tuple[int, int], crop: tuple[int, int], target: tuple[int, int]) -> np.ndarray:

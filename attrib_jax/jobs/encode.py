@@ -38,7 +38,7 @@ from attrib_jax.data.readers import ImageReader
 from attrib_jax.data.sources import Dataset
 from attrib_jax.jobs.encode_to_store import encode_to_store, make_store
 from attrib_jax.jobs.encoded_dataset import EncodedDataset, join
-from attrib_jax.models.unet import UNet2DConditionModel
+from attrib_jax.models.unet import UNetConfig
 from attrib_jax.parallel.hosts import is_host0, run_on_host0
 from attrib_jax.storage.files import DamagedFileError, read_arrays, write_arrays
 from attrib_jax.storage.joined import JoinedArray, ScaledArray
@@ -275,7 +275,7 @@ def _stored_latents(pipeline: Pipeline, dataset: LatentsDataset) -> EncodedDatas
 
 def _check_conditioning(pipeline: Pipeline, dataset: LatentsDataset) -> None:
     """Raises ValueError unless a diffusion transformer's conditioning is all there; others are checked by its kind."""
-    if isinstance(pipeline.unet, UNet2DConditionModel):
+    if isinstance(pipeline.unet.config, UNetConfig):
         return
     found = {"text": tuple(dataset.text.shape[1:])}
     found |= {name: tuple(array.shape[1:]) for name, array in {**dataset.by_image, **dataset.by_caption}.items()}

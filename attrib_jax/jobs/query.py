@@ -36,7 +36,7 @@ from attrib_jax.data.latents import open_npy
 from attrib_jax.diffusion.losses import Predict
 from attrib_jax.diffusion.samplers import SAMPLERS, sample
 from attrib_jax.jobs.settings import RegionSettings
-from attrib_jax.models.unet import UNet2DConditionModel
+from attrib_jax.models.unet import UNetConfig
 
 _log = logging.getLogger(__name__)
 
@@ -138,7 +138,7 @@ def prepare_query(pipeline: Pipeline, predict: Predict, query: Query) -> Prepare
 def _given_conditioning(pipeline: Pipeline, text: Any) -> Any:
     """A query's own text states, checked; as a dict with pooled text and size ids for a model that takes these."""
     config = pipeline.unet.config
-    if not isinstance(pipeline.unet, UNet2DConditionModel):
+    if not isinstance(pipeline.unet.config, UNetConfig):
         wanted = config.conditioning
         if not isinstance(text, Mapping) or text.keys() != wanted.keys():
             raise ValueError(f"the query's text must be a dict of {sorted(wanted)}. Leave it out to encode the prompt")

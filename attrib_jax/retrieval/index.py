@@ -332,7 +332,7 @@ def check_index(index: Index, run: Run, dataset: bool = True) -> None:
     expected = {"model": run.inputs["model"]}
     if dataset:
         expected |= {"encoding": run.inputs["encoding"], **dataset_fingerprints(run)}
-    names = {"model": "--model", "dataset": "--dataset", "encoding": "--encode flags", "images": "--images"}
+    names = {"model": "--model", "dataset": "--dataset", "encoding": "the flags of encoding", "images": "--images"}
     for name, value in expected.items():
         found = index.record["inputs"].get(name)
         if found != value:

@@ -31,7 +31,7 @@ def test_the_prepared_data_set_is_the_renders_in_row_order(rows, openmoji_dir):
     plain, same, small = (open_dataset("openmoji", openmoji_dir, resolution=size) for size in (None, 64, 32))
     assert len(plain) == len(rows)
     for index in (0, 1234, 3952):
-        image, captions, row_id = plain[index]
+        image, captions, row_id, *_ = plain[index]
         assert row_id == index and captions == rows[index].captions
         assert image.shape == (64, 64, 3) and image.dtype == np.uint8
         assert image[0, 0].tolist() == [255, 255, 255] and image.std() > 10

@@ -25,8 +25,8 @@ def main(argv):
         jax.config.update("jax_enable_x64", True)
         load_model = common.load_model
 
-        def load_double():
-            pipeline = load_model()
+        def load_double(*given):
+            pipeline = load_model(*given)
             params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), pipeline.params)
             return dataclasses.replace(pipeline, params=params)
 
