@@ -208,11 +208,7 @@ def latent_size(pipeline: Pipeline) -> tuple[int, int]:
 def text_width(pipeline: Pipeline) -> int:
     """Width of the text states that the denoiser reads."""
     config: Any = pipeline.unet.config
-    return (
-        config.cross_attention_dim
-        if isinstance(config, UNetConfig)
-        else config.conditioning["text"][-1]
-    )
+    return config.cross_attention_dim if isinstance(config, UNetConfig) else config.conditioning["text"][-1]
 
 
 def initial_unet(pipeline: Pipeline, key: jax.Array) -> Any:

@@ -20,7 +20,7 @@ import numpy as np
 import optax
 
 from attrib_jax.convert.adapters.lora import save_lora
-from attrib_jax.convert.pipeline import Pipeline, encode_text, tokenize
+from attrib_jax.convert.pipeline import Pipeline, encode_text, require_one_text_encoder, tokenize
 from attrib_jax.convert.weights.names import torch_name
 from attrib_jax.core.keys import purpose_key
 from attrib_jax.core.settings import Settings, setting
@@ -99,7 +99,8 @@ def train_lora(workdir: str | os.PathLike, run: Run, config: LoraConfig) -> Path
       config: see `LoraConfig`.
 
     Raises:
-      ValueError: a target module is in no layer's name, or the loss is not finite.
+      ValueError: the model has two text encoders or a transformer; a target module is in no layer's name; or the loss
+        is not finite.
       StageMismatchError: `workdir` holds a run with other settings, model or images.
     """
     initial_factors(run.pipeline, config, config.seed)  # before anything is encoded
@@ -117,6 +118,7 @@ def initial_factors(pipeline: Pipeline, config: LoraConfig, seed: int) -> dict[s
 
     Raises ValueError naming a target module that no linear layer or convolution of the UNet has.
     """
+    require_one_text_encoder(pipeline, "training a LoRA", "train it with diffusers, and give it with --lora")
     targets = {"unet": config.target_modules}
     if config.train_text_encoder:
         targets["text_encoder"] = _TEXT_MODULES
@@ -248,7 +250,7 @@ def _step(unet: LowRank, text_encoder: LowRank, state: TrainState, frozen: _Froz
         latents, text = batch
         if "text_encoder" in factors:
             weights = merge_weights(_scaled(factors["text_encoder"], frozen.strength), frozen.text_encoder)
-            text = encode_text(text_encoder, weights, text)
+            text = text_encoder.apply({"params": weights}, text)
         weights = merge_weights(_scaled(factors["unet"], frozen.strength), frozen.unet)
         keys = jax.random.split(key, 3)
         return denoising_batch_loss(predictor(unet), frozen.schedule, weights, latents, text, *keys), {}
