@@ -320,7 +320,7 @@ def ascend(
         damping: added to F.
     """
     # N may exceed int32 (LAION-5B), so it is passed as a float.
-    return _ascend(selected, total, curvature, origin, draws, step_size, float(num_examples), float(damping))
+    return ascend_program(selected, total, curvature, origin, draws, step_size, float(num_examples), float(damping))
 
 
 def _newton_direction(gradient, curvature, num_examples, damping, selected=None, origin=None):
@@ -332,7 +332,7 @@ def _newton_direction(gradient, curvature, num_examples, damping, selected=None,
 
 
 @jax.jit
-def _ascend(selected, total, curvature, origin, draws, step_size, num_examples, damping):
+def ascend_program(selected, total, curvature, origin, draws, step_size, num_examples, damping):
     """One step of `unlearn` from the sum over its draws; plain ascent where `curvature` is None."""
     loss, direction = jax.tree.map(lambda leaf: leaf / draws, total)
     if curvature is not None:

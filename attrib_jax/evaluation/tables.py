@@ -30,18 +30,23 @@ def write_table(folder: str | os.PathLike, name: str, rows: Sequence[Mapping[str
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    markdown = "\n".join(
+    markdown = markdown_table(rows)
+    for ending, content in ((".csv", text.getvalue()), (".md", markdown + "\n")):
+        write_bytes(Path(folder) / f"{name if finished else unfinished}{ending}", content.encode())
+        if finished:
+            (Path(folder) / f"{unfinished}{ending}").unlink(missing_ok=True)
+    return markdown
+
+
+def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A markdown table with four digits; at least one row, all with the same keys, which head the columns."""
+    return "\n".join(
         [
             "| " + " | ".join(rows[0]) + " |",
             "|" + "---|" * len(rows[0]),
             *("| " + " | ".join(_cell(value) for value in row.values()) + " |" for row in rows),
         ]
     )
-    for ending, content in ((".csv", text.getvalue()), (".md", markdown + "\n")):
-        write_bytes(Path(folder) / f"{name if finished else unfinished}{ending}", content.encode())
-        if finished:
-            (Path(folder) / f"{unfinished}{ending}").unlink(missing_ok=True)
-    return markdown
 
 
 def _cell(value: Any) -> str:

@@ -93,7 +93,7 @@ def _fit(path, predict, schedule, selected, rest, data, samples, seed, mesh) -> 
     draws = fisher_draws(seed, samples, data.num_captions, schedule.num_train_timesteps)
     prepared = prepare_kernels(rest, mesh_platform(mesh))
     shared = replicate(mesh, (selected, prepared, schedule, purpose_key(seed, "fisher")))
-    program = _program(predict, mesh, gradient_form(selected, mesh, data.latent_shape))
+    program = fisher_sums(predict, mesh, gradient_form(selected, mesh, data.latent_shape))
     like = (sums_like(selected), np.zeros((), np.int32))
     total, state = sum_over_draws(path, _PARTIAL, program, shared, like, draws, data, "Fisher information")
 
@@ -105,7 +105,7 @@ def _fit(path, predict, schedule, selected, rest, data, samples, seed, mesh) -> 
 
 
 @functools.lru_cache(maxsize=4)
-def _program(predict: Predict, mesh: Mesh, form: GradientForm) -> DeviceSums:
+def fisher_sums(predict: Predict, mesh: Mesh, form: GradientForm) -> DeviceSums:
     """The compiled sum over tiles, made once: fitting again with the same model compiles nothing."""
     return DeviceSums(mesh, functools.partial(_tile_sum, predict, form))
 

@@ -347,7 +347,7 @@ def _encode_images(path, dataset, vae, params, config, size=None, size_ids: bool
         make_store(
             path, "latents", shape, config.dtype, len(dataset), {"ids": ((6,), "float32")} if size_ids else None
         ),
-        _latents,
+        encode_views,
         (params, purpose_key(config.seed, "posterior")),
         ImageReader(dataset, size, size_ids=size_ids),
         IMAGE_TILE,
@@ -362,7 +362,7 @@ def _encode_images(path, dataset, vae, params, config, size=None, size_ids: bool
     return stored
 
 
-def _latents(vae: Any, posterior: str, shared: Any, batch: Any) -> Any:
+def encode_views(vae: Any, posterior: str, shared: Any, batch: Any) -> Any:
     """Images (B, H, W, 3) uint8 and their row ids (B,) -> (B, 2, h, w, c), as they are and mirrored.
 
     Size ids that come with them are passed through beside the latents.

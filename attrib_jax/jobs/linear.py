@@ -6,6 +6,7 @@ near-equal numbers; as the change shrinks, the score becomes the exact one (METH
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,6 +15,7 @@ from attrib_jax.attribution.influence import influence_matrix
 from attrib_jax.attribution.scores import example_loss, strided_losses
 from attrib_jax.core.types import Batch
 from attrib_jax.core.weights import Params, merge_weights, select_weights
+from attrib_jax.diffusion.losses import Predict
 from attrib_jax.jobs.context import Run
 from attrib_jax.jobs.losses import ExampleProgram, dataset_pass, shares_noise
 from attrib_jax.jobs.settings import LossSettings
@@ -63,13 +65,17 @@ def linear_program(run: Run, config: LossSettings, num_queries: int) -> ExampleP
     """
     common = shares_noise(config)
     static = (predictor(run.pipeline.unet, config.precision), config.precision, common)
-    function, shape = (_forward_mode, ()) if num_queries == 1 else (_reverse_mode, (num_queries,))
+    function, shape = (linear_scores, ()) if num_queries == 1 else (linear_scores_of_queries, (num_queries,))
     return ExampleProgram(
         function, run.pipeline.schedule, config, result_shape=shape, static=static, shared_noise=common
     )
 
 
-def _forward_mode(predict, precision: str, common: bool, shared, batch: Batch) -> jax.Array:
+def linear_scores(predict: Predict, precision: str, common: bool, shared: Any, batch: Batch) -> jax.Array:
+    """Scores (B,) of a tile for one query, in forward mode; `shared` is (schedule, key, timesteps, weights).
+
+    `common`: whether all examples share their noise.
+    """
     schedule, key, timesteps, (selected, rest, change) = shared
 
     def losses(selected):
@@ -79,7 +85,8 @@ def _forward_mode(predict, precision: str, common: bool, shared, batch: Batch) -
     return jax.jvp(losses, (selected,), (change,))[1]
 
 
-def _reverse_mode(predict, precision: str, common: bool, shared, batch: Batch) -> jax.Array:
+def linear_scores_of_queries(predict: Predict, precision: str, common: bool, shared: Any, batch: Batch) -> jax.Array:
+    """Scores (B, Q) of a tile for several queries, in reverse mode; arguments as in `linear_scores`."""
     schedule, key, timesteps, (selected, rest, changes) = shared
 
     def loss(selected, rest, example):

@@ -20,13 +20,22 @@ from attrib_jax.attribution.scores import EXAMPLES_PER_TILE, strided_losses
 from attrib_jax.core.keys import loss_key, shared_noise_key
 from attrib_jax.core.types import Batch
 from attrib_jax.core.weights import Params, merge_weights, select_weights
+from attrib_jax.diffusion.losses import Predict
 from attrib_jax.diffusion.schedule import NoiseSchedule, strided_timesteps
 from attrib_jax.jobs.context import Run
 from attrib_jax.jobs.encoded_dataset import EncodedDataset
 from attrib_jax.jobs.settings import ExampleSettings, LossSettings, PassSettings
 from attrib_jax.models.predictor import cast_params, matmul_precision, predictor
 from attrib_jax.parallel.hosts import fetch, host0_first, is_host0, run_on_host0
-from attrib_jax.parallel.mesh import data_mesh, host_share, padded_tiles, replicate, shard_batch, tile_map
+from attrib_jax.parallel.mesh import (
+    data_mesh,
+    host_share,
+    mesh_platform,
+    padded_tiles,
+    replicate,
+    shard_batch,
+    tile_map,
+)
 from attrib_jax.parallel.progress import progress
 from attrib_jax.storage.chunks import ChunkStore
 
@@ -177,7 +186,8 @@ def num_captions(data: EncodedDataset, rows: np.ndarray, config: ExampleSettings
 def loss_program(run: Run, config: LossSettings) -> ExampleProgram:
     """The strided loss of the run's model; `loss_weights` makes the weights that it takes."""
     predict, common = predictor(run.pipeline.unet, config.precision), shares_noise(config)
-    return ExampleProgram(_tile_losses, run.pipeline.schedule, config, static=(predict, common), shared_noise=common)
+    static = (predict, mesh_platform(data_mesh()), common)
+    return ExampleProgram(tile_strided_losses, run.pipeline.schedule, config, static=static, shared_noise=common)
 
 
 def shares_noise(config: LossSettings) -> bool:
@@ -185,9 +195,13 @@ def shares_noise(config: LossSettings) -> bool:
     return isinstance(config, PassSettings) and config.shared_noise
 
 
-def _tile_losses(predict, common: bool, shared, batch: Batch) -> jax.Array:
+def tile_strided_losses(predict: Predict, platform: str, common: bool, shared: Any, batch: Batch) -> jax.Array:
+    """The strided losses of a tile; `shared` is (schedule, noise key, timesteps (S,), parameters).
+
+    `common`: whether all examples share their noise.
+    """
     schedule, key, timesteps, params = shared
-    return strided_losses(predict, schedule, params, key, batch, timesteps, shared=common)
+    return strided_losses(predict, schedule, params, key, batch, timesteps, platform=platform, shared=common)
 
 
 def loss_weights(run: Run, program: ExampleProgram, moved: Sequence[Params], weights: str) -> list[Params]:

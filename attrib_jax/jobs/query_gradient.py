@@ -29,7 +29,8 @@ class GradientProgram:
     def __init__(self, predict: Predict, schedule: NoiseSchedule, mesh: Mesh | None = None):
         self.mesh, self.predict = mesh or data_mesh(), predict
         self._schedule = replicate(self.mesh, schedule)
-        self._sums, self._project, self._by_selected = _programs(predict, self.mesh)
+        self._sums = gradient_sums(predict, self.mesh)
+        self._project, self._by_selected = _projections(predict)
 
     def bind(
         self, rest: Any, latents: np.ndarray, text: Any, draws: int, mask: np.ndarray | None = None
@@ -58,10 +59,14 @@ class GradientProgram:
 
 
 @functools.lru_cache(maxsize=4)
-def _programs(predict: Predict, mesh: Mesh) -> tuple[DeviceSums, Callable[..., Any], Callable[..., Any]]:
-    """Made once: another model of the same architecture compiles nothing."""
-    sums = DeviceSums(mesh, functools.partial(_tile_gradient, predict, mesh_platform(mesh)))
-    return sums, _exactly(as_predictor(predict).project_text), _exactly(by_selected)
+def gradient_sums(predict: Predict, mesh: Mesh) -> DeviceSums:
+    """The compiled sum over tiles of draws, made once: another model of the same architecture compiles nothing."""
+    return DeviceSums(mesh, functools.partial(_tile_gradient, predict, mesh_platform(mesh)))
+
+
+@functools.lru_cache(maxsize=4)
+def _projections(predict: Predict) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    return _exactly(as_predictor(predict).project_text), _exactly(by_selected)
 
 
 def _exactly(fn: Callable[..., Any]) -> Callable[..., Any]:

@@ -22,7 +22,7 @@ class DeviceSums:
     """Running sums of `fn(shared, batch) -> CompensatedSum` over tiles, one sum a device of `mesh`.
 
     `zero` makes a tree with a leading axis over devices, `add` adds one tile on each device, and `total` gives what all
-    devices have summed. Every host of the mesh makes the same calls.
+    devices have summed. Every host of the mesh makes the same calls. `compiled` is the program of `add`.
     """
 
     def __init__(self, mesh: Mesh, fn: Callable[[Any, Any], CompensatedSum], matmul_precision: str = "highest"):
@@ -43,7 +43,7 @@ class DeviceSums:
 
         specs = (_DATA, PartitionSpec(), _DATA)
         mapped = jax.shard_map(add_tile, mesh=mesh, in_specs=specs, out_specs=_DATA, check_vma=False)
-        self._add = jax.jit(mapped, donate_argnums=0)
+        self.compiled = jax.jit(mapped, donate_argnums=0)
         gathered = jax.shard_map(
             self._in_device_order, mesh=mesh, in_specs=_DATA, out_specs=PartitionSpec(), check_vma=False
         )
@@ -63,7 +63,7 @@ class DeviceSums:
 
     def add(self, sums: CompensatedSum, shared: Any, batch: Any) -> CompensatedSum:
         """Adds one tile on each device; `sums` is donated. `shared` is from `replicate`, `batch` from `shard_batch`."""
-        return self._add(sums, shared, batch)
+        return self.compiled(sums, shared, batch)
 
     def total(self, sums: CompensatedSum) -> CompensatedSum:
         """The devices' sums added in device order, on this host's first device; `sums` stays as it is."""

@@ -1,0 +1,303 @@
+"""The programs that the commands run, with abstract inputs, for devices that are not there.
+
+Each builder gives the compiled function that a job calls, shapes of all that it is called with, and how many examples
+one call has on each device.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from attrib_jax.attribution.scores import EXAMPLES_PER_TILE
+from attrib_jax.attribution.unlearn import DRAWS_PER_TILE, QueryGradient, ascend_program, zero_gradient
+from attrib_jax.convert.configs import MSCOCO
+from attrib_jax.core.compensated import CompensatedSum
+from attrib_jax.core.keys import loss_key
+from attrib_jax.core.types import Batch
+from attrib_jax.core.weights import select_weights
+from attrib_jax.curvature.diagonal import Diagonal
+from attrib_jax.diffusion.samplers import sample
+from attrib_jax.diffusion.schedule import NoiseSchedule, strided_timesteps
+from attrib_jax.jobs.curvature import fisher_sums
+from attrib_jax.jobs.draws import Sample, gradient_form, samples_per_tile, sums_like
+from attrib_jax.jobs.encode import IMAGE_TILE, encode_views
+from attrib_jax.jobs.linear import linear_scores, linear_scores_of_queries
+from attrib_jax.jobs.losses import tile_strided_losses
+from attrib_jax.jobs.query_gradient import gradient_sums
+from attrib_jax.models.predictor import as_predictor, cast_params, matmul_precision, predictor
+from attrib_jax.models.unet import UNet2DConditionModel, UNetConfig, empty_conditioning
+from attrib_jax.models.vae import AutoencoderKL, AutoencoderKLConfig
+from attrib_jax.parallel.mesh import mesh_platform, tile_map
+
+_WHOLE, _DATA = PartitionSpec(), PartitionSpec("data")
+_SAMPLER_STEPS, _SAMPLER_BATCH = 50, 8
+_NUMBER, _SHARE = jax.ShapeDtypeStruct((), np.int32), jax.ShapeDtypeStruct((), np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A model at its real size.
+
+    Attributes:
+      unet, vae, scheduler: content of the config files.
+      tokens: text states of a caption.
+      stride: of the strided losses' timesteps.
+    """
+
+    unet: dict[str, Any]
+    vae: dict[str, Any]
+    scheduler: dict[str, Any]
+    tokens: int = 77
+    stride: int = 50
+
+
+_SD_SCHEDULER = {
+    "_class_name": "DDIMScheduler",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "num_train_timesteps": 1000,
+    "prediction_type": "epsilon",
+}
+_SD_VAE = {"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "norm_num_groups": 32}
+_CROSS = ["CrossAttnDownBlock2D"] * 3, ["CrossAttnUpBlock2D"] * 3
+MODELS = {
+    "mscoco": Model(MSCOCO.unet, {**_SD_VAE, "sample_size": 128}, MSCOCO.scheduler or {}),
+    # METHOD.md section 6 scores Stable Diffusion 1.4 at ten timesteps.
+    "sd14": Model(
+        {
+            "sample_size": 64,
+            "in_channels": 4,
+            "out_channels": 4,
+            "block_out_channels": [320, 640, 1280, 1280],
+            "down_block_types": [*_CROSS[0], "DownBlock2D"],
+            "up_block_types": ["UpBlock2D", *_CROSS[1]],
+            "layers_per_block": 2,
+            "norm_num_groups": 32,
+            "attention_head_dim": 8,
+            "cross_attention_dim": 768,
+        },
+        {**_SD_VAE, "sample_size": 512},
+        _SD_SCHEDULER,
+        stride=100,
+    ),
+    "sdxl": Model(
+        {
+            "sample_size": 128,
+            "in_channels": 4,
+            "out_channels": 4,
+            "block_out_channels": [320, 640, 1280],
+            "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+            "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+            "transformer_layers_per_block": [1, 2, 10],
+            "layers_per_block": 2,
+            "norm_num_groups": 32,
+            "attention_head_dim": [5, 10, 20],
+            "use_linear_projection": True,
+            "cross_attention_dim": 2048,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": 2816,
+        },
+        {**_SD_VAE, "sample_size": 1024},
+        _SD_SCHEDULER,
+        stride=100,
+    ),
+    # Compiles in seconds: what CI compiles for a TPU.
+    "tiny": Model(
+        {
+            **MSCOCO.unet,
+            "sample_size": 8,
+            "block_out_channels": [32],
+            "down_block_types": ["CrossAttnDownBlock2D"],
+            "up_block_types": ["CrossAttnUpBlock2D"],
+            "layers_per_block": 1,
+            "attention_head_dim": 4,
+            "cross_attention_dim": 32,
+            "norm_num_groups": 8,
+        },
+        {"block_out_channels": [32], "layers_per_block": 1, "norm_num_groups": 8, "sample_size": 8},
+        MSCOCO.scheduler or {},
+        tokens=8,
+        stride=250,
+    ),
+}
+
+
+class Program(NamedTuple):
+    """What is compiled: `function.lower(*arguments)`; `examples` are those of a call on one device."""
+
+    function: Any
+    arguments: tuple[Any, ...]
+    examples: int
+    precision: str
+
+
+class _Inputs:
+    """Abstract parameters and examples of a model on a mesh."""
+
+    def __init__(self, model: Model, mesh: Mesh, precision: str):
+        self.model, self.mesh, self.precision = model, mesh, precision
+        self.unet = UNet2DConditionModel(UNetConfig.from_dict(model.unet))
+        self.predict = predictor(self.unet, precision)
+        self.schedule = self.whole(NoiseSchedule.from_config(model.scheduler))
+        side, channels = model.unet["sample_size"], model.unet["in_channels"]
+        self.latents = (side, side, channels)
+        self.timesteps = strided_timesteps(model.stride, model.scheduler["num_train_timesteps"])
+        one = jax.eval_shape(lambda: empty_conditioning(self.unet.config, 1, model.tokens))
+        # Of one example, without the batch axis.
+        self.conditioning = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), one)
+        latents = jax.ShapeDtypeStruct((1, *self.latents), np.float32)
+        timestep = jax.ShapeDtypeStruct((1,), np.int32)
+        shapes = jax.eval_shape(self.unet.init, jax.random.key(0), latents, timestep, one)["params"]
+        self.params = self.whole(jax.eval_shape(functools.partial(cast_params, precision=precision), shapes))
+        self.selected, self.rest = select_weights(self.whole(shapes), "cross-attn-kv")
+        # What no query moves is rounded where the precision says so.
+        self.rest_cast = select_weights(self.params, "cross-attn-kv")[1]
+
+    def array(self, shape: tuple[int, ...], dtype: Any = np.float32, spec: PartitionSpec = _WHOLE) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(self.mesh, spec))
+
+    def whole(self, tree: Any) -> Any:
+        """Shapes of a tree that is on every device."""
+        return jax.tree.map(lambda leaf: self.array(leaf.shape, leaf.dtype), jax.eval_shape(lambda: tree))
+
+    def split(self, tree: Any) -> Any:
+        """Shapes of what each device has one of, stacked."""
+        return jax.tree.map(lambda leaf: self.array((self.mesh.size, *leaf.shape), leaf.dtype, _DATA), tree)
+
+    def batch(self, per_device: int, **fields: Any) -> dict[str, Any]:
+        """Shapes of a batch that is split over the devices, from those of an example, in trees."""
+        count = per_device * self.mesh.size
+        return jax.tree.map(lambda leaf: self.array((count, *leaf.shape), leaf.dtype, _DATA), fields)
+
+    def examples(self) -> Batch:
+        """A tile of training examples on each device."""
+        numbers = dict.fromkeys(("row_id", "flip", "caption"), _NUMBER)
+        return Batch(**self.batch(EXAMPLES_PER_TILE, **self.inputs(), **numbers, mask=_SHARE))
+
+    def inputs(self) -> dict[str, Any]:
+        """Shapes of an example's latents and conditioning."""
+        return {"latents": jax.ShapeDtypeStruct(self.latents, np.float32), "text": self.conditioning}
+
+    def key(self) -> Any:
+        return self.whole(jax.eval_shape(lambda: loss_key(0)))
+
+
+def _losses(inputs: _Inputs) -> Program:
+    function = functools.partial(tile_strided_losses, inputs.predict, mesh_platform(inputs.mesh), False)
+    shared = (inputs.schedule, inputs.key(), inputs.whole(inputs.timesteps), inputs.params)
+    return _tiles(inputs, function, (shared, inputs.examples()), EXAMPLES_PER_TILE)
+
+
+def _tiles(inputs: _Inputs, function: Callable[..., Any], arguments: tuple[Any, ...], examples: int) -> Program:
+    return Program(tile_map(inputs.mesh, function, matmul_precision=None), arguments, examples, inputs.precision)
+
+
+def _linear(queries: int, inputs: _Inputs) -> Program:
+    function = linear_scores if queries == 1 else linear_scores_of_queries
+    change = jax.tree.map(
+        lambda leaf: inputs.array((*((queries,) if queries > 1 else ()), *leaf.shape)), inputs.selected
+    )
+    weights = (inputs.selected, inputs.rest_cast, change)
+    shared = (inputs.schedule, inputs.key(), inputs.whole(inputs.timesteps), weights)
+    function = functools.partial(function, inputs.predict, inputs.precision, False)
+    return _tiles(inputs, function, (shared, inputs.examples()), EXAMPLES_PER_TILE)
+
+
+def _fisher(inputs: _Inputs) -> Program:
+    size = samples_per_tile(inputs.mesh)
+    batch = Sample(**inputs.batch(size, **inputs.inputs(), index=_NUMBER, timestep=_NUMBER, mask=_SHARE))
+    shared = (inputs.selected, inputs.rest, inputs.schedule, inputs.key())
+    like = (jax.eval_shape(lambda: sums_like(inputs.selected)), jax.ShapeDtypeStruct((), np.int32))
+    sums = CompensatedSum(inputs.split(like), inputs.split(like))
+    program = fisher_sums(inputs.predict, inputs.mesh, gradient_form(inputs.selected, inputs.mesh, inputs.latents))
+    return Program(program.compiled, (sums, shared, batch), size, "float32")
+
+
+def _gradient(inputs: _Inputs) -> Program:
+    text = inputs.whole(inputs.conditioning)
+    weights = inputs.whole(jax.eval_shape(as_predictor(inputs.predict).project_text, inputs.selected, text))
+    fixed = (inputs.rest, inputs.schedule, inputs.array(inputs.latents), text, None)
+    shared = (fixed, (weights, inputs.key(), inputs.array((), np.int32)))
+    like = jax.eval_shape(zero_gradient, weights)
+    sums = CompensatedSum(inputs.split(like), inputs.split(like))
+    program = gradient_sums(inputs.predict, inputs.mesh)
+    return Program(
+        program.compiled, (sums, shared, inputs.split(jax.ShapeDtypeStruct((), np.int32))), DRAWS_PER_TILE, "float32"
+    )
+
+
+def _newton(inputs: _Inputs) -> Program:
+    total = QueryGradient(inputs.array(()), inputs.selected)
+    curvature = Diagonal(inputs.selected)
+    numbers = (inputs.array(()),) * 4
+    return Program(ascend_program, (inputs.selected, total, curvature, None, *numbers), 1, "float32")
+
+
+def _encode(inputs: _Inputs) -> Program:
+    vae = AutoencoderKL(AutoencoderKLConfig.from_dict(inputs.model.vae))
+    side = inputs.model.vae["sample_size"]
+    params = jax.eval_shape(vae.init, jax.random.key(0), jnp.zeros((1, side, side, 3)))["params"]
+    images = (inputs.array((IMAGE_TILE * inputs.mesh.size, side, side, 3), np.uint8, _DATA),)
+    rows = (inputs.array((IMAGE_TILE * inputs.mesh.size,), np.int32, _DATA),)
+    shared = (inputs.whole(params), inputs.key())
+    function = tile_map(inputs.mesh, functools.partial(encode_views, vae, "mean"))
+    return Program(function, (shared, (*images, *rows)), IMAGE_TILE, "float32")
+
+
+def _sampler(inputs: _Inputs) -> Program:
+    def draw(params, schedule, text, empty, initial):
+        return sample(inputs.predict, params, schedule, text, empty, initial, _SAMPLER_STEPS, 7.5)
+
+    text = jax.tree.map(lambda leaf: inputs.array((_SAMPLER_BATCH, *leaf.shape)), inputs.conditioning)
+    initial = inputs.array((_SAMPLER_BATCH, *inputs.latents))
+    schedule = NoiseSchedule.from_config(inputs.model.scheduler)
+    function = jax.jit(functools.partial(draw, schedule=schedule))
+    arguments = (inputs.params,)
+    keywords = {"text": text, "empty": inputs.whole(inputs.conditioning), "initial": initial}
+    return Program(_Keywords(function, keywords), arguments, _SAMPLER_BATCH, inputs.precision)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Keywords:
+    """`lower` of a function with abstract keyword arguments."""
+
+    function: Any
+    keywords: dict[str, Any]
+
+    def lower(self, *arguments: Any) -> Any:
+        return self.function.lower(*arguments, **self.keywords)
+
+
+PROGRAMS: dict[str, Callable[[_Inputs], Program]] = {
+    "losses": _losses,
+    "fisher": _fisher,
+    "gradient": _gradient,
+    "newton": _newton,
+    "linear-1": functools.partial(_linear, 1),
+    "linear-64": functools.partial(_linear, 64),
+    "encode": _encode,
+    "sampler": _sampler,
+}
+
+
+# Programs whose arrays and products follow --precision; all else is float32.
+SCORED_PRECISIONS = ("losses", "linear-1", "linear-64", "sampler")
+
+
+def build(model: str, mesh: Mesh, program: str, precision: str) -> Program:
+    """A program of a model at its real size; only those of `SCORED_PRECISIONS` depend on the precision."""
+    return PROGRAMS[program](_Inputs(MODELS[model], mesh, precision))
+
+
+def lower(program: Program) -> Any:
+    """The program lowered for the devices of its arguments, with its precision of products."""
+    with jax.default_matmul_precision(matmul_precision(program.precision)):
+        return program.function.lower(*program.arguments)
