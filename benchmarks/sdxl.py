@@ -1,6 +1,6 @@
 """Stable Diffusion XL at its published size, random weights: written by PyTorch in half precision, read and run here.
 
-    python -m benchmarks.sdxl --folder=/tmp/sdxl
+    python -m benchmarks.sdxl --folder=runs/sdxl
 
 Writes the parts of the base model one by one (7 GB) with diffusers and transformers, each with what it computes on
 fixed inputs, then loads each with this library, one in memory at a time, and prints seconds, peak memory and the
