@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from attrib_jax.attribution.scores import EXAMPLES_PER_TILE
 from attrib_jax.attribution.unlearn import DRAWS_PER_TILE, QueryGradient, ascend_program, zero_gradient
 from attrib_jax.convert.configs import MSCOCO
+from attrib_jax.core.checks import check_choice
 from attrib_jax.core.compensated import CompensatedSum
 from attrib_jax.core.keys import loss_key
 from attrib_jax.core.types import Batch
@@ -30,10 +31,11 @@ from attrib_jax.jobs.encode import IMAGE_TILE, encode_views
 from attrib_jax.jobs.linear import linear_scores, linear_scores_of_queries
 from attrib_jax.jobs.losses import tile_strided_losses
 from attrib_jax.jobs.query_gradient import gradient_sums
-from attrib_jax.models.predictor import as_predictor, cast_params, matmul_precision, predictor
+from attrib_jax.models.predictor import PRECISIONS, as_predictor, cast_params, matmul_precision, predictor
 from attrib_jax.models.unet import UNet2DConditionModel, UNetConfig, empty_conditioning
 from attrib_jax.models.vae import AutoencoderKL, AutoencoderKLConfig
 from attrib_jax.parallel.mesh import mesh_platform, tile_map
+from benchmarks.accelerator_targets import TARGETS
 
 _WHOLE, _DATA = PartitionSpec(), PartitionSpec("data")
 _SAMPLER_STEPS, _SAMPLER_BATCH = 50, 8
@@ -301,3 +303,22 @@ def lower(program: Program) -> Any:
     """The program lowered for the devices of its arguments, with its precision of products."""
     with jax.default_matmul_precision(matmul_precision(program.precision)):
         return program.function.lower(*program.arguments)
+
+
+def planned(targets: list[str], models: list[str], programs: list[str], precisions: list[str]) -> list[tuple[str, ...]]:
+    """What is compiled: (model, target, program, precision); ValueError for a name that is not known."""
+    for name, values, known in (
+        ("target", targets, TARGETS),
+        ("model", models, MODELS),
+        ("program", programs, PROGRAMS),
+        ("precision", precisions, PRECISIONS),
+    ):
+        for value in values:
+            check_choice(name, value, known)
+    return [
+        (model, target, program, precision)
+        for model in models
+        for target in targets
+        for program in programs
+        for precision in (precisions if program in SCORED_PRECISIONS else ["float32"])
+    ]

@@ -23,11 +23,9 @@ from typing import Any
 
 from absl import app, flags
 
-from attrib_jax.core.checks import check_choice
 from attrib_jax.evaluation.tables import markdown_table
-from attrib_jax.models.predictor import PRECISIONS
 from attrib_jax.storage.files import write_json
-from benchmarks.accelerator_programs import MODELS, PROGRAMS, SCORED_PRECISIONS, build, lower
+from benchmarks.accelerator_programs import MODELS, PROGRAMS, build, lower, planned
 from benchmarks.accelerator_targets import TARGETS, versions
 from benchmarks.hlo_counts import count_flops, count_traffic, parse
 
@@ -114,25 +112,6 @@ def run_worker(key: tuple[str, ...], limit: float) -> dict[str, Any]:
         last = [line for line in err.splitlines() if line.strip()] or [f"exit status {process.returncode}"]
         return {"error": last[-1][:400]}
     return json.loads(out.splitlines()[-1])
-
-
-def planned(targets: list[str], models: list[str], programs: list[str], precisions: list[str]) -> list[tuple[str, ...]]:
-    """What is compiled: (model, target, program, precision); ValueError for a name that is not known."""
-    for name, values, known in (
-        ("target", targets, TARGETS),
-        ("model", models, MODELS),
-        ("program", programs, PROGRAMS),
-        ("precision", precisions, PRECISIONS),
-    ):
-        for value in values:
-            check_choice(name, value, known)
-    return [
-        (model, target, program, precision)
-        for model in models
-        for target in targets
-        for program in programs
-        for precision in (precisions if program in SCORED_PRECISIONS else ["float32"])
-    ]
 
 
 def main(argv):

@@ -3,9 +3,8 @@
 import pytest
 
 from attrib_jax.parallel.mesh import data_mesh
-from benchmarks.accelerator_programs import MODELS, PROGRAMS, build, lower
+from benchmarks.accelerator_programs import MODELS, PROGRAMS, build, lower, planned
 from benchmarks.accelerator_targets import TARGETS
-from benchmarks.accelerators import planned
 from benchmarks.hlo_counts import count_flops, parse
 
 
