@@ -36,6 +36,7 @@ from attrib_jax.models.unet import UNet2DConditionModel, UNetConfig, empty_condi
 from attrib_jax.models.vae import AutoencoderKL, AutoencoderKLConfig
 from attrib_jax.parallel.mesh import mesh_platform, tile_map
 from benchmarks.accelerator_targets import TARGETS
+from benchmarks.sizes import SIZES
 
 _WHOLE, _DATA = PartitionSpec(), PartitionSpec("data")
 _SAMPLER_STEPS, _SAMPLER_BATCH = 50, 8
@@ -113,17 +114,7 @@ MODELS = {
     ),
     # Compiles in seconds: what CI compiles for a TPU.
     "tiny": Model(
-        {
-            **MSCOCO.unet,
-            "sample_size": 8,
-            "block_out_channels": [32],
-            "down_block_types": ["CrossAttnDownBlock2D"],
-            "up_block_types": ["CrossAttnUpBlock2D"],
-            "layers_per_block": 1,
-            "attention_head_dim": 4,
-            "cross_attention_dim": 32,
-            "norm_num_groups": 8,
-        },
+        SIZES["tiny"].unet,
         {"block_out_channels": [32], "layers_per_block": 1, "norm_num_groups": 8, "sample_size": 8},
         MSCOCO.scheduler or {},
         tokens=8,

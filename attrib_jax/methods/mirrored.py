@@ -49,7 +49,8 @@ from attrib_jax.parallel.mesh import data_mesh, host_share, mesh_platform, repli
 from attrib_jax.parallel.progress import progress
 from attrib_jax.parallel.sums import DeviceSums
 from attrib_jax.storage.chunks import ChunkStore
-from attrib_jax.storage.files import DamagedFileError, read_arrays, stored_arrays, write_arrays
+from attrib_jax.storage.files import stored_arrays, write_arrays
+from attrib_jax.storage.score_files import read_unlearned
 from attrib_jax.storage.state import StateStore
 
 _log = logging.getLogger(__name__)
@@ -208,7 +209,7 @@ def unlearn_queries(
     """
     mesh = data_mesh()
     slots = mesh.size * config.queries_per_device
-    results = [run_on_host0(functools.partial(_read_result, query.folder / _FILE)) for query in queries]
+    results = [run_on_host0(functools.partial(read_unlearned, query.folder / _FILE)) for query in queries]
     # Queries of one program have text states of one length.
     pending = sorted(
         (place for place, result in enumerate(results) if result is None),
@@ -221,7 +222,7 @@ def unlearn_queries(
         pending = pending[len(together) :]
         _unlearn_together(run, program, [queries[place] for place in together], config, null)
         for place in together:
-            results[place] = run_on_host0(functools.partial(_read_result, queries[place].folder / _FILE))
+            results[place] = run_on_host0(functools.partial(read_unlearned, queries[place].folder / _FILE))
     unlearned = []
     for query, stored in zip(queries, results):
         # What a run that was killed between writing a result and this left.
@@ -229,18 +230,6 @@ def unlearn_queries(
         losses = stored.pop("query_loss").tolist()
         unlearned.append((unflatten_names(stored), tuple(losses)))
     return unlearned
-
-
-def _read_result(file: Path) -> dict[str, np.ndarray] | None:
-    """The stored weights and, as one more array, the losses; None where they have to be computed."""
-    try:
-        arrays, losses = read_arrays(file)
-    except FileNotFoundError:
-        return None
-    except DamagedFileError as error:
-        _log.warning("%s: it will be computed again", error)
-        return None
-    return {**arrays, "query_loss": np.asarray(losses, np.float64)}
 
 
 class _StepProgram:

@@ -6,7 +6,6 @@ sections 3 to 5.
 
 import dataclasses
 import functools
-import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,10 +32,9 @@ from attrib_jax.jobs.settings import SCORES, CurvatureSettings, PassSettings, Qu
 from attrib_jax.methods.base import MethodConfig, QueryJob, Scored
 from attrib_jax.parallel.hosts import run_on_host0
 from attrib_jax.parallel.progress import progress
-from attrib_jax.storage.files import DamagedFileError, read_arrays, write_arrays
+from attrib_jax.storage.files import write_arrays
+from attrib_jax.storage.score_files import read_unlearned
 from attrib_jax.storage.state import StateStore
-
-_log = logging.getLogger(__name__)
 
 _FILE = "unlearned.safetensors"
 _STATE = "unlearning"
@@ -179,7 +177,7 @@ def unlearn_query(
     Raises ValueError, naming the query, where F is 0 and the gradient is not, or a step is not finite.
     """
     file, store = query.folder / _FILE, StateStore(query.folder, _STATE)
-    stored = run_on_host0(lambda: _read_result(file))
+    stored = run_on_host0(lambda: read_unlearned(file))
     if stored is not None:
         # What a run that was killed between writing its result and this left.
         run_on_host0(store.remove)
@@ -231,18 +229,6 @@ def unlearn_query(
     run_on_host0(lambda: write_arrays(file, arrays, list(query_loss)))
     run_on_host0(store.remove)
     return selected, query_loss
-
-
-def _read_result(file: Path) -> dict[str, np.ndarray] | None:
-    """The stored result, its losses among the weights; None where it has to be computed."""
-    try:
-        arrays, losses = read_arrays(file)
-    except FileNotFoundError:
-        return None
-    except DamagedFileError as error:
-        _log.warning("%s: it will be computed again", error)
-        return None
-    return {**arrays, "query_loss": np.asarray(losses, np.float64)}
 
 
 def _state_like(selected: Params, steps: int) -> Unlearned:

@@ -16,7 +16,7 @@ import numpy as np
 from attrib_jax.core.checks import check_choice
 from attrib_jax.core.types import Scores
 from attrib_jax.parallel.hosts import run_on_host0
-from attrib_jax.storage.files import atomic_write, write_bytes, write_npz
+from attrib_jax.storage.files import DamagedFileError, atomic_write, read_arrays, write_bytes, write_npz
 
 _log = logging.getLogger(__name__)
 
@@ -109,6 +109,21 @@ def read_result(path: str | os.PathLike) -> tuple[Scores, tuple[float, ...]] | N
         return None
     query_loss = tuple(arrays.pop(_QUERY_LOSS).tolist())
     return Scores(**arrays), query_loss
+
+
+def read_unlearned(path: str | os.PathLike) -> dict[str, np.ndarray] | None:
+    """Weights after unlearning a query by name, and its losses before each step as `query_loss`, float64.
+
+    Of a file whose header holds these losses; None, with a warning for a damaged file, where they have to be computed.
+    """
+    try:
+        arrays, losses = read_arrays(path)
+    except FileNotFoundError:
+        return None
+    except DamagedFileError as error:
+        _log.warning("%s: it will be computed again", error)
+        return None
+    return {**arrays, "query_loss": np.asarray(losses, np.float64)}
 
 
 def _present(scores: Scores) -> dict[str, np.ndarray]:
