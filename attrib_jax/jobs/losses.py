@@ -85,7 +85,7 @@ class ExampleProgram:
         if timesteps is None:
             timesteps = strided_timesteps(config.stride, schedule.num_train_timesteps)  # type: ignore[attr-defined]
         self._timesteps = timesteps
-        key = shared_noise_key(config.loss_seed) if shared_noise else loss_key(config.loss_seed)
+        key = shared_noise_key(config.image_seed) if shared_noise else loss_key(config.image_seed)
         self._shared = replicate(self.mesh, (schedule, key, self._timesteps))
         self._tiles_in_flight = max(2, -(-config.batch_size // (tile * self.mesh.size)))
         self._matmul_precision = matmul_precision(config.precision)
@@ -310,8 +310,10 @@ def _losses_of_model(run: Run, path: Path, config: LossSettings, rows: np.ndarra
 
 
 def _base_stage(run: Run, config: LossSettings) -> tuple[str, dict[str, Any], Mapping[str, str]]:
-    settings = {name: getattr(config, name) for name in ("loss_seed", "stride", "captions", "num_flips")}
-    name = f"losses/stride{config.stride}-{config.captions}-flips{config.num_flips}-seed{config.loss_seed}"
+    settings = {name: getattr(config, name) for name in ("stride", "captions", "num_flips")}
+    # The only seed that these losses depend on, under the name that stored ones have.
+    settings["loss_seed"] = config.image_seed
+    name = f"losses/stride{config.stride}-{config.captions}-flips{config.num_flips}-seed{config.image_seed}"
     # Losses in float32, under noise of each image's own, need no word about it.
     if shares_noise(config):
         name, settings = f"{name}-shared-noise", {**settings, "shared_noise": True}

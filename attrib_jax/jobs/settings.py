@@ -153,6 +153,11 @@ class ExampleSettings(NoiseSettings, FlipSettings, CaptionSettings):
     )
     batch_size: int = setting(0, "Examples in flight; 0 chooses automatically.", low=0, performance=True)
 
+    @property
+    def image_seed(self) -> int:
+        """Seed of the noise under which training images are scored."""
+        return self.loss_seed
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LossSettings(ExampleSettings):
@@ -177,6 +182,14 @@ class PassSettings(LossSettings, QueriesSettings):
     """Scoring in one pass over the data set, of all images or coarse to fine."""
 
     shared_noise: bool = setting(False, SHARED_NOISE_HELP, omit_default=True)
+    noise_seed: int | None = setting(
+        None,
+        "Seed of the noise under which training images are scored, where it is not to be --loss_seed: F and the "
+        "unlearned weights stay the same.",
+        low=0,
+        high=_MAX_SEED,
+        omit_default=True,
+    )
     cascade: float = setting(
         0.0,
         "Share of the images, the best by a coarse score, that is scored at the full setting; 0 scores all of them.",
@@ -197,6 +210,11 @@ class PassSettings(LossSettings, QueriesSettings):
                 f"cascade_stride is {self.cascade_stride}: expected at least stride, {self.stride}, so that the coarse "
                 "scores are the cheaper ones. Change cascade_stride."
             )
+
+    @property
+    def image_seed(self) -> int:
+        """Seed of the noise under which training images are scored."""
+        return self.loss_seed if self.noise_seed is None else self.noise_seed
 
     def coarse(self) -> "PassSettings":
         """The setting of the coarse scores of a cascade."""

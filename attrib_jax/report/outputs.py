@@ -19,6 +19,7 @@ from attrib_jax.data.sources import Dataset
 from attrib_jax.jobs.query import Query, read_region_mask
 from attrib_jax.methods.base import Attribution, MethodConfig
 from attrib_jax.methods.patches import read_region_map
+from attrib_jax.methods.unlearn import UnlearnConfig, UnlearningRecord, read_unlearning
 from attrib_jax.parallel.hosts import run_on_host0
 from attrib_jax.report import Credit, Region, ReportData, Timing, write_contact_sheet, write_report
 from attrib_jax.storage.files import write_bytes, write_json
@@ -28,6 +29,12 @@ _LINEAR_EXPLANATION = (
     "The model was nudged to unlearn this image, and a training image's score is how fast its own loss begins to "
     "rise along that way, times the length of the way: the limit of the loss change for a small nudge. Images that "
     "the model needed for this query come first; unrelated ones stay near zero."
+)
+# With the rises of random training images and of the query.
+_WENT_TOO_FAR = (
+    "Unlearning went too far: the loss of random training images changed by {}, that of the query by {}: the model "
+    "forgot more than this query, and the scores say little. Leave out step_size, or take a smaller one or a smaller "
+    "loss_rise."
 )
 
 
@@ -65,7 +72,8 @@ def _write_outputs(result, dataset, query, config, model_name, model_credit, top
     write_bytes(folder / "query.png", png.getvalue())
     write_bytes(folder / "top.csv", _top_csv(result.scores.top(top_k), dataset, position))
 
-    report = report_data(result, dataset, query, config, model_name, model_credit, top_k, _regions(folder))
+    unlearning = read_unlearning(folder) if isinstance(config, UnlearnConfig) else None
+    report = report_data(result, dataset, query, config, model_name, model_credit, top_k, _regions(folder), unlearning)
     if report.group_shares:
         write_bytes(folder / "groups.csv", _groups_csv(report.group_shares))
     else:
@@ -85,6 +93,7 @@ def _write_outputs(result, dataset, query, config, model_name, model_credit, top
             "timings_seconds": {name: seconds for name, (seconds, _) in result.timings.items()},
             "reused": [name for name, (_, reused) in result.timings.items() if reused],
             "query_loss": list(result.query_loss),
+            **({} if unlearning is None else {"unlearning": unlearning.as_json()}),
             "notes": list(report.warnings),
             "scored": report.scored,
             "queries_together": result.num_queries,
@@ -102,10 +111,11 @@ def report_data(
     model_credit: str | None = None,
     top_k: int = 24,
     regions: tuple[Region, ...] = (),
+    unlearning: UnlearningRecord | None = None,
 ) -> ReportData:
     """What the report of a query shows; arguments as of `write_outputs`. No file of the query is read.
 
-    `regions` is the map that method `patches` keeps beside its scores.
+    `regions` is the map that method `patches` keeps beside its scores, `unlearning` what `unlearn` keeps.
     """
     partial = config.partial
     linear = getattr(config, "score", None) == "linear"
@@ -114,6 +124,8 @@ def report_data(
     unreadable = 0 if partial else len(dataset) - len(result.scores)
     if unreadable:
         notes.append(f"{unreadable} of {len(dataset)} training images could not be read and have no score.")
+    if unlearning is not None and unlearning.went_too_far:
+        notes.append(_WENT_TOO_FAR.format(*_rises(unlearning)))
     groups = dataset.groups
     return ReportData(
         query_image=result.query.image,
@@ -121,7 +133,7 @@ def report_data(
         prompt=query.prompt,
         query_settings=_query_settings(query),
         method=config.method,
-        method_settings=_method_settings(config, len(dataset)),
+        method_settings=_method_settings(config, len(dataset)) | _how_far(unlearning),
         model_name=model_name,
         dataset_name=dataset.name,
         row_id=result.scores.row_id,
@@ -195,6 +207,28 @@ def _groups_csv(shares: Sequence[GroupShare]) -> bytes:
     writer.writerow(GroupShare._fields)
     writer.writerows([each.group, each.images, *map(repr, each[2:])] for each in shares)
     return text.getvalue().encode()
+
+
+def _how_far(record: UnlearningRecord | None) -> dict[str, str]:
+    """What unlearning did to the query and to random training images, as the report shows it."""
+    if record is None:
+        return {}
+    shown = {"step size (alpha)": ", ".join(f"{size:g}" for size in record.step_size[:3])}
+    if len(record.step_size) > 3:
+        shown["step size (alpha)"] += f", ... ({len(record.step_size)} steps)"
+    if record.before is not None and record.after is not None:
+        images, query = _rises(record)
+        shown["rise of the query's loss"] = query
+        shown[f"rise of the loss of {record.num_images} random training images"] = images
+    return shown
+
+
+def _rises(record: UnlearningRecord) -> list[str]:
+    """Rises of the images' and of the query's mean loss, in words."""
+    if record.before is None or record.after is None:
+        return []
+    pairs = zip(record.before, record.after)
+    return [f"{after / before - 1:+.1%} ({before:.4f} to {after:.4f})" for before, after in pairs]
 
 
 def _query_settings(query: Query) -> dict[str, str]:

@@ -6,6 +6,7 @@ Both are stages that are computed, resumed or reused; the student (`attrib_jax.r
 import dataclasses
 import functools
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from attrib_jax.core.types import Scores
 from attrib_jax.data.sources import Dataset
 from attrib_jax.jobs.context import Run
 from attrib_jax.jobs.query import PreparedQuery, Query, SamplerSettings, generate, prepare_query, text_states
+from attrib_jax.jobs.settings import PassSettings
 from attrib_jax.methods import METHODS, check_method, method_inputs
 from attrib_jax.methods.base import MethodConfig, QueryJob
 from attrib_jax.parallel.hosts import host0_first, run_on_host0
@@ -43,7 +45,23 @@ class TeacherQueryConfig(SamplerSettings):
     compositions: float = setting(
         0.25, "Share of the queries whose prompt joins the captions of two training images.", low=0, high=1
     )
+    teacher_noises: int = setting(
+        4,
+        "Seeds of the training images' noise that the student's queries are shared out to, where the teacher takes "
+        "losses; held-out queries have one that no other query has. 0: all queries have that of --loss_seed, and a "
+        "student learns what it does to each image.",
+        low=0,
+    )
     query_seed: int = setting(0, "Seed of the choice of prompts; query i is drawn with seed i.", low=0, high=2**32 - 1)
+
+    def noise_seeds(self, first: int) -> np.ndarray:
+        """The seed of the training images' noise for each query (Q,), counted from `first`, the held-out queries'."""
+        if not self.teacher_noises:
+            return np.full(self.teacher_queries, first)
+        train = self.teacher_queries - self.num_held_out
+        shared_out = 1 + np.arange(train) * self.teacher_noises // train
+        # Few queries may not need all of the seeds.
+        return (first + np.append(shared_out, np.zeros(self.num_held_out, np.int64))) % 2**32
 
     @property
     def num_held_out(self) -> int:
@@ -139,7 +157,8 @@ def prepare_teacher_queries(run: Run, queries: TeacherQueries, rows: Any) -> lis
 def teacher_scores(run: Run, queries: TeacherQueries, config: TeacherQueryConfig, method: MethodConfig) -> Any:
     """Scores of every encoded training image for each query -> (Q, N) float32, on disk; resumed or reused.
 
-    Several queries share a pass over the data set, as many as `method.queries_per_pass` says, 160 if it does not.
+    Queries under the same noise share a pass over the data set, as many as `method.queries_per_pass` says, 160 if it
+    does not.
 
     Raises ValueError where the method scores a part of the images, or does not fit the model.
     """
@@ -153,6 +172,7 @@ def teacher_scores(run: Run, queries: TeacherQueries, config: TeacherQueryConfig
     name = f"teacher/{method.method}-{json_digest(settings)[:8]}"
     stage_of = (name, settings, method_inputs(run, method))
     count, size = len(queries.prompts), len(run.data)
+    seeds = config.noise_seeds(method.image_seed) if isinstance(method, PassSettings) else np.zeros(count, np.int64)
     with run.timed("teacher scores", run.root.is_finished(*stage_of)), run.root.stage(*stage_of) as stage:
         per_pass = getattr(method, "queries_per_pass", 0) or _QUERIES_PER_PASS
         fields = {"score": ((size,), np.float32)}
@@ -162,18 +182,28 @@ def teacher_scores(run: Run, queries: TeacherQueries, config: TeacherQueryConfig
             for index in pending:
                 rows = store.rows(index)
                 folder = stage.path / "pass"
-                jobs = _jobs(run, queries, range(rows.start, rows.stop), folder)
-                found = np.stack(
-                    [scores_by_row(run, each.scores) for each in METHODS[method.method].score(run, jobs, method)]
-                )
-                run_on_host0(functools.partial(store.write, index, {"score": found.astype(np.float32)}))
+                found = []
+                for seed in dict.fromkeys(seeds[rows].tolist()):
+                    # Queries of one noise are neighbours.
+                    members = np.arange(rows.start, rows.stop)[seeds[rows] == seed].tolist()
+                    own = _under_noise(method, seed)
+                    jobs = _jobs(run, queries, members, folder)
+                    found += [scores_by_row(run, each.scores) for each in METHODS[own.method].score(run, jobs, own)]
+                run_on_host0(functools.partial(store.write, index, {"score": np.stack(found).astype(np.float32)}))
                 # What the method kept for a resumed pass.
                 run_on_host0(functools.partial(shutil.rmtree, folder, ignore_errors=True))
                 bar.update(rows.stop - rows.start)
         return store.array("score")
 
 
-def _jobs(run: Run, queries: TeacherQueries, rows: range, folder: Path) -> list[QueryJob]:
+def _under_noise(method: MethodConfig, seed: int) -> MethodConfig:
+    """The method with training images scored under the noise of `seed`, where it takes losses."""
+    if not isinstance(method, PassSettings):
+        return method
+    return dataclasses.replace(method, noise_seed=seed)  # type: ignore[call-arg]  # an intersection of two classes
+
+
+def _jobs(run: Run, queries: TeacherQueries, rows: Sequence[int], folder: Path) -> list[QueryJob]:
     prepared = prepare_teacher_queries(run, queries, rows)
     jobs = [QueryJob(f"query-{row:06d}", {}, each, folder / f"query-{row:06d}") for row, each in zip(rows, prepared)]
     for job in jobs:
@@ -191,6 +221,8 @@ def scores_by_row(run: Run, scores: Scores) -> np.ndarray:
 
 def _query_stage(run: Run, config: TeacherQueryConfig) -> tuple[str, dict[str, Any], dict[str, str]]:
     settings = config.describe()
+    # The pictures do not depend on how they are scored.
+    del settings["teacher_noises"]
     return f"teacher_queries/{json_digest(settings)[:8]}", settings, run.inputs
 
 

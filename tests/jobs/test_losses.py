@@ -47,6 +47,12 @@ def test_shared_noise_has_a_stage_of_its_own_and_is_off_by_default(run, losses):
     np.testing.assert_array_equal(found, common[:9])
 
 
+def test_another_noise_seed_gives_the_losses_of_that_loss_seed(run, losses):
+    other = base_losses(run, PassSettings(stride=300, noise_seed=3))
+    np.testing.assert_array_equal(other, base_losses(run, LossSettings(stride=300, loss_seed=3)))
+    assert not np.allclose(other, losses)
+
+
 def _shared_stage(run):
     return {"loss_seed": 0, "stride": 300, "captions": "first", "num_flips": 2, "shared_noise": True}, run.inputs
 

@@ -1,6 +1,7 @@
 """Unlearning as a method: what moves, how its variants lie beside each other, and how it resumes."""
 
 import dataclasses
+import json
 import types
 
 import numpy as np
@@ -14,14 +15,15 @@ from attrib_jax.jobs.context import Run
 from attrib_jax.jobs.losses import base_losses
 from attrib_jax.jobs.query import Query
 from attrib_jax.methods import unlearn
-from attrib_jax.methods.unlearn import UnlearnConfig
+from attrib_jax.methods.unlearn import UnlearnConfig, read_unlearning
+from attrib_jax.report.outputs import write_outputs
 from attrib_jax.storage.files import StorageError, read_arrays, write_arrays
 from attrib_jax.storage.stage_root import StageRoot
 from attrib_jax.storage.state import StateStore
 from tests.failures import interrupt_states
 
 QUERY = Query(prompt="red heart", seed=3, sampler_steps=2)
-CONFIG = UnlearnConfig(query_draws=32, fisher_samples=96, stride=300)
+CONFIG = UnlearnConfig(query_draws=32, fisher_samples=96, stride=300, step_size=0.01)
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +94,34 @@ def test_linear_scores_take_the_same_weights_and_no_base_losses(run, plain):
     assert np.corrcoef(small.scores.score, exact.scores.score)[0, 1] > 0.999
 
 
+def test_the_automatic_step_raises_random_images_as_asked_and_is_told(run):
+    # Nearly all weights of a model that was not trained fit nothing: a small rise, so that the query's is larger.
+    config = {"step_size": 0.0, "loss_rise": 0.001, "rise_images": 20}
+    found = attributed(run, **config)
+    record = read_unlearning(found.folder)
+    assert record.num_images == 20 and not record.went_too_far
+    rise = record.after.images / record.before.images - 1
+    assert 0.0008 < rise <= 0.00102
+    # The step by itself gives the same scores.
+    by_hand = attributed(run, step_size=record.step_size[0], rise_images=20)
+    np.testing.assert_array_equal(by_hand.scores.score, found.scores.score)
+    # N is no part of it.
+    smaller = attributed(run, num_examples=5, **config)
+    np.testing.assert_allclose(smaller.scores.score, found.scores.score, rtol=0.3, atol=1e-5)
+    both = attributed(run, steps=2, **config)
+    sizes = read_unlearning(both.folder).step_size
+    assert len(sizes) == 2 and read_unlearning(both.folder).after.images / record.before.images - 1 <= 0.00102
+
+
+def test_a_step_that_goes_too_far_is_told_in_report_and_manifest(run, dataset):
+    found = attributed(run, step_size=100.0)
+    assert read_unlearning(found.folder).went_too_far
+    write_outputs(found, dataset, QUERY, dataclasses.replace(CONFIG, step_size=100.0), model_name="tiny")
+    manifest = json.loads((found.folder / "manifest.json").read_text())
+    assert "Unlearning went too far" in manifest["notes"][0] and manifest["unlearning"]["step_size"] == [100.0]
+    assert "rise of the loss of 37 random training images" in (found.folder / "report.html").read_text()
+
+
 STEPS = {"steps": 4, "keep_ewc_gradient": True, "step_size": 0.003}
 
 
@@ -146,7 +176,8 @@ def test_f_that_is_zero_where_the_gradient_is_not_is_named(run, tmp_path):
     ("settings", "message"),
     [
         ({"step_size": float("nan")}, "step_size is nan"),
-        ({"step_size": 0}, "step_size is 0"),
+        ({"step_size": -0.1}, "step_size is -0.1"),
+        ({"loss_rise": 0}, "loss_rise is 0"),
         ({"steps": 0}, "steps is 0"),
         ({"num_examples": 0}, "num_examples is 0"),
         ({"update": "sgd", "damping": 1.0}, "damping is 1.0.* 'sgd'"),
