@@ -24,7 +24,7 @@ from tests.failures import interrupt_writes, until_done
 
 QUERIES = [Query(prompt=prompt, seed=seed, sampler_steps=2) for seed, prompt in enumerate(("red heart", "hat", "flag"))]
 QUERY = QUERIES[0]
-CONFIG = UnlearnConfig(query_draws=32, fisher_samples=96, stride=300)
+CONFIG = UnlearnConfig(query_draws=32, fisher_samples=96, stride=300, step_size=0.01)
 
 
 @pytest.fixture(scope="module")

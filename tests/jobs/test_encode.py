@@ -23,7 +23,7 @@ from tests.failures import UnreadableImages
 from tests.tiny_dataset import make_dataset
 
 QUERY = Query(prompt="red heart", seed=3, sampler_steps=3)
-CONFIG = method_config(query_draws=32, fisher_samples=64, stride=300)
+CONFIG = method_config(query_draws=32, fisher_samples=64, stride=300, step_size=0.01)
 
 
 def damaged_pictures(dataset, rows):

@@ -16,7 +16,7 @@ from attrib_jax.methods.unlearn import UnlearnConfig
 from attrib_jax.storage.files import StorageError
 from tests.tiny_dataset import make_dataset
 
-CONFIG = UnlearnConfig(query_draws=64, fisher_samples=256, stride=300, steps=4, keep_ewc_gradient=True)
+CONFIG = UnlearnConfig(query_draws=64, fisher_samples=256, stride=300, steps=4, keep_ewc_gradient=True, step_size=0.01)
 SCRIPT = "import sys, tests.conftest\nfrom tests.jobs.test_killed import job\njob(*sys.argv[1:])\n"
 # What is stored when the process is killed.
 MOMENTS = ("text/text/chunk-*", "fisher/*/fisher.safetensors", "attribution/*/losses/chunk-*")

@@ -18,7 +18,7 @@ from attrib_jax.storage.stage_root import StageRoot
 from tests.failures import UnreadableImages
 
 QUERY = Query(prompt="red heart", seed=3, sampler_steps=2)
-CONFIG = UnlearnConfig(query_draws=32, fisher_samples=96, stride=300)
+CONFIG = UnlearnConfig(query_draws=32, fisher_samples=96, stride=300, step_size=0.01)
 # A file of each kind that a run stores, in the order in which it writes them.
 STORED = (
     "latents/latents/chunk-000000.safetensors",
