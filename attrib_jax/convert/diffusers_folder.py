@@ -205,6 +205,13 @@ def find_unet(path: str, config: str | Mapping[str, Any] | None = None) -> UNetF
     return UNetFile(module, file, scheduler, source)
 
 
+def transformer_class(path: str) -> str | None:
+    """The class of a pipeline folder whose denoiser is a transformer; None for any other path."""
+    file = os.path.join(path, INDEX)
+    name = read_json(file).get("_class_name") if os.path.isfile(file) else None
+    return name if name in TRANSFORMER_PIPELINES else None
+
+
 def load_folder(
     path: str,
     dtype: Any = jnp.float32,
@@ -212,23 +219,24 @@ def load_folder(
     variant: str | None = None,
     tokenizer: str | None = None,
     prediction_type: str | None = None,
-    unet: UNetFile | None = None,
+    unet: Any = None,
 ) -> Pipeline:
-    """Reads a pipeline folder; arguments and errors as `load_pipeline`.
+    """Reads a pipeline folder; arguments and errors as `load_pipeline`, but for `unet`.
+
+    That is a `UNetFile`, or for a model with a transformer a `TransformerFile`.
 
     All configs are read and checked before the first tensor.
     """
-    index_file = os.path.join(path, INDEX)
-    if os.path.isfile(index_file) and read_json(index_file).get("_class_name") in TRANSFORMER_PIPELINES:
+    if transformer_class(path) is not None:
         from attrib_jax.convert.transformer_folder import load_transformer_folder  # no other model needs it
 
-        given = {"tokenizer": tokenizer, "prediction_type": prediction_type, "unet": unet}
+        given = {"tokenizer": tokenizer, "prediction_type": prediction_type}
         for name, value in given.items():
             if value is not None:
                 raise ValueError(
-                    f"{name} is given, but {path!r} is a model with a transformer, of which no part is replaced"
+                    f"{name} is given, but {path!r} is a model with a transformer, which has its own; leave it out"
                 )
-        return load_transformer_folder(path, read_json(index_file), dtype, variant)
+        return load_transformer_folder(path, read_json(os.path.join(path, INDEX)), dtype, variant, unet)
     modules, weights = check_folder(path, variant, replaced_parts(unet, tokenizer))
     file = os.path.join(path, "scheduler", SCHEDULER_CONFIG)
     if unet is not None:

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 PIPELINE, XL_PIPELINE = "StableDiffusionPipeline", "StableDiffusionXLPipeline"
-# Of models whose denoiser is a diffusion transformer, read from folders alone.
+# Of models whose denoiser is a diffusion transformer.
 TRANSFORMER_PIPELINES = (
     "StableDiffusion3Pipeline",
     "FluxPipeline",
@@ -16,8 +16,8 @@ TRANSFORMER_PIPELINES = (
     "PixArtAlphaPipeline",
 )
 _SUPPORTED = (
-    "supported are text-to-image models of the Stable Diffusion 1, 2 and XL families, and folders of Stable "
-    "Diffusion 3, FLUX.1 and PixArt"
+    "supported are text-to-image models of the Stable Diffusion 1, 2 and XL families, Stable Diffusion 3 and FLUX.1, "
+    "and folders of PixArt"
 )
 _ORIGIN = "give the text-to-image model that it was made from"
 _OTHER = "give a Stable Diffusion 1, 2 or XL model"
@@ -197,9 +197,8 @@ _TENSORS: tuple[tuple[str, str, str], ...] = (
     (r".*\.(time_stack|time_mixer|temporal_\w+|motion_modules)\..*|motion_modules\..*", "a video model", _OTHER),
     (r"(control_model|controlnet_\w+)\..*|(.*\.)?(input_hint_block|zero_convs|controlnet_cond_embedding)\..*",
      "a ControlNet", "give the Stable Diffusion model that it steers"),
-    (rf"({_UNET})?(double_blocks|single_blocks)\..*|({_UNET})?single_transformer_blocks\..*",
-     "FLUX as a single file", _FOLDER),
-    (rf"({_UNET})?joint_blocks\..*|text_encoders\..*", "Stable Diffusion 3 as a single file", _FOLDER),
+    (rf"({_UNET})?(double_blocks|single_blocks|single_transformer_blocks)\..*", "FLUX under other names", _FOLDER),
+    (rf"({_UNET})?joint_blocks\..*|text_encoders\..*", "Stable Diffusion 3 under other names", _FOLDER),
     (rf"({_UNET})?(double_layers|single_layers)\..*", "AuraFlow", _OTHER),
     (rf"({_UNET})?clf\..*|.*channelwise\..*", "Stable Cascade", _OTHER),
     (r"low_scale_model\..*", _UPSCALER, _OTHER),
@@ -246,6 +245,27 @@ def _channels(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int | None, int | 
     return (first[1] if len(first) == 4 else None), (last[0] if len(last) == 4 else None)
 
 
+# Patterns of names in files that resemble those of SD 3 and FLUX.1.
+_TRANSFORMERS: tuple[tuple[str, str, str], ...] = (
+    _TENSORS[0],
+    (r".*(single_stream_modulation|double_stream_modulation_\w+)\..*", "FLUX.2", _OTHER),
+    (r".*distilled_guidance_layer\..*", "Chroma", _OTHER),
+    (r".*(controlnet_\w+|input_hint_block|pos_embed_input)\..*", "a ControlNet", "give the model that it steers"),
+    (r".*(redux|_ip)\w*\..*", "an image adapter", "give the model that it steers"),
+)
+
+
+def check_transformer(shapes: Mapping[str, tuple[int, ...]], source: str) -> None:
+    """Raises ValueError where the tensors of a file with a transformer are not those of SD 3 or FLUX.1."""
+    for pattern, what, instead in _TRANSFORMERS:
+        if any(re.fullmatch(pattern, name) for name in shapes):
+            raise refusal(source, what, instead)
+    bare = {name.removeprefix(_UNET): shape for name, shape in shapes.items()}
+    taken, made = bare.get("img_in.weight", ()), bare.get("final_layer.linear.weight", ())
+    if len(taken) == len(made) == 2 and taken[1] != made[0]:
+        raise refusal(source, f"FLUX.1 Fill, Depth or Canny, which takes {taken[1]} channels for {made[0]}", _ORIGIN)
+
+
 # `modelspec.architecture` of a safetensors header (https://github.com/Stability-AI/ModelSpec), without its prediction.
 _ARCHITECTURES: tuple[tuple[str, str, str], ...] = (
     (r".*/(lora|loha|lokr|dora)", "a LoRA", "give it as lora (--lora), and the model as model (--model)"),
@@ -256,8 +276,8 @@ _ARCHITECTURES: tuple[tuple[str, str, str], ...] = (
     (r".*(upscal|x4).*", _UPSCALER, _OTHER),
     (r".*unclip.*", "an unCLIP model, which is conditioned on image embeddings", _ORIGIN),
     (r"stable-diffusion-xl.*refiner.*", "the refiner of Stable Diffusion XL", _OTHER),
-    (r"stable-diffusion-(3|v3).*", "Stable Diffusion 3 as a single file", _FOLDER),
-    (r"flux.*", "FLUX as a single file", _FOLDER),
+    (r"stable-diffusion-(3|v3).*", "Stable Diffusion 3 under other names", _FOLDER),
+    (r"flux.*", "FLUX under other names", _FOLDER),
 )
 
 

@@ -9,7 +9,13 @@ from typing import Any
 import jax.numpy as jnp
 
 from attrib_jax.convert.config_files import read_json
-from attrib_jax.convert.diffusers_folder import UNetFile, find_unet, load_folder, replaced_parts
+from attrib_jax.convert.diffusers_folder import (
+    UNetFile,
+    find_unet,
+    load_folder,
+    replaced_parts,
+    transformer_class,
+)
 from attrib_jax.convert.pipeline import Pipeline, check_parts
 from attrib_jax.core.checks import expand_path
 from attrib_jax.core.settings import Settings, setting
@@ -46,7 +52,8 @@ class ModelSource(Settings):
     )
     unet: str | None = setting(
         None,
-        "UNet weights that replace the model's: a folder, or the file of a state dict with --unet_config.",
+        "UNet weights that replace the model's: a folder, or the file of a state dict with --unet_config. For a folder "
+        "of Stable Diffusion 3 or FLUX.1 its transformer, also in one file with the original names.",
         path=True,
     )
     unet_config: str | None = setting(
@@ -149,7 +156,7 @@ def load_pipeline(
     unet: str | None = None,
     unet_config: str | Mapping[str, Any] | None = None,
 ) -> Pipeline:
-    """Reads a Stable Diffusion 1, 2 or XL pipeline: a diffusers folder, a Hugging Face id, or a single-file checkpoint.
+    """Reads a pipeline: a diffusers folder, a Hugging Face id, or a single-file checkpoint.
 
     Folders of every age are read as they are: weights as safetensors or `.bin`, whole or in shards, under today's names
     and those of the published files. Tensors are read one by one. A folder's parts that the arguments replace are
@@ -167,7 +174,8 @@ def load_pipeline(
       prediction_type: "epsilon" or "v_prediction", in place of what the scheduler's config says, `unet_config`'s too;
         what a weight file's own header or marks say must agree.
       model_config: `config` of `load_single_file`, or the json file that holds it; for a single file.
-      unet, unet_config: another UNet and its config, as for `replace_unet`, in place of the model's own.
+      unet, unet_config: another UNet and its config, as for `replace_unet`, in place of the model's own; for the folder
+        of a model with a transformer another one, see `find_transformer`.
 
     Raises:
       FileNotFoundError: the model, or files in it, are missing; all of them are listed.
@@ -175,8 +183,19 @@ def load_pipeline(
     """
     tokenizer = None if tokenizer is None else expand_path(tokenizer)
     unet_config = expand_path(unet_config) if isinstance(unet_config, str) else unet_config
-    replacement = None if unet is None else find_unet(expand_path(unet), unet_config)
     path = expand_path(path)
+    kind = None if unet is None else transformer_class(path)
+    if unet is None:
+        replacement = None
+    elif kind is None:
+        replacement = find_unet(expand_path(unet), unet_config)
+    else:
+        from attrib_jax.convert.ldm.transformer_file import find_transformer  # no other model needs it
+
+        transformer = find_transformer(expand_path(unet), path, kind, unet_config)
+        return load_folder(
+            path, dtype, variant=variant, tokenizer=tokenizer, prediction_type=prediction_type, unet=transformer
+        )
     if not os.path.exists(path):
         from attrib_jax.convert.hub import resolve_model
 

@@ -27,6 +27,7 @@ from attrib_jax.convert.ldm.names import (
     unpack,
 )
 from attrib_jax.convert.ldm.target import TARGET_OPTIONS, Claim, is_mark, merge_claims, read_claims, read_metadata
+from attrib_jax.convert.ldm.transformers import transformer_kind
 from attrib_jax.convert.parts import PIXELS, abstract_part_params, build_module, build_schedule
 from attrib_jax.convert.pipeline import Pipeline, check_parts, require_unet
 from attrib_jax.convert.weights.files import open_weights, write_weights
@@ -75,7 +76,7 @@ def load_single_file(
     dtype: Any = jnp.float32,
     config: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Pipeline:
-    """Reads a Stable Diffusion 1, 2 or XL checkpoint in the original naming, `.ckpt` or `.safetensors`.
+    """Reads a Stable Diffusion 1, 2, XL or 3 checkpoint in the original naming, `.ckpt` or `.safetensors`.
 
     The architecture is read off the tensors' shapes. The weights are the plain ones: averaged copies (`model_ema.`),
     buffers and training state are left out with a line in the log.
@@ -98,7 +99,14 @@ def load_single_file(
         different things.
     """
     path = os.fspath(path)
-    state = _with_text_model(open_weights(path))
+    tensors = open_weights(path)
+    if transformer_kind(tensors) is not None:
+        from attrib_jax.convert.ldm.transformer_file import load_transformer_file  # no other model needs it
+
+        if prediction_type is not None:
+            raise ValueError(f"prediction_type is given, but {path} is a model with a transformer, which has its own")
+        return load_transformer_file(path, tensors, tokenizer, dtype, config)
+    state = _with_text_model(tensors)
     shapes = {name: tensor.shape for name, tensor in state.items()}
     # What the file says of itself, each with the place that says it; all places must agree.
     claims = read_claims(path, shapes)

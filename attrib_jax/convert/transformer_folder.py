@@ -1,5 +1,6 @@
 """Folders of diffusion transformers in the diffusers layout, read and written: SD 3 and 3.5, FLUX.1, PixArt."""
 
+import functools
 import logging
 import os
 from collections.abc import Mapping
@@ -21,7 +22,7 @@ from attrib_jax.models.pixart import PixArtConfig, PixArtTransformer2DModel
 from attrib_jax.models.sd3 import SD3Config, SD3Transformer2DModel
 from attrib_jax.models.t5 import T5Config, T5EncoderModel
 
-_DENOISERS: dict[str, tuple[Any, Any]] = {
+DENOISERS: dict[str, tuple[Any, Any]] = {
     "StableDiffusion3Pipeline": (SD3Transformer2DModel, SD3Config),
     "FluxPipeline": (FluxTransformer2DModel, FluxConfig),
     "PixArtSigmaPipeline": (PixArtTransformer2DModel, PixArtConfig),
@@ -37,8 +38,12 @@ _log = logging.getLogger(__name__)
 _TRANSFORMER, _VAE = "transformer", "vae"
 
 
-def check_transformer_folder(path: str, index: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
+def check_transformer_folder(
+    path: str, index: Mapping[str, Any], transformer: Any = None
+) -> tuple[dict[str, Any], Any]:
     """Checks the configs of a folder whose model_index.json is `index` -> part -> module, and the noise schedule.
+
+    `transformer` is a module that stands in for the folder's own, which may then be missing.
 
     Raises:
       FileNotFoundError: parts are missing; all are listed.
@@ -50,13 +55,14 @@ def check_transformer_folder(path: str, index: Mapping[str, Any]) -> tuple[dict[
     absent = [part for part in family.encoders if part not in encoders and part not in family.optional]
     if absent:
         raise ValueError(f"model {path!r}: {', '.join(absent)} is null in model_index.json; {family.name} needs it")
-    module_class, config_class = _DENOISERS[class_name]
-    for part, cls in {_TRANSFORMER: module_class, **encoders}.items():
+    module_class, config_class = DENOISERS[class_name]
+    own = {_TRANSFORMER: module_class} if transformer is None else {}
+    for part, cls in {**own, **encoders}.items():
         if _class_of(index, part) != cls.__name__:
             raise ValueError(
                 f"model {path!r}: {part} is of class {_class_of(index, part)!r}; expected {cls.__name__!r}"
             )
-    files = {part: os.path.join(path, part, "config.json") for part in (_TRANSFORMER, _VAE, *encoders)}
+    files = {part: os.path.join(path, part, "config.json") for part in (*own, _VAE, *encoders)}
     scheduler = os.path.join(path, "scheduler", "scheduler_config.json")
     folders = [os.path.join(path, tokenizer_of(part)) for part in encoders]
     missing = [name for name in (*files.values(), scheduler, *folders) if not os.path.exists(name)]
@@ -66,7 +72,9 @@ def check_transformer_folder(path: str, index: Mapping[str, Any]) -> tuple[dict[
             f"model folder {path!r} is incomplete, it lacks: {listed}. Of a Hugging Face id, download the whole "
             "repository of a model with a transformer, and give its folder"
         )
-    modules = {_TRANSFORMER: module_class(_read(config_class, files[_TRANSFORMER]))}
+    if transformer is None:
+        transformer = module_class(_read(config_class, files[_TRANSFORMER]))
+    modules = {_TRANSFORMER: transformer}
     modules[_VAE] = build_module("vae", read_json(files[_VAE]), files[_VAE])
     for part, cls in encoders.items():
         modules[part] = cls(_read(_ENCODER_CONFIGS[cls], files[part]))
@@ -82,29 +90,36 @@ def check_transformer_folder(path: str, index: Mapping[str, Any]) -> tuple[dict[
 
 
 def load_transformer_folder(
-    path: str, index: Mapping[str, Any], dtype: Any = jnp.float32, variant: str | None = None
+    path: str,
+    index: Mapping[str, Any],
+    dtype: Any = jnp.float32,
+    variant: str | None = None,
+    transformer: Any = None,
 ) -> TransformerPipeline:
     """Reads a folder whose model_index.json is `index`; all configs are read and checked before the first tensor.
 
+    `transformer` is a `TransformerFile` that replaces the folder's own.
+
     Raises as `check_transformer_folder`, and where weights are missing or do not fit their config.
     """
-    modules, schedule = check_transformer_folder(path, index)
+    modules, schedule = check_transformer_folder(path, index, transformer and transformer.module)
     for part in FAMILIES[index["_class_name"]].optional:
         if part not in modules:
             _log.warning("%s: the model has no %s; zeros stand for its text states, as in diffusers", path, part)
-    names = {part: list_files(os.path.join(path, part)) for part in modules}
+    replaced = [] if transformer is None else [_TRANSFORMER]
+    names = {part: list_files(os.path.join(path, part)) for part in modules if part not in replaced}
     chosen = choose_weights(names, variant, f"model folder {path!r}")
     absent = [part for part, name in chosen.items() if name is None]
     if absent:
         raise FileNotFoundError(f"model folder {path!r} is incomplete, it lacks weights in: {', '.join(absent)}")
     weights = {part: os.path.join(path, part, name) for part, name in chosen.items() if name}
     tokenizers = {
-        tokenizer_of(part): _load_tokenizer(os.path.join(path, tokenizer_of(part)), module)
+        tokenizer_of(part): load_tokenizer_of(os.path.join(path, tokenizer_of(part)), module)
         for part, module in modules.items()
         if part not in (_TRANSFORMER, _VAE)
     }
     params = {part: _load(part, modules[part], file, dtype) for part, file in weights.items()}
-    params["unet"] = params.pop(_TRANSFORMER)
+    params["unet"] = params.pop(_TRANSFORMER) if transformer is None else transformer.load(dtype)
     return TransformerPipeline(
         unet=modules.pop(_TRANSFORMER),
         **modules,
@@ -152,7 +167,11 @@ def _class_of(index: Mapping[str, Any], part: str) -> str | None:
 
 
 def _read(config_class: Any, file: str) -> Any:
-    content = read_json(file)
+    return read_module_config(config_class, read_json(file), file)
+
+
+def read_module_config(config_class: Any, content: Mapping[str, Any], file: str) -> Any:
+    """The config dataclass of a config.json; raises ValueError, naming the file, the key and its value."""
     # Stable Diffusion 3 lists the dual layers that it does not have.
     check_values({name: value for name, value in content.items() if value != []}, config_class, file)
     try:
@@ -161,7 +180,8 @@ def _read(config_class: Any, file: str) -> Any:
         raise ValueError(f"{file}: {error}") from error
 
 
-def _load_tokenizer(folder: str, module: Any) -> Any:
+def load_tokenizer_of(folder: str, module: Any) -> Any:
+    """The tokenizer in a folder, for a text encoder."""
     if not isinstance(module, T5EncoderModel):
         return load_tokenizer(folder, module.config.max_position_embeddings)
     if not os.path.isfile(os.path.join(folder, "tokenizer.json")):
@@ -185,10 +205,12 @@ def _load(part: str, module: Any, file: str, dtype: Any) -> Any:
         state = t5_names(state)
     elif part != _TRANSFORMER:
         state = text_encoder_names(state)
-    return load_params(state, _abstract(module), dtype, source=file)
+    return load_params(state, abstract_module(module), dtype, source=file)
 
 
-def _abstract(module: Any) -> Any:
+@functools.cache
+def abstract_module(module: Any) -> Any:
+    """The shapes of a transformer's or text encoder's parameters; no array is made."""
     config = module.config
     if not hasattr(config, "conditioning"):
         return abstract_params(module, jax.ShapeDtypeStruct((1, 1), jnp.int32))

@@ -13,7 +13,7 @@ from attrib_jax.convert.diffusers_folder import save_pipeline
 from attrib_jax.convert.families import TRANSFORMER_PIPELINES
 from attrib_jax.convert.load import ModelSource, load_model, load_pipeline
 from attrib_jax.convert.pipeline import encode_text, prompt_report, tokenize
-from attrib_jax.convert.transformer_folder import _DENOISERS
+from attrib_jax.convert.transformer_folder import DENOISERS
 from attrib_jax.convert.transformer_pipeline import FAMILIES, TRAINING_GUIDANCE
 from attrib_jax.jobs.query import Query, decode, generate, initial_noise
 from attrib_jax.models.predictor import predictor
@@ -24,7 +24,7 @@ PROMPTS = ["A red heart", "polar bear"]
 
 
 def test_the_classes_that_are_recognised_are_those_that_are_read():
-    assert {*TRANSFORMER_PIPELINES} == {*FAMILIES} == {*_DENOISERS}
+    assert {*TRANSFORMER_PIPELINES} == {*FAMILIES} == {*DENOISERS}
 
 
 @pytest.fixture(scope="module")

@@ -24,9 +24,9 @@ def infer_configs(shapes: Shapes, prediction_type: str, source: str) -> dict[str
     """The config.json of `unet`, `vae` and the text encoders; arguments and errors as `unet_config`."""
     if has_two_encoders(shapes):
         size = 128  # Stable Diffusion XL was trained on 1024 pixels
-        projection = _shape(shapes, f"{XL_OPEN_CLIP}text_projection", 2, source)[1]
+        projection = shape_of(shapes, f"{XL_OPEN_CLIP}text_projection", 2, source)[1]
         label = f"{UNET}label_emb.0.0.weight"
-        width = _shape(shapes, label, 2, source)[1]
+        width = shape_of(shapes, label, 2, source)[1]
         if width <= projection or (width - projection) % SIZE_IDS:
             raise ValueError(
                 f"{source}: tensor {label} takes {width} numbers, which are not {projection} of the pooled text and "
@@ -40,7 +40,7 @@ def infer_configs(shapes: Shapes, prediction_type: str, source: str) -> dict[str
         return {
             "unet": unet_config(shapes, size, source) | addition,
             "vae": vae_config(shapes, size, source) | {"scaling_factor": _XL_SCALING_FACTOR},
-            "text_encoder": _clip_config(shapes, f"{XL_CLIP}text_model.", source),
+            "text_encoder": clip_config(shapes, f"{XL_CLIP}text_model.", source),
             "text_encoder_2": _open_clip_config(shapes, XL_OPEN_CLIP, source) | {"projection_dim": projection},
         }
     # Stable Diffusion 2 with v prediction was trained on 768 pixels, all else on 512.
@@ -73,8 +73,8 @@ def unet_config(shapes: Shapes, sample_size: int, source: str) -> dict[str, Any]
     Raises:
       ValueError: a tensor that determines the architecture is absent or of another rank; it is named.
     """
-    prefixes = _prefixes(shapes, UNET)
-    conv_in = _shape(shapes, f"{UNET}input_blocks.0.0.weight", 4, source)
+    prefixes = module_paths(shapes, UNET)
+    conv_in = shape_of(shapes, f"{UNET}input_blocks.0.0.weight", 4, source)
     channels, layers, depths, types, block = [conv_in[0]], [0], [0], [], 1
     while True:
         place = f"{UNET}input_blocks.{block}"
@@ -82,8 +82,8 @@ def unet_config(shapes: Shapes, sample_size: int, source: str) -> dict[str, Any]
             channels, layers, depths = [*channels, channels[-1]], [*layers, 0], [*depths, 0]
         elif f"{place}.0" in prefixes:
             layers[-1] += 1
-            channels[-1] = _shape(shapes, f"{place}.0.out_layers.3.weight", 4, source)[0]
-            depths[-1] = _count(prefixes, f"{place}.1.transformer_blocks")
+            channels[-1] = shape_of(shapes, f"{place}.0.out_layers.3.weight", 4, source)[0]
+            depths[-1] = count_modules(prefixes, f"{place}.1.transformer_blocks")
         else:
             break
         block += 1
@@ -95,23 +95,23 @@ def unet_config(shapes: Shapes, sample_size: int, source: str) -> dict[str, Any]
         block += count + 1
     middle = f"{UNET}middle_block.1"
     # A level without attention has no depth of its own; the innermost shares its number with the middle block.
-    inner = _count(prefixes, f"{middle}.transformer_blocks")
+    inner = count_modules(prefixes, f"{middle}.transformer_blocks")
     if has_two_encoders(shapes):
         # As Stable Diffusion XL's config has it.
         depths = [*(depth or 1 for depth in depths[:-1]), depths[-1] or inner]
     else:
         depths = [depth or inner for depth in depths]
-    time_width = _shape(shapes, f"{UNET}time_embed.0.weight", 2, source)[0]
-    is_linear = len(_shape(shapes, f"{middle}.proj_in.weight", None, source)) == 2
+    time_width = shape_of(shapes, f"{UNET}time_embed.0.weight", 2, source)[0]
+    is_linear = len(shape_of(shapes, f"{middle}.proj_in.weight", None, source)) == 2
     return {
         "sample_size": sample_size,
         "in_channels": conv_in[1],
-        "out_channels": _shape(shapes, f"{UNET}out.2.weight", 4, source)[0],
+        "out_channels": shape_of(shapes, f"{UNET}out.2.weight", 4, source)[0],
         "down_block_types": types,
         "up_block_types": up_types,
         "block_out_channels": channels,
         "layers_per_block": _same(layers),
-        "cross_attention_dim": _shape(shapes, f"{middle}.transformer_blocks.0.attn2.to_k.weight", 2, source)[1],
+        "cross_attention_dim": shape_of(shapes, f"{middle}.transformer_blocks.0.attn2.to_k.weight", 2, source)[1],
         "transformer_layers_per_block": _same(depths),
         "attention_head_dim": _heads(channels) if is_linear else _UNET_HEADS,
         "use_linear_projection": is_linear,
@@ -121,18 +121,18 @@ def unet_config(shapes: Shapes, sample_size: int, source: str) -> dict[str, Any]
 
 def vae_config(shapes: Shapes, sample_size: int, source: str) -> dict[str, Any]:
     """The vae/config.json of a file without its scaling factor; arguments and errors as `unet_config`."""
-    prefixes = _prefixes(shapes, VAE)
-    levels = _count(prefixes, f"{VAE}encoder.down")
+    prefixes = module_paths(shapes, VAE)
+    levels = count_modules(prefixes, f"{VAE}encoder.down")
     conv1 = [f"{VAE}encoder.down.{level}.block.0.conv1.weight" for level in range(levels)]
     if not levels:
         raise ValueError(f"{source} lacks the autoencoder's {VAE}encoder.down.0; expected a whole pipeline in one file")
-    decoder_in = _shape(shapes, f"{VAE}decoder.conv_in.weight", 4, source)
+    decoder_in = shape_of(shapes, f"{VAE}decoder.conv_in.weight", 4, source)
     return {
         "sample_size": sample_size * 2 ** (levels - 1),
-        "in_channels": _shape(shapes, f"{VAE}encoder.conv_in.weight", 4, source)[1],
-        "out_channels": _shape(shapes, f"{VAE}decoder.conv_out.weight", 4, source)[0],
-        "block_out_channels": [_shape(shapes, name, 4, source)[0] for name in conv1],
-        "layers_per_block": _count(prefixes, f"{VAE}encoder.down.0.block"),
+        "in_channels": shape_of(shapes, f"{VAE}encoder.conv_in.weight", 4, source)[1],
+        "out_channels": shape_of(shapes, f"{VAE}decoder.conv_out.weight", 4, source)[0],
+        "block_out_channels": [shape_of(shapes, name, 4, source)[0] for name in conv1],
+        "layers_per_block": count_modules(prefixes, f"{VAE}encoder.down.0.block"),
         "latent_channels": decoder_in[1],
         "norm_num_groups": 32,
         "use_quant_conv": f"{VAE}quant_conv" in prefixes,
@@ -144,7 +144,7 @@ def vae_config(shapes: Shapes, sample_size: int, source: str) -> dict[str, Any]:
 def text_config(shapes: Shapes, source: str) -> dict[str, Any]:
     """The text_encoder/config.json of a file without its token ids; arguments and errors as `unet_config`."""
     if not has_open_clip(shapes):
-        return _clip_config(shapes, f"{CLIP}text_model.", source)
+        return clip_config(shapes, f"{CLIP}text_model.", source)
     config = _open_clip_config(shapes, OPEN_CLIP, source)
     if config["num_hidden_layers"] == _OPEN_CLIP_LAYERS:
         config["num_hidden_layers"] -= 1
@@ -152,7 +152,8 @@ def text_config(shapes: Shapes, source: str) -> dict[str, Any]:
 
 
 # The published `projection_dim` of each; text states do not depend on it.
-def _clip_config(shapes: Shapes, prefix: str, source: str) -> dict[str, Any]:
+def clip_config(shapes: Shapes, prefix: str, source: str) -> dict[str, Any]:
+    """The config.json of the CLIP text encoder whose `text_model` has this prefix; errors as `unet_config`."""
     tokens, positions = (f"{prefix}embeddings.{kind}_embedding.weight" for kind in ("token", "position"))
     config = _text_config(shapes, tokens, positions, f"{prefix}encoder.layers", "mlp.fc1.weight", source)
     return config | {"hidden_act": "quick_gelu", "projection_dim": 768}
@@ -165,18 +166,19 @@ def _open_clip_config(shapes: Shapes, prefix: str, source: str) -> dict[str, Any
 
 
 def _text_config(shapes: Shapes, tokens: str, positions: str, layers: str, widest: str, source: str) -> dict[str, Any]:
-    vocab_size, width = _shape(shapes, tokens, 2, source)
+    vocab_size, width = shape_of(shapes, tokens, 2, source)
     return {
         "vocab_size": vocab_size,
         "hidden_size": width,
-        "intermediate_size": _shape(shapes, f"{layers}.0.{widest}", 2, source)[0],
-        "num_hidden_layers": _count(_prefixes(shapes, layers), layers),
+        "intermediate_size": shape_of(shapes, f"{layers}.0.{widest}", 2, source)[0],
+        "num_hidden_layers": count_modules(module_paths(shapes, layers), layers),
         "num_attention_heads": width // _HEAD_WIDTH if width % _HEAD_WIDTH == 0 else None,
-        "max_position_embeddings": _shape(shapes, positions, 2, source)[0],
+        "max_position_embeddings": shape_of(shapes, positions, 2, source)[0],
     }
 
 
-def _shape(shapes: Shapes, name: str, rank: int | None, source: str) -> tuple[int, ...]:
+def shape_of(shapes: Shapes, name: str, rank: int | None, source: str) -> tuple[int, ...]:
+    """The shape of a tensor that gives the architecture; ValueError where it is absent or has not `rank` axes."""
     if name not in shapes:
         raise ValueError(f"{source} lacks the tensor {name}, which gives the architecture; copy or download it again")
     shape = shapes[name]
@@ -186,7 +188,7 @@ def _shape(shapes: Shapes, name: str, rank: int | None, source: str) -> tuple[in
     return shape
 
 
-def _prefixes(shapes: Shapes, start: str) -> set[str]:
+def module_paths(shapes: Shapes, start: str) -> set[str]:
     """Every module path that leads to a tensor whose name begins with `start`."""
     found = set()
     for name in shapes:
@@ -196,7 +198,7 @@ def _prefixes(shapes: Shapes, start: str) -> set[str]:
     return found
 
 
-def _count(prefixes: set[str], path: str) -> int:
+def count_modules(prefixes: set[str], path: str) -> int:
     """How many modules `path.0`, `path.1`, ... there are before the first gap."""
     count = 0
     while f"{path}.{count}" in prefixes:

@@ -91,11 +91,15 @@ class Stored(NamedTuple):
       names: the diffusers names of the tensors in it, in their order along axis 0.
       is_pointwise: whether the file keeps the matrix (out, in) as a 1x1 convolution (out, in, 1, 1).
       is_transposed: whether the file keeps it as (in, out).
+      shares: sizes of the tensors relative to each other; equal if empty.
+      is_swapped: whether the file has the second half along axis 0 first.
     """
 
     names: tuple[str, ...]
     is_pointwise: bool = False
     is_transposed: bool = False
+    shares: tuple[int, ...] = ()
+    is_swapped: bool = False
 
 
 def part_tables(modules: Mapping[str, Any]) -> dict[str, dict[str, Stored]]:
@@ -144,7 +148,7 @@ def unet_table(config: UNetConfig, names: Iterable[str]) -> dict[str, Stored]:
         # The up-sampler is the last member of the last block, which has an attention before it or has not.
         place = 2 if config.up_block_types[index] == "CrossAttnUpBlock2D" else 1
         modules[f"up_blocks.{index}.upsamplers.0.conv"] = f"output_blocks.{block - 1}.{place}.conv"
-    return {UNET + _rename(name, modules): Stored((name,)) for name in names}
+    return {UNET + rename(name, modules): Stored((name,)) for name in names}
 
 
 def vae_table(config: AutoencoderKLConfig, names: Iterable[str]) -> dict[str, Stored]:
@@ -172,7 +176,7 @@ def vae_table(config: AutoencoderKLConfig, names: Iterable[str]) -> dict[str, St
         modules[f"{down}.downsamplers.0.conv"] = f"{their_down}.downsample.conv"
         modules[f"{up}.upsamplers.0.conv"] = f"{their_up}.upsample.conv"
     pointwise = tuple(f"{path}.{name}.weight" for path in attentions for name in _VAE_ATTENTION if name != "group_norm")
-    return {VAE + _rename(name, modules): Stored((name,), name in pointwise) for name in names}
+    return {VAE + rename(name, modules): Stored((name,), name in pointwise) for name in names}
 
 
 def text_table(config: CLIPTextConfig, names: Iterable[str], prefix: str | None = None) -> dict[str, Stored]:
@@ -194,7 +198,7 @@ def text_table(config: CLIPTextConfig, names: Iterable[str], prefix: str | None 
             table[f"{prefix}{theirs}.attn.in_proj_{leaf}"] = Stored(fused)
     joined = {name for stored in table.values() for name in stored.names}
     return table | {
-        prefix + _rename(name, modules): Stored((name,), is_transposed=name == "text_projection.weight")
+        prefix + rename(name, modules): Stored((name,), is_transposed=name == "text_projection.weight")
         for name in names
         if name not in joined
     }
@@ -232,9 +236,20 @@ def unpack(state: Mapping[str, Tensor], table: Mapping[str, Stored], source: str
             tensor = tensor.map(lambda x: x[:, :, 0, 0], tensor.shape[:2])
         if stored.is_transposed:
             tensor = tensor.map(np.transpose, tensor.shape[::-1])
-        if count > 1 and (not tensor.shape or tensor.shape[0] % count):
-            raise ValueError(f"{source}: tensor {name} of shape {tensor.shape} does not hold {count} of equal size")
-        tensors |= zip(stored.names, tensor.split(count) if count > 1 else (tensor,))
+        shares = stored.shares or (1,) * count
+        parts = 2 if stored.is_swapped else sum(shares)
+        if parts > 1 and (not tensor.shape or tensor.shape[0] % parts):
+            sizes = (
+                "two halves"
+                if stored.is_swapped
+                else f"{count} of equal size"
+                if len(set(shares)) == 1
+                else f"{count} as {shares}"
+            )
+            raise ValueError(f"{source}: tensor {name} of shape {tensor.shape} does not hold {sizes}")
+        if stored.is_swapped:
+            tensor = tensor.map(swap_halves)
+        tensors |= zip(stored.names, tensor.split(shares) if count > 1 else (tensor,))
     return tensors
 
 
@@ -248,12 +263,19 @@ def _join(parts: list[LazyTensor], stored: Stored) -> LazyTensor:
     if len(parts) > 1:
         shape = (sum(part.shape[0] for part in parts), *joined.shape[1:])
         joined = LazyTensor(shape, joined.dtype, lambda: np.concatenate([part.read() for part in parts]))
+    if stored.is_swapped:
+        joined = joined.map(swap_halves)
     if stored.is_transposed:
         joined = joined.map(lambda x: np.ascontiguousarray(x.T), joined.shape[::-1])
     return joined.map(lambda x: x[:, :, None, None], (*joined.shape, 1, 1)) if stored.is_pointwise else joined
 
 
-def _rename(name: str, modules: Mapping[str, str]) -> str:
+def swap_halves(array: np.ndarray) -> np.ndarray:
+    """The two halves along axis 0 in the other order: its own inverse."""
+    return np.roll(array, len(array) // 2, axis=0)
+
+
+def rename(name: str, modules: Mapping[str, str]) -> str:
     """`name` with the longest beginning that `modules` holds replaced."""
     start = len(name)
     while start > 0:

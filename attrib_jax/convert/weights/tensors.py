@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -73,20 +74,26 @@ class LazyTensor:
             lambda: function(self.read()),
         )
 
-    def split(self, parts: int) -> tuple[LazyTensor, ...]:
-        """The tensor cut along axis 0 into `parts` of equal size, as a fused query, key and value projection is.
+    def split(self, parts: int | Sequence[int]) -> tuple[LazyTensor, ...]:
+        """The tensor cut along axis 0, as a fused query, key and value projection is.
+
+        `parts` is how many of equal size, or the sizes relative to each other.
 
         Raises ValueError if axis 0 cannot be cut so.
         """
-        if parts < 1 or not self.shape or self.shape[0] % parts:
+        shares = [1] * parts if isinstance(parts, int) else list(parts)
+        if not shares or min(shares) < 1 or not self.shape or self.shape[0] % sum(shares):
             raise ValueError(f"a tensor of shape {self.shape} cannot be cut along axis 0 into parts={parts}")
-        rows = self.shape[0] // parts
-        shape = (rows, *self.shape[1:])
+        unit = self.shape[0] // sum(shares)
+        ends = [unit * end for end in itertools.accumulate(shares)]
 
-        def block(x: np.ndarray, index: int) -> np.ndarray:
-            return x[index * rows : (index + 1) * rows].copy()
+        def block(x: np.ndarray, start: int, end: int) -> np.ndarray:
+            return x[start:end].copy()
 
-        return tuple(self.map(functools.partial(block, index=index), shape) for index in range(parts))
+        return tuple(
+            self.map(functools.partial(block, start=start, end=end), (end - start, *self.shape[1:]))
+            for start, end in zip([0, *ends], ends)
+        )
 
     def __repr__(self) -> str:
         return f"LazyTensor(shape={self.shape}, dtype={self.dtype.name})"
