@@ -99,7 +99,7 @@ def load_model(source: ModelSource, dtype: Any = jnp.float32, weights: Collectio
         unet=source.unet,
         unet_config=source.unet_config,
     )
-    adapters = {"custom_diffusion": source.custom_diffusion, "tokens": source.tokens, "lora": source.lora}
+    adapters = {"custom_diffusion": source.custom_diffusion, "tokens": source.tokens}
     for name, value in adapters.items():
         if value and type(pipeline) is not Pipeline:
             raise ValueError(f"{name} is {value!r}, but the model has a transformer, for which it is not supported")

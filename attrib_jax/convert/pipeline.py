@@ -237,9 +237,10 @@ def encode_text(text_encoder: CLIPTextModel | TextEncoderPair, params: Any, inpu
       joined along the width, "text" (B, L, d1 + d2), and of the "pooled" text (B, p).
     """
     ids = jax.tree.map(lambda each: jnp.asarray(each, jnp.int32), input_ids)
-    if isinstance(text_encoder, CLIPTextModel):
-        return text_encoder.apply({"params": params}, ids)
-    return text_encoder.encode(params, ids)
+    one: Any = text_encoder
+    if hasattr(one, "encode"):  # several encoders as one
+        return one.encode(params, ids)
+    return one.apply({"params": params}, ids)
 
 
 def takes_size_ids(pipeline: Pipeline) -> bool:

@@ -17,7 +17,8 @@ import jax
 import numpy as np
 
 from attrib_jax.convert.adapters.lora import LORA_FILE, read_factors, save_lora
-from attrib_jax.convert.pipeline import Pipeline, encode_text, tokenize
+from attrib_jax.convert.adapters.lora_files import denoiser_part
+from attrib_jax.convert.pipeline import Pipeline
 from attrib_jax.core.checks import check_range
 from attrib_jax.core.keys import example_noise, loss_key
 from attrib_jax.core.settings import Settings, setting
@@ -27,7 +28,7 @@ from attrib_jax.diffusion.schedule import strided_timesteps
 from attrib_jax.evaluation.counterfactual import training_key
 from attrib_jax.evaluation.metrics import Estimate, mean_and_error
 from attrib_jax.jobs.context import Run
-from attrib_jax.jobs.query import PreparedQuery, Query, decode, generate
+from attrib_jax.jobs.query import PreparedQuery, Query, decode, generate, text_states
 from attrib_jax.models.predictor import predictor
 from attrib_jax.training.draws import Training
 from attrib_jax.training.lora import LoraConfig, seconds_per_step, train_factors, with_factors
@@ -157,7 +158,8 @@ def adapter(folder: Path, run: Run, training: Training, lora: LoraConfig, descri
     """The factors of one training, trained where they are not stored."""
     file = _file(folder, training)
     if not file.exists():
-        save_lora(train_factors(file.parent, run, lora, training, description), file.parent)
+        factors = train_factors(file.parent, run, lora, training, description)
+        save_lora(factors, file.parent, denoiser_part(run.pipeline))
     return read_factors(str(file), run.pipeline)
 
 
@@ -167,7 +169,7 @@ def _file(folder: Path, training: Training) -> Path:
 
 def query_loss(pipeline: Pipeline, query: Query, prepared: PreparedQuery, stride: int) -> float:
     """The strided loss of the query's latents under its prompt; the noise is one draw for each timestep."""
-    text = encode_text(pipeline.text_encoder, pipeline.params["text_encoder"], tokenize(pipeline, [query.prompt]))[0]
+    text = jax.tree.map(lambda leaf: leaf[0], text_states(pipeline, [query.prompt]))
     timesteps = strided_timesteps(stride, pipeline.schedule.num_train_timesteps)
     return float(_loss(pipeline.unet, pipeline.params["unet"], pipeline.schedule, prepared.latents, text, timesteps))
 

@@ -20,7 +20,8 @@ import numpy as np
 import optax
 
 from attrib_jax.convert.adapters.lora import save_lora
-from attrib_jax.convert.pipeline import Pipeline, encode_text, require_one_text_encoder, tokenize
+from attrib_jax.convert.adapters.lora_files import denoiser_part
+from attrib_jax.convert.pipeline import Pipeline, require_one_text_encoder, tokenize, unconditional
 from attrib_jax.convert.weights.names import torch_name
 from attrib_jax.core.keys import purpose_key
 from attrib_jax.core.settings import Settings, setting
@@ -53,10 +54,12 @@ class LoraConfig(Settings):
     )
     target_modules: tuple[str, ...] = setting(
         ("to_q", "to_k", "to_v", "to_out.0"),
-        "How the PyTorch names end of the UNet's linear layers and convolutions that get factors.",
+        "How the PyTorch names end of the denoiser's linear layers and convolutions that get factors.",
     )
     train_text_encoder: bool = setting(
-        False, "Whether the attention of the text encoder gets factors too. Attribution does not move these."
+        False,
+        "Whether the attention of the text encoder gets factors too, for a model with one. Attribution does not move "
+        "these.",
     )
     steps: int = setting(1000, "Optimiser steps.", low=1, flag="train_steps")
     batch_size: int = setting(8, "Images a step, over all devices.", low=1, flag="train_batch_size")
@@ -99,15 +102,15 @@ def train_lora(workdir: str | os.PathLike, run: Run, config: LoraConfig) -> Path
       config: see `LoraConfig`.
 
     Raises:
-      ValueError: the model has two text encoders or a transformer; a target module is in no layer's name; or the loss
-        is not finite.
+      ValueError: a target module is in no layer's name; the text encoder is to be trained of a model with several; or
+        the loss is not finite.
       StageMismatchError: `workdir` holds a run with other settings, model or images.
     """
     initial_factors(run.pipeline, config, config.seed)  # before anything is encoded
     stage = open_stage(workdir, "lora_training", config.describe(), run.inputs)
     factors = train_factors(stage.path, run, config, Training(np.zeros(0, np.int64), config.seed))
     folder = Path(workdir) / "lora"
-    save_lora(factors, folder)
+    save_lora(factors, folder, denoiser_part(run.pipeline))
     if not stage.finished:
         stage.finish()
     return folder
@@ -116,11 +119,11 @@ def train_lora(workdir: str | os.PathLike, run: Run, config: LoraConfig) -> Path
 def initial_factors(pipeline: Pipeline, config: LoraConfig, seed: int) -> dict[str, Any]:
     """Factors before training, by part: A from a normal distribution of deviation 1 / r, as diffusers draws it, B = 0.
 
-    Raises ValueError naming a target module that no linear layer or convolution of the UNet has.
+    Raises ValueError naming a target module that no linear layer or convolution of the denoiser has.
     """
-    require_one_text_encoder(pipeline, "training a LoRA", "train it with diffusers, and give it with --lora")
     targets = {"unet": config.target_modules}
     if config.train_text_encoder:
+        require_one_text_encoder(pipeline, "training a LoRA of the text encoder", "leave train_text_encoder out")
         targets["text_encoder"] = _TEXT_MODULES
     key, factors = purpose_key(seed, "lora weights"), {}
     for part, modules in targets.items():
@@ -207,18 +210,28 @@ def _program(run: Run, config: LoraConfig, training: Training) -> tuple[TrainSta
     state = init_state(factors, _optimizer(config.learning_rate, config.weight_decay))
     state = replicate(mesh, jax.tree.map(np.array, state))
     frozen, key = replicate(mesh, (frozen, purpose_key(training.seed, "train lora")))
-    texts = _token_ids(run) if with_text else data.text
-    empty = tokenize(pipeline, [""])
-    if not with_text:
-        empty = np.asarray(encode_text(pipeline.text_encoder, pipeline.params["text_encoder"], empty))
+    if with_text:
+        leaves, empty = {"text": _token_ids(run)}, {"text": tokenize(pipeline, [""])[0]}
+    else:
+        leaves = {"text": data.text, **data.by_caption}
+        given = jax.tree.map(np.asarray, unconditional(pipeline))
+        empty = given if isinstance(given, dict) else {"text": given}
+
+    def conditioning(row: np.ndarray, caption: np.ndarray) -> Any:
+        """What captions (B,), of which -1 is the empty one, and images (B,) tell the model; leaves (B, ...)."""
+        found = {name: np.asarray(array[np.maximum(caption, 0)]) for name, array in leaves.items()}
+        for name, leaf in found.items():
+            is_empty = (caption < 0).reshape(-1, *[1] * (leaf.ndim - 1))
+            found[name] = np.where(is_empty, empty[name], leaf).astype(empty[name].dtype)
+        found |= {name: np.asarray(array[row], np.float32) for name, array in data.by_image.items()}
+        return found if found.keys() != {"text"} else found["text"]
 
     def batches(start: int) -> Iterator[Any]:
         for first in range(start, config.steps, _STEPS_PER_DRAW):
             draws = draw_batches(data, training, config, first, min(first + _STEPS_PER_DRAW, config.steps))
             for row, flip, caption in zip(*draws, strict=True):
-                text = np.asarray(texts[np.maximum(caption, 0)])
-                text = np.where((caption < 0).reshape(-1, *[1] * (text.ndim - 1)), empty, text)
-                yield shard_batch(mesh, (np.asarray(data.latents[row, flip], np.float32), text.astype(empty.dtype)))
+                latents = np.asarray(data.latents[row, flip], np.float32)
+                yield shard_batch(mesh, (latents, conditioning(row, caption)))
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         return _step(LowRank(pipeline.unet), LowRank(pipeline.text_encoder), state, frozen, batch, key)

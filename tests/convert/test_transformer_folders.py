@@ -153,7 +153,7 @@ def test_missing_parts_are_listed(folders, tmp_path):
 @pytest.mark.parametrize(
     ("given", "named"),
     [
-        ({"lora": ("weights.safetensors",)}, "lora is .*weights.safetensors.*transformer"),
+        ({"custom_diffusion": "weights.bin"}, "custom_diffusion is .*weights.bin.*transformer"),
         ({"tokens": ("a.pt",)}, "tokens is"),
         ({"prediction_type": "epsilon"}, "prediction_type is given"),
     ],

@@ -30,15 +30,18 @@ _log = logging.getLogger(__name__)
 def merge_lora(pipeline: Pipeline, path: str | Sequence[str], scale: float | Sequence[float] = 1.0) -> Pipeline:
     """A pipeline with W + scale * (alpha / rank) * up @ down in place of every weight W that a LoRA file names.
 
-    It is computed in float64 and rounded once to the weight's dtype. Linear layers and convolutions of the UNet and the
-    text encoder are merged; several files add up, as with diffusers' `set_adapters`. Forms of the keys:
+    It is computed in float64 and rounded once to the weight's dtype. Linear layers and convolutions of the denoiser and
+    the text encoders are merged; several files add up, as with diffusers' `set_adapters`. Forms of the keys:
       `unet.<module>.lora_A.weight` / `lora_B` (PEFT, diffusers today), `unet.<module>.lora.down.weight` / `up`,
       `<attention>.processor.to_k_lora.down.weight` / `up` (`to_out_lora` is `to_out.0`), with or without `unet.`;
       `text_encoder.<module>.lora_A.weight`, `.lora_linear_layer.down.weight`, `.to_q_lora.down.weight`, each with or
       without the `text_model.` level;
       `base_model.model.<module>.lora_A.weight` with an `adapter_config.json` beside the file (PEFT's own);
       kohya's `lora_unet_<module with _ for .>.lora_down.weight`, `lora_te_...`, `lora_te1_...`, over diffusers' module
-      names or, for UNets, those of the original code (`input_blocks_1_1_...`).
+      names or those of the original code (`input_blocks_1_1_...`, `double_blocks_0_img_attn_qkv`).
+    Where the denoiser is a transformer, `transformer.` stands for `unet.`, and `lora_transformer_` may for
+    `lora_unet_`; the original names of SD 3 and FLUX.1 may have dots too, with `diffusion_model.` or without. Of their
+    matrices that hold several weights each weight takes its rows.
     In each of them `hada_...` (LoHa) and `lokr_...` (LoKr) may stand for the two factors, and a `dora_scale` or
     `lora_magnitude_vector` (DoRA) beside them: the weight is then m (W + D) / ||W + D||, D the scaled change, as PEFT
     has it.
@@ -59,19 +62,19 @@ def merge_lora(pipeline: Pipeline, path: str | Sequence[str], scale: float | Seq
 
 
 def attach_lora(pipeline: Pipeline, path: str | Sequence[str], scale: float | Sequence[float] = 1.0) -> Pipeline:
-    """A pipeline that computes as that of `merge_lora`, with the UNet's LoRA factors beside the weights: what
+    """A pipeline that computes as that of `merge_lora`, with the denoiser's LoRA factors beside the weights: what
     `select_weights(params, "lora")` selects and `--weights=lora` moves.
 
     A layer's factors are `lora_A/kernel` and `lora_B/kernel`, see `LowRank`; B holds scale * alpha / rank. Factors of
-    several files for one layer lie side by side, so that their products add up. What files change in the text encoder
+    several files for one layer lie side by side, so that their products add up. What files change in text encoders
     is merged: it decides the conditioning, and is not moved.
 
     Args:
       pipeline: the base model; it stays as it is.
       path, scale: as in `merge_lora`.
 
-    Raises as `merge_lora`, and ValueError where a scale is 0, or a file has no factors of the UNet or such of another
-    form than `down` and `up`, which do not make a LoRA that can be moved.
+    Raises as `merge_lora`, and ValueError where a scale is 0, or a file has no factors of the denoiser, or such of
+    another form than `down` and `up`, which do not make a LoRA that can be moved.
     """
     found = [(*read_lora(file, pipeline), strength) for file, strength in scaled_files(path, scale)]
     flat = flatten_names(pipeline.params["unet"])
@@ -79,7 +82,7 @@ def attach_lora(pipeline: Pipeline, path: str | Sequence[str], scale: float | Se
     for file, changes, strength in found:
         own = {module: change for (part, module), change in changes.items() if part == "unet"}
         if strength == 0 or not own:
-            what = "its scale is 0" if strength == 0 else "it has none for the UNet"
+            what = "its scale is 0" if strength == 0 else "it has none for the denoiser"
             raise ValueError(f"the factors of {file} cannot be kept apart to be moved: {what}. Leave the file out.")
         for module, change in own.items():
             if change.tensors.keys() != {"down", "up"}:
@@ -115,10 +118,24 @@ def read_factors(path: str, pipeline: Pipeline) -> dict[str, Any]:
 def _factors(file: str, module: str, change: WeightChange, scale: float, ndim: int) -> tuple[np.ndarray, np.ndarray]:
     """The two factors of a layer in our layout, float32, with their strength in the second."""
     down, up = (read_floats(change.tensors[role], file, f"unet.{module} {role}") for role in ("down", "up"))
+    if change.block is not None:
+        down, up = _own_ranks(down, up, *change.block)
     # Those of a 1x1 convolution may be written as those of a linear layer, and the reverse.
     down = down.reshape(*down.shape[:2], *down.shape[2:ndim] or [1] * (ndim - 2))
     up = up.reshape(*up.shape[:2], *[1] * (ndim - 2)) * (scale * change.strength)
     return from_torch("kernel", down.astype(np.float32)), from_torch("kernel", up.astype(np.float32))
+
+
+def _own_ranks(down: np.ndarray, up: np.ndarray, number: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The ranks that act on one of `count` weights, where each was trained with ranks of its own.
+
+    Programs that train them apart and store one pair put zeros elsewhere (diffusers' `_convert_kohya_flux_lora`).
+    """
+    size = len(down) // count
+    own = slice(number * size, (number + 1) * size)
+    if count == 1 or len(down) % count or np.any(np.delete(up, np.r_[own], axis=1)):
+        return down, up
+    return down[own], up[:, own]
 
 
 def _merged(pipeline: Pipeline, found: Sequence[tuple[str, Mapping[tuple[str, str], WeightChange], float]]) -> Pipeline:
@@ -141,16 +158,18 @@ def _merged(pipeline: Pipeline, found: Sequence[tuple[str, Mapping[tuple[str, st
     return dataclasses.replace(pipeline, params={part: unflatten_names(tree) for part, tree in trees.items()})
 
 
-def save_lora(factors: Mapping[str, Any], folder: str | os.PathLike) -> str:
+def save_lora(factors: Mapping[str, Any], folder: str | os.PathLike, denoiser: str = "unet") -> str:
     """Writes factors as `<folder>/pytorch_lora_weights.safetensors` -> path; diffusers' `load_lora_weights` reads it.
 
     Args:
-      factors: part (`unet`, `text_encoder`) -> tree of `lora_A/kernel` and `lora_B/kernel` by layer. B holds the
-        strength, so the file needs no alpha: every reader takes the rank for it. The names are PEFT's.
+      factors: part (`unet`, also for a transformer, `text_encoder`) -> tree of `lora_A/kernel` and `lora_B/kernel` by
+        layer. B holds the strength, so the file needs no alpha: every reader takes the rank for it. The names are
+        PEFT's.
       folder: made if need be; a file that is there is replaced.
+      denoiser: what the file calls the part `unet`, see `denoiser_part`.
     """
     tensors = {
-        f"{part}.{torch_name(path)}": to_torch(path, np.asarray(leaf, np.float32))
+        f"{denoiser if part == 'unet' else part}.{torch_name(path)}": to_torch(path, np.asarray(leaf, np.float32))
         for part, tree in factors.items()
         for path, leaf in flatten_names(tree).items()
     }

@@ -14,11 +14,13 @@ import safetensors
 
 from attrib_jax.convert.adapters import lora_forms
 from attrib_jax.convert.adapters.files import is_safetensors, open_adapter, pick_file
+from attrib_jax.convert.ldm.names import swap_halves
 from attrib_jax.convert.pipeline import Pipeline
 from attrib_jax.convert.weights.names import name_table, torch_shape
 from attrib_jax.convert.weights.tensors import LazyTensor
 from attrib_jax.core.checks import raise_problems
 from attrib_jax.core.weights import flatten_names
+from attrib_jax.models.unet import UNetConfig
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 _PEFT_FILE, _PEFT_CONFIG, _PEFT_PREFIX = "adapter_model.safetensors", "adapter_config.json", "base_model.model."
@@ -27,12 +29,13 @@ _METADATA = "lora_adapter_metadata"  # diffusers' LORA_ADAPTER_METADATA_KEY, in 
 
 # Parts of a pipeline, and what kohya calls them; in dotted names they have their own.
 _KOHYA_PARTS = {
-    "unet": ("lora_unet_",),
-    "transformer": ("lora_transformer_", "lora_unet_"),
+    "unet": ("lora_unet_", "lora_transformer_"),
     "text_encoder": ("lora_te_", "lora_te1_"),
-    "text_encoder_2": ("lora_te2_",),
+    "text_encoder_2": ("lora_te2_", "lora_te3_"),
     "text_encoder_3": ("lora_te3_",),
 }
+# What files put before the module names of the original transformers.
+_ORIGINAL_PREFIXES = re.compile(r"(model\.)?diffusion_model\.")
 # How a tensor's name ends, and its role in the change of a weight.
 _ENDINGS = tuple(
     re.compile(rf"(?P<module>.+?){ending}")
@@ -58,6 +61,7 @@ _KINDS = (
     (r"lora_mid", "a LoCon with a Tucker decomposition (lora_mid)"),
     (r"\.diff(_b)?$", "a file of full differences (diff)"),
     (r"(ip_adapter|to_[kv]_ip)\b", "an IP-Adapter"),
+    (r"processor\.(qkv|proj)_lora[12]?\.", "a LoRA in XLabs' naming, which diffusers can convert,"),
     (r"_custom_diffusion\.", "a Custom Diffusion file, which goes to custom_diffusion (--custom_diffusion)"),
 )
 # Patterns in keys that do not fit the model, and the family of models that has such modules.
@@ -87,6 +91,7 @@ class WeightChange:
       alpha: where the file has it beside them.
       leaf: Flax path of the weight.
       strength: alpha / rank, by which the change is multiplied.
+      block: (number, count) where it is one of several weights that the file has as one.
     """
 
     tensors: dict[str, LazyTensor] = dataclasses.field(default_factory=dict)
@@ -94,6 +99,7 @@ class WeightChange:
     alpha: float | None = None
     leaf: str = ""
     strength: float = 1.0
+    block: tuple[int, int] | None = None
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -101,10 +107,16 @@ class WeightChange:
         return {role: tensor.shape for role, tensor in self.tensors.items()}
 
 
+def denoiser_part(pipeline: Pipeline) -> str:
+    """What LoRA files call the denoiser: `unet` or `transformer`."""
+    return "unet" if isinstance(pipeline.unet.config, UNetConfig) else "transformer"
+
+
 def read_lora(path: str, pipeline: Pipeline) -> tuple[str, dict[tuple[str, str], WeightChange]]:
     """The file that `path` is or holds, and what it changes: (part, PyTorch module name) -> change.
 
-    Nothing is read but names, shapes and alphas; all of them fit the weights of `pipeline`.
+    The denoiser's part is `unet`, as in `Pipeline.params`, also where it is a transformer. Nothing is read but names,
+    shapes and alphas; all of them fit the weights of `pipeline`.
 
     Raises FileNotFoundError and ValueError as `merge_lora`.
     """
@@ -116,6 +128,8 @@ def read_lora(path: str, pipeline: Pipeline) -> tuple[str, dict[tuple[str, str],
     tables = {part: name_table(params) for part, params in pipeline.params.items() if part in _KOHYA_PARTS}
     changes = _group({**tensors, **alphas}, tables, pipeline, path)
     settings = _read_settings(path, any(key.startswith(_PEFT_PREFIX) for key in tensors))
+    if denoiser_part(pipeline) in settings:
+        settings["unet"] = settings[denoiser_part(pipeline)]
     misshaped = []
     for (part, module), found in changes.items():
         found.leaf = tables[part][f"{module}.weight"]
@@ -150,12 +164,16 @@ def _group(
     content: dict[str, Any], tables: dict[str, dict], pipeline: Pipeline, path: str
 ) -> dict[tuple[str, str], WeightChange]:
     """The entries of a file by part and module name, complete and known."""
-    kohya = _kohya_names(content, tables, pipeline)
+    originals = _original_modules(pipeline, tables)
+    kohya = _kohya_names(content, tables, pipeline) | {
+        f"lora_unet_{module.replace('.', '_')}": ("unet", module) for module in originals
+    }
     changes: dict[tuple[str, str], WeightChange] = {}
     unknown, repeated = [], []
     for key, value in content.items():
-        target, role = _target(key, kohya, tables)
-        if target is None or f"{target[1]}.weight" not in tables.get(target[0], {}):
+        target, role = _target(key, kohya, tables, denoiser_part(pipeline))
+        is_known = target is not None and f"{target[1]}.weight" in tables.get(target[0], {})
+        if target is None or not (is_known or (target[0] == "unet" and target[1] in originals)):
             unknown.append(key)
             continue
         found = changes.setdefault(target, WeightChange())
@@ -175,7 +193,61 @@ def _group(
         "or kohya's naming; merge others in PyTorch, and give the merged model.",
         {"unknown": unknown, "repeated": repeated, "without their other half": parts},
     )
-    return changes
+    return _split_fused(changes, originals, path)
+
+
+def _original_modules(pipeline: Pipeline, tables: Mapping[str, dict]) -> dict[str, Any]:
+    """Module name in the original code of SD 3 and FLUX.1 -> the `Stored` of its weight; none for other models."""
+    if denoiser_part(pipeline) == "unet":
+        return {}
+    from attrib_jax.convert.ldm.transformers import ORIGINAL_CONFIGS, transformer_table
+
+    config = pipeline.unet.config
+    if not isinstance(config, ORIGINAL_CONFIGS):
+        return {}
+    names = {name for name in tables["unet"] if ".lora_" not in name}
+    return {
+        name.removesuffix(".weight"): stored
+        for name, stored in transformer_table(config, names).items()
+        if name.endswith(".weight") and name not in names
+    }
+
+
+def _split_fused(
+    changes: Mapping[tuple[str, str], WeightChange], originals: Mapping[str, Any], path: str
+) -> dict[tuple[str, str], WeightChange]:
+    """Changes of matrices that the original code has as one, as those of the weights in them, each with its rows."""
+    split: dict[tuple[str, str], WeightChange] = {}
+    repeated, unsupported = [], []
+    for (part, module), found in changes.items():
+        stored = originals.get(module) if part == "unet" else None
+        if stored is None:
+            pieces = {module: found}
+        elif len(stored.names) == 1 and not stored.is_swapped:
+            pieces = {stored.names[0].removesuffix(".weight"): found}
+        elif found.tensors.keys() != {"down", "up"} or found.tensors["up"].shape[:1] == ():
+            unsupported += found.keys
+            continue
+        else:
+            shares, up = stored.shares or (1,) * len(stored.names), found.tensors["up"]
+            if up.shape[0] % (2 * sum(shares)):
+                raise ValueError(f"{path} does not fit this model: the factors of {module} have {up.shape[0]} rows")
+            up = up.map(swap_halves) if stored.is_swapped else up
+            ups = up.split(shares) if len(shares) > 1 else (up,)
+            pieces = {
+                name.removesuffix(".weight"): dataclasses.replace(
+                    found, tensors=found.tensors | {"up": own}, block=(number, len(shares))
+                )
+                for number, (name, own) in enumerate(zip(stored.names, ups, strict=True))
+            }
+        repeated += [key for name in pieces for key in found.keys if (part, name) in split]
+        split |= {(part, name): piece for name, piece in pieces.items()}
+    raise_problems(
+        f"{path} changes weights twice, or weights that the original code has as one otherwise than by two factors; "
+        "merge it in PyTorch, and give the merged model.",
+        {"repeated": repeated, "of another form": unsupported},
+    )
+    return split
 
 
 def adapter_kind(keys: Iterable[str], unknown: Iterable[str]) -> str | None:
@@ -212,7 +284,7 @@ def _kohya_names(content: Iterable[str], tables: dict[str, dict], pipeline: Pipe
     return names
 
 
-def _target(key: str, kohya: dict, tables: Mapping[str, Mapping]) -> tuple[tuple[str, str] | None, str]:
+def _target(key: str, kohya: dict, tables: Mapping[str, Mapping], denoiser: str) -> tuple[tuple[str, str] | None, str]:
     """A key -> ((part, module name), role or "alpha"); None for what has no form of an adapter's keys."""
     # diffusers' network alphas are named after the whole `..._lora.down.weight`, kohya's after the module.
     base = key.removesuffix(".alpha")
@@ -226,10 +298,17 @@ def _target(key: str, kohya: dict, tables: Mapping[str, Mapping]) -> tuple[tuple
     if module.startswith(_PEFT_PREFIX):
         # PEFT's own files do not say which part they are for.
         rest = module.removeprefix(_PEFT_PREFIX)
-        part = next((part for part, table in tables.items() if f"{_text_name(part, rest)}.weight" in table), "unet")
+        candidates = ((part, f"{_text_name(part, rest, tables)}.weight") for part in tables)
+        part = next((part for part, name in candidates if name in tables[part]), "unet")
+    elif part == denoiser:
+        part = "unet"
+    elif part in ("unet", "transformer"):
+        return None, ""
     elif part not in _KOHYA_PARTS:
         part, rest = "unet", module
-    rest = _text_name(part, rest.replace(".processor.", "."))
+    if part == "unet" and denoiser != "unet":
+        rest = _ORIGINAL_PREFIXES.sub("", rest, count=1)
+    rest = _text_name(part, rest.replace(".processor.", "."), tables)
     stem, _, projection = rest.rpartition(".")
     if form == "_lora" and part.startswith("text_encoder") and projection in _TEXT_PROJECTIONS:
         rest = f"{stem}.{_TEXT_PROJECTIONS[projection]}"
@@ -247,9 +326,11 @@ def _split(key: str) -> tuple[str, str, str]:
     return key, "", ""
 
 
-def _text_name(part: str, module: str) -> str:
-    """A text encoder's module with the `text_model.` level, which newer files leave out."""
-    if part.startswith("text_encoder") and not module.startswith("text_model."):
+def _text_name(part: str, module: str, tables: Mapping[str, Mapping]) -> str:
+    """A CLIP text encoder's module with the `text_model.` level, which newer files leave out."""
+    if not part.startswith("text_encoder") or f"{module}.weight" in tables.get(part, {}):
+        return module
+    if not module.startswith("text_model."):
         return f"text_model.{module}"
     return module
 

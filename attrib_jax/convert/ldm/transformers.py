@@ -16,6 +16,7 @@ from attrib_jax.models.flux import FluxConfig
 from attrib_jax.models.sd3 import SD3Config
 
 SD3, FLUX = "StableDiffusion3Pipeline", "FluxPipeline"
+ORIGINAL_CONFIGS = (SD3Config, FluxConfig)  # of the models that have an original naming
 _SD3_HEAD_WIDTH = 64  # of all published models; only those with normalised queries show it
 _LEAVES = ("weight", "bias")
 _OURS = {  # patterns of names in diffusers' naming
