@@ -176,8 +176,8 @@ def require(**values: object) -> None:
         raise ValueError(f"{', '.join(missing)} not given; see --help, or start from a flagfile under configs/")
 
 
-def load_model(weights: Collection[str] = (), with_lora: bool = True) -> Pipeline:
-    """The pipeline of --model and the flags that change it, but for --lora where `with_lora` is off.
+def load_model(weights: Collection[str] = (), without: Collection[str] = ()) -> Pipeline:
+    """The pipeline of --model and the flags that change it, but for those in `without`: `lora`, `custom_diffusion`.
 
     `weights` are the subsets of weights that will be selected.
     """
@@ -188,8 +188,12 @@ def load_model(weights: Collection[str] = (), with_lora: bool = True) -> Pipelin
     for name in (data.dataset, data.exemplars, data.images):
         if folder is not None and name is not None:
             check_separate(folder, name)
-    left_out = {} if with_lora else {"lora": (), "lora_scale": (1.0,)}
-    return assemble.load_model(read_config(ModelSource, **left_out), weights=weights)
+    source = read_config(ModelSource)
+    if "lora" in without:
+        source = dataclasses.replace(source, lora=(), lora_scale=(1.0,))
+    if "custom_diffusion" in without:
+        source = dataclasses.replace(source, custom_diffusion=None)
+    return assemble.load_model(source, weights=weights)
 
 
 def open_source(name: str, resolution: int | None = None, **keys: str | None) -> Dataset:

@@ -11,6 +11,7 @@ import itertools
 import logging
 import os
 import re
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,6 +40,7 @@ from attrib_jax.models.clip import CLIPTextModel
 from attrib_jax.models.predictor import predictor
 from attrib_jax.parallel.mesh import data_mesh, replicate
 from attrib_jax.storage.stages import open_stage
+from attrib_jax.training.draws import Training, check_removed
 from attrib_jax.training.loop import FitConfig, run_steps, usable_devices
 
 _log = logging.getLogger(__name__)
@@ -100,6 +102,10 @@ class _Frozen(NamedTuple):
     empty_ids: jax.Array
     exemplars: DiffusionBatch
     prior: DiffusionBatch | None
+    # (N,) whether an exemplar is left out; (N,) positions of the others, first; how many these are.
+    is_removed: Any
+    kept: Any
+    num_kept: Any
 
 
 def customize(
@@ -126,40 +132,144 @@ def customize(
         it, images have another size than the model's, or the loss is not finite.
       StageMismatchError: `workdir` holds a run with other settings, model or images.
     """
-    require_one_text_encoder(
-        pipeline,
-        "Custom Diffusion, which learns the embedding of a new word,",
-        "attribute a fine-tuned model of that family, or customise a Stable Diffusion 1 or 2 model",
-    )
-    check_finite("model", pipeline.params)
-    start = _with_new_token(pipeline, config)
-    token_id = int(start.tokenizer.convert_tokens_to_ids(config.token))
-    captions: dict[str, Any] = {
-        "exemplars": [[config.caption] if config.caption else list(row) for row in _captions(exemplars)]
-    }
-    _check_captions(start, captions["exemplars"], token_id, config.token)
-    sources = {"exemplars": exemplars}
-    if prior is not None:
-        captions["prior"], sources["prior"] = _captions(prior), prior
-    for name, dataset in sources.items():
-        _check_size(pipeline, name, dataset)
-
-    inputs = {name: dataset.fingerprint() for name, dataset in sources.items()}
-    inputs["model"] = model_fingerprint(pipeline)
-    stage = open_stage(workdir, "customize", config.describe(), inputs)
-    batches = {
-        name: _encode(stage.path / name, start, dataset, captions[name], config.random_flips)
-        for name, dataset in sources.items()
-    }
-    trained = _train(stage.path, start, token_id, batches["exemplars"], batches.get("prior"), config)
+    customization = Customization(pipeline, exemplars, config, prior)
+    stage = open_stage(workdir, "customize", config.describe(), customization.inputs)
+    tuned = customization.train(stage.path, Training(np.zeros(0, np.int64), config.seed), data=stage.path)
     folder = Path(workdir) / "custom"
-    rest = select_weights(start.params["unet"], _WEIGHTS)[1]
-    params = start.params | _join(trained, rest, start.params["text_encoder"], token_id)
-    tuned = dataclasses.replace(start, params=params)
     save_custom_diffusion(tuned, pipeline, str(folder), [config.token], overwrite=True)
     if not stage.finished:
         stage.finish()
     return folder
+
+
+class Customization:
+    """A fine-tune that is trained once or several times, with all exemplars or without some.
+
+    Attributes:
+      base, exemplars, config, prior: as `customize` takes them.
+      inputs: fingerprints of model and images.
+    """
+
+    def __init__(
+        self,
+        base: Pipeline,
+        exemplars: Dataset,
+        config: CustomizeConfig,
+        prior: Dataset | None = None,
+        data: Path | None = None,
+    ):
+        """Checks all that `customize` refuses; `data` is the folder of latents, if not beside a training."""
+        require_one_text_encoder(
+            base,
+            "Custom Diffusion, which learns the embedding of a new word,",
+            "attribute a fine-tuned model of that family, or customise a Stable Diffusion 1 or 2 model",
+        )
+        check_finite("model", base.params)
+        self.base, self.exemplars, self.config, self.prior = base, exemplars, config, prior
+        self._start = _with_new_token(base, config)
+        self._token_id = int(self._start.tokenizer.convert_tokens_to_ids(config.token))
+        self._captions: dict[str, Any] = {
+            "exemplars": [[config.caption] if config.caption else list(row) for row in _captions(exemplars)]
+        }
+        _check_captions(self._start, self._captions["exemplars"], self._token_id, config.token)
+        self._sources = {"exemplars": exemplars}
+        if prior is not None:
+            self._captions["prior"], self._sources["prior"] = _captions(prior), prior
+        for name, dataset in self._sources.items():
+            _check_size(base, name, dataset)
+        self.inputs = {name: dataset.fingerprint() for name, dataset in self._sources.items()}
+        self.inputs["model"] = model_fingerprint(base)
+        self._data = data
+        self._batches: dict[str, DiffusionBatch] | None = None
+
+    def train(
+        self,
+        path: str | os.PathLike,
+        training: Training,
+        description: str = "fine-tune",
+        data: Path | None = None,
+    ) -> Pipeline:
+        """All steps, from the newest checkpoint in `path` -> the fine-tuned pipeline.
+
+        Args:
+          path: folder of checkpoints and `metrics.jsonl`.
+          training: positions of the exemplars that it goes without, and its seed; the config's is not read.
+          description: text of the progress bar.
+          data: folder of latents, in place of that of the constructor.
+        """
+        check_removed(training.removed, len(self.exemplars))
+        state, step, frozen = self._program(training, data)
+        config = self.config
+        run = FitConfig(
+            steps=config.steps,
+            batch_size=config.batch_size,
+            learning_rate=config.learning_rate,
+            checkpoint_every=config.checkpoint_every,
+            log_every=config.log_every,
+        )
+        # Every step is given all exemplars and draws its rows from them.
+        state = run_steps(path, step, state, lambda _: itertools.repeat(frozen), run, description)
+        trained = jax.tree.map(np.asarray, state.params)
+        rest = select_weights(self._start.params["unet"], _WEIGHTS)[1]
+        joined = _join(trained, rest, self._start.params["text_encoder"], self._token_id)
+        return dataclasses.replace(self._start, params=self._start.params | joined)
+
+    def seconds_per_step(self, steps: int = 5) -> float:
+        """Measured seconds of an optimiser step, without compiling."""
+        state, step, frozen = self._program(Training(np.zeros(0, np.int64), self.config.seed))
+        state, metrics = step(state, frozen)
+        jax.block_until_ready(metrics)
+        began = time.monotonic()
+        for _ in range(steps):
+            state, metrics = step(state, frozen)
+        jax.block_until_ready(metrics)
+        return (time.monotonic() - began) / steps
+
+    def _encoded(self, data: Path | None) -> dict[str, DiffusionBatch]:
+        folder = data or self._data
+        if self._batches is None:
+            if folder is None:
+                raise ValueError("data is None; expected a folder for the latents of the exemplars")
+            self._batches = {
+                name: _encode(folder / name, self._start, dataset, self._captions[name], self.config.random_flips)
+                for name, dataset in self._sources.items()
+            }
+        return self._batches
+
+    def _program(self, training: Training, data: Path | None = None) -> tuple[TrainState, Any, _Frozen]:
+        """The state before the first step, `(state, frozen) -> (state, metrics)`, and what a step reads."""
+        start, config, batches = self._start, self.config, self._encoded(data)
+        selected, rest = select_weights(start.params["unet"], _WEIGHTS)
+        count = count_weights(selected)
+        _log.info("fine-tuning %d matrices with %d values, and the token %s", *count, config.token)
+        trained = {"unet": selected, "token": _embedding(start)[self._token_id]}
+        mesh = data_mesh(jax.local_devices()[: usable_devices(config.batch_size, jax.local_device_count())])
+        is_removed = np.isin(np.arange(len(self.exemplars)), training.removed)
+        frozen = _Frozen(
+            learning_rate=config.learning_rate,
+            weight_decay=config.weight_decay,
+            prior_weight=config.prior_weight,
+            rest=rest,
+            text_params=start.params["text_encoder"],
+            token_id=self._token_id,
+            schedule=start.schedule,
+            empty_ids=tokenize(start, [""])[0],
+            exemplars=batches["exemplars"],
+            prior=batches.get("prior"),
+            is_removed=is_removed,
+            kept=np.argsort(is_removed, kind="stable").astype(np.int32),
+            num_kept=int(np.sum(~is_removed)),
+        )
+        state = init_state(trained, _optimizer(config.learning_rate, config.weight_decay))
+        # Copies: a step may reuse the memory of the state that it is given, and the base must stay whole.
+        state = replicate(mesh, jax.tree.map(np.array, state))
+        frozen, key = replicate(mesh, (frozen, purpose_key(training.seed, "customize")))
+        sharding = NamedSharding(mesh, PartitionSpec("data"))
+
+        def step(state: TrainState, frozen: _Frozen) -> tuple[TrainState, dict[str, jax.Array]]:
+            return _step(start.unet, start.text_encoder, sharding, config.batch_size, state, frozen, key)
+
+        return state, step, frozen
 
 
 def _captions(dataset: Dataset) -> list[tuple[str, ...]]:
@@ -216,46 +326,6 @@ def _encode(path: Path, pipeline: Pipeline, dataset: Dataset, captions: list, ra
     return DiffusionBatch(latents, *tokenize_captions(pipeline.tokenizer, captions))
 
 
-def _train(path: Path, start: Pipeline, token_id: int, exemplars, prior, config: CustomizeConfig) -> dict[str, Any]:
-    """All steps, from the newest checkpoint in `path` -> `{"unet": selected weights, "token": (d,)}`."""
-    selected, rest = select_weights(start.params["unet"], _WEIGHTS)
-    count = count_weights(selected)
-    _log.info("fine-tuning %d matrices with %d values, and the token %s", *count, config.token)
-    trained = {"unet": selected, "token": _embedding(start)[token_id]}
-    mesh = data_mesh(jax.local_devices()[: usable_devices(config.batch_size, jax.local_device_count())])
-    frozen = _Frozen(
-        learning_rate=config.learning_rate,
-        weight_decay=config.weight_decay,
-        prior_weight=config.prior_weight,
-        rest=rest,
-        text_params=start.params["text_encoder"],
-        token_id=token_id,
-        schedule=start.schedule,
-        empty_ids=tokenize(start, [""])[0],
-        exemplars=exemplars,
-        prior=prior,
-    )
-    state = init_state(trained, _optimizer(config.learning_rate, config.weight_decay))
-    # Copies: a step may reuse the memory of the state that it is given, and the base must stay whole.
-    state = replicate(mesh, jax.tree.map(np.array, state))
-    frozen, key = replicate(mesh, (frozen, purpose_key(config.seed, "customize")))
-    sharding = NamedSharding(mesh, PartitionSpec("data"))
-    run = FitConfig(
-        steps=config.steps,
-        batch_size=config.batch_size,
-        learning_rate=config.learning_rate,
-        checkpoint_every=config.checkpoint_every,
-        log_every=config.log_every,
-    )
-
-    def step(state: TrainState, frozen: _Frozen) -> tuple[TrainState, dict[str, jax.Array]]:
-        return _step(start.unet, start.text_encoder, sharding, config.batch_size, state, frozen, key)
-
-    # Every step is given all exemplars and draws its rows from them.
-    state = run_steps(path, step, state, lambda _: itertools.repeat(frozen), run, "fine-tune")
-    return jax.tree.map(np.asarray, state.params)
-
-
 def _optimizer(learning_rate: Any, weight_decay: Any) -> optax.GradientTransformation:
     """AdamW at a constant rate; the gradient's norm is clipped to 1, as in diffusers' Custom Diffusion training."""
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(learning_rate, weight_decay=weight_decay))
@@ -280,9 +350,13 @@ def _loss(
     """Denoising loss on a batch of exemplars, plus `prior_weight` times that on a batch of prior images."""
     params = _join(trained, frozen.rest, frozen.text_params, frozen.token_id)
 
-    def batch_loss(data: DiffusionBatch, key: jax.Array) -> jax.Array:
+    def batch_loss(data: DiffusionBatch, key: jax.Array, goes_without: bool = False) -> jax.Array:
         row_key, loss_key = jax.random.split(key)
         rows = jax.random.randint(row_key, (batch_size,), 0, len(data.latents))
+        if goes_without:
+            # Another one stands in where a removed exemplar comes up; all other places stay as they are.
+            others = jax.random.randint(jax.random.fold_in(row_key, 1), (batch_size,), 0, frozen.num_kept)
+            rows = jnp.where(frozen.is_removed[rows], frozen.kept[others], rows)
         batch = jax.lax.with_sharding_constraint(jax.tree.map(lambda leaf: leaf[rows], data), sharding)
         encode = functools.partial(encode_text, text_encoder)
         return diffusion_loss(
@@ -290,7 +364,7 @@ def _loss(
         )[0]
 
     exemplar_key, prior_key = jax.random.split(key)
-    loss = exemplar_loss = batch_loss(frozen.exemplars, exemplar_key)
+    loss = exemplar_loss = batch_loss(frozen.exemplars, exemplar_key, goes_without=True)
     metrics = {"exemplar_loss": exemplar_loss}
     if frozen.prior is not None:
         metrics["prior_loss"] = batch_loss(frozen.prior, prior_key)

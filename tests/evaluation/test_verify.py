@@ -2,17 +2,24 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 
 from attrib_jax.core.types import Scores
+from attrib_jax.evaluation import trainers
 from attrib_jax.evaluation import verify as module
+from attrib_jax.evaluation.retrain import Retrainer
+from attrib_jax.evaluation.trainers import LoraTrainer, UNetTrainer
 from attrib_jax.evaluation.verify import ALL, RANDOM, TOP, Verified, VerifyConfig, best_positions, verify
 from attrib_jax.jobs.context import Run
 from attrib_jax.jobs.query import Query, prepare_query
+from attrib_jax.parallel.mesh import data_mesh
 from attrib_jax.report.verify import write_verify_page
 from attrib_jax.storage.stage_root import StageRoot
+from attrib_jax.training.draws import Training
 from attrib_jax.training.lora import LoraConfig
+from tests.evaluation.conftest import RECIPE
 
 LORA = LoraConfig(rank=2, target_modules=("to_v",), steps=2, batch_size=16, learning_rate=1e-2, checkpoint_every=2)
 CONFIG = VerifyConfig(num_removed=5, num_seeds=2, measure_stride=500)
@@ -37,7 +44,7 @@ def scores_of(run, best):
 
 def test_adapters_are_compared_within_a_seed_and_trained_once(run, query, tmp_path, capsys, monkeypatch):
     best = np.array([7, 3, 20, 11, 30])
-    result = verify(tmp_path, run, QUERY, query, scores_of(run, best), CONFIG, LORA)
+    result = verify(tmp_path, LoraTrainer(run, LORA), QUERY, query, scores_of(run, best), CONFIG)
     assert "6 of 6 adapters to train, 2 steps each at" in capsys.readouterr().out
     np.testing.assert_array_equal(result.removed, best)
     assert result.seeds == (0, 1)
@@ -48,12 +55,36 @@ def test_adapters_are_compared_within_a_seed_and_trained_once(run, query, tmp_pa
     assert result.change(TOP) == pytest.approx((change.mean(), abs(change[1] - change[0]) / 2))
 
     # What is stored is not trained again, and gives the same numbers; another order of the same images is the same set.
-    monkeypatch.setattr(module, "train_factors", None)
-    again = verify(tmp_path, run, QUERY, query, scores_of(run, best[::-1]), CONFIG, LORA)
+    monkeypatch.setattr(trainers, "train_factors", None)
+    again = verify(tmp_path, LoraTrainer(run, LORA), QUERY, query, scores_of(run, best[::-1]), CONFIG)
     assert "all 6 adapters are there" in capsys.readouterr().out
     for variant in (ALL, TOP, RANDOM):
         np.testing.assert_array_equal(again.losses[variant], result.losses[variant])
         np.testing.assert_array_equal(again.images[variant], result.images[variant])
+
+
+def test_the_unet_of_a_small_model_is_trained_again(tiny_model, tiny_dataset, tmp_path, capsys, monkeypatch):
+    run = Run(tiny_model, tiny_dataset, StageRoot(tmp_path / "work"))
+    prompt = Query(prompt="digit one", seed=1, sampler_steps=2)
+    prepared = prepare_query(tiny_model, run.predict, prompt)
+    config = dataclasses.replace(CONFIG, num_seeds=1)
+    best = np.array([4, 9, 0, 12, 2])
+
+    def verified():
+        trainer = UNetTrainer(run, RECIPE, 3)
+        return verify(tmp_path / "models", trainer, prompt, prepared, scores_of(run, best), config)
+
+    result = verified()
+    assert "3 of 3 models to train, 6 steps each at" in capsys.readouterr().out
+    assert result.seeds == (3,) and len({losses[0] for losses in result.losses.values()}) == 3
+    retrainer = Retrainer(tiny_model, run.data, RECIPE, mesh=data_mesh(jax.local_devices()[:1]))
+    weights = jax.tree.map(lambda leaf: leaf[0], retrainer.train([Training(best, 3)]))
+    alone = dataclasses.replace(tiny_model, params=tiny_model.params | {"unet": weights})
+    assert module.query_loss(alone, prompt, prepared, 500) == pytest.approx(result.losses[TOP][0], rel=1e-6)
+    monkeypatch.setattr(Retrainer, "train", None)
+    again = verified()
+    assert "all 3 models are there" in capsys.readouterr().out
+    jax.tree.map(np.testing.assert_array_equal, again.losses, result.losses)
 
 
 @pytest.mark.parametrize(
@@ -69,7 +100,7 @@ def test_scores_of_another_data_set(rows, count, message):
 def test_as_many_images_as_there_are_cannot_go(run, query, tmp_path):
     config = dataclasses.replace(CONFIG, num_removed=len(run.data))
     with pytest.raises(ValueError, match="num_removed is 37"):
-        verify(tmp_path, run, QUERY, query, scores_of(run, np.arange(5)), config, LORA)
+        verify(tmp_path, LoraTrainer(run, LORA), QUERY, query, scores_of(run, np.arange(5)), config)
 
 
 @pytest.mark.parametrize("seeds", [1, 2])

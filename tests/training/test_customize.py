@@ -14,7 +14,8 @@ from attrib_jax.core.weights import flatten_names, select_weights
 from attrib_jax.data.sources import ArrayDataset
 from attrib_jax.storage.checkpoints import TrainingCheckpoints
 from attrib_jax.storage.stages import StageMismatchError
-from attrib_jax.training.customize import CustomizeConfig, customize
+from attrib_jax.training.customize import Customization, CustomizeConfig, customize
+from attrib_jax.training.draws import Training
 from tests.tiny_dataset import make_dataset
 
 CONFIG = CustomizeConfig(
@@ -169,3 +170,22 @@ def test_a_token_that_exists_is_refused(pipeline, tmp_path):
 def test_config_is_checked(changes, named):
     with pytest.raises(ValueError, match=named):
         dataclasses.replace(CONFIG, **changes)
+
+
+def test_without_exemplars_the_others_are_seen_as_before(pipeline, tuned, tmp_path):
+    exemplars = _exemplars(("a <new1>", "red <new1> hat", "<new1>"))
+    customization = Customization(pipeline, exemplars, CONFIG, data=tmp_path / "images")
+
+    def trained(folder, removed):
+        return customization.train(tmp_path / folder, Training(np.array(removed, np.int64), 0)).params["unet"]
+
+    # Without two of three, only the third is seen.
+    only = Customization(pipeline, exemplars, CONFIG)
+    batch = customization._encoded(None)["exemplars"]
+    only._batches = {"exemplars": jax.tree.map(lambda leaf: np.asarray(leaf)[[2, 2, 2]], batch)}
+    expected = only.train(tmp_path / "third", Training(np.zeros(0, np.int64), 0)).params["unet"]
+    jax.tree.map(np.testing.assert_array_equal, trained("without", [0, 1]), expected)
+    full = trained("full", [])
+    assert any(np.any(x != y) for x, y in zip(jax.tree.leaves(full), jax.tree.leaves(expected)))
+    with pytest.raises(ValueError, match="3 of 3 images removed"):
+        trained("none", [0, 1, 2])
