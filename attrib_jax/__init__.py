@@ -42,6 +42,7 @@ _MODULES = {
     "methods.base": ("Attribution", "MethodConfig"),
     "methods.ensemble": ("EnsembleConfig",),
     "methods.features": ("FeatureConfig", "MappedFeatureConfig", "TextFeatureConfig"),
+    "methods.group_unlearn": ("GroupUnlearnConfig",),
     "methods.influence": ("InfluenceConfig",),
     "methods.latents": ("CaptionCentredConfig", "LatentGaussianConfig"),
     "methods.patches": ("PatchesConfig",),

@@ -15,6 +15,7 @@ from attrib_jax.jobs.settings import LossSettings, PassSettings, WeightSettings
 from attrib_jax.methods import (
     ensemble,
     features,
+    group_unlearn,
     influence,
     latents,
     mirrored,
@@ -40,6 +41,14 @@ METHODS: dict[str, Method] = {
     "unlearn": Method(unlearn.UnlearnConfig, unlearn.prepare, unlearn.score, "attribution by unlearning"),
     "mirrored": Method(
         mirrored.MirroredConfig, mirrored.prepare, mirrored.score, "mirrored unlearning, which retains the other images"
+    ),
+    "group-unlearn": Method(
+        group_unlearn.GroupUnlearnConfig,
+        group_unlearn.prepare,
+        group_unlearn.score,
+        "unlearning each named group of training images",
+        check=group_unlearn.check,
+        inputs=group_unlearn.inputs,
     ),
     "influence": Method(influence.InfluenceConfig, influence.prepare, influence.score, "the influence function"),
     "trak": Method(*_PROJECTED, "TRAK: a kernel of projected loss gradients", check=projected.check),
@@ -150,7 +159,10 @@ def check_method(run: Run, config: MethodConfig, method: Method | None = None) -
 def method_inputs(run: Run, config: MethodConfig, method: Method | None = None) -> dict[str, str]:
     """Fingerprints of all that decides a method's scores, but for its settings and the query."""
     own = (method or METHODS[config.method]).inputs
-    return run.inputs if own is None else {**run.inputs, **own(run)}
+    found = run.inputs if own is None else {**run.inputs, **own(run)}
+    for part in config.parts:
+        found = found | method_inputs(run, part)
+    return found
 
 
 def queries_per_pass(run: Run, config: MethodConfig) -> int:

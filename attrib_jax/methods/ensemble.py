@@ -85,16 +85,7 @@ def method(methods: Mapping[str, Method]) -> Method:
         functools.partial(_prepare, methods),
         functools.partial(_score, methods),
         "a weighted sum of other methods' standardised scores",
-        inputs=functools.partial(_inputs, methods),
     )
-
-
-def _inputs(methods: Mapping[str, Method], run: Run) -> dict[str, str]:
-    inputs = {}
-    for entry in methods.values():
-        if entry.inputs is not None and entry.config is not EnsembleConfig:
-            inputs |= entry.inputs(run)
-    return inputs
 
 
 def _prepare(methods: Mapping[str, Method], run: Run, config: EnsembleConfig) -> list[Any]:

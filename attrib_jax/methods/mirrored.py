@@ -36,9 +36,10 @@ from attrib_jax.core.types import Batch
 from attrib_jax.core.weights import WEIGHT_SUBSETS, Params, flatten_names, unflatten_names
 from attrib_jax.diffusion.losses import Predict, batch_losses
 from attrib_jax.jobs.context import Run
-from attrib_jax.jobs.draws import Sample, fisher_draws, sum_over_draws
+from attrib_jax.jobs.draws import FisherDraws, Sample, fisher_draws, sum_over_draws
 from attrib_jax.jobs.encoded_dataset import CaptionRows, EncodedDataset, caption_rows
 from attrib_jax.jobs.losses import ExampleProgram, dataset_pass, loss_weights, num_captions, pending_chunks
+from attrib_jax.jobs.query import PreparedQuery
 from attrib_jax.jobs.settings import ExampleSettings, QueriesSettings, WeightSettings
 from attrib_jax.methods.base import MethodConfig, QueryJob, Scored
 from attrib_jax.models.predictor import cast_params, predictor
@@ -55,7 +56,6 @@ from attrib_jax.storage.state import StateStore
 
 _log = logging.getLogger(__name__)
 
-_FILE = "unlearned.safetensors"
 _STATE = "unlearning"
 _NULL_FILE = "null_loss.safetensors"
 # A state is stored this often, so that a killed run loses little.
@@ -65,10 +65,9 @@ _CHUNK_BYTES = 2**26
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MirroredConfig(MethodConfig, WeightSettings, ExampleSettings, QueriesSettings):
-    """Settings of mirrored unlearning."""
+class AscentSettings(WeightSettings):
+    """Unlearning by ascent, while training images are retained."""
 
-    method: str = setting("mirrored", "Attribution method.", choices=("mirrored",))
     weights: str = setting(
         "mlp",
         "Weights that move: the key and value projections of cross-attention, all weights of cross-attention, those of "
@@ -76,30 +75,40 @@ class MirroredConfig(MethodConfig, WeightSettings, ExampleSettings, QueriesSetti
         choices=tuple(WEIGHT_SUBSETS),
     )
     query_strength: float = setting(
-        0.2, "Weight of the query's loss, which rises, beside the retained images' loss of weight 1.", above=0,
+        0.2,
+        "Weight of the loss of the query, or of the group, which rises, beside the retained images' loss of weight 1.",
+        above=0,
         symbol="lambda",
-    )  # fmt: skip
+    )
     unlearning_rate: float = setting(
         3e-4, "Learning rate of Adam in mirrored unlearning; about a tenth of the training's.", above=0
     )
     max_steps: int = setting(150, "Most steps of mirrored unlearning.", low=1)
     stop_share: float = setting(
         0.95,
-        "Share of an untrained model's loss at which the query's loss stops mirrored unlearning.",
+        "Share of an untrained model's loss at which the loss of the query, or of the group, stops mirrored "
+        "unlearning.",
         above=0,
         high=1,
     )
     retain_batch: int = setting(64, "Training images a step whose loss is kept low.", low=1)
-    query_batch: int = setting(64, "Draws of (timestep, noise) of the query a step.", low=1)
+    query_batch: int = setting(64, "Draws of (timestep, noise) of the query, or of the group's images, a step.", low=1)
+    null_draws: int = setting(12800, "Draws of training images that an untrained model's loss is averaged over.", low=1)
+    queries_per_device: int = setting(
+        1, "Queries, or groups, that each device unlearns at a time.", low=1,
+        performance=True,
+    )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MirroredConfig(MethodConfig, AscentSettings, ExampleSettings, QueriesSettings):
+    """Settings of mirrored unlearning."""
+
+    method: str = setting("mirrored", "Attribution method.", choices=("mirrored",))
     score_draws: int = setting(100, "Draws of (timestep, noise) of a score, the same for all training images.", low=1)
     noisy_share: float = setting(
         0.7, "Share of the timesteps, the noisiest ones, that the draws of a score are spread over.", above=0, high=1
     )
-    null_draws: int = setting(12800, "Draws of training images that an untrained model's loss is averaged over.", low=1)
-    queries_per_device: int = setting(
-        1, "Queries that each device unlearns at a time.", low=1,
-        performance=True,
-    )  # fmt: skip
 
 
 class Prepared(NamedTuple):
@@ -118,7 +127,7 @@ class Prepared(NamedTuple):
 
 def prepare(run: Run, config: MirroredConfig) -> Prepared:
     """An untrained model's loss, and every training image's losses before: computed, resumed or reused."""
-    null = _null_loss(run, config)
+    null = null_loss(run, config)
     captions = caption_rows(run.data, config.captions)
     stage = _stage(run, config)
     with run.timed("losses of shared draws", run.root.is_finished(*stage)), run.root.stage(*stage) as opened:
@@ -144,7 +153,7 @@ def score(run: Run, queries: Sequence[QueryJob], config: MirroredConfig) -> list
 # The loss of an untrained model.
 
 
-def _null_loss(run: Run, config: MirroredConfig) -> float:
+def null_loss(run: Run, config: Any) -> float:
     """L_null, computed once for a model, a data set and a seed."""
     _ = run.data  # encoded before, so that each is timed by itself
     settings = {"loss_seed": config.loss_seed, "null_draws": config.null_draws}
@@ -160,7 +169,7 @@ def _null_loss(run: Run, config: MirroredConfig) -> float:
     return float(stored["loss"])
 
 
-def _mean_null_loss(run: Run, path: Path, config: MirroredConfig) -> tuple[np.ndarray, StateStore]:
+def _mean_null_loss(run: Run, path: Path, config: Any) -> tuple[np.ndarray, StateStore]:
     schedule, mesh = run.pipeline.schedule, data_mesh()
     draws = fisher_draws(config.loss_seed, config.null_draws, run.data.num_captions, schedule.num_train_timesteps)
     params = initial_unet(run.pipeline, purpose_key(config.loss_seed, "null model"))
@@ -196,79 +205,186 @@ def _noise(key: jax.Array, index: jax.Array, shape: tuple[int, ...]) -> jax.Arra
 # Unlearning.
 
 
+class Target(NamedTuple):
+    """A query, or a group of training images, that is unlearned while other images are retained.
+
+    Attributes:
+      name: what messages call it, such as "query 'hat'".
+      folder: where its weights and its state are kept.
+      stem: what their names begin with.
+      query: the query, while all images are retained; None for a group.
+      group: positions of the group's images in the encoded data set, while the others are retained; None for a query.
+    """
+
+    name: str
+    folder: Path
+    stem: str = "unlearned"
+    query: PreparedQuery | None = None
+    group: np.ndarray | None = None
+
+    @property
+    def file(self) -> Path:
+        """File of the weights after unlearning, see `read_unlearned`."""
+        return self.folder / f"{self.stem}.safetensors"
+
+    @property
+    def store(self) -> StateStore:
+        """The state that a killed run goes on from."""
+        return StateStore(self.folder, _STATE if self.query is not None else f"{self.stem}-{_STATE}")
+
+
 def unlearn_queries(
     run: Run, queries: Sequence[QueryJob], config: MirroredConfig, null: float
 ) -> list[tuple[Params, tuple[float, ...]]]:
     """The selected weights after unlearning each query, and its losses before each step; kept in the queries' folders.
 
-    Queries are spread over the devices; a killed run goes on from its last stored step. A query's result does not
-    depend on the others: bitwise with one query a device, and up to rounding on another number of devices. Where a
-    query's loss is at the stop before any step, one step is taken without the clamp, and a warning says so.
-
-    Raises ValueError, naming the query, where a loss is not finite.
+    As `unlearn_targets`. Raises ValueError, naming the query, where a loss is not finite.
     """
-    mesh = data_mesh()
-    slots = mesh.size * config.queries_per_device
-    results = [run_on_host0(functools.partial(read_unlearned, query.folder / _FILE)) for query in queries]
-    # Queries of one program have text states of one length.
-    pending = sorted(
-        (place for place, result in enumerate(results) if result is None),
-        key=lambda place: len(text_rows(queries[place].prepared.text)),
-    )
-    program = _StepProgram(run, config, mesh)
-    while pending:
-        length = len(text_rows(queries[pending[0]].prepared.text))
-        together = [place for place in pending[:slots] if len(text_rows(queries[place].prepared.text)) == length]
-        pending = pending[len(together) :]
-        _unlearn_together(run, program, [queries[place] for place in together], config, null)
-        for place in together:
-            results[place] = run_on_host0(functools.partial(read_unlearned, queries[place].folder / _FILE))
+    targets = [Target(f"query {query.name!r}", query.folder, query=query.prepared) for query in queries]
+    unlearn_targets(run, targets, config, null)
     unlearned = []
-    for query, stored in zip(queries, results):
-        # What a run that was killed between writing a result and this left.
-        run_on_host0(StateStore(query.folder, _STATE).remove)
+    for target in targets:
+        stored: Any = run_on_host0(functools.partial(read_unlearned, target.file))
         losses = stored.pop("query_loss").tolist()
         unlearned.append((unflatten_names(stored), tuple(losses)))
     return unlearned
 
 
-class _StepProgram:
-    """The compiled step of several queries, one slot each; and what it reads from the data set."""
+def unlearn_targets(run: Run, targets: Sequence[Target], config: Any, null: float) -> None:
+    """Unlearns queries or groups, each from the model's own weights, and stores each one's selected weights.
 
-    def __init__(self, run: Run, config: MirroredConfig, mesh: Mesh):
-        self.mesh, self.config, self.data = mesh, config, run.data
+    Targets are spread over the devices; a killed run goes on from the last stored step. A target's result does not
+    depend on the others: bitwise with one a device, and up to rounding on another number of devices. Where its loss
+    is at the stop before any step, one step is taken without the clamp, and a warning says so.
+
+    Args:
+      run: model and data set.
+      targets: what is stored already is kept.
+      config: `AscentSettings`, with a seed, flips and captions.
+      null: L_null, see `null_loss`.
+
+    Raises ValueError, naming the target, where a loss is not finite.
+    """
+    mesh = data_mesh()
+    slots = mesh.size * config.queries_per_device
+
+    def tokens(target: Target) -> int:
+        return run.data.text_shape[0] if target.query is None else len(text_rows(target.query.text))
+
+    stored = run_on_host0(lambda: [read_unlearned(target.file) is not None for target in targets])
+    # What a run that was killed between writing a result and this left.
+    for target, done in zip(targets, stored):
+        if done:
+            run_on_host0(target.store.remove)
+    # Targets of one program have text states of one length.
+    pending = sorted((target for target, done in zip(targets, stored) if not done), key=tokens)
+    program, total = _StepProgram(run, config, mesh, run.data), len(pending)
+    while pending:
+        together = [target for target in pending[:slots] if tokens(target) == tokens(pending[0])]
+        if together[0].query is None:
+            done = total - len(pending)
+            label = f"unlearn groups {done + 1} to {done + len(together)} of {total}"
+        else:
+            label = "unlearn the query" if len(together) == 1 else f"unlearn {len(together)} queries"
+        pending = pending[len(together) :]
+        _unlearn_together(program, together, config, null, label)
+
+
+def step_seconds(run: Run, config: Any, example: tuple[np.ndarray, Any]) -> float:
+    """Seconds of a step of `unlearn_targets`, measured once it is compiled; without reading the data set.
+
+    `example` is the latents (h, w, c) and the conditioning of an image.
+    """
+    mesh = data_mesh()
+    slots = mesh.size * config.queries_per_device
+    program = _StepProgram(run, config, mesh, data=None)
+
+    def part(count: int) -> tuple[Any, ...]:
+        repeated = jax.tree.map(lambda array: np.repeat(array[None], count, axis=0), example)
+        return (*repeated, np.zeros(count, np.int32))
+
+    keys = np.stack([np.asarray(jax.random.key_data(purpose_key(0, "time")))] * 2)
+    inputs = [(part(config.retain_batch), part(config.query_batch), keys)] * slots
+    state = jax.tree.map(lambda leaf: np.stack([leaf] * slots)[host_share(mesh, slots)], program.initial())
+    state, limits = shard_batch(mesh, state), Limits(np.full(slots, np.inf), np.full(slots, np.inf))
+    seconds = 0.0
+    for _ in range(2):
+        began = time.monotonic()
+        jax.block_until_ready(program(state, limits, inputs))
+        seconds = time.monotonic() - began
+    return seconds
+
+
+class _Source(NamedTuple):
+    """Where the batches of a target come from.
+
+    Attributes:
+      retain: which image, flip and caption stands in each place of all steps' batches of retained images.
+      forget: the same of the images of a group; None for a query.
+      query: the query; None for a group.
+    """
+
+    retain: FisherDraws
+    forget: FisherDraws | None
+    query: PreparedQuery | None
+
+
+class _StepProgram:
+    """The compiled step of several targets, one slot each; and what it reads from the data set."""
+
+    def __init__(self, run: Run, config: Any, mesh: Mesh, data: EncodedDataset | None):
+        self.mesh, self.config, self.data = mesh, config, data
         self.selected, rest = run.select(config.weights)
         self._num_timesteps = run.pipeline.schedule.num_train_timesteps
         rate, strength = np.float32(config.unlearning_rate), np.float32(config.query_strength)
         self._shared = replicate(mesh, (run.pipeline.schedule, rest, rate, strength))
         self._run = _compiled_step(run.predict, mesh)
-        counts = num_captions(run.data, np.arange(len(run.data)), config)
-        # Which image, flip and caption stands in each place of all steps' batches.
-        self._retain = fisher_draws(
-            config.loss_seed, config.max_steps * config.retain_batch, counts, self._num_timesteps
-        )
+        self._everyone: FisherDraws | None = None
 
     def initial(self) -> MirroredState:
         """The state before the first step; leaves in host memory."""
         optimizer = mirrored_optimizer(self.config.unlearning_rate)
         return jax.tree.map(np.asarray, MirroredState(self.selected, optimizer.init(self.selected)))
 
-    def inputs(self, query: QueryJob, step: int) -> tuple[Any, ...]:
-        """What step number `step` of a query takes: both batches without noise, and the noise's keys."""
-        size, draws = self.config.retain_batch, self._retain
-        places = slice(step * size, (step + 1) * size)
-        flip = draws.flip[places] * (self.config.num_flips - 1)
-        latents, text = self.data.inputs(draws.row[places], flip, draws.caption[places])
+    def source(self, target: Target) -> _Source:
+        """Where the batches of a target come from."""
+        config, everyone = self.config, np.arange(len(self.data))
+        if target.group is not None:
+            others = np.setdiff1d(everyone, target.group)
+            return _Source(
+                self._draws(others, config.retain_batch), self._draws(target.group, config.query_batch), None
+            )
+        if self._everyone is None:
+            self._everyone = self._draws(everyone, config.retain_batch)
+        return _Source(self._everyone, None, target.query)
+
+    def _draws(self, rows: np.ndarray, size: int) -> FisherDraws:
+        counts = num_captions(self.data, rows, self.config)
+        draws = fisher_draws(self.config.loss_seed, self.config.max_steps * size, counts, self._num_timesteps)
+        return draws._replace(row=rows[draws.row])
+
+    def inputs(self, source: _Source, step: int) -> tuple[Any, ...]:
+        """What step number `step` of a target takes: both batches without noise, and the noise's keys."""
+        size, count = self.config.retain_batch, self.config.query_batch
+        retain = self._examples(source.retain, step, size)
+        if source.forget is not None:
+            forget = self._examples(source.forget, step, count)
+        else:
+            assert source.query is not None
+            prepared = source.query.latents, source.query.text
+            forget = jax.tree.map(lambda array: np.repeat(array[None], count, axis=0), prepared)
         keys, parts = [], []
-        count = self.config.query_batch
-        prepared = query.prepared.latents, query.prepared.text
-        own = jax.tree.map(lambda array: np.repeat(array[None], count, axis=0), prepared)
-        for name, number, batch in (("retain", size, (latents, text)), ("forget", count, own)):
+        for name, number, batch in (("retain", size, retain), ("forget", count, forget)):
             key = jax.random.fold_in(purpose_key(self.config.loss_seed, f"mirrored {name}"), step)
             keys.append(np.asarray(jax.random.key_data(key)))
             timestep = stratified_timesteps(self.config.loss_seed, name, step, number, self._num_timesteps)
             parts.append((*jax.tree.map(lambda array: np.asarray(array, np.float32), batch), timestep))
         return (*parts, np.stack(keys))
+
+    def _examples(self, draws: FisherDraws, step: int, size: int) -> tuple[np.ndarray, Any]:
+        places = slice(step * size, (step + 1) * size)
+        flip = draws.flip[places] * (self.config.num_flips - 1)
+        return self.data.inputs(draws.row[places], flip, draws.caption[places])
 
     def __call__(self, state: MirroredState, limits: Limits, inputs: Sequence[Any]) -> Any:
         """One step of every slot; `state` is on the devices, the others are lists of what the slots take."""
@@ -312,39 +428,36 @@ def stratified_timesteps(seed: int, name: str, step: int, count: int, num_train_
     return np.minimum((strata * num_train_timesteps).astype(np.int32), num_train_timesteps - 1)
 
 
-def _unlearn_together(
-    run: Run, program: _StepProgram, queries: Sequence[QueryJob], config: MirroredConfig, null: float
-) -> None:
-    """Unlearns at most as many queries as there are slots, resuming from their states, and stores the results."""
+def _unlearn_together(program: _StepProgram, targets: Sequence[Target], config: Any, null: float, label: str) -> None:
+    """Unlearns at most as many targets as there are slots, resuming from their states, and stores the results."""
     mesh, slots = program.mesh, program.mesh.size * config.queries_per_device
-    stores = [StateStore(query.folder, _STATE) for query in queries]
+    stores, sources = [target.store for target in targets], [program.source(target) for target in targets]
     initial = program.initial()
     states, losses = zip(*(_read_state(store, initial, config.max_steps) for store in stores))
-    # Slots without a query repeat the last one's first step and take none.
+    # Slots without a target repeat the last one's first step and take none.
     padded = [*states, *[states[-1]] * (slots - len(states))]
     state = jax.tree.map(lambda *leaves: np.stack(leaves), *padded[host_share(mesh, slots)])
     state = shard_batch(mesh, state)
     losses = [list(each) for each in losses]
     clamp = np.full(slots, null)
-    stop = np.where(np.arange(slots) < len(queries), config.stop_share * null, -np.inf)
-    active = list(range(len(queries)))
-    label = "unlearn the query" if len(queries) == 1 else f"unlearn {len(queries)} queries"
+    stop = np.where(np.arange(slots) < len(targets), config.stop_share * null, -np.inf)
+    active = list(range(len(targets)))
     written = time.monotonic()
     with progress(config.max_steps, label, "step", initial=min(map(len, losses))) as bar:
         while active:
             steps = [min(len(each), config.max_steps - 1) for each in losses]
-            inputs = [program.inputs(query, step) for query, step in zip(queries, steps)]
+            inputs = [program.inputs(source, step) for source, step in zip(sources, steps)]
             inputs += [inputs[-1]] * (slots - len(inputs))
             state, taken, (_, forget) = program(state, Limits(clamp, stop), inputs)
             taken, forget = fetch(taken), fetch(forget)
             bar.update(1)
             finished = []
             for place in active:
-                name, loss = queries[place].name, float(forget[place])
+                name, loss = targets[place].name, float(forget[place])
                 if not np.isfinite(loss):
                     run_on_host0(stores[place].remove)
                     raise ValueError(
-                        f"query {name!r}: its loss is {loss} at step {steps[place] + 1} of mirrored unlearning. Check "
+                        f"{name}: its loss is {loss} at step {steps[place] + 1} of mirrored unlearning. Check "
                         f"the weights for NaN, or take a smaller unlearning_rate than {config.unlearning_rate}."
                     )
                 if taken[place]:
@@ -360,7 +473,7 @@ def _unlearn_together(
                     finished.append(place)
                 else:
                     _log.warning(
-                        "%s: the model's loss of the query, %.4g, is at the stop, stop_share=%g times the %.4g of an "
+                        "%s: the model's loss of it, %.4g, is at the stop, stop_share=%g times the %.4g of an "
                         "untrained model, before any step; one step is taken without the clamp",
                         name, loss, config.stop_share, null,
                     )  # fmt: skip
@@ -369,7 +482,7 @@ def _unlearn_together(
                 active.remove(place)
                 stop[place] = -np.inf
                 weights = flatten_names(_slot(jax.tree.map(fetch, state.selected), place))
-                run_on_host0(functools.partial(write_arrays, queries[place].folder / _FILE, weights, losses[place]))
+                run_on_host0(functools.partial(write_arrays, targets[place].file, weights, losses[place]))
                 run_on_host0(stores[place].remove)
             if bool(active) and run_on_host0(functools.partial(_is_due, written)):
                 stored = jax.tree.map(fetch, state)

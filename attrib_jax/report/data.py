@@ -54,6 +54,7 @@ class ReportData:
       image: row id -> (H, W, 3) uint8 or None where there is no image; None when the data set has none at all.
       group: row id -> a hashable label shared by near-duplicates, or None where an image has none.
       group_shares: part of each named group of training images, the largest share first; empty without such groups.
+      groups_unlearned: whether these parts are of losses without each group, and not of the images' scores.
       flip: (N,) 0 or 1, which of the two mirror images gave the score; None when no single one did.
       loss_before, loss_after: (N, flips) losses under the original and the unlearned weights, both or neither.
       top_k: how many images to show from the top; more than N means all.
@@ -85,6 +86,7 @@ class ReportData:
     image: Callable[[int], np.ndarray | None] | Mapping[int, np.ndarray] | None = None
     group: Callable[[int], Hashable] | Mapping[int, Hashable] | None = None
     group_shares: Sequence[GroupShare] = ()
+    groups_unlearned: bool = False
     flip: np.ndarray | None = None
     loss_before: np.ndarray | None = None
     loss_after: np.ndarray | None = None

@@ -18,6 +18,7 @@ from attrib_jax.data.protocol import named_groups
 from attrib_jax.data.sources import Dataset
 from attrib_jax.jobs.query import Query, read_region_mask
 from attrib_jax.methods.base import Attribution, MethodConfig
+from attrib_jax.methods.group_unlearn import read_group_shares
 from attrib_jax.methods.patches import read_region_map
 from attrib_jax.methods.unlearn import UnlearnConfig, UnlearningRecord, read_unlearning
 from attrib_jax.parallel.hosts import run_on_host0
@@ -73,7 +74,10 @@ def _write_outputs(result, dataset, query, config, model_name, model_credit, top
     write_bytes(folder / "top.csv", _top_csv(result.scores.top(top_k), dataset, position))
 
     unlearning = read_unlearning(folder) if isinstance(config, UnlearnConfig) else None
-    report = report_data(result, dataset, query, config, model_name, model_credit, top_k, _regions(folder), unlearning)
+    shares = read_group_shares(folder) if config.method == "group-unlearn" else None
+    report = report_data(
+        result, dataset, query, config, model_name, model_credit, top_k, _regions(folder), unlearning, shares
+    )
     if report.group_shares:
         write_bytes(folder / "groups.csv", _groups_csv(report.group_shares))
     else:
@@ -112,10 +116,12 @@ def report_data(
     top_k: int = 24,
     regions: tuple[Region, ...] = (),
     unlearning: UnlearningRecord | None = None,
+    shares: Sequence[GroupShare] | None = None,
 ) -> ReportData:
     """What the report of a query shows; arguments as of `write_outputs`. No file of the query is read.
 
-    `regions` is the map that method `patches` keeps beside its scores, `unlearning` what `unlearn` keeps.
+    `regions` is the map that method `patches` keeps beside its scores, `unlearning` what `unlearn` keeps, and `shares`
+    the part of each group where a method says it; if None it is made of the scores.
     """
     partial = config.partial
     linear = getattr(config, "score", None) == "linear"
@@ -141,7 +147,8 @@ def report_data(
         captions=lambda row: dataset.captions(position[row]),
         image=lambda row: _image(dataset, position[row]),
         group=None if groups is None else lambda row: int(groups[position[row]]),
-        group_shares=_group_shares(result.scores, dataset, position),
+        group_shares=_group_shares(result.scores, dataset, position) if shares is None else shares,
+        groups_unlearned=shares is not None,
         flip=result.scores.flip,
         loss_before=result.scores.loss_before,
         loss_after=result.scores.loss_after,

@@ -24,6 +24,11 @@ _EXPLANATIONS = {
         "The model was nudged to unlearn this image, and a training image's score is how much its own loss "
         "rose because of that. Images that the model needed for this query come first; unrelated ones stay near zero."
     ),
+    "group-unlearn": (
+        "The model unlearned each group of training images, such as those of one artist, while the others were "
+        "retained, and a group's score is how much the loss of this image rose because of that. A training image has "
+        "an even share of its group's score: images of one group are not told apart."
+    ),
     "influence": (
         "A training image's score says how fast its own loss begins to rise as the model starts to unlearn this "
         "image, steps being measured by the curvature of the training loss. Images that the model needed for this "

@@ -28,9 +28,9 @@ def workdir(tmp_path_factory):
 
 @pytest.fixture
 def command(model, images, workdir, tmp_path):
-    def run(*arguments, prompt="--prompt=red heart"):
+    def run(*arguments, prompt="--prompt=red heart", flagfile=tmp_path / "fast.cfg"):
         (tmp_path / "fast.cfg").write_text(FAST)
-        given = [f"--flagfile={tmp_path / 'fast.cfg'}", f"--model={model}", f"--dataset=folder:{images}"]
+        given = [f"--flagfile={flagfile}", f"--model={model}", f"--dataset=folder:{images}"]
         return call(attribute.main, *given, f"--workdir={workdir}", *([prompt] if prompt else []), *arguments)
 
     return run
@@ -336,3 +336,23 @@ def test_the_program_itself_ends_with_one_line_and_code_1(tmp_path):
     result = subprocess.run(arguments, capture_output=True, text=True, check=False)
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert result.stderr.strip().splitlines()[-1].startswith("error: model 'nowhere'")
+
+
+def test_groups_in_folders_are_unlearned_and_images_without_groups_are_refused(command, images, tmp_path):
+    folders = tmp_path / "artists"
+    for number, file in enumerate(sorted(images.glob("0*.png"))):
+        folder = folders / ("Ann" if number < 4 else "Bob")
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, folder)
+        shutil.copy(file.with_suffix(".txt"), folder)
+    method = ["--method=group-unlearn", "--query_name=who", f"--workdir={tmp_path / 'run'}"]
+    fast = ["--max_steps=2", "--retain_batch=4", "--query_batch=4", "--group_draws=10", "--null_draws=40"]
+    settings = tmp_path / "groups.cfg"
+    settings.write_text("--sampler_steps=2\n")
+    code, _, err = command(f"--dataset=folder:{folders}", *method, *fast, flagfile=settings)
+    assert code == 0, err
+    folder = tmp_path / "run" / "attribution" / "who"
+    assert {path.name for path in folder.iterdir()} >= FILES | {"groups.csv"}
+    assert {line.split(",")[0] for line in (folder / "groups.csv").read_text().splitlines()} == {"group", "Ann", "Bob"}
+    code, _, err = command(*method[:-1], f"--workdir={tmp_path / 'none'}", flagfile=settings)
+    assert code == 1 and "has no groups: expected a column 'group'" in err
