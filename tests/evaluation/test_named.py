@@ -37,6 +37,24 @@ def test_scores_are_kept_without_what_the_method_stored(run, tmp_path):
     assert files(tmp_path) == stored
 
 
+def test_the_tuning_file_has_shared_noise_and_relative_dampings():
+    file = Path(__file__).parents[2] / "configs" / "evaluation" / "tuning_digits.json"
+    methods = read_methods(file)
+    dampings = {name: config.ekfac_damping for name, config in methods.items() if "-damping" in name}
+    assert {name.rsplit("damping", 1)[1]: value for name, value in dampings.items()} == {
+        "0.01": 0.01, "0.03": 0.03, "0.3": 0.3, "1": 1.0
+    }  # fmt: skip
+    assert all(methods[name].curvature == "ekfac" for name in dampings)
+    noisy = {name for name, config in methods.items() if getattr(config, "shared_noise", False)}
+    shared = {name for name in methods if name.endswith("-shared-noise")}
+    assert {methods[name].method for name in shared} == {"unlearn", "influence"} and shared <= noisy
+    # Each is a result of its own.
+    digests = {name: json_digest(config.describe()) for name, config in methods.items()}
+    assert len({digests[name] for name in (*dampings, *shared, "kv-0.01", "kv-ekfac-0.1", "influence-ekfac")}) == (
+        len(dampings) + len(shared) + 3
+    )
+
+
 def test_images_that_a_cascade_leaves_out_come_last(run):
     config = method_config(
         flips="none", stride=500, query_draws=8, update="sgd", cascade=0.3, cascade_stride=500, cascade_min=1
