@@ -1,5 +1,6 @@
 """The model outputs whose per-example gradients the projected methods compare (METHOD.md sections 7 and 10)."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ from attrib_jax.core.types import Batch
 from attrib_jax.diffusion.losses import Predict, denoising_losses, predictions
 from attrib_jax.diffusion.schedule import NoiseSchedule
 from attrib_jax.models.predictor import as_predictor
-from attrib_jax.models.projected_text import kernel_gradient, text_columns, text_rows
+from attrib_jax.models.projected_text import ProjectedWeights, kernel_gradient, text_columns, text_rows
 from attrib_jax.ops.matmul_precision import full_precision_matmuls
 
 # `loss`: TRAK (Park et al. 2023) and Journey-TRAK (Georgiev et al. 2023). `square`: D-TRAK (Zheng et al. 2024).
@@ -94,6 +95,7 @@ def output_gradients(
     key: jax.Array,
     batch: Batch,
     timesteps: jax.Array,
+    reduce: Callable[[ProjectedWeights, jax.Array], Any] | None = None,
 ) -> tuple[Any, jax.Array]:
     """`output_gradient` of each of B examples -> (gradients, each leaf with a leading axis B; residuals (B,)).
 
@@ -104,6 +106,8 @@ def output_gradients(
     Args:
       rest: the weights that are not selected, in the precision of the forward pass; maybe from `prepare_kernels`.
       batch: B examples; their masks are ignored.
+      reduce: `(gradients in factors, columns (B, D, L)) -> tree`, such as `sketch`, in place of the gradients; see
+        `kernel_gradient`.
       output, predict, schedule, merge, selected, key, timesteps: as in `output_gradient`.
 
     Raises:
@@ -117,7 +121,13 @@ def output_gradients(
         def alone(example):
             return output_gradient(output, predict, schedule, merge, selected, key, example, timesteps)
 
-        return jax.vmap(alone)(batch)
+        gradients, residuals = jax.vmap(alone)(batch)
+        if reduce is not None:
+            gradients = reduce(ProjectedWeights(gradients, {}), text_columns(batch.text))
+        return gradients, residuals
+
+    def reduced(gradient):
+        return kernel_gradient(gradient, selected, columns) if reduce is None else reduce(gradient, columns)
 
     count, steps, shape = len(batch.row_id), len(timesteps), batch.latents.shape[1:]
 
@@ -148,7 +158,7 @@ def output_gradients(
             def mean_output(weights):
                 return jnp.sum(values(jax.tree.map(repeat, weights.text(batch.text)))[0]) / steps
 
-            gradients = kernel_gradient(jax.grad(mean_output)(weights), selected, columns)
+            gradients = reduced(jax.grad(mean_output)(weights))
             return gradients, jnp.zeros(count, batch.latents.dtype)
 
         def summed(weights):
@@ -167,7 +177,7 @@ def output_gradients(
         norms = jnp.sqrt(jnp.maximum(sum(squares), 0))
         shares = jnp.where(norms > 0, 1 / jnp.where(norms > 0, norms, 1), 0) / steps
         mean = jax.tree.map(lambda leaf: jnp.einsum("bs,bslf->blf", shares, leaf), cotangents)
-        return kernel_gradient(mean, selected, columns), jnp.mean(residuals.reshape(count, steps), axis=1)
+        return reduced(mean), jnp.mean(residuals.reshape(count, steps), axis=1)
 
 
 def _widened(array: jax.Array) -> jax.Array:

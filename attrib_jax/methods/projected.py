@@ -28,7 +28,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from attrib_jax.attribution.kernel import Kernel, fit_kernel, kernel_scores, leverages
-from attrib_jax.attribution.projection import PROJECTIONS, check_projection, project
+from attrib_jax.attribution.projection import PROJECTIONS, check_projection, project, sketch, sketched_numbers
 from attrib_jax.attribution.scores import make_scores
 from attrib_jax.convert.load import load_pipeline, load_unet
 from attrib_jax.core.checks import check_range
@@ -58,11 +58,13 @@ from attrib_jax.parallel.mesh import data_mesh, mesh_platform
 from attrib_jax.parallel.progress import progress
 from attrib_jax.storage.chunks import ChunkStore
 from attrib_jax.storage.files import stored_arrays, write_arrays
+from attrib_jax.storage.joined import PackedRows, pack_rows
 
 # The model output whose gradients a method compares, see `attrib_jax.attribution.outputs`.
 OUTPUTS = {"trak": "loss", "journey-trak": "loss", "d-trak": "square", "das": "mean"}
 
 _KERNEL_FILE = "kernel.safetensors"
+_DTYPES = {"float32": np.float32, "float16": np.float16, "int8": np.int8}
 # Row ids of a query's rounds count down from here, so that they share no noise with training images.
 _LAST_ROW_ID = 2**31 - 1
 # UNet forwards whose activations a device holds at once: a core is as fast with few; an accelerator has to be filled.
@@ -100,6 +102,19 @@ class ProjectedConfig(MethodConfig, WeightSettings, QueryDrawSettings, LossSetti
     projection_dim: int = setting(2048, "Projection dimension of the gradients.", low=1, symbol="k")
     projection_seed: int = setting(
         0, "Seed of the projection; every model of an ensemble has one of its own made from it.", low=0, high=2**32 - 1
+    )
+    projection_side: int = setting(
+        128,
+        "Numbers that each longer side of a weight matrix is sketched to before the factored projection.",
+        low=1,
+        only_if=("projection", "factored"),
+    )
+    features_dtype: str = setting(
+        "float32",
+        "How the training images' projected gradients are stored: as they are, or packed in half or a quarter of the "
+        "bytes, with a scale for each image.",
+        choices=tuple(_DTYPES),
+        omit_default=True,
     )
     regularisation: float = setting(
         0.1, "Regularisation of the kernel, in units of its mean eigenvalue.", above=0, symbol="lambda"
@@ -238,7 +253,10 @@ def feature_program(run: Run, config: ProjectedConfig, timestep: int | None = No
     else:
         timesteps = np.array([timestep], np.int32)
     # For `mean` every timestep has a gradient of its own.
-    numbers = count_weights(run.select(config.weights)[0]).values * (len(timesteps) if with_residual else 1)
+    selected = run.select(config.weights)[0]
+    side = config.projection_side if config.projection == "factored" else 0
+    numbers = sketched_numbers(selected, side) if side else count_weights(selected).values
+    numbers *= len(timesteps) if with_residual else 1
     predict = predictor(run.pipeline.unet, config.precision)
     tile = _examples_per_tile(mesh, len(timesteps), numbers)
     # A core's caches hold few activations; an accelerator has to be filled.
@@ -252,12 +270,20 @@ def feature_program(run: Run, config: ProjectedConfig, timestep: int | None = No
         (config.projection_dim + with_residual,),
         timesteps,
         tile,
-        static=(predict, config.precision, output, config.projection, config.projection_dim, at_once),
+        static=(predict, config.precision, output, config.projection, config.projection_dim, side, at_once),
     )
 
 
 def _features(
-    predict, precision: str, output: str, projection: str, projection_dim: int, at_once: int, shared, batch: Batch
+    predict,
+    precision: str,
+    output: str,
+    projection: str,
+    projection_dim: int,
+    side: int,
+    at_once: int,
+    shared,
+    batch: Batch,
 ) -> jax.Array:
     from attrib_jax.attribution.outputs import output_gradients
 
@@ -266,8 +292,11 @@ def _features(
     def merge(selected):
         return cast_params(merge_weights(selected, rest), precision)
 
+    # Sides are sketched example by example: a dense gradient of a large model is never formed.
+    reduce = (lambda gradient, columns: sketch(gradient, columns, projection_key, side)) if side else None
+
     def group(examples):
-        return output_gradients(output, predict, schedule, merge, selected, rest, key, examples, timesteps)
+        return output_gradients(output, predict, schedule, merge, selected, rest, key, examples, timesteps, reduce)
 
     gradients, residuals = map_groups(group, at_once, batch)
     projected = project(gradients, projection_key, projection, projection_dim)
@@ -287,14 +316,18 @@ def dataset_features(
 ) -> tuple[Any, np.ndarray | None]:
     """A program's results on a data set, kept in chunks under `path` and resumed there.
 
-    Returns features (N, flips, k) float32, an array on disk that takes slices, and the residuals (N, flips) float32 in
-    memory, None for outputs without. With several hosts, host 0 decides what is missing and writes.
+    Returns features (N, flips, k) float32, on disk, maybe packed there, of which slices are read, and the residuals
+    (N, flips) float32 in memory, None for outputs without. With several hosts, host 0 decides what is missing and
+    writes.
 
     Raises ValueError where a feature is NaN or infinite.
     """
     config: Any = program.config
     flips, dim = config.num_flips, config.projection_dim
-    fields: dict[str, Any] = {"features": ((flips, dim), np.float32)}
+    packed = config.features_dtype != "float32"
+    fields: dict[str, Any] = {"features": ((flips, dim), _DTYPES[config.features_dtype])}
+    if packed:
+        fields["scale"] = ((flips,), np.float32)
     with_residual = program.result_shape[0] > dim
     if with_residual:
         fields["residual"] = ((flips,), np.float32)
@@ -307,17 +340,24 @@ def dataset_features(
     with progress(int(counts.sum()), description, "forward", initial=int(counts.sum()) - left) as bar:
         for index in missing:
             values = program(weights, data, np.arange(len(data))[store.rows(index)], bar.update)
-            run_on_host0(functools.partial(store.write, index, _pack(dim, with_residual, values)))
-    return store.array("features"), np.asarray(store.array("residual")) if with_residual else None
+            run_on_host0(functools.partial(store.write, index, _pack(config, with_residual, values)))
+    features: Any = store.array("features")
+    if packed:
+        features = PackedRows(features, np.asarray(store.array("scale")))
+    return features, np.asarray(store.array("residual")) if with_residual else None
 
 
-def _pack(dim: int, with_residual: bool, values: np.ndarray) -> dict[str, np.ndarray]:
+def _pack(config: Any, with_residual: bool, values: np.ndarray) -> dict[str, np.ndarray]:
     if not np.isfinite(values).all():
         raise ValueError(
             "projected gradients are NaN or infinite: look for a damaged model, or keep precision='float32'"
         )
-    values = values.astype(np.float32)
-    return {"features": values[..., :dim]} | ({"residual": values[..., dim]} if with_residual else {})
+    values, dim = values.astype(np.float32), config.projection_dim
+    residual = {"residual": values[..., dim]} if with_residual else {}
+    if config.features_dtype == "float32":
+        return {"features": values[..., :dim]} | residual
+    features, scale = pack_rows(values[..., :dim], _DTYPES[config.features_dtype])
+    return {"features": features, "scale": scale} | residual
 
 
 def _query_features(program, weights, queries: Sequence[PreparedQuery], config: ProjectedConfig) -> np.ndarray:
@@ -351,8 +391,12 @@ def _stage(config: ProjectedConfig, member: Member) -> tuple[str, dict[str, Any]
         f"-seed{config.projection_seed}-stride{config.stride}-{config.captions}-flips{config.num_flips}"
         f"-seed{config.loss_seed}"
     )
-    if config.precision != "float32":
-        name, settings = f"{name}-{config.precision}", {**settings, "precision": config.precision}
+    if config.projection == "factored":
+        name, settings = f"{name}-side{config.projection_side}", {**settings, "projection_side": config.projection_side}
+    for kind in ("precision", "features_dtype"):
+        if (value := getattr(config, kind)) != "float32":
+            word = f"stored-{value}" if kind == "features_dtype" else value
+            name, settings = f"{name}-{word}", {**settings, kind: value}
     return name + member.suffix, settings, member.inputs
 
 

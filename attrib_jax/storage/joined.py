@@ -88,3 +88,44 @@ class ScaledArray:
 
     def __getitem__(self, index: Any) -> np.ndarray:
         return np.asarray(self._array[index], np.float32) * self._factor
+
+
+class PackedRows:
+    """Vectors (..., k) that `pack_rows` packed, unpacked when they are read -> float32; takes what the arrays take."""
+
+    def __init__(self, packed: Any, scale: Any):
+        """`packed` (N, ..., k) and `scale` (N, ...), arrays or arrays on disk."""
+        self._packed, self._scale = packed, scale
+        self.shape, self.dtype = tuple(packed.shape), np.dtype(np.float32)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: Any) -> np.ndarray:
+        """The vectors of `rows`, an index of the first axis alone."""
+        return np.asarray(self._packed[rows], np.float32) * np.asarray(self._scale[rows], np.float32)[..., None]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        if copy is False:
+            raise ValueError("packed rows are converted when they are read. Leave out copy=False.")
+        return np.asarray(self[:], dtype)
+
+
+def pack_rows(values: np.ndarray, dtype: np.dtype | type) -> tuple[np.ndarray, np.ndarray]:
+    """Vectors (..., k), in float16 or int8, and a float32 scale (...) for each, by which `PackedRows` multiplies.
+
+    A vector's largest magnitude becomes 1 in float16 (the others keep 11 bits), or 127 in int8, where each number is
+    rounded to the nearest of 255 values: an error of at most 1/254 of the largest. A vector of zeros stays one.
+
+    Raises ValueError where a value is NaN or infinite.
+    """
+    dtype = np.dtype(dtype)
+    largest = np.abs(values).max(axis=-1)
+    if not np.isfinite(largest).all():
+        raise ValueError("values are NaN or infinite: expected finite numbers")
+    steps = np.iinfo(dtype).max if dtype.kind == "i" else 1
+    scale = (largest / steps).astype(np.float32)
+    divided = values / np.where(scale > 0, scale, 1)[..., None]
+    if dtype.kind == "i":
+        divided = np.clip(np.rint(divided), -steps, steps)
+    return divided.astype(dtype), scale

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attrib_jax.attribution.projection import project
+from attrib_jax.attribution.projection import project, sketch, sketched_numbers
 from attrib_jax.core.keys import purpose_key
+from attrib_jax.models.projected_text import ProjectedWeights
 
 KEY = purpose_key(3, "projection")
 SHAPES = {"a/kernel": (23, 30), "a/bias": (5,), "b/kernel": (40, 16)}
@@ -51,10 +52,24 @@ def sparse_block(name, block, dim):
     return matrix
 
 
-BLOCKS = {"rademacher": (dense_block, lambda dim: 256), "sparse": (sparse_block, lambda dim: dim // 4)}
+def grouped_block(name, block, dim):
+    bits = block_bits(name, block, (dim + 1,))
+    matrix = np.zeros((dim, dim))
+    for row in range(dim):
+        matrix[row, (row + int(bits[dim]) % dim) % dim] = -1 if bits[row] & 1 else 1
+    return matrix
 
 
-@pytest.mark.parametrize(("kind", "dim"), [("rademacher", 64), ("rademacher", 50), ("sparse", 64), ("sparse", 2000)])
+BLOCKS = {
+    "rademacher": (dense_block, lambda dim: 256),
+    "sparse": (sparse_block, lambda dim: dim // 4),
+    "grouped": (grouped_block, lambda dim: dim),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "dim"), [("rademacher", 64), ("rademacher", 50), ("sparse", 64), ("sparse", 2000), ("grouped", 50)]
+)
 def test_equals_the_matrix_written_out(kind, dim):
     make_block, rows = BLOCKS[kind]
     parts = []
@@ -78,7 +93,7 @@ def test_many_sparse_blocks_are_added_in_steps():
     np.testing.assert_array_equal(project({"a": values}, KEY, "sparse", 4)[0], expected)
 
 
-@pytest.mark.parametrize("kind", ["rademacher", "sparse"])
+@pytest.mark.parametrize("kind", ["rademacher", "sparse", "grouped"])
 def test_inner_products_are_kept_in_expectation_with_the_variance_stated(kind):
     dim, seeds = 32, 2000
     tree = make_tree(2)
@@ -110,6 +125,7 @@ def test_an_example_does_not_depend_on_its_batch_nor_a_leaf_on_the_others(kind):
     [
         ("spars", 64, KEY, "'sparse'"),
         ("sparse", 66, KEY, "projection_dim is 66"),
+        ("factored", 66, KEY, "projection_dim is 66"),
         ("rademacher", 0, KEY, "projection_dim is 0"),
         ("sparse", 64, jax.random.key(0, impl="rbg"), "rbg"),
     ],
@@ -117,3 +133,45 @@ def test_an_example_does_not_depend_on_its_batch_nor_a_leaf_on_the_others(kind):
 def test_wrong_settings_are_refused(kind, dim, key, named):
     with pytest.raises((ValueError, TypeError), match=named):
         project(make_tree(), key, kind, dim)
+
+
+def factors(seed=0):
+    """Gradients of two kernels in factors, (B, L, F) each beside columns (B, D, L), and of a bias."""
+    rng = np.random.default_rng(seed)
+    projections = {"a": {"kernel": rng.normal(size=(3, 4, 40))}, "b": {"kernel": rng.normal(size=(3, 4, 6))}}
+    return ProjectedWeights({"c": {"bias": rng.normal(size=(3, 5))}}, projections), rng.normal(size=(3, 30, 4))
+
+
+def test_sketches_of_factors_are_those_of_the_dense_gradients():
+    with jax.enable_x64(True):
+        gradient, columns = factors()
+        found = sketch(gradient, jnp.asarray(columns), KEY, 16)
+        dense = {name: {"kernel": columns @ gradient.projections[name]["kernel"]} for name in "ab"}
+        whole = sketch(ProjectedWeights({**dense, **gradient.others}, {}), jnp.asarray(columns), KEY, 16)
+        jax.tree.map(lambda left, right: np.testing.assert_allclose(left, right, rtol=1e-12, atol=1e-12), found, whole)
+        assert found["a"]["kernel"].shape == (3, 16, 16) and found["b"]["kernel"].shape == (3, 16, 6)
+        np.testing.assert_array_equal(found["c"]["bias"], gradient.others["c"]["bias"])
+        # No side is longer: the gradients themselves.
+        np.testing.assert_allclose(sketch(gradient, jnp.asarray(columns), KEY, 40)["a"]["kernel"], dense["a"]["kernel"])
+    leaves = {"a": np.zeros((30, 40)), "b": np.zeros((30, 6)), "c": np.zeros(5)}
+    assert sketched_numbers(leaves, 16) == 16 * 16 + 16 * 6 + 5
+
+
+def test_sketched_inner_products_are_kept_in_expectation_within_the_bound():
+    side, seeds = 16, 2000
+    rng = np.random.default_rng(1)
+    # Two gradients of rank 1, the worst case.
+    columns = rng.normal(size=(2, 30, 1)).astype(np.float32)
+    gradient = ProjectedWeights({}, {"a": rng.normal(size=(2, 1, 40)).astype(np.float32)})
+    keys = jax.vmap(lambda seed: jax.random.fold_in(KEY, seed))(jnp.arange(seeds))
+    found = np.asarray(jax.jit(jax.vmap(lambda key: sketch(gradient, columns, key, side)["a"]))(keys), np.float64)
+    a, b = (columns @ gradient.projections["a"]).reshape(2, -1).astype(np.float64)
+    first, second = found.reshape(seeds, 2, -1).transpose(1, 0, 2)
+    bound = (1 + 2 / side) ** 2 - 1
+    for products, exact, scale in (
+        (np.sum(first * first, axis=1), a @ a, a @ a),
+        (np.sum(first * second, axis=1), a @ b, np.sqrt(a @ a * (b @ b))),
+    ):
+        assert abs(products.mean() - exact) < 4 * np.sqrt(bound / seeds) * scale
+        assert products.var() < 1.2 * bound * scale**2
+    assert np.sum(first * first, axis=1).var() > 0.6 * bound * (a @ a) ** 2

@@ -255,6 +255,48 @@ def test_features_of_another_model_are_refused(tmp_path):
         scored(run, CONFIG)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "tolerance", "share"), [("float16", 1e-3, 0.6), ("int8", 0.05, 0.4)], ids=["float16", "int8"]
+)
+def test_packed_features_take_fewer_bytes_and_give_nearly_the_same_scores(tmp_path, dtype, tolerance, share):
+    _, latents, text = make_data(100, flips=2)
+    data = EncodedDataset(np.arange(100), latents, text[:, 0], np.arange(101))
+    run = make_run(tmp_path, data=data)
+    config = dataclasses.replace(CONFIG, captions="first", projection_dim=128)
+    packed = dataclasses.replace(config, features_dtype=dtype)
+    ((exact,),), ((found,),) = scored(run, config), scored(run, packed)
+    np.testing.assert_allclose(found.score, exact.score, atol=tolerance * exact.score.std())
+    sizes = [
+        next((tmp_path / "features").glob(f"*seed5{end}/features/chunk-*")).stat().st_size
+        for end in ("", f"-stored-{dtype}")
+    ]
+    assert sizes[1] < share * sizes[0]
+    # Each has a stage of its own.
+    ((again,),) = scored(run, packed)
+    np.testing.assert_array_equal(again.score, found.score)
+    assert len(written(run)) == 2 and "features_dtype" not in config.describe()
+
+
+def test_projections_of_other_kinds_give_scores_of_the_same_gradients(tmp_path):
+    """Of a dimension at which a projection is near the gradient itself."""
+    run = make_run(tmp_path)
+    config = dataclasses.replace(CONFIG, captions="first", stride=50, query_draws=2, projection_dim=256)
+    found = [
+        scored(run, dataclasses.replace(config, projection=projection, **settings))[0][0].score
+        for projection, settings in (
+            ("sparse", {}),
+            ("grouped", {}),
+            ("factored", {}),
+            ("factored", {"projection_side": 4}),
+        )
+    ]
+    assert np.corrcoef(found[0], found[1])[0, 1] > 0.99
+    # No side of the tiny denoiser is longer than the default.
+    np.testing.assert_array_equal(found[0], found[2])
+    assert not np.array_equal(found[2], found[3]) and np.corrcoef(found[2], found[3])[0, 1] > 0.5
+    assert len(list((tmp_path / "features").iterdir())) == 4
+
+
 # Ensembles, on the tiny pipeline.
 
 QUERIES = [Query(prompt="red heart", seed=3, sampler_steps=2)]
@@ -311,6 +353,9 @@ def test_settings_hold_what_the_method_uses():
         ({"projection_dim": -4}, "projection_dim is -4"),
         ({"projection_dim": 10}, "projection_dim is 10"),
         ({"projection": "dense"}, "unknown projection 'dense'"),
+        ({"projection_side": 64}, "projection_side is 64.*projection is 'sparse'"),
+        ({"projection": "factored", "projection_side": 0}, "projection_side is 0"),
+        ({"features_dtype": "int4"}, "unknown features_dtype 'int4'"),
         ({"regularisation": 0}, "regularisation is 0"),
         ({"method": "journey-trak", "journey_timestep": -1}, "journey_timestep is -1"),
         ({"journey_timestep": 3}, "journey_timestep is 3.*method is 'trak'"),

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from attrib_jax.storage.joined import JoinedArray, ScaledArray
+from attrib_jax.storage.joined import JoinedArray, PackedRows, ScaledArray, pack_rows
 
 WHOLE = np.random.default_rng(0).normal(size=(11, 2, 3)).astype(np.float32)
 PARTS = [WHOLE[:4], WHOLE[4:4], WHOLE[4:9], WHOLE[9:]]
@@ -66,3 +66,17 @@ def test_scaled_array_multiplies_what_is_read():
     rows, flips = np.array([3, 1]), np.array([0, 1])
     np.testing.assert_array_equal(scaled[rows, flips], WHOLE.astype(np.float16)[rows, flips].astype(np.float32) * 0.5)
     assert scaled.shape == WHOLE.shape and scaled[rows, flips].dtype == np.float32 == scaled.dtype
+
+
+@pytest.mark.parametrize(("dtype", "error"), [("float16", 2.0**-11), ("int8", 1 / 254)])
+def test_packed_rows_are_as_near_as_their_type_allows_whatever_their_scale(dtype, error):
+    values = WHOLE * np.float32(10.0) ** np.arange(-16, 6, 2, dtype=np.float32)[:, None, None]
+    values[3, 1] = 0
+    packed, scale = pack_rows(values, dtype)
+    assert packed.dtype == dtype and scale.shape == (11, 2) and scale.dtype == np.float32
+    rows = PackedRows(JoinedArray.of([packed[:4], packed[4:]]), scale)
+    assert rows.shape == values.shape and len(rows) == 11
+    assert (np.abs(np.asarray(rows) - values) <= 1.01 * error * np.abs(values).max(axis=-1, keepdims=True)).all()
+    np.testing.assert_array_equal(rows[2:5], np.asarray(rows)[2:5])
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        pack_rows(np.array([[1.0, np.nan]]), dtype)
