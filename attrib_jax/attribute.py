@@ -104,7 +104,8 @@ def attribute_queries(
     # Queries: drawn by the model or read, then encoded.
     run.timings = {}
     with run.timed("query"):
-        prepared = [prepare_query(run.pipeline, run.predict, query) for query in queries]
+        mesh = run.mesh(next((part for part in (config, *config.parts) if hasattr(part, "model_parallel")), config))
+        prepared = [prepare_query(run.pipeline, run.predict, query, mesh) for query in queries]
     for part in (config, *config.parts):
         if isinstance(part, RegionSettings):
             # Before anything is stored: a wrong region should leave nothing behind.

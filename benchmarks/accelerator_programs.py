@@ -23,6 +23,7 @@ from attrib_jax.core.keys import loss_key
 from attrib_jax.core.types import Batch
 from attrib_jax.core.weights import select_weights
 from attrib_jax.curvature.diagonal import Diagonal
+from attrib_jax.diffusion.flow import FlowSchedule
 from attrib_jax.diffusion.samplers import sample
 from attrib_jax.diffusion.schedule import NoiseSchedule, strided_timesteps
 from attrib_jax.jobs.curvature import fisher_sums
@@ -31,14 +32,18 @@ from attrib_jax.jobs.encode import IMAGE_TILE, encode_views
 from attrib_jax.jobs.linear import linear_scores, linear_scores_of_queries
 from attrib_jax.jobs.losses import tile_strided_losses
 from attrib_jax.jobs.query_gradient import gradient_sums
+from attrib_jax.models.flux import CLASS_NAME as FLUX
+from attrib_jax.models.flux import FluxConfig, FluxTransformer2DModel
 from attrib_jax.models.predictor import PRECISIONS, as_predictor, cast_params, matmul_precision, predictor
 from attrib_jax.models.unet import UNet2DConditionModel, UNetConfig, empty_conditioning
 from attrib_jax.models.vae import AutoencoderKL, AutoencoderKLConfig
-from attrib_jax.parallel.mesh import mesh_platform, tile_map
+from attrib_jax.ops.shards import Shard, is_shard, map_parameters
+from attrib_jax.parallel.mesh import batch_spec, mark_shards, mesh_platform, parameter_sharding, shard_spec, tile_map
+from attrib_jax.parallel.sums import divided_like
 from benchmarks.accelerator_targets import TARGETS
 from benchmarks.sizes import SIZES
 
-_WHOLE, _DATA = PartitionSpec(), PartitionSpec("data")
+_WHOLE = PartitionSpec()
 _SAMPLER_STEPS, _SAMPLER_BATCH = 50, 8
 _NUMBER, _SHARE = jax.ShapeDtypeStruct((), np.int32), jax.ShapeDtypeStruct((), np.float32)
 
@@ -48,7 +53,8 @@ class Model:
     """A model at its real size.
 
     Attributes:
-      unet, vae, scheduler: content of the config files.
+      unet, vae, scheduler: content of the config files; `unet` is that of the denoiser, FLUX's too, with the latents'
+        `sample_size` beside.
       tokens: text states of a caption.
       stride: of the strided losses' timesteps.
     """
@@ -70,6 +76,19 @@ _SD_SCHEDULER = {
 }
 _SD_VAE = {"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "norm_num_groups": 32}
 _CROSS = ["CrossAttnDownBlock2D"] * 3, ["CrossAttnUpBlock2D"] * 3
+_FLUX_SCHEDULER = {
+    "_class_name": "FlowMatchEulerDiscreteScheduler",
+    "num_train_timesteps": 1000,
+    "shift": 3.0,
+    "use_dynamic_shifting": True,
+}
+
+
+def _flux(layers: int, single_layers: int) -> dict[str, Any]:
+    blocks = {"num_layers": layers, "num_single_layers": single_layers, "guidance_embeds": True}
+    return {"_class_name": FLUX, "sample_size": 128, **blocks}
+
+
 MODELS = {
     "mscoco": Model(MSCOCO.unet, {**_SD_VAE, "sample_size": 128}, MSCOCO.scheduler or {}),
     # METHOD.md section 6 scores Stable Diffusion 1.4 at ten timesteps.
@@ -112,6 +131,9 @@ MODELS = {
         _SD_SCHEDULER,
         stride=100,
     ),
+    # FLUX.1 dev, with 11.9 billion parameters; and with a ninth of its blocks.
+    "flux": Model(_flux(19, 38), {**_SD_VAE, "sample_size": 1024}, _FLUX_SCHEDULER, tokens=512, stride=100),
+    "flux-short": Model(_flux(2, 4), {**_SD_VAE, "sample_size": 1024}, _FLUX_SCHEDULER, tokens=512, stride=100),
     # Compiles in seconds: what CI compiles for a TPU.
     "tiny": Model(
         SIZES["tiny"].unet,
@@ -132,25 +154,45 @@ class Program(NamedTuple):
     precision: str
 
 
+def _denoiser(model: Model) -> tuple[Any, Any, int, Any]:
+    """The denoiser, its schedule, channels of its latents, and shapes of the conditioning of a batch of one."""
+    config = {name: value for name, value in model.unet.items() if name != "sample_size"}
+    if config.get("_class_name") == FLUX:
+        flux = FluxConfig.from_dict(config)
+        shapes = {
+            name: (1, *(model.tokens if size is None else size for size in shape))
+            for name, shape in flux.conditioning.items()
+        }
+        conditioning = {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in shapes.items()}
+        return (
+            FluxTransformer2DModel(flux),
+            FlowSchedule.from_config(model.scheduler),
+            flux.latent_channels,
+            conditioning,
+        )
+    unet = UNet2DConditionModel(UNetConfig.from_dict(model.unet))
+    one = jax.eval_shape(lambda: empty_conditioning(unet.config, 1, model.tokens))
+    return unet, NoiseSchedule.from_config(model.scheduler), unet.config.in_channels, one
+
+
 class _Inputs:
     """Abstract parameters and examples of a model on a mesh."""
 
     def __init__(self, model: Model, mesh: Mesh, precision: str):
         self.model, self.mesh, self.precision = model, mesh, precision
-        self.unet = UNet2DConditionModel(UNetConfig.from_dict(model.unet))
+        self.unet, schedule, channels, one = _denoiser(model)
         self.predict = predictor(self.unet, precision)
-        self.schedule = self.whole(NoiseSchedule.from_config(model.scheduler))
-        side, channels = model.unet["sample_size"], model.unet["in_channels"]
+        self.schedule = self.whole(schedule)
+        side = model.unet["sample_size"]
         self.latents = (side, side, channels)
         self.timesteps = strided_timesteps(model.stride, model.scheduler["num_train_timesteps"])
-        one = jax.eval_shape(lambda: empty_conditioning(self.unet.config, 1, model.tokens))
         # Of one example, without the batch axis.
         self.conditioning = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), one)
         latents = jax.ShapeDtypeStruct((1, *self.latents), np.float32)
         timestep = jax.ShapeDtypeStruct((1,), np.int32)
         shapes = jax.eval_shape(self.unet.init, jax.random.key(0), latents, timestep, one)["params"]
-        self.params = self.whole(jax.eval_shape(functools.partial(cast_params, precision=precision), shapes))
-        self.selected, self.rest = select_weights(self.whole(shapes), "cross-attn-kv")
+        self.params = self.divided(jax.eval_shape(functools.partial(cast_params, precision=precision), shapes))
+        self.selected, self.rest = select_weights(self.divided(shapes), "cross-attn-kv")
         # What no query moves is rounded where the precision says so.
         self.rest_cast = select_weights(self.params, "cross-attn-kv")[1]
 
@@ -161,14 +203,29 @@ class _Inputs:
         """Shapes of a tree that is on every device."""
         return jax.tree.map(lambda leaf: self.array(leaf.shape, leaf.dtype), jax.eval_shape(lambda: tree))
 
+    def divided(self, tree: Any) -> Any:
+        """Shapes of parameters as `place_parameters` puts them on the devices."""
+
+        def shape(leaf):
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=parameter_sharding(self.mesh, leaf))
+
+        return jax.tree.map(shape, jax.eval_shape(lambda: tree))
+
     def split(self, tree: Any) -> Any:
-        """Shapes of what each device has one of, stacked."""
-        return jax.tree.map(lambda leaf: self.array((self.mesh.size, *leaf.shape), leaf.dtype, _DATA), tree)
+        """Shapes of what each device has one of, stacked; of a `Shard` each group has one."""
+
+        def shape(node):
+            if is_shard(node):
+                leaf, count, spec = node.value, self.mesh.shape["data"], shard_spec(node.axis, "data")
+                return Shard(self.array((count, *leaf.shape), leaf.dtype, spec), node.axis)
+            return self.array((self.mesh.size, *node.shape), node.dtype, batch_spec(self.mesh))
+
+        return map_parameters(shape, tree)
 
     def batch(self, per_device: int, **fields: Any) -> dict[str, Any]:
         """Shapes of a batch that is split over the devices, from those of an example, in trees."""
         count = per_device * self.mesh.size
-        return jax.tree.map(lambda leaf: self.array((count, *leaf.shape), leaf.dtype, _DATA), fields)
+        return jax.tree.map(lambda leaf: self.array((count, *leaf.shape), leaf.dtype, batch_spec(self.mesh)), fields)
 
     def examples(self) -> Batch:
         """A tile of training examples on each device."""
@@ -190,7 +247,8 @@ def _losses(inputs: _Inputs) -> Program:
 
 
 def _tiles(inputs: _Inputs, function: Callable[..., Any], arguments: tuple[Any, ...], examples: int) -> Program:
-    return Program(tile_map(inputs.mesh, function, matmul_precision=None), arguments, examples, inputs.precision)
+    compiled = tile_map(inputs.mesh, function, matmul_precision=None, takes_shards=True)
+    return Program(compiled, arguments, examples, inputs.precision)
 
 
 def _linear(queries: int, inputs: _Inputs) -> Program:
@@ -208,20 +266,25 @@ def _fisher(inputs: _Inputs) -> Program:
     size = samples_per_tile(inputs.mesh)
     batch = Sample(**inputs.batch(size, **inputs.inputs(), index=_NUMBER, timestep=_NUMBER, mask=_SHARE))
     shared = (inputs.selected, inputs.rest, inputs.schedule, inputs.key())
-    like = (jax.eval_shape(lambda: sums_like(inputs.selected)), jax.ShapeDtypeStruct((), np.int32))
+    like = jax.eval_shape(lambda: sums_like(inputs.selected))
+    like = (divided_like(inputs.mesh, like), jax.ShapeDtypeStruct((), np.int32))
     sums = CompensatedSum(inputs.split(like), inputs.split(like))
     program = fisher_sums(inputs.predict, inputs.mesh, gradient_form(inputs.selected, inputs.mesh, inputs.latents))
-    return Program(program.compiled, (sums, shared, batch), size, "float32")
+    return Program(program.compiled, (sums, mark_shards(shared), batch), size, "float32")
 
 
 def _gradient(inputs: _Inputs) -> Program:
     text = inputs.whole(inputs.conditioning)
-    weights = inputs.whole(jax.eval_shape(as_predictor(inputs.predict).project_text, inputs.selected, text))
+    weights = jax.eval_shape(as_predictor(inputs.predict).project_text, inputs.selected, text)
+    weights = weights._replace(others=inputs.divided(weights.others), projections=inputs.whole(weights.projections))
     fixed = (inputs.rest, inputs.schedule, inputs.array(inputs.latents), text, None)
     shared = (fixed, (weights, inputs.key(), inputs.array((), np.int32)))
     like = jax.eval_shape(zero_gradient, weights)
+    others = divided_like(inputs.mesh, like.gradient.others)
+    like = like._replace(gradient=like.gradient._replace(others=others))
     sums = CompensatedSum(inputs.split(like), inputs.split(like))
     program = gradient_sums(inputs.predict, inputs.mesh)
+    shared = mark_shards(shared)
     return Program(
         program.compiled, (sums, shared, inputs.split(jax.ShapeDtypeStruct((), np.int32))), DRAWS_PER_TILE, "float32"
     )
@@ -238,8 +301,8 @@ def _encode(inputs: _Inputs) -> Program:
     vae = AutoencoderKL(AutoencoderKLConfig.from_dict(inputs.model.vae))
     side = inputs.model.vae["sample_size"]
     params = jax.eval_shape(vae.init, jax.random.key(0), jnp.zeros((1, side, side, 3)))["params"]
-    images = (inputs.array((IMAGE_TILE * inputs.mesh.size, side, side, 3), np.uint8, _DATA),)
-    rows = (inputs.array((IMAGE_TILE * inputs.mesh.size,), np.int32, _DATA),)
+    images = (inputs.array((IMAGE_TILE * inputs.mesh.size, side, side, 3), np.uint8, batch_spec(inputs.mesh)),)
+    rows = (inputs.array((IMAGE_TILE * inputs.mesh.size,), np.int32, batch_spec(inputs.mesh)),)
     shared = (inputs.whole(params), inputs.key())
     function = tile_map(inputs.mesh, functools.partial(encode_views, vae, "mean"))
     return Program(function, (shared, (*images, *rows)), IMAGE_TILE, "float32")

@@ -8,9 +8,10 @@ import os
 from typing import Any
 
 import jax
-import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh
+
+from attrib_jax.parallel.mesh import data_mesh
 
 # Products of float32 numbers as a TPU takes them: as so many products of bfloat16 numbers (`jax.lax.Precision`).
 _TPU_PASSES = {"float32": 6, "tensorfloat32": 3, "bfloat16-products": 1, "bfloat16": 1}
@@ -64,13 +65,13 @@ class Target:
     source: str
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
-    def mesh(self) -> Mesh:
-        """A mesh with the axis `data` over devices that are not there; RuntimeError where the compiler is missing."""
+    def mesh(self, model_parallel: int = 1) -> Mesh:
+        """As `data_mesh`, over devices that are not there; RuntimeError where the compiler is missing."""
         # The name of a machine that is no TPU is looked up on the network otherwise.
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
         os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
         found = topologies.get_topology_desc(self.topology, self.platform, **self.options)
-        return Mesh(np.asarray(found.devices), ("data",))
+        return data_mesh(found.devices, model_parallel)
 
 
 def _tpu(topology: str, memory_gib: float, gbytes_per_s: float, peak: float, source: str) -> Target:

@@ -35,14 +35,17 @@ _PROGRAMS = flags.DEFINE_list("programs", list(PROGRAMS), f"Programs: {', '.join
 _PRECISIONS = flags.DEFINE_list(
     "precisions", ["float32", "bfloat16"], "Compute precisions of the scoring programs; the others are float32."
 )
+_MODEL_PARALLEL = flags.DEFINE_integer(
+    "model_parallel", 1, "Devices that divide the denoiser's parameters among themselves.", lower_bound=1
+)
 _OUTPUT = flags.DEFINE_string("output", None, "JSON file of the records; made or added to.")
 _LIMIT = flags.DEFINE_integer("limit_s", 900, "Seconds that one program may take to compile.", lower_bound=1)
 _AGAIN = flags.DEFINE_bool("again", False, "Whether programs with a record are compiled anew.")
 _WORKER = flags.DEFINE_string(
-    "worker", None, "Internal: compile this one, MODEL/TARGET/PROGRAM/PRECISION, and print it."
+    "worker", None, "Internal: compile this one, MODEL/TARGET/PROGRAM/PRECISION/MODEL_PARALLEL, and print it."
 )
 
-_KEY = ("model", "target", "program", "precision")
+_KEY = ("model", "target", "program", "precision", "model_parallel")
 _COLUMNS = {
     "compile_s": "compile s",
     "arguments_gib": "arguments GiB",
@@ -57,7 +60,7 @@ _COLUMNS = {
 }
 
 
-def compile_program(model: str, target: str, program: str, precision: str) -> dict[str, Any]:
+def compile_program(model: str, target: str, program: str, precision: str, model_parallel: str) -> dict[str, Any]:
     """Compiles one program -> its record.
 
     `gflop_per_example` and `mb_per_example` are of one device's share; `roofline_s` is an example's time where products
@@ -65,7 +68,7 @@ def compile_program(model: str, target: str, program: str, precision: str) -> di
     the bytes that copies and transpositions move.
     """
     device = TARGETS[target]
-    built = build(model, device.mesh(), program, precision)
+    built = build(model, device.mesh(int(model_parallel)), program, precision)
     lowered = lower(built)
     flops = count_flops(parse(lowered.as_text(dialect="hlo"))) / built.examples
     began = time.monotonic()
@@ -95,9 +98,9 @@ def compile_program(model: str, target: str, program: str, precision: str) -> di
     }
 
 
-def run_worker(key: tuple[str, ...], limit: float) -> dict[str, Any]:
+def run_worker(key: tuple[Any, ...], limit: float) -> dict[str, Any]:
     """The record of one program, compiled in another process; {"error": ...} where that failed or took too long."""
-    command = [sys.executable, "-m", "benchmarks.accelerators", f"--worker={'/'.join(key)}"]
+    command = [sys.executable, "-m", "benchmarks.accelerators", f"--worker={'/'.join(map(str, key))}"]
     # In a group of its own: compilers start processes, which would outlive it.
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
@@ -121,11 +124,12 @@ def main(argv):
         return
     file = Path(_OUTPUT.value) if _OUTPUT.value else None
     stored = json.loads(file.read_text()) if file is not None and file.exists() else []
-    records = {tuple(record[name] for name in _KEY): record for record in stored}
-    wanted = planned(_TARGETS.value, _MODELS.value, _PROGRAMS.value, _PRECISIONS.value)
+    records = {tuple({"model_parallel": 1, **record}[name] for name in _KEY): record for record in stored}
+    plan = planned(_TARGETS.value, _MODELS.value, _PROGRAMS.value, _PRECISIONS.value)
+    wanted = [(*key, _MODEL_PARALLEL.value) for key in plan]
     for key in wanted:
         if key not in records or _AGAIN.value:
-            print(f"compiling {' '.join(key)}", file=sys.stderr)
+            print(f"compiling {' '.join(map(str, key))}", file=sys.stderr)
             records[key] = dict(zip(_KEY, key)) | run_worker(key, _LIMIT.value)
             if file is not None:
                 file.parent.mkdir(parents=True, exist_ok=True)

@@ -14,6 +14,7 @@ from absl import app, flags
 
 from attrib_jax.attribute import attribute_to_files
 from attrib_jax.data.sources import Dataset
+from attrib_jax.jobs.context import load_divisible
 from attrib_jax.jobs.encode import image_resolution
 from attrib_jax.jobs.query import Query, read_stored_query
 from attrib_jax.methods import METHODS, ensemble_parts, method_readers
@@ -55,7 +56,7 @@ def main(argv: Sequence[str]) -> None:
         common.require(model=common.MODEL.value, workdir=common.workdir())
         queries, names = _read_queries()
         config = _read_config()
-        pipeline = common.load_model(moved_weights(config))
+        pipeline = load_divisible(lambda: common.load_model(moved_weights(config)), config)
         if not common.LATENTS_SCALED.value:
             scaled = pipeline.vae.config.scaled
             queries = [

@@ -13,7 +13,7 @@ from absl import app
 
 from attrib_jax.core.weights import count_weights
 from attrib_jax.curvature.ekfac import EKFAC
-from attrib_jax.jobs.context import Run
+from attrib_jax.jobs.context import Run, load_divisible
 from attrib_jax.jobs.curvature import fit_curvature
 from attrib_jax.jobs.encode import image_resolution
 from attrib_jax.jobs.settings import CurvatureSettings
@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> None:
     with common.command(argv, many_hosts=True):
         common.require(model=common.MODEL.value, workdir=common.workdir())
         config = read_config(CurvatureSettings)
-        pipeline = common.load_model([config.weights])
+        pipeline = load_divisible(lambda: common.load_model([config.weights]), config)
         dataset = common.load_dataset(image_resolution(pipeline))
         with lock(common.workdir()):
             run = Run(pipeline, dataset, StageRoot(common.workdir()), common.encode_config())

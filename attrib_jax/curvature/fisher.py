@@ -15,6 +15,8 @@ from attrib_jax.core.compensated import CompensatedSum
 from attrib_jax.core.weights import flatten_names, unflatten_names
 from attrib_jax.curvature.diagonal import GRADIENT_SCALE, Diagonal
 from attrib_jax.ops.matmul_precision import full_precision_matmuls
+from attrib_jax.ops.shards import MODEL_AXIS, Shard, is_shard, map_parameters
+from attrib_jax.parallel.sums import sum_over_group
 
 # Microbatches that are added plainly before the compensated sum, which reads and writes twice as much. Of so few
 # positive numbers rounding takes no more than it takes from each square.
@@ -45,6 +47,24 @@ class TokenProduct(NamedTuple):
             return total + jnp.where(keep, square, 0), None
 
         return jax.lax.scan(add, total, (self.columns, self.cotangents, keep))[0]
+
+    def part(self, axis: int, keep: jax.Array) -> tuple["TokenProduct", jax.Array]:
+        """The gradients of all examples of a group of devices, and their `keep`, by this device's part of a kernel.
+
+        Factors are sent, which are smaller than the gradients that they give. `axis` is the kernel's divided axis.
+        """
+        columns, cotangents, keep = jax.tree.map(
+            lambda leaf: jax.lax.all_gather(leaf, MODEL_AXIS, axis=0, tiled=True), (*self, keep)
+        )
+        count, place = jax.lax.axis_size(MODEL_AXIS), jax.lax.axis_index(MODEL_AXIS)
+
+        def cut(leaf, axis):
+            size = leaf.shape[axis] // count
+            return jax.lax.dynamic_slice_in_dim(leaf, place * size, size, axis)
+
+        if axis == 0:
+            return TokenProduct(cut(columns, 1), cotangents), keep
+        return TokenProduct(columns, cut(cotangents, 2)), keep
 
 
 class FisherSum(NamedTuple):
@@ -120,6 +140,7 @@ def sum_squares(
     batch: Any,
     mask: jax.Array | None = None,
     microbatch: int | None = None,
+    like: Any = None,
 ) -> FisherSum:
     """`fisher_diagonal` where a model has its per-example gradients in another form than `vmap` of a loss's.
 
@@ -128,6 +149,8 @@ def sum_squares(
         `selected` with a leading axis; one example's must not depend on the others. A kernel's may be a
         `TokenProduct`.
       selected, rest, batch, mask, microbatch: as in `fisher_diagonal`; so are result and errors.
+      like: tree in the layout of `selected` that has a `Shard` for each leaf whose sum a group of devices keeps divided
+        (`parallel.sums.divided_like`): the result holds this device's part of the group's sum. None keeps all whole.
     """
     mask = example_mask(mask, batch)
     size = len(mask)
@@ -146,6 +169,12 @@ def sum_squares(
         examples, keep = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, 1, keepdims=False), split)
 
         def add(total, gradient):
+            if is_shard(total):
+                if isinstance(gradient, TokenProduct):
+                    product, all_kept = gradient.part(total.axis, keep)
+                    return Shard(product.add_squares(total.value, all_kept), total.axis)
+                squares = add(jnp.zeros(gradient.shape[1:], total.value.dtype), gradient)
+                return jax.tree.map(jnp.add, total, sum_over_group(squares, total))
             if isinstance(gradient, TokenProduct):
                 return gradient.add_squares(total, keep)
             squares = jnp.square(gradient.astype(total.dtype) * GRADIENT_SCALE)
@@ -154,9 +183,16 @@ def sum_squares(
             kept = [jnp.where(keep[place], squares[place], 0) for place in range(len(squares))]
             return functools.reduce(jnp.add, kept, total)
 
-        return jax.tree.map(add, total, gradients(selected, rest, examples)), None
+        return map_parameters(add, total, gradients(selected, rest, examples)), None
 
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), selected)
+    def zero(node):
+        if not is_shard(node):
+            return jnp.zeros(node.shape, jnp.promote_types(node.dtype, jnp.float32))
+        shape = list(node.value.shape)
+        shape[node.axis] //= jax.lax.axis_size(MODEL_AXIS)
+        return Shard(zero(jax.ShapeDtypeStruct(shape, node.value.dtype)), node.axis)
+
+    zeros = map_parameters(zero, selected if like is None else like)
     few = max(count for count in range(1, _PLAIN_ADDITIONS + 1) if number % count == 0)
 
     def add_few(total, indices):

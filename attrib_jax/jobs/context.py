@@ -1,9 +1,15 @@
 """The run: a model, its training set and a workdir, which every method works with."""
 
 import contextlib
+import dataclasses
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
 
 from attrib_jax.convert.pipeline import Pipeline
 from attrib_jax.core.checks import check_finite
@@ -15,7 +21,13 @@ from attrib_jax.data.sources import Dataset
 from attrib_jax.jobs.encode import EncodeConfig, encode, stage_names
 from attrib_jax.jobs.encoded_dataset import EncodedDataset
 from attrib_jax.models.predictor import predictor
+from attrib_jax.parallel.hosts import on_host_memory, run_on_host0
+from attrib_jax.parallel.mesh import data_mesh, num_parts
 from attrib_jax.storage.stage_root import StageRoot
+
+# Of a device's memory, what weights, F and sums may fill; and how often the selected weights are held beside.
+_WEIGHTS_SHARE = 0.5
+_COPIES_OF_SELECTED = 4
 
 
 class Run:
@@ -59,6 +71,10 @@ class Run:
                 self._data = encode(self.root, self.pipeline, self.inputs, self.dataset, self.encode_config)
         return self._data
 
+    def mesh(self, config: Any) -> Mesh:
+        """The devices that work for a method of `config`, see `run_mesh`."""
+        return run_mesh(self.pipeline, config)
+
     def select(self, weights: str) -> tuple[Params, Params]:
         """The denoiser's parameters as (those that move, the others), see `select_weights`."""
         return select_weights(self.pipeline.params["unet"], weights)
@@ -70,6 +86,65 @@ class Run:
         yield
         before, was_reused = self.timings.get(stage, (0.0, True))
         self.timings[stage] = (round(before + time.monotonic() - began, 2), reused and was_reused)
+
+
+def run_mesh(pipeline: Pipeline, config: Any) -> Mesh:
+    """All devices of all hosts; with the axis `model` where `config.model_parallel` says or needs it.
+
+    0 takes the fewest devices for a group on which weights, F and sums of gradients fill no more than half of a
+    device's memory; the other half is for the activations. A config without that setting divides nothing.
+
+    Raises ValueError where `model_parallel` does not divide the number of devices.
+    """
+    parts = getattr(config, "model_parallel", 1)
+    if parts == 0:
+        devices = jax.devices()
+        limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+        parts = 1
+        # EKFAC cannot be divided.
+        divisible = getattr(config, "curvature", None) != "ekfac" and devices[0].platform != "cpu"
+        if limit and divisible and len(devices) > 1:
+            # Host 0 decides, as devices of one kind may differ by what others left of them.
+            held = _held_bytes(pipeline.params["unet"], getattr(config, "weights", None))
+            parts = run_on_host0(lambda: fewest_parts(held, limit, len(devices)))
+    return data_mesh(model_parallel=parts)
+
+
+def load_divisible(load: Callable[[], Pipeline], config: Any) -> Pipeline:
+    """`load()`, with the denoiser in this host's memory where `config` will divide its weights.
+
+    So no device holds it whole, not even while it is read. Raises ValueError, before anything is read, where
+    `config.model_parallel` does not divide the number of devices.
+    """
+    parts = getattr(config, "model_parallel", 1)
+    if parts > 1:
+        data_mesh(model_parallel=parts)
+    if parts == 1 or jax.default_backend() == "cpu":
+        return load()
+    with on_host_memory():
+        pipeline = load()
+    divided = num_parts(run_mesh(pipeline, config)) > 1
+
+    def to_device(tree):
+        # As loading does, on no device in particular.
+        return jax.tree.map(lambda leaf: jax.device_put(np.asarray(leaf)), tree)
+
+    params = {part: tree if divided and part == "unet" else to_device(tree) for part, tree in pipeline.params.items()}
+    return dataclasses.replace(pipeline, params=params)
+
+
+def fewest_parts(held: int, limit: int, devices: int) -> int:
+    """The least divisor of the number of `devices` by which `held` bytes fit into half of `limit`; at most all."""
+    sizes = (size for size in range(1, devices + 1) if devices % size == 0)
+    return next((size for size in sizes if held / size <= _WEIGHTS_SHARE * limit), devices)
+
+
+def _held_bytes(params: Params, weights: str | None) -> int:
+    def count(tree):
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+    # The weights that move beside those that they were, F, and a gradient's sum as a pair.
+    return count(params) + (0 if weights is None else _COPIES_OF_SELECTED * count(select_weights(params, weights)[0]))
 
 
 def model_fingerprint(pipeline: Pipeline) -> str:

@@ -20,8 +20,9 @@ from attrib_jax.models.predictor import as_predictor
 from attrib_jax.models.projected_text import kernel_gradient
 from attrib_jax.models.unet import TEXT_KERNELS
 from attrib_jax.ops.micro_batching import even_group_size, gradient_pixels, num_pixels
-from attrib_jax.parallel.hosts import is_host0, run_on_host0
-from attrib_jax.parallel.mesh import host_share, mesh_platform, shard_batch
+from attrib_jax.ops.shards import gather, map_parameters
+from attrib_jax.parallel.hosts import fetch, is_host0, on_host_memory, run_on_host0
+from attrib_jax.parallel.mesh import host_share, mesh_platform, num_parts, shard_batch
 from attrib_jax.parallel.progress import progress
 from attrib_jax.parallel.sums import DeviceSums
 from attrib_jax.storage.state import StateStore
@@ -98,7 +99,9 @@ def sample_gradients(
         if weights.others or not weights.projections:
             loss_fn = sample_loss(predict, schedule, key)
             if factored:
-                return factored_gradients(loss_fn, selected, rest, samples)
+                # What layers read is recorded as they run, which the rules of a backward pass that gathers again
+                # would not allow: all weights are whole here.
+                return factored_gradients(loss_fn, selected, gather(rest), samples)
             return jax.vmap(jax.grad(loss_fn), (None, None, 0))(selected, rest, samples)
         noise = jax.vmap(functools.partial(_noise, key))(samples)
 
@@ -138,8 +141,8 @@ def sum_over_draws(
     Args:
       path, name: of the folder of the state.
       program: the compiled sum of a tile of `Sample`s.
-      shared: what every device holds whole, from `replicate`.
-      like: the tree that is summed, for its layout, shapes and dtypes.
+      shared: from `replicate` or `place_parameters`.
+      like: the tree that is summed, for its layout, shapes and dtypes; `Shard`s as in `DeviceSums.zero`.
       draws: all of them.
       data: where they are taken from.
       description: of the progress.
@@ -147,7 +150,8 @@ def sum_over_draws(
     Returns:
       The sum, on host 0 (a part of it on the others), and the state, to be removed when the sum is stored elsewhere.
     """
-    total, mesh, samples = _Total(path, name, like), program.mesh, len(draws.index)
+    mesh, samples = program.mesh, len(draws.index)
+    total = _Total(path, name, map_parameters(lambda node: getattr(node, "value", node), like))
     start = run_on_host0(total.read)
     size = samples_per_tile(mesh) * mesh.size
     share = host_share(mesh, size)
@@ -170,7 +174,14 @@ def sum_over_draws(
             done = min(size, samples - start)
             start, since = start + done, since + 1
             if since == tiles_per_checkpoint(mesh) or start == samples:
-                total.add(program.total(running))
+                part = program.total(running)
+                if num_parts(mesh) == 1:
+                    total.add(part)
+                else:
+                    # Leaf by leaf into this host's memory: no device has room for the whole.
+                    part = jax.tree.map(fetch, part)
+                    with on_host_memory():
+                        total.add(part)
                 run_on_host0(functools.partial(total.write, start))
                 running, since = program.zero(like), 0
             bar.update(done)

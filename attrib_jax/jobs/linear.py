@@ -4,6 +4,7 @@ The change is what unlearning made of a query, new weights less old. There is no
 near-equal numbers; as the change shrinks, the score becomes the exact one (METHOD.md section 4).
 """
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,14 @@ from attrib_jax.attribution.scores import example_loss, strided_losses
 from attrib_jax.core.types import Batch
 from attrib_jax.core.weights import Params, merge_weights, select_weights
 from attrib_jax.diffusion.losses import Predict
-from attrib_jax.jobs.context import Run
+from attrib_jax.jobs.context import Run, run_mesh
 from attrib_jax.jobs.losses import ExampleProgram, dataset_pass, shares_noise
 from attrib_jax.jobs.settings import LossSettings
 from attrib_jax.models.predictor import cast_params, predictor
 from attrib_jax.ops.micro_batching import GRADIENT_PIXELS, even_group_size, num_pixels
+from attrib_jax.ops.shards import gather
+from attrib_jax.parallel.hosts import on_host_memory
+from attrib_jax.parallel.mesh import num_parts
 
 # UNet forwards whose activations the reverse mode holds at once, and their latent pixels.
 _FORWARDS_AT_ONCE = 40
@@ -53,7 +57,8 @@ def linear_pass(
     # The weights are rounded inside of what is differentiated, so each change too is rounded only where the precision
     # rounds its weight.
     selected, _ = run.select(weights)
-    _, rest = select_weights(cast_params(run.pipeline.params["unet"], config.precision), weights)
+    with contextlib.nullcontext() if num_parts(program.mesh) == 1 else on_host_memory():
+        _, rest = select_weights(cast_params(run.pipeline.params["unet"], config.precision), weights)
     weights_and_change = program.place((selected, rest, stacked))
     return dataset_pass(run, paths, program, [weights_and_change], description, rows, check_device=False)
 
@@ -67,8 +72,9 @@ def linear_program(run: Run, config: LossSettings, num_queries: int) -> ExampleP
     static = (predictor(run.pipeline.unet, config.precision), config.precision, common)
     function, shape = (linear_scores, ()) if num_queries == 1 else (linear_scores_of_queries, (num_queries,))
     return ExampleProgram(
-        function, run.pipeline.schedule, config, result_shape=shape, static=static, shared_noise=common
-    )
+        function, run.pipeline.schedule, config, run_mesh(run.pipeline, config), shape, static=static,
+        shared_noise=common, takes_shards=True,
+    )  # fmt: skip
 
 
 def linear_scores(predict: Predict, precision: str, common: bool, shared: Any, batch: Batch) -> jax.Array:
@@ -88,6 +94,8 @@ def linear_scores(predict: Predict, precision: str, common: bool, shared: Any, b
 def linear_scores_of_queries(predict: Predict, precision: str, common: bool, shared: Any, batch: Batch) -> jax.Array:
     """Scores (B, Q) of a tile for several queries, in reverse mode; arguments as in `linear_scores`."""
     schedule, key, timesteps, (selected, rest, changes) = shared
+    # An example's gradient is multiplied by every change before anything is added up.
+    selected, changes = gather((selected, changes))
 
     def loss(selected, rest, example):
         params = cast_params(merge_weights(selected, rest), precision)
@@ -101,4 +109,9 @@ def linear_scores_of_queries(predict: Predict, precision: str, common: bool, sha
 
 def weight_change(moved: Params, selected: Params) -> Params:
     """Change of each weight by unlearning: a nested dict like `selected`."""
-    return jax.tree.map(lambda new, old: new - old, moved, selected)
+
+    def subtract(new, old):
+        # Weights that are in the host's memory may have no room on one device.
+        return new - (np.asarray(old) if isinstance(new, np.ndarray) else old)
+
+    return jax.tree.map(subtract, moved, selected)

@@ -22,16 +22,18 @@ from attrib_jax.core.types import Batch
 from attrib_jax.core.weights import Params, merge_weights, select_weights
 from attrib_jax.diffusion.losses import Predict
 from attrib_jax.diffusion.schedule import NoiseSchedule, strided_timesteps
-from attrib_jax.jobs.context import Run
+from attrib_jax.jobs.context import Run, run_mesh
 from attrib_jax.jobs.encoded_dataset import EncodedDataset
 from attrib_jax.jobs.settings import ExampleSettings, LossSettings, PassSettings
 from attrib_jax.models.predictor import cast_params, matmul_precision, predictor
-from attrib_jax.parallel.hosts import fetch, host0_first, is_host0, run_on_host0
+from attrib_jax.parallel.hosts import fetch, host0_first, is_host0, on_host_memory, run_on_host0
 from attrib_jax.parallel.mesh import (
     data_mesh,
     host_share,
     mesh_platform,
+    num_parts,
     padded_tiles,
+    place_parameters,
     replicate,
     shard_batch,
     tile_map,
@@ -66,6 +68,7 @@ class ExampleProgram:
         tile: int = EXAMPLES_PER_TILE,
         static: tuple = (),
         shared_noise: bool = False,
+        takes_shards: bool = False,
     ):
         """Compiles when first called, unless a program of the same function and `static` was compiled before.
 
@@ -79,6 +82,7 @@ class ExampleProgram:
           tile: examples that a device takes at once; another number changes rounding.
           static: hashable first arguments of `function`, such as the predictor.
           shared_noise: whether `key` is that of the noise that all examples share, in place of each one's own.
+          takes_shards: whether `function` takes divided weights as `Shard`s, see `tile_map`.
         """
         self.mesh, self.config = mesh or data_mesh(), config
         self.result_shape, self.tile = tuple(result_shape), tile
@@ -89,7 +93,7 @@ class ExampleProgram:
         self._shared = replicate(self.mesh, (schedule, key, self._timesteps))
         self._tiles_in_flight = max(2, -(-config.batch_size // (tile * self.mesh.size)))
         self._matmul_precision = matmul_precision(config.precision)
-        self._run = _compiled(function, static, self.mesh)
+        self._run = _compiled(function, static, self.mesh, takes_shards)
 
     @property
     def num_timesteps(self) -> int:
@@ -97,8 +101,8 @@ class ExampleProgram:
         return len(self._timesteps)
 
     def place(self, weights: Any) -> Any:
-        """Puts weights on all devices, once for many calls."""
-        return replicate(self.mesh, weights)
+        """Puts weights on all devices, once for many calls; divided on a mesh with the axis `model`."""
+        return place_parameters(self.mesh, weights)
 
     def __call__(
         self, weights: Any, data: EncodedDataset, rows: np.ndarray, advance: Callable[[int], Any] | None = None
@@ -173,9 +177,9 @@ class ExampleProgram:
 
 
 @functools.lru_cache(maxsize=8)
-def _compiled(function: Callable[..., jax.Array], static: tuple, mesh: Mesh):
+def _compiled(function: Callable[..., jax.Array], static: tuple, mesh: Mesh, takes_shards: bool):
     """Made once: another model of the same architecture, or another data set, compiles nothing."""
-    return tile_map(mesh, functools.partial(function, *static), matmul_precision=None)
+    return tile_map(mesh, functools.partial(function, *static), matmul_precision=None, takes_shards=takes_shards)
 
 
 def num_captions(data: EncodedDataset, rows: np.ndarray, config: ExampleSettings) -> np.ndarray:
@@ -186,8 +190,11 @@ def num_captions(data: EncodedDataset, rows: np.ndarray, config: ExampleSettings
 def loss_program(run: Run, config: LossSettings) -> ExampleProgram:
     """The strided loss of the run's model; `loss_weights` makes the weights that it takes."""
     predict, common = predictor(run.pipeline.unet, config.precision), shares_noise(config)
-    static = (predict, mesh_platform(data_mesh()), common)
-    return ExampleProgram(tile_strided_losses, run.pipeline.schedule, config, static=static, shared_noise=common)
+    mesh = run_mesh(run.pipeline, config)
+    static = (predict, mesh_platform(mesh), common)
+    return ExampleProgram(
+        tile_strided_losses, run.pipeline.schedule, config, mesh, static=static, shared_noise=common, takes_shards=True
+    )
 
 
 def shares_noise(config: LossSettings) -> bool:
@@ -207,6 +214,14 @@ def tile_strided_losses(predict: Predict, platform: str, common: bool, shared: A
 def loss_weights(run: Run, program: ExampleProgram, moved: Sequence[Params], weights: str) -> list[Params]:
     """The denoiser's parameters, on all devices, for each of several trees of the weights of subset `weights`."""
     precision = program.config.precision
+    if num_parts(program.mesh) > 1:
+        # Rounded in the host's memory: no device has room for the whole.
+        with on_host_memory():
+            return _loss_weights(run, program, moved, weights, precision)
+    return _loss_weights(run, program, moved, weights, precision)
+
+
+def _loss_weights(run, program, moved, weights, precision) -> list[Params]:
     # The weights that no query moves lie on the devices once.
     rest = program.place(select_weights(cast_params(run.pipeline.params["unet"], precision), weights)[1])
     return [merge_weights(program.place(cast_params(tree, precision)), rest) for tree in moved]

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from PIL import Image
 
 from attrib_jax.attribution.regions import region_mask, shape_mask
@@ -37,6 +38,7 @@ from attrib_jax.diffusion.losses import Predict
 from attrib_jax.diffusion.samplers import SAMPLERS, sample
 from attrib_jax.jobs.settings import RegionSettings
 from attrib_jax.models.unet import UNetConfig
+from attrib_jax.parallel.mesh import num_parts, place_parameters, tile_map
 
 _log = logging.getLogger(__name__)
 
@@ -108,11 +110,11 @@ class PreparedQuery:
     prompt: str = ""
 
 
-def prepare_query(pipeline: Pipeline, predict: Predict, query: Query) -> PreparedQuery:
+def prepare_query(pipeline: Pipeline, predict: Predict, query: Query, mesh: Mesh | None = None) -> PreparedQuery:
     """Generates or reads the query's image and encodes it.
 
     A generated query keeps the latents that the sampler ended with: they are what the model made; encoding its decoded
-    image again would add the autoencoder's error.
+    image again would add the autoencoder's error. On a `mesh` with the axis `model` the sampler's weights are divided.
 
     Raises:
       ValueError: the image is no image, or the sampler cannot run with these steps.
@@ -123,7 +125,7 @@ def prepare_query(pipeline: Pipeline, predict: Predict, query: Query) -> Prepare
         latents = _given("latents", query.latents, (*latent_size(pipeline), pipeline.vae.config.latent_channels))[None]
         image = decode(pipeline, latents)[0]
     elif query.image is None:
-        latents = generate(pipeline, predict, [query.prompt], [query.seed], query)
+        latents = generate(pipeline, predict, [query.prompt], [query.seed], query, mesh)
         image = decode(pipeline, latents)[0]
     else:
         image, latents = _encode_image(pipeline, query.image)
@@ -211,22 +213,28 @@ def prompt_notes(pipeline: Pipeline, prompt: str) -> tuple[str, ...]:
 
 
 def generate(
-    pipeline: Pipeline, predict: Predict, prompts: list[str], seeds: list[int], query: SamplerSettings
+    pipeline: Pipeline,
+    predict: Predict,
+    prompts: list[str],
+    seeds: list[int],
+    query: SamplerSettings,
+    mesh: Mesh | None = None,
 ) -> np.ndarray:
     """Draws one latent for each prompt with the sampler settings of `query` -> (B, h, w, c), scaled.
 
-    The initial noise of an image depends on its seed alone.
+    The initial noise of an image depends on its seed alone. On a `mesh` with the axis `model` every device draws all
+    images, with its part of the weights.
     """
     check_range("sampler_steps", query.sampler_steps, 1, pipeline.schedule.num_train_timesteps, integer=True)
     if pipeline.schedule.prediction_type == "flow":
-        return _generate_by_flow(pipeline, predict, prompts, seeds, query)
+        return _generate_by_flow(pipeline, predict, prompts, seeds, query, mesh)
     both = text_states(pipeline, list(prompts) + [""])
     text, empty = (jax.tree.map(lambda leaf, part=part: leaf[part], both) for part in (slice(-1), -1))
     if pipeline.zeros_for_empty_prompt:
         empty = with_size_ids(pipeline, jax.tree.map(jnp.zeros_like, empty))
     initial = [initial_noise(pipeline, seed) for seed in seeds]
     if query.sampler == "ddim":
-        return _sample(pipeline, predict, text, empty, jnp.stack(initial), None, query)
+        return _sample(pipeline, predict, text, empty, jnp.stack(initial), None, query, mesh)
     # Fresh noise at every step, so one by one: an image's noise must not depend on its place in a batch.
     images = [
         _sample(
@@ -237,13 +245,14 @@ def generate(
             noise[None],
             purpose_key(seed, "sampler noise"),
             query,
+            mesh,
         )
         for place, (noise, seed) in enumerate(zip(initial, seeds))
     ]
     return np.concatenate(images)
 
 
-def _generate_by_flow(pipeline, predict, prompts, seeds, query: SamplerSettings) -> np.ndarray:
+def _generate_by_flow(pipeline, predict, prompts, seeds, query: SamplerSettings, mesh: Mesh | None) -> np.ndarray:
     """`generate` for a flow-matching model, whose sampler takes Euler steps, whatever `query.sampler` says."""
     from attrib_jax.diffusion.flow import sample_flow  # no other model needs it
 
@@ -256,13 +265,34 @@ def _generate_by_flow(pipeline, predict, prompts, seeds, query: SamplerSettings)
             text = {**text, "guidance": jnp.full_like(text["guidance"], scale)}
         empty, scale = None, 1.0
     initial = jnp.stack([initial_noise(pipeline, seed) for seed in seeds])
+    steps = query.sampler_steps
+    if mesh is not None and num_parts(mesh) > 1:
+        drawn = _divided_sampler(sample_flow, mesh, predict, (steps, scale), ())
+        shared = (place_parameters(mesh, pipeline.params["unet"]), pipeline.schedule)
+        return np.asarray(drawn(shared, (text, empty, initial, None)))
     with jax.default_matmul_precision("highest"):
-        steps = query.sampler_steps
         params, schedule = pipeline.params["unet"], pipeline.schedule
         return np.asarray(sample_flow(predict, params, schedule, text, empty, initial, steps, scale))
 
 
-def _sample(pipeline, predict, text, empty_text, initial, key, query: SamplerSettings) -> np.ndarray:
+@functools.lru_cache(maxsize=4)
+def _divided_sampler(draw, mesh: Mesh, predict: Predict, settings: tuple, options: tuple):
+    """`draw` compiled for weights that are divided; every device draws all images."""
+
+    def run(shared, batch):
+        (params, schedule), (text, empty, initial, key) = shared, batch
+        named = dict(options) if key is None else {**dict(options), "key": key}
+        return draw(predict, params, schedule, text, empty, initial, *settings, **named)
+
+    return tile_map(mesh, run, takes_shards=True, whole_results=True)
+
+
+def _sample(pipeline, predict, text, empty_text, initial, key, query: SamplerSettings, mesh: Mesh | None) -> np.ndarray:
+    if mesh is not None and num_parts(mesh) > 1:
+        settings = (query.sampler_steps, query.guidance_scale)
+        drawn = _divided_sampler(sample, mesh, predict, settings, (("sampler", query.sampler),))
+        shared = (place_parameters(mesh, pipeline.params["unet"]), pipeline.schedule)
+        return np.asarray(drawn(shared, (text, empty_text, initial, key)))
     with jax.default_matmul_precision("highest"):
         latents = sample(
             predict,

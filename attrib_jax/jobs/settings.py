@@ -50,7 +50,20 @@ class NoiseSettings(Settings):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CurvatureSettings(WeightSettings, NoiseSettings):
+class DeviceSettings(Settings):
+    """How the denoiser's weights lie on the devices."""
+
+    model_parallel: int = setting(
+        0,
+        "Devices that divide the denoiser's weights, F and the weights that move among themselves; a divisor of the "
+        "number of devices. 0 takes the fewest on which they fit, 1 on a CPU.",
+        low=0,
+        performance=True,
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CurvatureSettings(WeightSettings, NoiseSettings, DeviceSettings):
     """F of the Newton step and of the influence function."""
 
     curvature: str = setting(
@@ -77,6 +90,14 @@ class CurvatureSettings(WeightSettings, NoiseSettings):
         only_if=("curvature", "diagonal"),
         content=lambda path: file_digest(fisher_file(path)),
     )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.curvature == "ekfac" and self.model_parallel > 1:
+            raise ValueError(
+                f"model_parallel is {self.model_parallel} and curvature is 'ekfac', whose factors every device holds "
+                "whole: expected model_parallel=1 with EKFAC. Change model_parallel, or take curvature='diagonal'."
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

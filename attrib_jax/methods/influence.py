@@ -10,7 +10,6 @@ import dataclasses
 from collections.abc import Sequence
 
 import jax
-import numpy as np
 
 from attrib_jax.attribution.scores import make_scores
 from attrib_jax.core.keys import purpose_key
@@ -25,7 +24,8 @@ from attrib_jax.jobs.query import query_mask
 from attrib_jax.jobs.query_gradient import GradientProgram
 from attrib_jax.jobs.settings import CurvatureSettings, PassSettings, QueryDrawSettings, RegionSettings
 from attrib_jax.methods.base import MethodConfig, QueryJob, Scored
-from attrib_jax.parallel.hosts import run_on_host0
+from attrib_jax.parallel.hosts import fetch, run_on_host0
+from attrib_jax.parallel.mesh import num_parts
 from attrib_jax.parallel.progress import progress
 from attrib_jax.storage.files import stored_arrays, write_arrays
 
@@ -56,7 +56,9 @@ def score(run: Run, queries: Sequence[QueryJob], config: InfluenceConfig) -> lis
             curvature.check_solvable(gradient, config.damping)
         except ValueError as error:
             raise ValueError(f"query {query.name!r}: {error}") from error
-        directions.append(_solve(curvature, gradient, config.damping))
+        direction = _solve(curvature, gradient, config.damping)
+        # What is divided waits in the host's memory for the pass over the data set.
+        directions.append(jax.tree.map(fetch, direction) if num_parts(run.mesh(config)) > 1 else direction)
 
     def values(paths, config, rows, members, label):
         label += "linearised scores"
@@ -84,11 +86,11 @@ def _query_gradient(run: Run, query: QueryJob, config: InfluenceConfig) -> Param
         selected, rest = run.select(config.weights)
         key = jax.random.fold_in(purpose_key(config.loss_seed, "query"), 0)
         prepared, mask = query.prepared, query_mask(query.prepared, config)
-        gradients = GradientProgram(run.predict, run.pipeline.schedule)
+        gradients = GradientProgram(run.predict, run.pipeline.schedule, run.mesh(config))
         sum_draws = gradients.bind(rest, prepared.latents, prepared.text, config.query_draws, mask)
         with progress(config.query_draws, "gradient of the query", "draw") as bar:
             total = sum_draws(selected, key, lambda done: bar.update(done - bar.n))
-        stored = {name: np.asarray(leaf) / config.query_draws for name, leaf in flatten_names(total.gradient).items()}
+        stored = {name: fetch(leaf) / config.query_draws for name, leaf in flatten_names(total.gradient).items()}
         run_on_host0(lambda: write_arrays(file, stored, {"draws": config.query_draws}))
     return unflatten_names(stored)
 

@@ -32,7 +32,8 @@ from attrib_jax.jobs.query_gradient import GradientProgram
 from attrib_jax.jobs.settings import SCORES, CurvatureSettings, PassSettings, QueryDrawSettings, RegionSettings
 from attrib_jax.jobs.step_size import FIRST_STEP, LossProbe, MeanLosses
 from attrib_jax.methods.base import MethodConfig, QueryJob, Scored
-from attrib_jax.parallel.hosts import run_on_host0
+from attrib_jax.parallel.hosts import fetch, run_on_host0
+from attrib_jax.parallel.mesh import num_parts, place_parameters
 from attrib_jax.parallel.progress import progress
 from attrib_jax.storage.files import write_arrays, write_json
 from attrib_jax.storage.score_files import read_unlearned
@@ -219,17 +220,23 @@ def unlearn_query(
         stored_losses = stored.pop("query_loss").tolist()
         return unflatten_names(stored), tuple(stored_losses)
 
+    mesh = run.mesh(config)
+    divided = num_parts(mesh) > 1
     selected, rest = run.select(config.weights)
-    origin = selected if config.keep_ewc_gradient else None
+    origin = None
+    if config.keep_ewc_gradient:
+        origin = place_parameters(mesh, selected) if divided else selected
     mask = query_mask(query.prepared, config)
     num_examples = config.num_examples or len(run.data)
     key = purpose_key(config.loss_seed, "query")
-    gradients = GradientProgram(run.predict, run.pipeline.schedule)
+    gradients = GradientProgram(run.predict, run.pipeline.schedule, mesh)
     sum_draws = gradients.bind(rest, query.prepared.latents, query.prepared.text, config.query_draws, mask)
 
     meter = (probe or _Probe(run, config)).value
     state = _read_state(store, selected, config.steps)
     selected, losses, norms, sizes = state.selected, *map(list, state[1:])
+    if divided:
+        selected = place_parameters(mesh, selected)
     draws = config.query_draws
 
     def shown(step: int, done: int) -> None:
@@ -259,10 +266,10 @@ def unlearn_query(
             norms.append(norm)
             sizes.append(size)
             # The state, now and then, as host 0's clock says; the last one is the result, which has its own file.
-            if step + 1 < config.steps:
-                state = _State(selected, losses, norms, sizes)
-                next_write = run_on_host0(functools.partial(_write_state, store, state, config.steps, next_write))
-    arrays = {name: np.asarray(value) for name, value in flatten_names(selected).items()}
+            if step + 1 < config.steps and run_on_host0(functools.partial(_is_past, next_write)):
+                state = _State(jax.tree.map(fetch, selected), losses, norms, sizes)
+                next_write = run_on_host0(functools.partial(_write_state, store, state, config.steps))
+    arrays = {name: fetch(value) for name, value in flatten_names(selected).items()}
     query_loss = tuple(float(loss) for loss in losses)
     record = UnlearningRecord(tuple(map(float, sizes)))
     if meter is not None:
@@ -271,7 +278,8 @@ def unlearn_query(
     run_on_host0(lambda: write_json(query.folder / _RECORD, record.as_json()))
     run_on_host0(lambda: write_arrays(file, arrays, list(query_loss)))
     run_on_host0(store.remove)
-    return selected, query_loss
+    # Those that were divided wait in the host's memory for the pass over the data set.
+    return unflatten_names(arrays) if divided else selected, query_loss
 
 
 class UnlearningRecord(NamedTuple):
@@ -346,11 +354,13 @@ def _state_like(selected: Params, steps: int) -> _State:
     return _State(selected, np.zeros(steps, dtype), np.zeros(steps, dtype), np.zeros(steps))
 
 
-def _write_state(store: StateStore, state: _State, steps: int, next_write: float) -> float:
-    """Stores a state if it is time, and returns when it is time again."""
+def _is_past(moment: float) -> bool:
+    return time.monotonic() >= moment
+
+
+def _write_state(store: StateStore, state: _State, steps: int) -> float:
+    """Stores a state, and returns when it is time again."""
     began = time.monotonic()
-    if began < next_write:
-        return next_write
     done = len(state.query_loss)
     histories = (np.pad(np.asarray(values), (0, steps - done)) for values in state[1:])
     store.write(_State(state.selected, *histories), done)

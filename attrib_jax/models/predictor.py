@@ -12,6 +12,7 @@ from attrib_jax.core.checks import check_choice
 from attrib_jax.core.weights import WEIGHT_SUBSETS, Params, flatten_names, unflatten_names
 from attrib_jax.models.projected_text import ProjectedWeights, text_rows
 from attrib_jax.models.unet import TEXT_KERNELS, UNet2DConditionModel
+from attrib_jax.ops.shards import with_whole_parameters
 
 # How the UNet's weights and products are rounded, and what never is.
 # tensorfloat32 and bfloat16-products: float32 arrays, of which the device rounds the factors of products, to 10 and 7
@@ -43,8 +44,13 @@ def cast_params(params: Any, precision: str) -> Any:
         return params
     flat = flatten_names(params)
     return unflatten_names(
-        {name: leaf if _KEPT_FLOAT32.fullmatch(name) else jnp.asarray(leaf, dtype) for name, leaf in flat.items()}
+        {name: leaf if _KEPT_FLOAT32.fullmatch(name) else _cast(leaf, dtype) for name, leaf in flat.items()}
     )
+
+
+def _cast(leaf: Any, dtype: Any) -> Any:
+    # A leaf of the parameters may be a `Shard`.
+    return jax.tree.map(lambda array: jnp.asarray(array, dtype), leaf)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +81,7 @@ class Predictor:
         """The predictions for a batch -> (B, h, w, c).
 
         Args:
-          params: nested dict of the module's parameters.
+          params: nested dict of the module's parameters; each an array or, within a program, a `Shard` of one.
           noisy: (B, h, w, c) noisy latents.
           timesteps: (B,), or () for one timestep.
           conditioning: pytree whose leaves have a leading axis B, or 1 for one text for all latents: what the model
@@ -85,7 +91,8 @@ class Predictor:
         # Only what the model reads: the target of the loss is made from the latents and is not rounded. The text is
         # projected in float32 by weights that stay float32.
         noisy = noisy if dtype is None else noisy.astype(dtype)
-        return self.module.apply({"params": params}, noisy, timesteps, conditioning)
+        apply = with_whole_parameters(lambda params, *inputs: self.module.apply({"params": params}, *inputs))
+        return apply(params, noisy, timesteps, conditioning)
 
     def project_text(self, selected: Params, conditioning: Any) -> ProjectedWeights:
         """`selected` with each kernel that projects the text replaced by the projection `text @ kernel` (..., L, F).
@@ -107,13 +114,14 @@ class FunctionPredictor:
     predict: Callable[..., jax.Array]
 
     def __call__(self, params: Params, noisy: jax.Array, timestep: jax.Array, conditioning: Any) -> jax.Array:
-        return self.predict(params, noisy, timestep, conditioning)
+        return with_whole_parameters(self.predict)(params, noisy, timestep, conditioning)
 
     def batched(self, params: Params, noisy: jax.Array, timesteps: jax.Array, conditioning: Any) -> jax.Array:
         if {len(leaf) for leaf in jax.tree.leaves(conditioning)} == {1}:
             shared = jax.tree.map(lambda leaf: leaf[0], conditioning)
-            return jax.vmap(self.predict, in_axes=(None, 0, 0, None))(params, noisy, timesteps, shared)
-        return jax.vmap(self.predict, in_axes=(None, 0, 0, 0))(params, noisy, timesteps, conditioning)
+            return with_whole_parameters(jax.vmap(self.predict, (None, 0, 0, None)))(params, noisy, timesteps, shared)
+        predict = with_whole_parameters(jax.vmap(self.predict, (None, 0, 0, 0)))
+        return predict(params, noisy, timesteps, conditioning)
 
     def project_text(self, selected: Params, conditioning: Any) -> ProjectedWeights:
         return ProjectedWeights(selected, {})

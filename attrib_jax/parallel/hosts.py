@@ -70,6 +70,14 @@ def fetch(array: Any) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
+def on_host_memory() -> contextlib.AbstractContextManager:
+    """A context in which new arrays lie in this host's memory, and not on its accelerators.
+
+    They move to a device when a program there takes them. Raises RuntimeError where JAX is kept from the CPU.
+    """
+    return jax.default_device(jax.local_devices(backend="cpu")[0])
+
+
 def run_on_host0(fn: Callable[[], T]) -> T:
     """Runs `fn` on host 0 alone and returns its result on every host.
 
