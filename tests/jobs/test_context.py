@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from attrib_jax.data.sources import ArrayDataset
-from attrib_jax.jobs.context import Run, model_fingerprint
+from attrib_jax.jobs.context import Run, fewest_parts, load_divisible, model_fingerprint, run_mesh
 from attrib_jax.jobs.encode import EncodeConfig
+from attrib_jax.jobs.settings import CurvatureSettings, LossSettings
 from attrib_jax.storage.stage_root import StageRoot
 from attrib_jax.storage.stages import StageMismatchError
 from tests.tiny_dataset import make_dataset
@@ -75,3 +76,27 @@ def test_timings_add_up_and_tell_what_was_reused(pipeline, dataset, tmp_path):
         with again.timed("stage", reused):
             pass
     assert again.timings["stage"][1] is False
+
+
+@pytest.mark.parametrize(("held", "parts"), [(40, 1), (50, 1), (51, 2), (101, 4), (400, 8), (4000, 8)])
+def test_weights_are_divided_by_the_least_divisor_that_leaves_half_of_a_device(held, parts):
+    assert fewest_parts(held, 100, 8) == parts
+
+
+def test_what_will_be_divided_is_read_into_the_hosts_memory_and_the_rest_onto_a_device(pipeline, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    found = load_divisible(lambda: pipeline, CurvatureSettings(model_parallel=2))
+    assert found.params["unet"] is pipeline.params["unet"]
+    assert found.params["vae"] is not pipeline.params["vae"]
+    jax.tree.map(np.testing.assert_array_equal, found.params["vae"], pipeline.params["vae"])
+    # CPUs say nothing of their memory, so that nothing is divided; other methods divide nothing.
+    whole = load_divisible(lambda: pipeline, CurvatureSettings())
+    assert whole.params["unet"] is not pipeline.params["unet"]
+    assert load_divisible(lambda: pipeline, LossSettings()) is pipeline
+    assert run_mesh(pipeline, CurvatureSettings()).axis_names == ("data",)
+    assert dict(run_mesh(pipeline, CurvatureSettings(model_parallel=2)).shape) == {"data": 2, "model": 2}
+
+
+def test_an_impossible_division_is_refused_before_the_model_is_read():
+    with pytest.raises(ValueError, match="model_parallel is 3 and there are 4 devices"):
+        load_divisible(lambda: pytest.fail("read"), CurvatureSettings(model_parallel=3))
