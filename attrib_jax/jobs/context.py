@@ -22,7 +22,7 @@ from attrib_jax.jobs.encode import EncodeConfig, encode, stage_names
 from attrib_jax.jobs.encoded_dataset import EncodedDataset
 from attrib_jax.models.predictor import predictor
 from attrib_jax.parallel.hosts import on_host_memory, run_on_host0
-from attrib_jax.parallel.mesh import data_mesh, num_parts
+from attrib_jax.parallel.mesh import data_mesh, mesh_platform, num_parts
 from attrib_jax.storage.stage_root import StageRoot
 
 # Of a device's memory, what weights, F and sums may fill; and how often the selected weights are held beside.
@@ -119,7 +119,7 @@ def load_divisible(load: Callable[[], Pipeline], config: Any) -> Pipeline:
     parts = getattr(config, "model_parallel", 1)
     if parts > 1:
         data_mesh(model_parallel=parts)
-    if parts == 1 or jax.default_backend() == "cpu":
+    if parts == 1 or mesh_platform(data_mesh()) == "cpu":
         return load()
     with on_host_memory():
         pipeline = load()

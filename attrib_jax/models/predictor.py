@@ -12,7 +12,7 @@ from attrib_jax.core.checks import check_choice
 from attrib_jax.core.weights import WEIGHT_SUBSETS, Params, flatten_names, unflatten_names
 from attrib_jax.models.projected_text import ProjectedWeights, text_rows
 from attrib_jax.models.unet import TEXT_KERNELS, UNet2DConditionModel
-from attrib_jax.ops.shards import with_whole_parameters
+from attrib_jax.ops.shards import call_with_whole, has_shards
 
 # How the UNet's weights and products are rounded, and what never is.
 # tensorfloat32 and bfloat16-products: float32 arrays, of which the device rounds the factors of products, to 10 and 7
@@ -87,12 +87,13 @@ class Predictor:
           conditioning: pytree whose leaves have a leading axis B, or 1 for one text for all latents: what the model
             computes from the text alone, such as its keys and values, is then computed once.
         """
+        if has_shards(params):
+            return call_with_whole(self.batched, params, noisy, timesteps, conditioning)
         dtype = compute_dtype(self.precision)
         # Only what the model reads: the target of the loss is made from the latents and is not rounded. The text is
         # projected in float32 by weights that stay float32.
         noisy = noisy if dtype is None else noisy.astype(dtype)
-        apply = with_whole_parameters(lambda params, *inputs: self.module.apply({"params": params}, *inputs))
-        return apply(params, noisy, timesteps, conditioning)
+        return self.module.apply({"params": params}, noisy, timesteps, conditioning)
 
     def project_text(self, selected: Params, conditioning: Any) -> ProjectedWeights:
         """`selected` with each kernel that projects the text replaced by the projection `text @ kernel` (..., L, F).
@@ -114,14 +115,17 @@ class FunctionPredictor:
     predict: Callable[..., jax.Array]
 
     def __call__(self, params: Params, noisy: jax.Array, timestep: jax.Array, conditioning: Any) -> jax.Array:
-        return with_whole_parameters(self.predict)(params, noisy, timestep, conditioning)
+        if has_shards(params):
+            return call_with_whole(self.predict, params, noisy, timestep, conditioning)
+        return self.predict(params, noisy, timestep, conditioning)
 
     def batched(self, params: Params, noisy: jax.Array, timesteps: jax.Array, conditioning: Any) -> jax.Array:
+        if has_shards(params):
+            return call_with_whole(self.batched, params, noisy, timesteps, conditioning)
         if {len(leaf) for leaf in jax.tree.leaves(conditioning)} == {1}:
             shared = jax.tree.map(lambda leaf: leaf[0], conditioning)
-            return with_whole_parameters(jax.vmap(self.predict, (None, 0, 0, None)))(params, noisy, timesteps, shared)
-        predict = with_whole_parameters(jax.vmap(self.predict, (None, 0, 0, 0)))
-        return predict(params, noisy, timesteps, conditioning)
+            return jax.vmap(self.predict, in_axes=(None, 0, 0, None))(params, noisy, timesteps, shared)
+        return jax.vmap(self.predict, in_axes=(None, 0, 0, 0))(params, noisy, timesteps, conditioning)
 
     def project_text(self, selected: Params, conditioning: Any) -> ProjectedWeights:
         return ProjectedWeights(selected, {})

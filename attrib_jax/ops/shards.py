@@ -61,22 +61,13 @@ def gather(tree: Any) -> Any:
     return map_parameters(_whole, tree)
 
 
-def with_whole_parameters(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """`fn(params, *others)` that is called with whole parameters, which a backward pass gathers again.
+def call_with_whole(fn: Callable[..., Any], params: Any, *others: Any) -> Any:
+    """`fn(params, *others)` with every `Shard` among `params` whole, which a backward pass gathers again."""
 
-    Where no parameter is divided it is `fn` itself.
-    """
+    def gathered(params, *others):
+        return fn(gather(params), *others)
 
-    def call(params: Any, *others: Any) -> Any:
-        if not has_shards(params):
-            return fn(params, *others)
-
-        def gathered(params, *others):
-            return fn(gather(params), *others)
-
-        return jax.checkpoint(gathered, policy=_is_kept)(params, *others)
-
-    return call
+    return jax.checkpoint(gathered, policy=_is_kept)(params, *others)
 
 
 def _whole(leaf: Any) -> Any:

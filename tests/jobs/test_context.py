@@ -84,7 +84,7 @@ def test_weights_are_divided_by_the_least_divisor_that_leaves_half_of_a_device(h
 
 
 def test_what_will_be_divided_is_read_into_the_hosts_memory_and_the_rest_onto_a_device(pipeline, monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    monkeypatch.setattr("attrib_jax.jobs.context.mesh_platform", lambda mesh: "tpu")
     found = load_divisible(lambda: pipeline, CurvatureSettings(model_parallel=2))
     assert found.params["unet"] is pipeline.params["unet"]
     assert found.params["vae"] is not pipeline.params["vae"]
