@@ -16,8 +16,8 @@ from absl import flags
 
 from attrib_jax.convert.diffusers_folder import save_pipeline
 from attrib_jax.convert.single_file import save_single_file
+from attrib_jax.curvature.fisher_files import FISHER_SUFFIXES, read_fisher_file, write_fisher
 from attrib_jax.jobs.curvature import fisher_file
-from attrib_jax.jobs.fisher_files import FISHER_SUFFIXES, read_fisher_file, write_fisher
 from attrib_jax.storage.score_files import SCORE_SUFFIXES, read_scores, write_scores
 from launch import common
 

@@ -39,7 +39,7 @@ FOLDERS = (
 )
 # `launch` has a file for each command.
 MAX_MODULES_PER_FOLDER = {"attrib_jax": 16, "launch": 20}
-MAX_MODULES_OF_ATTRIBUTE = 102
+MAX_MODULES_OF_ATTRIBUTE = 103
 MAX_FRAMES, MAX_FILES = 15, 8
 
 

@@ -14,6 +14,7 @@ from attrib_jax.core.keys import purpose_key
 from attrib_jax.curvature.diagonal import Diagonal
 from attrib_jax.curvature.ekfac import EKFAC
 from attrib_jax.curvature.fisher import sum_squares
+from attrib_jax.curvature.fisher_files import FISHER_FILE, fisher_file, read_fisher_file
 from attrib_jax.diffusion.losses import Predict
 from attrib_jax.diffusion.schedule import NoiseSchedule
 from attrib_jax.jobs.context import Run
@@ -29,7 +30,6 @@ from attrib_jax.jobs.draws import (
     sums_like,
 )
 from attrib_jax.jobs.encoded_dataset import EncodedDataset
-from attrib_jax.jobs.fisher_files import FISHER_FILE, fisher_file, read_fisher_file
 from attrib_jax.jobs.settings import CurvatureSettings
 from attrib_jax.models.projected_text import text_columns
 from attrib_jax.ops import prepare_kernels

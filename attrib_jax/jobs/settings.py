@@ -12,7 +12,7 @@ from attrib_jax.core.fingerprint import file_digest
 from attrib_jax.core.settings import Settings, setting
 from attrib_jax.core.weights import WEIGHT_SUBSETS
 from attrib_jax.curvature.ekfac import RELATIVE_DAMPING
-from attrib_jax.jobs.fisher_files import fisher_file
+from attrib_jax.curvature.fisher_files import fisher_file
 from attrib_jax.models.predictor import PRECISIONS
 
 CURVATURES = ("diagonal", "ekfac")

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from attrib_jax.core.weights import flatten_names, select_weights
 from attrib_jax.curvature import Diagonal
 from attrib_jax.curvature.diagonal import GRADIENT_SCALE
+from attrib_jax.curvature.fisher_files import read_fisher_file, write_fisher
 from attrib_jax.jobs.curvature import fisher_file, load_fisher
-from attrib_jax.jobs.fisher_files import read_fisher_file, write_fisher
 from attrib_jax.storage.files import DamagedFileError, StorageError, write_arrays
 
 SHAPES = {
