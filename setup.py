@@ -67,6 +67,7 @@ setup(
         "cuda12": ["jax[cuda12]>=0.10"],
         "cuda13": ["jax[cuda13]>=0.10"],
         "tpu": ["jax[tpu]>=0.10"],
+        "tpu-compiler": ["libtpu"],  # benchmarks.accelerators, on a machine without a TPU
         "demo": DEMO,  # the data set of the model in models/openmoji
         "torch": ["torch"],  # to read .bin, .pt and .ckpt files
         "serve": SERVE,  # launch.serve

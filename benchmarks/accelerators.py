@@ -9,7 +9,7 @@ and temporary arrays fit the device's memory, operations and bytes an example, w
 which a real run does not reach. Each program is compiled in a process of its own and its record is added to --output at
 once, so a run that was stopped goes on; --again compiles what is there anew.
 
-The first package is that of the extra `tpu`; the plugins have the version of jaxlib.
+The first package is that of the extra `tpu-compiler`; the plugins have the version of jaxlib.
 """
 
 import json
