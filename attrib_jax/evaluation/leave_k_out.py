@@ -18,6 +18,7 @@ from attrib_jax.core.types import ranking
 from attrib_jax.evaluation.counterfactual import Counterfactuals
 from attrib_jax.evaluation.metrics import Estimate, RemovalCurve, crossed_mean, mean_and_error, over_sets
 from attrib_jax.evaluation.named import (
+    DEFAULT,
     QuerySet,
     RetrainedSettings,
     StoredScores,
@@ -276,6 +277,7 @@ def run_leave_k_out(
             asked = np.tile(positions, (config.random_sets, 1))
             base["similarity"] = effects.similarity(sets[together], asked)
         rows.append(_row(RANDOM, count, together, base, curve))
+        effect_of: dict[str, np.ndarray] = {}
         for name in scores:
             removed = tops[count, name]
             found = effects.of(removed, f"train without the top {count} of {name}", ahead)
@@ -286,6 +288,7 @@ def run_leave_k_out(
             mean_removed = float(np.mean([len(each) for each in removed]))
             rows.append(_row(name, count, mean_removed, own, curve, base["dl"], found["dl"][number, controls]))
             points[name].append((mean_removed, rows[-1]["dl"], rows[-1]["error"]))
+            effect_of[name] = own["dl"].mean(axis=1)
             compared = ["dl"] + ["similarity"] * (tower is not None)
             per_query += [
                 {
@@ -299,6 +302,9 @@ def run_leave_k_out(
                 for place, query in enumerate(positions)
             ]
             _write(run, split, rows, per_query, finished=False)
+        for row in rows:
+            if row["K"] == count and row["method"] in effect_of:
+                row |= _difference(row["method"], effect_of)
     folder = _write(run, split, rows, per_query)
     title = f"{len(positions)} {split} queries, {len(config.train_seeds)} training seed(s), {size} training images"
     if config.queries_per_model > 1:
@@ -353,11 +359,21 @@ def _row(
         "as_random_images": removed if random is None else curve.equivalent(change.mean),
         "control": control.mean,
         "control_error": control.error,
+        "difference": np.nan,
+        "difference_error": np.nan,
     }
     for kind in _DEVIATIONS:
         if kind in estimates:
             row |= {kind: estimates[kind].mean, f"{kind}_error": estimates[kind].error}
     return row
+
+
+def _difference(name: str, effect_of: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """The paired difference of a method to `default` in dl, over groups of queries (G,); NaN where there is none."""
+    if name == DEFAULT or DEFAULT not in effect_of:
+        return {"difference": np.nan, "difference_error": np.nan}
+    difference = mean_and_error(effect_of[name] - effect_of[DEFAULT])
+    return {"difference": difference.mean, "difference_error": difference.error}
 
 
 def _write(run, split: str, rows: list[dict], per_query: list[dict], finished: bool = True):

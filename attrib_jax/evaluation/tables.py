@@ -64,7 +64,7 @@ def bar_plot(file: str | os.PathLike, title: str, label: str, bars: Mapping[str,
     values, low, high = np.array([value for _, value in ordered]).T
     axes.barh([name for name, _ in ordered], values, xerr=[values - low, high - values], color="#4477aa", capsize=3)
     axes.axvline(0, color="black", linewidth=0.8)
-    axes.set_title(title, fontsize=10)
+    figure.suptitle(title, fontsize=10)
     axes.set_xlabel(label)
     _save(figure, file)
 
@@ -88,7 +88,7 @@ def curve_plot(
     axes.set_xscale("log")
     axes.set_xlabel("images removed")
     axes.set_ylabel("loss change of the query")
-    axes.set_title(title, fontsize=10)
+    figure.suptitle(title, fontsize=10)
     axes.legend(fontsize=7, ncols=2)
     _save(figure, file)
 

@@ -1,7 +1,7 @@
 """The commands' programs on the compiler for TPUs, which needs none: what only a CPU can compile fails here.
 
-The folder of libtpu is in TPU_COMPILER, apart from the environment that runs the tests, where it would look for a TPU at
-every start: `pip install --no-deps --target FOLDER libtpu`.
+The folder of libtpu is in TPU_COMPILER, apart from the environment that runs the tests, where JAX would look for a TPU
+at every start: `pip install --no-deps --target FOLDER libtpu`.
 """
 
 import json

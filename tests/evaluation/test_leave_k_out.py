@@ -77,7 +77,8 @@ def test_queries_that_share_a_model_lose_the_union_of_their_images(run):
     np.testing.assert_array_equal(targets, [[1, 2], [3, 4]])
     # Of the others only those with prompts of their own: "two" and "three" against "one" and "two".
     np.testing.assert_array_equal(controls, [[3], [2]])
-    rows, _ = run_leave_k_out(counterfactuals, {"unlearn": METHODS["unlearn"]}, queries, config)
+    methods = {"unlearn": METHODS["unlearn"], "default": METHODS["random"]}
+    rows, _ = run_leave_k_out(counterfactuals, methods, queries, config)
     scores = method_scores(run, "unlearn", METHODS["unlearn"], queries, "reported")
     top = [np.argsort(-query, kind="stable")[:2] for query in scores]
     unions = [np.union1d(*top[:2]), np.union1d(*top[2:])]
@@ -92,6 +93,10 @@ def test_queries_that_share_a_model_lose_the_union_of_their_images(run):
     sets = [random_positions(COUNT, 4, number) for number in range(2)]
     random = counterfactuals.results([Training(removed) for removed in sets])["loss"][:, 1:] - losses[0, 1:]
     assert row["over_random"] == pytest.approx(groups.mean() - random.mean())
+    # And, group by group, with the default.
+    (default,) = (row for row in rows if row["method"] == "default")
+    assert row["difference"] == pytest.approx(row["dl"] - default["dl"]) and np.isnan(default["difference"])
+    assert row["difference_error"] > 0
 
 
 def test_queries_that_cannot_share_models_are_refused():
