@@ -147,7 +147,11 @@ def test_the_shipped_scores_are_those_of_the_configs():
     """Else a study would compute anew, without a word, what took hours."""
     defaults, stages = Query("", guidance_scale=2.0, sampler_steps=50), Path("models/digits/stages/evaluation/scores")
     expected = {}
-    for name, split, suffix in (("methods", "reported", "_12"), ("tuning", "tuning", "_12")):
+    for name, split, suffix in (
+        ("methods", "reported", ""),
+        ("methods", "reported", "_12"),
+        ("tuning", "tuning", "_12"),
+    ):
         file = f"configs/evaluation/digits_{split}{suffix}.jsonl"
         queries = [query_settings(query) for query in read_queries(file, defaults).queries]
         for method, config in read_methods(f"configs/evaluation/{name}_digits.json").items():

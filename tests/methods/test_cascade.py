@@ -16,7 +16,7 @@ from attrib_jax.storage.stage_root import StageRoot
 from tests.failures import interrupt_writes, until_done
 
 QUERIES = [Query(prompt=prompt, seed=seed, sampler_steps=2) for seed, prompt in enumerate(("red heart", "hat"))]
-FULL = UnlearnConfig(query_draws=32, fisher_samples=96, stride=300, captions="all")
+FULL = UnlearnConfig(query_draws=32, fisher_samples=96, stride=300, captions="all", step_size=0.01)
 CASCADE = dataclasses.replace(FULL, cascade=0.25, cascade_stride=500, cascade_min=5)
 FINALISTS = 10
 

@@ -183,7 +183,7 @@ def test_ekfac_sees_both_factors_as_layers(tiny):
         (0.0, {}, "scale is 0"),
         (1.0, {"lora_A": "hada_w1_a"}, "without their other half"),
         (1.0, {"dora_scale": (32, 1)}, "as dora_scale, down, up"),
-        (1.0, {"unet": "text_encoder"}, "none for the UNet"),
+        (1.0, {"unet": "text_encoder"}, "none for the denoiser"),
     ],
 )
 def test_what_cannot_be_kept_apart(pipeline, tmp_path, scale, change, message):
