@@ -6,7 +6,7 @@ docs/METHOD.md section 3, "The size of the step".
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -49,26 +49,16 @@ class LossProbe:
         self.rows = np.sort(rng.permutation(len(data))[:num_images])
         self._data, self._program = data, loss_program(run, config)
         selected, rest = select_weights(run.pipeline.params["unet"], weights)
-        self._rest = self._program.place(rest)
-        self._images_before = self.images(selected)
-        self._selected = selected
-
-    def images(self, selected: Params) -> float:
-        """Mean loss of the random training images."""
-        return float(self._program(self._weights(selected), self._data, self.rows).mean())
+        self._selected, self._rest = selected, self._program.place(rest)
+        self._images_before = self._mean(selected, data, self.rows)
 
     def losses(self, selected: Params, query: PreparedQuery) -> MeanLosses:
         """Mean losses of the random training images and of `query`."""
-        data = _query_data(query)
-        return MeanLosses(
-            self.images(selected), float(self._program(self._weights(selected), data, np.arange(len(data))).mean())
-        )
+        return MeanLosses(self._mean(selected, self._data, self.rows), self._query(selected, query))
 
     def before(self, query: PreparedQuery) -> MeanLosses:
         """As `losses`, under the model's own weights."""
-        data = _query_data(query)
-        value = self._program(self._weights(self._selected), data, np.arange(len(data))).mean()
-        return MeanLosses(self._images_before, float(value))
+        return MeanLosses(self._images_before, self._query(self._selected, query))
 
     def step_size(self, moved: Callable[[float], Params], loss_rise: float) -> float:
         """The step at which the mean loss of the random images is `1 + loss_rise` times what it was.
@@ -80,10 +70,19 @@ class LossProbe:
         Raises ValueError where no step reaches it.
         """
         before = self._images_before
-        return find_step(lambda step: self.images(moved(step)) - before, loss_rise * before, loss_rise)
 
-    def _weights(self, selected: Params) -> Any:
-        return merge_weights(self._program.place(selected), self._rest)
+        def rise(step: float) -> float:
+            return self._mean(moved(step), self._data, self.rows) - before
+
+        return find_step(rise, loss_rise * before, loss_rise)
+
+    def _query(self, selected: Params, query: PreparedQuery) -> float:
+        data = _query_data(query)
+        return self._mean(selected, data, np.arange(len(data)))
+
+    def _mean(self, selected: Params, data: EncodedDataset, rows: np.ndarray) -> float:
+        weights = merge_weights(self._program.place(selected), self._rest)
+        return float(self._program(weights, data, rows).mean())
 
 
 def find_step(rise: Callable[[float], float], target: float, loss_rise: float) -> float:
@@ -110,16 +109,11 @@ def find_step(rise: Callable[[float], float], target: float, loss_rise: float) -
             known[step] = value
         if math.isfinite(value) and abs(value / target - 1) <= _TOLERANCE:
             return _two_digits(step)
+        if low and high / low < 1 + _TOLERANCE / 4:
+            return _two_digits(low)
         step = _next_step(step, value, target, known)
-        if not low < step < high or (low and high / low < 1 + _TOLERANCE / 4):
-            if math.isinf(high):
-                step = low * _LARGEST_FACTOR
-            elif not low:
-                step = high / _LARGEST_FACTOR
-            elif high / low < 1 + _TOLERANCE / 4:
-                return _two_digits(low)
-            else:
-                step = math.sqrt(low * high)
+        if not low < step < high:
+            step = _middle(low, high)
     if low and math.isfinite(high):
         return _two_digits(low)
     raise ValueError(
@@ -142,6 +136,13 @@ def _next_step(step: float, value: float, target: float, known: dict[float, floa
         step, value = first, known[first]
     factor = (target / value) ** (1 / power)
     return step * min(max(factor, 1 / _LARGEST_FACTOR), _LARGEST_FACTOR)
+
+
+def _middle(low: float, high: float) -> float:
+    """A step between two, of which one may not be known yet: `low` 0 or `high` infinite."""
+    if math.isinf(high):
+        return low * _LARGEST_FACTOR
+    return math.sqrt(low * high) if low else high / _LARGEST_FACTOR
 
 
 def _two_digits(step: float) -> float:

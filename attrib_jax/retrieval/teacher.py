@@ -60,7 +60,6 @@ class TeacherQueryConfig(SamplerSettings):
             return np.full(self.teacher_queries, first)
         train = self.teacher_queries - self.num_held_out
         shared_out = 1 + np.arange(train) * self.teacher_noises // train
-        # Few queries may not need all of the seeds.
         return (first + np.append(shared_out, np.zeros(self.num_held_out, np.int64))) % 2**32
 
     @property

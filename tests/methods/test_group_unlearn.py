@@ -24,6 +24,7 @@ from attrib_jax.storage.files import read_arrays
 from attrib_jax.storage.score_files import read_scores
 from attrib_jax.storage.stage_root import StageRoot
 from tests.failures import interrupt_states, interrupt_writes, until_done
+from tests.methods.faint_model import make_faint_model
 
 # Batches as in the tests of mirrored unlearning, whose program it is.
 CONFIG = method_config(
@@ -41,10 +42,7 @@ def grouped(dataset, names=NAMES, count=12, **known):
 
 @pytest.fixture(scope="module")
 def model(pipeline):
-    """A model that predicts almost nothing: its loss is near 1, and an untrained one's above."""
-    unet = pipeline.params["unet"]
-    small = unet | {"conv_out": jax.tree.map(lambda leaf: 0.1 * leaf, unet["conv_out"])}
-    return dataclasses.replace(pipeline, params=pipeline.params | {"unet": small})
+    return make_faint_model(pipeline)
 
 
 @pytest.fixture(scope="module")

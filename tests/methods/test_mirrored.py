@@ -20,16 +20,14 @@ from attrib_jax.parallel.mesh import data_mesh
 from attrib_jax.storage.files import read_arrays
 from attrib_jax.storage.stage_root import StageRoot
 from tests.failures import interrupt_states, interrupt_writes, until_done
+from tests.methods.faint_model import make_faint_model
 
 CONFIG = method_config("mirrored", max_steps=3, retain_batch=4, query_batch=4, score_draws=3, null_draws=40)
 
 
 @pytest.fixture(scope="module")
 def model(pipeline):
-    """A model that predicts almost nothing: its loss is near 1, and an untrained one's above."""
-    unet = pipeline.params["unet"]
-    small = unet | {"conv_out": jax.tree.map(lambda leaf: 0.1 * leaf, unet["conv_out"])}
-    return dataclasses.replace(pipeline, params=pipeline.params | {"unet": small})
+    return make_faint_model(pipeline)
 
 
 @pytest.fixture(scope="module")
